@@ -1,0 +1,1 @@
+"""The Ray actors: thin shells that carry decisions out."""

@@ -1,0 +1,1 @@
+"""Benchmarks: each compares with something measured in the same run."""

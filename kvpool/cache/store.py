@@ -1,0 +1,244 @@
+"""What lives on one device: caches and leases over the device's memory. The truth that the pool asks and instructs.
+
+The store is pure bookkeeping over :class:`~kvpool.memory.allocator.GPUMemoryAllocator`: no Ray, no clock, no socket.
+The pool speaks to it in batches of operations, tuples of built-in types, each answered by a value or by
+``("error", class, message, details)``:
+
+=================================================================== ================================================
+operation                                                           answer
+=================================================================== ================================================
+``("connect", client, tenant, token)``                              ``True``
+``("disconnect", client)``                                          ``(ids whose lease ended, ids freed)``
+``("allocate", client, sequence, tenant, ids, size, max, evict)``   ``(places, refused ids, shortage or None)``
+``("lease", client, sequence, ids)``                                a place or ``None`` for each id
+``("seal", client, sequence, ids, keys)``                           ``True`` or an error for each id
+``("release", client, sequence, ids)``                              ``RELEASED``, ``FREED`` or an error for each id
+``("evict", ids)``                                                  refused ids
+``("trim",)``                                                       bytes given back to the system
+=================================================================== ================================================
+
+A *place* is ``(offset, pages, generation)``, with pages as ``((index, serial), ...)``. ``allocate`` first evicts, then
+places as many of its ids as fit, in their order; each is leased to the client before the answer leaves.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvpool.cache.record import CacheRecord
+from kvpool.errors import (
+    CapacityError,
+    DoubleReleaseError,
+    KvpoolError,
+    ProtocolError,
+    SealedError,
+    UnknownCacheError,
+)
+from kvpool.memory.allocator import GPUMemoryAllocator
+
+RELEASED, FREED = 0, 1
+
+Place = tuple[int, tuple[tuple[int, int], ...], int]
+Operation = tuple[Any, ...]
+
+
+@dataclass(slots=True)
+class _Client:
+    tenant: str
+    token: str
+    leases: dict[int, int] = field(default_factory=dict)
+
+
+class DeviceStore:
+    """Caches and leases of one device.
+
+    Parameters
+    ----------
+    allocator
+        The device's memory. The store is its only user.
+    """
+
+    def __init__(self, allocator: GPUMemoryAllocator) -> None:
+        self.allocator = allocator
+        self._caches: dict[int, CacheRecord] = {}
+        self._clients: dict[str, _Client] = {}
+        self._handlers: dict[str, Callable[..., Any]] = {
+            "connect": self._connect,
+            "disconnect": self.disconnect,
+            "allocate": self._allocate,
+            "lease": self._lease,
+            "seal": self._seal,
+            "release": self._release,
+            "evict": self._evict,
+            "trim": self._trim,
+        }
+
+    def apply(self, operations: Sequence[Operation]) -> list[Any]:
+        """Carry the operations out in order; one that fails answers with its error and changes nothing."""
+        answers: list[Any] = []
+        for operation in operations:
+            try:
+                answers.append(self._handlers[operation[0]](*operation[1:]))
+            except KvpoolError as error:
+                answers.append(("error", *error.to_wire()))
+        return answers
+
+    def authorize(self, client: str, token: str) -> str:
+        """Return the tenant of a client that shows the right token (for the page channel).
+
+        Raises
+        ------
+        ProtocolError
+            If the client is not connected here or the token is not its own.
+        """
+        known = self._clients.get(client)
+        if known is None or not hmac.compare_digest(known.token, token):
+            raise ProtocolError(f"client {client!r} is not connected to this device, or shows another's token")
+        return known.tenant
+
+    def leases(self) -> dict[str, int]:
+        """Return the number of bytes that each client holds leased."""
+        held = {
+            name: sum(self._caches[cache_id].size_bytes for cache_id in client.leases)
+            for name, client in self._clients.items()
+        }
+        return {name: size_bytes for name, size_bytes in held.items() if size_bytes}
+
+    def disconnect(self, client: str) -> tuple[list[int], list[int]]:
+        """End all leases of a client that left or died; returns ``(ids whose lease ended, ids freed)``.
+
+        An id is repeated as often as it was leased. Idempotent: an unknown client has no leases.
+        """
+        known = self._clients.pop(client, None)
+        ended: list[int] = []
+        freed: list[int] = []
+        if known is not None:
+            for cache_id, count in known.leases.items():
+                ended += [cache_id] * count
+                if self._end_leases(self._caches[cache_id], count):
+                    freed.append(cache_id)
+        self.allocator.holder_gone(client)
+        return ended, freed
+
+    def _connect(self, client: str, tenant: str, token: str) -> bool:
+        if client in self._clients:
+            raise ProtocolError(f"client {client!r} is connected already")
+        self._clients[client] = _Client(tenant, token)
+        return True
+
+    def _client(self, client: str) -> _Client:
+        known = self._clients.get(client)
+        if known is None:
+            raise ProtocolError(f"client {client!r} is not connected to this device: connect to the pool again")
+        return known
+
+    def _allocate(
+        self,
+        client: str,
+        sequence: int,
+        tenant: str,
+        ids: Sequence[int],
+        size_bytes: int,
+        max_size_bytes: int,
+        evict: Sequence[int],
+    ) -> tuple[list[Place], list[int], dict[str, Any] | None]:
+        leases = self._client(client).leases
+        refused = self._evict(evict)
+        allocate = self.allocator.allocate
+        places: list[Place] = []
+        for cache_id in ids:
+            try:
+                found = allocate(cache_id, size_bytes, tenant=tenant, max_size_bytes=max_size_bytes)
+            except CapacityError as error:
+                return places, refused, error.details
+            self._caches[cache_id] = CacheRecord(
+                cache_id, 0, tenant, size_bytes, max_size_bytes, found.offset, found.pages, leases=1
+            )
+            leases[cache_id] = 1
+            places.append((found.offset, found.pages, 0))
+        return places, refused, None
+
+    def _lease(self, client: str, sequence: int, ids: Sequence[int]) -> list[Place | None]:
+        known = self._client(client)
+        leases, caches = known.leases, self._caches
+        places: list[Place | None] = []
+        for cache_id in ids:
+            record = caches.get(cache_id)
+            if record is None or record.doomed or record.tenant != known.tenant:
+                places.append(None)
+                continue
+            record.leases += 1
+            leases[cache_id] = leases.get(cache_id, 0) + 1
+            places.append((record.offset, record.pages, record.generation))
+        return places
+
+    def _seal(self, client: str, sequence: int, ids: Sequence[int], keys: Sequence[bytes | None]) -> list[Any]:
+        leases = self._client(client).leases
+        answers: list[Any] = []
+        for cache_id, key in zip(ids, keys, strict=True):
+            if cache_id not in leases:
+                answers.append(("error", *self._not_leased(client, cache_id).to_wire()))
+                continue
+            record = self._caches[cache_id]
+            if record.sealed and record.key != key:
+                error = SealedError(f"cache {cache_id} is sealed already, with another key", cache_id=cache_id)
+                answers.append(("error", *error.to_wire()))
+                continue
+            record.sealed, record.key = True, key
+            answers.append(True)
+        return answers
+
+    def _release(self, client: str, sequence: int, ids: Sequence[int]) -> list[Any]:
+        leases = self._client(client).leases
+        answers: list[Any] = []
+        for cache_id in ids:
+            count = leases.get(cache_id)
+            if count is None:
+                answers.append(("error", *self._not_leased(client, cache_id).to_wire()))
+                continue
+            if count == 1:
+                del leases[cache_id]
+            else:
+                leases[cache_id] = count - 1
+            answers.append(FREED if self._end_leases(self._caches[cache_id], 1) else RELEASED)
+        return answers
+
+    def _not_leased(self, client: str, cache_id: int) -> KvpoolError:
+        if cache_id in self._caches:
+            return DoubleReleaseError(
+                f"client {client!r} holds no lease on cache {cache_id}: it was released already", cache_id=cache_id
+            )
+        return UnknownCacheError(f"there is no cache {cache_id} on this device (any more)", cache_id=cache_id)
+
+    def _end_leases(self, record: CacheRecord, count: int) -> bool:
+        """End ``count`` leases; True if the cache was freed because nothing can find it again."""
+        record.leases -= count
+        if record.leases or (record.key is not None and not record.doomed):
+            return False
+        self._free(record.id)
+        return True
+
+    def _evict(self, ids: Sequence[int]) -> list[int]:
+        refused = []
+        for cache_id in ids:
+            record = self._caches.get(cache_id)
+            if record is None:
+                continue
+            if record.leases:
+                # A lease came between the pool's decision and this operation. The pool forgets the key either way,
+                # so nobody can find the cache again: it goes with its last lease.
+                record.doomed = True
+                refused.append(cache_id)
+            else:
+                self._free(cache_id)
+        return refused
+
+    def _free(self, cache_id: int) -> None:
+        del self._caches[cache_id]
+        self.allocator.free(cache_id)
+
+    def _trim(self) -> int:
+        return self.allocator.trim()

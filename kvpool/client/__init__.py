@@ -1,0 +1,1 @@
+"""The client of a pool in a model's process."""

@@ -1,0 +1,141 @@
+"""The configuration of a pool: ``kvpool.yaml`` < ``KVPOOL_*`` < arguments."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
+
+from kvpool.errors import ConfigError, InvalidSizeError
+from kvpool.sizes import MIB, parse_size
+
+_PREFIX = "KVPOOL_"
+_ELSEWHERE = {"KVPOOL_TRACES", "KVPOOL_CONFIG"}  # read by other parts, not settings of a pool
+_DEVICES = re.compile(r"host:([1-9][0-9]*)(?:x(.+))?")
+
+SizeBytes = Annotated[int, BeforeValidator(parse_size)]
+
+
+class PoolConfig(BaseSettings):
+    """What a pool is made of. Frozen; unknown keys are refused.
+
+    Read from ``kvpool.yaml`` in the working directory (or the file that ``KVPOOL_CONFIG`` names), then from
+    environment variables such as ``KVPOOL_DEVICES``, then from arguments; later ones win. Sizes are bytes or text
+    (``"512MiB"``). Build it with :func:`load_config`, which raises :class:`~kvpool.errors.ConfigError`.
+    """
+
+    model_config = SettingsConfigDict(env_prefix=_PREFIX, extra="forbid", frozen=True)
+
+    name: str = Field("kvpool", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$", description="name of the pool in the cluster")
+    devices: str = Field("host:1", description="'host:4' or 'host:4x512MiB': number and size of host-memory devices")
+    memory_per_device: SizeBytes = Field(1024 * MIB, description="bytes of a device whose spec names no size")
+    page_size: SizeBytes | None = Field(None, description="bytes of a page; by default from the device's capacity")
+    min_block: SizeBytes = Field(4096, description="smallest range of addresses handed out, bytes")
+    arena_factor: int = Field(8, ge=1, le=1024, description="reserved addresses of a device, times its memory")
+    reserve: float = Field(0.5, ge=0.0, le=1.0, description="share of a device that may be kept as warm pages")
+    policy: str = Field("lru", description="eviction policy")
+    placement: str = Field("least_loaded", description="which device a new cache goes to")
+    gc_threshold: float = Field(0.8, gt=0.0, le=1.0, description="share of memory in use above which eviction runs ahead")
+    queue_limit: int = Field(10_000, ge=1, description="most requests that may wait for memory")
+    timeout_s: float = Field(30.0, gt=0.0, description="how long a request waits for memory unless it says otherwise")
+    socket_dir: Path | None = Field(None, description="folder of the device sockets; by default a private one in /tmp")
+    preset: str | None = Field(None, description="name of the preset this config came from, for the statistics")
+    policy_requested: str | None = Field(None, description="the policy a preset names, when another stands in for it")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Order the sources: arguments before environment before file."""
+        file = Path(os.environ.get("KVPOOL_CONFIG", "kvpool.yaml"))
+        yaml: PydanticBaseSettingsSource = InitSettingsSource(settings_cls, {})
+        if file.is_file():
+            yaml = YamlConfigSettingsSource(settings_cls, yaml_file=file)
+        elif "KVPOOL_CONFIG" in os.environ:
+            raise ConfigError(f"KVPOOL_CONFIG names {file}, which is not a file", asked=str(file))
+        return init_settings, env_settings, yaml
+
+    def device_sizes_bytes(self) -> list[int]:
+        """Return the bytes of each device, in order.
+
+        Raises
+        ------
+        ConfigError
+            If ``devices`` is not of the form ``host:N`` or ``host:NxSIZE``.
+        """
+        match = _DEVICES.fullmatch(self.devices)
+        if match is None:
+            raise ConfigError(
+                f"devices={self.devices!r} is not understood: write 'host:2' or 'host:2x512MiB'", asked=self.devices
+            )
+        size_bytes = parse_size(match.group(2)) if match.group(2) else self.memory_per_device
+        return [size_bytes] * int(match.group(1))
+
+    def page_size_bytes(self, capacity_bytes: int, granularity_bytes: int) -> int:
+        """Return the page size of a device: the configured one, or max(2 MiB, granularity, capacity / 8192).
+
+        Parameters
+        ----------
+        capacity_bytes
+            Memory of the device.
+        granularity_bytes
+            Smallest page its backend can make.
+        """
+        if self.page_size is not None:
+            return self.page_size
+        share = 1 << (max(capacity_bytes // 8192, 1) - 1).bit_length()
+        return max(2 * MIB, granularity_bytes, share)
+
+
+def load_config(**arguments: Any) -> PoolConfig:
+    """Build a :class:`PoolConfig` from file, environment and arguments.
+
+    Raises
+    ------
+    ConfigError
+        For an unknown key or an unusable value, naming the key and what is possible.
+    """
+    known = PoolConfig.model_fields
+    unknown = sorted(
+        name
+        for name in os.environ
+        if name.startswith(_PREFIX) and name not in _ELSEWHERE and name.removeprefix(_PREFIX).lower() not in known
+    )
+    if unknown:
+        raise ConfigError(
+            f"unknown setting in the environment: {', '.join(unknown)}; possible: {_possible()}", asked=unknown
+        )
+    try:
+        config = PoolConfig(**arguments)
+        config.device_sizes_bytes()
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(item) for item in error.errors()), asked=sorted(arguments)) from None
+    except InvalidSizeError as error:
+        raise ConfigError(f"devices: {error}", **error.details) from None
+    return config
+
+
+def _possible() -> str:
+    return ", ".join(sorted(PoolConfig.model_fields))
+
+
+def _explain(item: Any) -> str:
+    key = ".".join(str(part) for part in item["loc"]) or "config"
+    if item["type"] == "extra_forbidden":
+        return f"unknown config key {key!r}; possible: {_possible()}"
+    return f"config key {key!r}: {item['msg']} (given: {item['input']!r})"
