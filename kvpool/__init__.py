@@ -1,3 +1,64 @@
-"""kvpool: one elastic pool of KV-cache memory for many models on a Ray cluster."""
+"""kvpool: one elastic pool of KV-cache memory for many models on a Ray cluster.
+
+Start with :class:`CachePool`; the blocking form of everything is in :mod:`kvpool.sync`.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from kvpool.cache.key import encode_block_id
+    from kvpool.cache.record import CacheBlock
+    from kvpool.client import CachePool, Model, ModelSpec, NewBlocks, PrefixHit, VirtualKVCache, delete
+    from kvpool.config import PoolConfig, load_config
+    from kvpool.memory.backend import Access
+    from kvpool.pool.statistics import PoolStatistics
+    from kvpool.presets import create_deepseek_ocr_cache_pool, create_vista_cache_pool
+
+_HOMES = {
+    "Access": "kvpool.memory.backend",
+    "CacheBlock": "kvpool.cache.record",
+    "CachePool": "kvpool.client",
+    "Model": "kvpool.client",
+    "ModelSpec": "kvpool.client",
+    "NewBlocks": "kvpool.client",
+    "PoolConfig": "kvpool.config",
+    "PoolStatistics": "kvpool.pool.statistics",
+    "PrefixHit": "kvpool.client",
+    "VirtualKVCache": "kvpool.client",
+    "create_deepseek_ocr_cache_pool": "kvpool.presets",
+    "create_vista_cache_pool": "kvpool.presets",
+    "delete": "kvpool.client",
+    "encode_block_id": "kvpool.cache.key",
+    "load_config": "kvpool.config",
+}
+
+__all__ = [
+    "Access",
+    "CacheBlock",
+    "CachePool",
+    "Model",
+    "ModelSpec",
+    "NewBlocks",
+    "PoolConfig",
+    "PoolStatistics",
+    "PrefixHit",
+    "VirtualKVCache",
+    "create_deepseek_ocr_cache_pool",
+    "create_vista_cache_pool",
+    "delete",
+    "encode_block_id",
+    "load_config",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded when first used: `kvpool simulate` and the decisions need neither Ray nor torch.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'kvpool' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value

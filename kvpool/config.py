@@ -20,7 +20,7 @@ from kvpool.errors import ConfigError, InvalidSizeError
 from kvpool.sizes import MIB, parse_size
 
 _PREFIX = "KVPOOL_"
-_ELSEWHERE = {"KVPOOL_TRACES", "KVPOOL_CONFIG"}  # read by other parts, not settings of a pool
+_ELSEWHERE = {"KVPOOL_TRACES", "KVPOOL_CONFIG", "KVPOOL_HOST"}  # read by other parts, not settings of a pool
 _DEVICES = re.compile(r"host:([1-9][0-9]*)(?:x(.+))?")
 
 SizeBytes = Annotated[int, BeforeValidator(parse_size)]

@@ -30,6 +30,7 @@ from typing import Any
 
 from kvpool.cache.record import CacheRecord
 from kvpool.errors import (
+    BackendError,
     CapacityError,
     DoubleReleaseError,
     KvpoolError,
@@ -73,7 +74,7 @@ class DeviceStore:
             "seal": self._seal,
             "release": self._release,
             "evict": self._evict,
-            "trim": self._trim,
+            "trim": self.allocator.trim,
         }
 
     def apply(self, operations: Sequence[Operation]) -> list[Any]:
@@ -95,9 +96,14 @@ class DeviceStore:
             If the client is not connected here or the token is not its own.
         """
         known = self._clients.get(client)
-        if known is None or not hmac.compare_digest(known.token, token):
+        if known is None or not known.token or not hmac.compare_digest(known.token, token):
             raise ProtocolError(f"client {client!r} is not connected to this device, or shows another's token")
         return known.tenant
+
+    @property
+    def caches(self) -> int:
+        """Number of caches on this device."""
+        return len(self._caches)
 
     def leases(self) -> dict[str, int]:
         """Return the number of bytes that each client holds leased."""
@@ -110,7 +116,8 @@ class DeviceStore:
     def disconnect(self, client: str) -> tuple[list[int], list[int]]:
         """End all leases of a client that left or died; returns ``(ids whose lease ended, ids freed)``.
 
-        An id is repeated as often as it was leased. Idempotent: an unknown client has no leases.
+        An id is repeated as often as it was leased. Idempotent: an unknown client has no leases. Pages that the
+        client was given stay on its account until it drops them or its process is seen dead.
         """
         known = self._clients.pop(client, None)
         ended: list[int] = []
@@ -120,7 +127,6 @@ class DeviceStore:
                 ended += [cache_id] * count
                 if self._end_leases(self._caches[cache_id], count):
                     freed.append(cache_id)
-        self.allocator.holder_gone(client)
         return ended, freed
 
     def _connect(self, client: str, tenant: str, token: str) -> bool:
@@ -152,7 +158,7 @@ class DeviceStore:
         for cache_id in ids:
             try:
                 found = allocate(cache_id, size_bytes, tenant=tenant, max_size_bytes=max_size_bytes)
-            except CapacityError as error:
+            except (CapacityError, BackendError) as error:  # the system may have less memory than was promised to us
                 return places, refused, error.details
             self._caches[cache_id] = CacheRecord(
                 cache_id, 0, tenant, size_bytes, max_size_bytes, found.offset, found.pages, leases=1
@@ -167,7 +173,7 @@ class DeviceStore:
         places: list[Place | None] = []
         for cache_id in ids:
             record = caches.get(cache_id)
-            if record is None or record.doomed or record.tenant != known.tenant:
+            if record is None or record.doomed or not record.sealed or record.tenant != known.tenant:
                 places.append(None)
                 continue
             record.leases += 1
@@ -239,6 +245,3 @@ class DeviceStore:
     def _free(self, cache_id: int) -> None:
         del self._caches[cache_id]
         self.allocator.free(cache_id)
-
-    def _trim(self) -> int:
-        return self.allocator.trim()

@@ -7,7 +7,10 @@ The rules are those of the CUDA driver's virtual memory API, and every backend k
 - addresses and memory are two things: :meth:`Backend.reserve` costs no memory, :meth:`Backend.create` no addresses;
 - a mapping is of one whole page at a page boundary; only whole pages are unmapped;
 - a mapped page can be touched only after :meth:`Backend.set_access`;
-- a page that is released while mapped, here or in another process, lives on until it is unmapped everywhere.
+- a page that is released while mapped, here or in another process, lives on until it is unmapped everywhere;
+- a forked child inherits no mapping, and every method raises :class:`kvpool.errors.ForkedHandleError` there;
+- misuse (a page over a mapped one, part of a page, an address off the boundary, a handle released twice) raises
+  :class:`kvpool.errors.InvalidRequestError` or :class:`kvpool.errors.DoubleReleaseError` and changes nothing.
 """
 
 from __future__ import annotations
@@ -49,7 +52,17 @@ class Backend(Protocol):
         ...
 
     def probe(self, *, pages: int, mapped_pages: int, page_size_bytes: int) -> None:
-        """Check at the start that the limits of this process allow ``pages`` open pages and ``mapped_pages`` mappings.
+        """Check at the start that the limits of this process allow what is planned.
+
+        Parameters
+        ----------
+        pages
+            Pages that this process will create: their memory, and one open handle each (0 for a client, which
+            closes a page's descriptor once it is mapped; those in flight are always counted).
+        mapped_pages
+            Pages that it will have mapped at a time, all views counted.
+        page_size_bytes
+            Size of a page.
 
         Raises
         ------
@@ -79,7 +92,7 @@ class Backend(Protocol):
         ...
 
     def set_access(self, address: int, size_bytes: int, access: Access) -> None:
-        """Set the access of one contiguous run of mapped pages."""
+        """Set the access of one contiguous run of mapped pages (in one call for the whole run: it is a slow one)."""
         ...
 
     def unmap(self, address: int, size_bytes: int) -> None:

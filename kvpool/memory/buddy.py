@@ -28,9 +28,8 @@ class BuddyAllocator:
     Parameters
     ----------
     size_bytes
-        Addresses managed from the start, a multiple of ``min_block_bytes``; 0 to start empty. What is no multiple of
-        ``max_block_bytes`` is managed as the largest power-of-two blocks that fit, so the tail of an uneven arena is used
-        too, but never merged with what lies before it.
+        Addresses managed from the start, a multiple of ``min_block_bytes``; 0 to start empty. What is left
+        behind the last whole ``max_block_bytes`` is managed as the largest power-of-two blocks that fit.
     min_block_bytes
         Smallest range handed out, a power of two. Sizes are rounded up to its multiples.
     max_block_bytes
@@ -48,23 +47,20 @@ class BuddyAllocator:
     the time under churn neither splits nor merges.
     """
 
-    __slots__ = ("_free", "_live", "_roots", "_steps", "max_block_bytes", "min_block_bytes", "total_bytes")
+    __slots__ = ("_climbs", "_free", "_live", "_roots", "_steps", "max_block_bytes", "min_block_bytes", "total_bytes")
 
     def __init__(self, size_bytes: int, min_block_bytes: int, max_block_bytes: int | None = None) -> None:
         if max_block_bytes is None:
             max_block_bytes = 1 << (size_bytes.bit_length() - 1) if size_bytes > 0 else 0
-        for name, value in (("min_block_bytes", min_block_bytes), ("max_block_bytes", max_block_bytes)):
-            if value <= 0 or value & (value - 1):
-                raise ConfigError(f"{name} must be a power of two, not {value}", asked_bytes=value)
-        if max_block_bytes < min_block_bytes or size_bytes < 0 or size_bytes % min_block_bytes:
+        powers = min_block_bytes.bit_count() == max_block_bytes.bit_count() == 1
+        if not powers or not 0 < min_block_bytes <= max_block_bytes or size_bytes < 0 or size_bytes % min_block_bytes:
             raise ConfigError(
-                f"cannot manage {size_bytes} bytes in blocks of {min_block_bytes} to {max_block_bytes} bytes: "
-                "the size must be a multiple of the smallest block, and the smallest no larger than the largest",
-                asked_bytes=size_bytes,
+                f"cannot manage {size_bytes} bytes in blocks of {min_block_bytes} to {max_block_bytes}: give powers of "
+                "two, the first no larger than the second, and a size that is a multiple of the first"
             )
         self.min_block_bytes = min_block_bytes
         self.max_block_bytes = max_block_bytes
-        self.total_bytes = 0
+        self.total_bytes = size_bytes
         #: Free ranges by size: offset to nothing. A dict and no set, because popitem() gives the newest.
         self._free: dict[int, dict[int, None]] = {}
         block_bytes = min_block_bytes
@@ -72,9 +68,13 @@ class BuddyAllocator:
             self._free[block_bytes] = {}
             block_bytes *= 2
         orders = list(self._free.items())
-        #: For each power-of-two size the orders from it upwards, as (size, free ranges).
+        #: For each power-of-two size the orders from it upwards, as (size, free ranges): the way a split searches.
         self._steps = {block: tuple(orders[i:]) for i, (block, _) in enumerate(orders)}
-        #: Allocated ranges: offset to bytes, a power of two, or a multiple of the minimum block when the tail went back.
+        #: The same as (buddy mask, free ranges): the way a merge climbs. ``offset ^ -1`` is negative and so never free:
+        #: the climb ends at the largest block without a test of its own.
+        masks = [(-1 if block == max_block_bytes else block, blocks) for block, blocks in orders]
+        self._climbs = {block: tuple(masks[i:]) for i, (block, _) in enumerate(orders)}
+        #: Allocated ranges: offset to bytes, a power of two, or a multiple of the minimum if the tail was given back.
         self._live: dict[int, int] = {}
         #: Blocks under management, never merged with each other: offset to bytes.
         self._roots: dict[int, int] = {}
@@ -84,9 +84,6 @@ class BuddyAllocator:
             self._roots[offset] = block_bytes
             self._free[block_bytes][offset] = None
             offset += block_bytes
-        self.total_bytes = size_bytes
-
-    # --- allocating ------------------------------------------------------------------------------------------------
 
     def allocate(self, size_bytes: int, max_size_bytes: int | None = None) -> int:
         """Return the offset of a range of at least ``size_bytes``.
@@ -102,50 +99,40 @@ class BuddyAllocator:
         Raises
         ------
         InvalidSizeError
-            If a size is below 1, larger than all there is, or the maximum is below the size.
+            If a size is below 1 or above ``max_block_bytes``, or the maximum is below the size.
         AddressSpaceError
             If no free range is large enough now.
         """
         if max_size_bytes is not None or size_bytes not in self._steps:
             return self._allocate_rounded(size_bytes, max_size_bytes)
+        free = self._free
         for block_bytes, blocks in self._steps[size_bytes]:
             if blocks:
-                break
-        else:
-            raise self._no_room(size_bytes)
-        offset, _ = blocks.popitem()
-        if block_bytes != size_bytes:
-            free = self._free
-            while block_bytes != size_bytes:
-                block_bytes >>= 1
-                free[block_bytes][offset + block_bytes] = None
-        self._live[offset] = block_bytes
-        return offset
+                offset, _ = blocks.popitem()
+                while block_bytes != size_bytes:
+                    block_bytes >>= 1
+                    free[block_bytes][offset + block_bytes] = None
+                self._live[offset] = block_bytes
+                return offset
+        raise self._no_room(size_bytes)
 
     def _allocate_rounded(self, size_bytes: int, max_size_bytes: int | None) -> int:
         if max_size_bytes is None:
             max_size_bytes = size_bytes
-        if size_bytes <= 0 or max_size_bytes < size_bytes or max_size_bytes > max(self.total_bytes, self.max_block_bytes):
+        if not (isinstance(size_bytes, int) and 0 < size_bytes <= max_size_bytes <= self.max_block_bytes):
             raise InvalidSizeError(
-                f"asked for {size_bytes} bytes growing to {max_size_bytes}: possible are sizes from 1 to "
-                f"{self.total_bytes} bytes, the maximum no smaller than the size",
+                f"asked for {size_bytes!r} bytes that may grow to {max_size_bytes!r}: ask for 1 to "
+                f"{self.max_block_bytes} bytes, and a maximum no smaller than the size",
                 asked_bytes=size_bytes,
                 max_size_bytes=max_size_bytes,
-                total_bytes=self.total_bytes,
+                largest_bytes=self.max_block_bytes,
             )
         needed_bytes = round_up(max_size_bytes, self.min_block_bytes)
         range_bytes = 1 << (needed_bytes - 1).bit_length()
-        if range_bytes > self.max_block_bytes:
-            raise self._no_room(max_size_bytes)
         offset = self.allocate(range_bytes)
         if max_size_bytes == size_bytes and needed_bytes != range_bytes:
-            # The tail, as the blocks of its binary digits. None can merge: the buddy of each holds some of the range.
-            end = offset + needed_bytes
-            while end != offset + range_bytes:
-                block_bytes = end & -end
-                self._free[block_bytes][end] = None
-                end += block_bytes
             self._live[offset] = needed_bytes
+            self._merge_range(offset + needed_bytes, offset + range_bytes)
         return offset
 
     def free(self, offset: int) -> None:
@@ -156,18 +143,157 @@ class BuddyAllocator:
         DoubleReleaseError
             If ``offset`` is free already.
         UnknownCacheError
-            If it is no offset that was handed out: outside, misaligned or inside another range.
+            If it was not handed out: outside, misaligned or inside another range.
         """
         try:
             size_bytes = self._live.pop(offset)
-            steps = self._steps[size_bytes]
         except KeyError:
-            self._free_rounded(offset)
-            return
-        for block_bytes, blocks in steps:
-            buddy = offset ^ block_bytes
+            raise self._not_live(offset) from None
+        if size_bytes in self._climbs:
+            self._merge(offset, size_bytes)
+        else:
+            self._merge_range(offset, offset + size_bytes)
+
+    def shrink(self, offset: int, size_bytes: int) -> None:
+        """Give the tail of the range at ``offset`` back; its first ``size_bytes`` (rounded up) stay allocated.
+
+        Raises
+        ------
+        InvalidSizeError
+            If ``size_bytes`` is below 1 or larger than the range.
+        DoubleReleaseError, UnknownCacheError
+            As :meth:`free`.
+        """
+        range_bytes = self.allocation_size(offset)
+        if not 0 < size_bytes <= range_bytes:
+            raise InvalidSizeError(
+                f"cannot shrink the range at {offset} to {size_bytes} bytes: 1 to {range_bytes} are possible",
+                asked_bytes=size_bytes,
+                largest_bytes=range_bytes,
+            )
+        self._live[offset] = round_up(size_bytes, self.min_block_bytes)
+        self._merge_range(offset + self._live[offset], offset + range_bytes)
+
+    def _merge_range(self, start: int, end: int) -> None:
+        """Free ``[start, end)``, a part of one range, as the largest blocks that lie in it."""
+        while start != end:
+            block_bytes = min(start & -start or self.max_block_bytes, 1 << ((end - start).bit_length() - 1))
+            self._merge(start, block_bytes)
+            start += block_bytes
+
+    def _merge(self, offset: int, size_bytes: int) -> None:
+        for mask, blocks in self._climbs[size_bytes]:
+            buddy = offset ^ mask
             if buddy not in blocks:
                 break
             del blocks[buddy]
             offset &= buddy
         blocks[offset] = None
+
+    def add(self, offset: int) -> None:
+        """Manage one more block of ``max_block_bytes``, free, at ``offset``.
+
+        Raises
+        ------
+        CacheStateError
+            If it is misaligned or managed already.
+        """
+        if offset < 0 or offset % self.max_block_bytes or offset in self._roots:
+            raise CacheStateError(
+                f"cannot add the block at {offset}: give a multiple of {self.max_block_bytes} that is not managed yet"
+            )
+        self._roots[offset] = self.max_block_bytes
+        self._free[self.max_block_bytes][offset] = None
+        self.total_bytes += self.max_block_bytes
+
+    def take(self, offset: int) -> None:
+        """Stop managing the block of ``max_block_bytes`` at ``offset``, which must be wholly free.
+
+        Raises
+        ------
+        CacheStateError
+            If a part of it is allocated, or it is not managed.
+        """
+        if not self.is_free_block(offset):
+            raise CacheStateError(f"cannot take the block at {offset}: free what lies in it first")
+        del self._free[self.max_block_bytes][offset]
+        del self._roots[offset]
+        self.total_bytes -= self.max_block_bytes
+
+    def is_free_block(self, offset: int) -> bool:
+        """Whether :meth:`take` would take the block at ``offset``."""
+        return offset in self._free[self.max_block_bytes]
+
+    def allocation_size(self, offset: int) -> int:
+        """Return the bytes of the range at ``offset`` (rounded as :meth:`allocate` did).
+
+        Raises
+        ------
+        DoubleReleaseError, UnknownCacheError
+            As :meth:`free`.
+        """
+        try:
+            return self._live[offset]
+        except KeyError:
+            raise self._not_live(offset) from None
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes of all free ranges together."""
+        return sum(block_bytes * len(blocks) for block_bytes, blocks in self._free.items())
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of all ranges handed out."""
+        return self.total_bytes - self.free_bytes
+
+    @property
+    def largest_free_bytes(self) -> int:
+        """The largest size that :meth:`allocate` could serve now; 0 when full."""
+        return max((block_bytes for block_bytes, blocks in self._free.items() if blocks), default=0)
+
+    def check(self) -> None:
+        """Prove that no ranges overlap, that all free buddies are merged, and that nothing is lost. O(n log n).
+
+        Raises
+        ------
+        InvariantError
+            If one of these does not hold.
+        """
+        ranges = [(offset, offset + size_bytes) for offset, size_bytes in self._live.items()]
+        for block_bytes, blocks in self._free.items():
+            for offset in blocks:
+                ensure(offset % block_bytes == 0, "a free range lies at a multiple of its size", offset=offset)
+                merged = block_bytes == self.max_block_bytes or offset ^ block_bytes not in blocks
+                ensure(merged, "two free buddies are one range", offset=offset, block_bytes=block_bytes)
+                ranges.append((offset, offset + block_bytes))
+        ranges.sort()
+        for (_, end), (start, _) in pairwise(ranges):
+            ensure(end <= start, "ranges do not overlap", end=end, start=start)
+        covered = iter(ranges)
+        for root, root_bytes in sorted(self._roots.items()):
+            end = root
+            while end < root + root_bytes:
+                start, stop = next(covered, (-1, -1))
+                ensure(start == end, "each managed address is free or allocated", address=end, found=start)
+                end = stop
+            ensure(end == root + root_bytes, "a range ends inside its block", end=end, root=root)
+        ensure(next(covered, None) is None, "no range lies outside what is managed")
+        ensure(sum(self._roots.values()) == self.total_bytes, "the total is the sum of the blocks")
+
+    def _no_room(self, asked_bytes: int) -> KvpoolError:
+        return AddressSpaceError(
+            f"no free range of {asked_bytes} bytes: {self.free_bytes} of {self.total_bytes} bytes are free, the "
+            f"largest range is {self.largest_free_bytes}; free something or ask for less",
+            asked_bytes=asked_bytes,
+            free_bytes=self.free_bytes,
+            largest_bytes=self.largest_free_bytes,
+        )
+
+    def _not_live(self, offset: int) -> KvpoolError:
+        for block_bytes, blocks in self._free.items():
+            if offset % self.min_block_bytes == 0 and offset & -block_bytes in blocks:
+                return DoubleReleaseError(f"the range at {offset} is free already; free it once", offset=offset)
+        return UnknownCacheError(
+            f"{offset} is no offset that was handed out here; free the offset that allocate() returned", offset=offset
+        )

@@ -1,0 +1,144 @@
+"""The seam to Ray: every call of its API is made here. Everything else handles actors as plain objects."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from kvpool.actors.protocol import NAMESPACE
+from kvpool.errors import PoolNotFoundError, PoolUnavailableError
+
+ActorLost = RayActorError
+"""Raised by a call to an actor that is dead or dying."""
+
+_MOST_CONCURRENT = 20_000
+"""Calls of one actor in flight at most. No call waits for memory, so this bounds long polls: one a client or device."""
+
+
+def ensure_ray(*, start: Callable[[], Any] | None = None) -> None:
+    """Connect this process to Ray unless it is connected.
+
+    Parameters
+    ----------
+    start
+        Called when no cluster is running, to start one (``ray.init`` of a notebook); by default that is an error.
+
+    Raises
+    ------
+    PoolNotFoundError
+        If no cluster is running and none may be started.
+    """
+    if ray.is_initialized():
+        return
+    try:
+        ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), namespace=NAMESPACE, log_to_driver=False)
+    except ConnectionError as error:
+        if start is None:
+            raise PoolNotFoundError(
+                f"there is no Ray cluster to find a pool in ({error}); start one with 'ray start --head', or call "
+                "ray.init() first"
+            ) from error
+        start()
+
+
+def start_local_ray() -> None:
+    """Start a Ray of this process alone."""
+    ray.init(namespace=NAMESPACE, include_dashboard=False, log_to_driver=False)
+
+
+def find_actor(name: str) -> Any:
+    """Return the handle of a pool or device actor.
+
+    Raises
+    ------
+    PoolNotFoundError
+        If none of that name is alive; names the pools there are.
+    """
+    try:
+        return ray.get_actor(name, namespace=NAMESPACE)
+    except ValueError:
+        pools = ", ".join(pool_names()) or "none"
+        raise PoolNotFoundError(
+            f"no pool named {name!r} is running in this cluster (running: {pools}): start it with 'kvpool start' or "
+            "CachePool.create()",
+            asked=name,
+        ) from None
+
+
+def pool_names() -> list[str]:
+    """Return the names of the pools in this cluster."""
+    named = ray.util.list_named_actors(all_namespaces=True)
+    return sorted(actor["name"] for actor in named if actor["namespace"] == NAMESPACE and "/" not in actor["name"])
+
+
+def make_actor(cls: type, name: str, *arguments: Any, node: str | None = None) -> Any:
+    """Start (or find) a detached, named actor that takes no CPU or GPU from the models.
+
+    ``node``: id of the node it must live and die with.
+    """
+    strategy = NodeAffinitySchedulingStrategy(node, soft=False) if node else "DEFAULT"
+    return (
+        ray.remote(cls)
+        .options(
+            name=name,
+            namespace=NAMESPACE,
+            lifetime="detached",
+            get_if_exists=True,
+            num_cpus=0,
+            num_gpus=0,
+            max_concurrency=_MOST_CONCURRENT,
+            scheduling_strategy=strategy,
+        )
+        .remote(*arguments)
+    )
+
+
+def make_worker(cls: type, *arguments: Any, num_cpus: float = 0) -> Any:
+    """Start an actor of this job (a model, say); it ends with the job."""
+    return ray.remote(cls).options(num_cpus=num_cpus).remote(*arguments)
+
+
+def node_ids() -> list[str]:
+    """Return the ids of the nodes that are alive, this process's own first."""
+    own = ray.get_runtime_context().get_node_id()
+    alive = sorted(node["NodeID"] for node in ray.nodes() if node["Alive"])
+    return sorted(alive, key=lambda node: node != own)
+
+
+def kill(actor: Any) -> None:
+    """Kill an actor for good."""
+    ray.kill(actor, no_restart=True)
+
+
+async def call(method: Any, *arguments: Any, timeout_s: float | None = None) -> Any:
+    """Call an actor's method and await its result.
+
+    Raises
+    ------
+    PoolUnavailableError
+        If the actor is gone, or did not answer within ``timeout_s``.
+    """
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await method.remote(*arguments)
+    except TimeoutError:
+        raise PoolUnavailableError(f"the pool did not answer within {timeout_s:g} s: is its node overloaded?") from None
+    except RayActorError as error:
+        raise PoolUnavailableError(f"the pool's actor is gone: {error}") from error
+    except RayError as error:
+        cause = getattr(error, "cause", None)
+        if cause is not None:
+            raise cause from None
+        raise
+
+
+def context() -> dict[str, str]:
+    """Return who this process is in the cluster: ids of its job, node and worker."""
+    runtime = ray.get_runtime_context()
+    return {"job": runtime.get_job_id(), "node": runtime.get_node_id(), "worker": runtime.get_worker_id()}

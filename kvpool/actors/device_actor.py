@@ -1,0 +1,172 @@
+"""The actor that owns one device's memory: a thin shell around :class:`~kvpool.cache.store.DeviceStore`.
+
+It carries out the pool's operations, serves pages to clients over a Unix socket, watches their processes, and tells
+the pool through :meth:`DeviceActor.events` what happened here: a client died, zombie pages are gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+from pathlib import Path
+from typing import Any
+
+from kvpool.actors.protocol import host_identity
+from kvpool.cache.store import DeviceStore, Operation
+from kvpool.memory.allocator import GPUMemoryAllocator
+from kvpool.memory.host import HostBackend
+from kvpool.memory.page_server import PageServer
+
+logger = logging.getLogger("kvpool.device")
+
+
+class DeviceActor:
+    """Owner of one host-memory device.
+
+    Parameters
+    ----------
+    pool, name
+        Names of the pool and of this device.
+    capacity_bytes, page_bytes, min_block_bytes, arena_bytes, reserve_bytes
+        Memory to hand out at most; page size; smallest block; reserved addresses; warm pages kept at most.
+    socket_path
+        Where clients fetch pages.
+    epoch
+        Incarnation of this actor.
+    """
+
+    def __init__(
+        self,
+        pool: str,
+        name: str,
+        capacity_bytes: int,
+        page_bytes: int,
+        min_block_bytes: int,
+        arena_bytes: int,
+        reserve_bytes: int,
+        socket_path: str,
+        epoch: int,
+    ) -> None:
+        self._pool, self._name, self._epoch = pool, name, epoch
+        self._capacity_bytes, self._page_bytes, self._arena_bytes = capacity_bytes, page_bytes, arena_bytes
+        self._min_block_bytes = min_block_bytes
+        self._socket_path = Path(socket_path)
+        backend = HostBackend()
+        pages = -(-capacity_bytes // page_bytes)
+        backend.probe(pages=pages, mapped_pages=pages, page_size_bytes=page_bytes)
+        self._allocator = GPUMemoryAllocator(
+            backend,
+            capacity_bytes,
+            page_bytes,
+            min_block_bytes=min_block_bytes,
+            arena_bytes=arena_bytes,
+            reserve_bytes=reserve_bytes,
+        )
+        self._store = DeviceStore(self._allocator)
+        self._server = PageServer(self._socket_path, self, self._store.authorize, self._client_gone)
+        self._events: list[tuple[Any, ...]] = []
+        self._first_event = 1
+        self._stamp = 0
+        self._news = asyncio.Event()
+
+    async def start(self) -> dict[str, Any]:
+        """Open the socket; return what clients and the pool must know of this device."""
+        await self._server.start()
+        gc.collect()
+        gc.freeze()
+        return {
+            "name": self._name,
+            "host": host_identity(),
+            "epoch": self._epoch,
+            "socket_path": str(self._socket_path),
+            "capacity_bytes": self._allocator.usage().capacity_bytes,
+            "page_bytes": self._page_bytes,
+            "arena_bytes": self._arena_bytes,
+            "min_block_bytes": self._min_block_bytes,
+        }
+
+    async def apply(self, operations: list[Operation]) -> tuple[list[Any], tuple[int, int]]:
+        """Carry out a batch of operations in order; returns the answers and ``(stamp, bytes of zombie pages)``.
+
+        The stamp orders these figures: the answer and an event may overtake each other on their way to the pool.
+        """
+        answers = self._store.apply(operations)
+        self._request_drops()
+        return answers, self._zombies()
+
+    async def events(self, seen: int, wait_s: float) -> tuple[int, list[tuple[Any, ...]]]:
+        """Return what happened after event number ``seen``, waiting for it up to ``wait_s``.
+
+        Events are ``("gone", client, ended ids, freed ids)`` and ``("freed", (stamp, zombie bytes))``. Those up to ``seen``
+        are forgotten: the pool has them.
+        """
+        del self._events[: max(0, seen - self._first_event + 1)]
+        self._first_event = max(self._first_event, seen + 1)
+        if not self._events:
+            self._news.clear()
+            try:
+                async with asyncio.timeout(wait_s):
+                    await self._news.wait()
+            except TimeoutError:
+                return seen, []
+        return self._first_event + len(self._events) - 1, list(self._events)
+
+    async def memory(self) -> dict[str, int]:
+        """Return the bytes of this device: live, backed, reserve, zombie, free, largest; and the number of caches."""
+        usage = self._allocator.usage()
+        return {
+            "live": usage.live_bytes,
+            "backed": usage.backed_bytes,
+            "reserve": usage.reserve_bytes,
+            "zombie": usage.zombie_bytes,
+            "free": usage.free_bytes,
+            "largest": usage.largest_bytes,
+            "caches": self._store.caches,
+        }
+
+    async def leases(self) -> dict[str, int]:
+        """Return the bytes that each client holds leased here."""
+        return self._store.leases()
+
+    async def shutdown(self) -> None:
+        """Close the socket and give all memory back. The actor is of no use afterwards."""
+        await self._server.close()
+        self._allocator.close()
+
+    # -- what the page server asks of its source ------------------------------------------------------------------
+
+    def export(self, client: str, tenant: str, index: int, serial: int) -> int:
+        """Return a descriptor of a page for a client of the page's tenant."""
+        return self._allocator.export(client, tenant, index, serial)
+
+    def dropped(self, client: str, serials: list[int]) -> None:
+        """Enter that a client has unmapped these pages."""
+        zombie_bytes = self._allocator.usage().zombie_bytes
+        self._allocator.dropped(client, serials)
+        self._tell_if_freed(zombie_bytes)
+
+    def _client_gone(self, client: str) -> None:
+        zombie_bytes = self._allocator.usage().zombie_bytes
+        ended, freed = self._store.disconnect(client)
+        self._allocator.holder_gone(client)
+        self._tell(("gone", client, ended, freed))
+        self._tell_if_freed(zombie_bytes)
+        self._request_drops()
+
+    def _request_drops(self) -> None:
+        for client, serials in self._allocator.take_drops().items():
+            self._server.request_drop(client, serials)
+
+    def _tell_if_freed(self, zombie_bytes_before: int) -> None:
+        zombie_bytes = self._allocator.usage().zombie_bytes
+        if zombie_bytes < zombie_bytes_before:
+            self._tell(("freed", self._zombies()))
+
+    def _zombies(self) -> tuple[int, int]:
+        self._stamp += 1
+        return self._stamp, self._allocator.usage().zombie_bytes
+
+    def _tell(self, event: tuple[Any, ...]) -> None:
+        self._events.append(event)
+        self._news.set()

@@ -1,0 +1,56 @@
+"""Operations on their way to one device: in order, one batch in flight, the next one gathering meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from kvpool.actors.cluster import ActorLost
+from kvpool.pool.instructions import Send
+
+
+class Outbox:
+    """Sends a device its operations.
+
+    One batch is in flight at a time: an async actor does not promise the order of concurrent calls, and what comes
+    meanwhile makes the next batch, so that load makes batches larger instead of calls more.
+
+    Parameters
+    ----------
+    actor
+        Handle of the device actor.
+    answered
+        Called with the operations sent, their answers and the device's zombie figure.
+    lost
+        Called with the operations that will never be answered and the reason.
+    """
+
+    def __init__(
+        self,
+        actor: Any,
+        answered: Callable[[list[Send], list[Any], tuple[int, int]], None],
+        lost: Callable[[list[Send], str], None],
+    ) -> None:
+        self._actor = actor
+        self._answered = answered
+        self._lost = lost
+        self._pending: list[Send] = []
+        self._task: asyncio.Task[None] | None = None
+
+    def put(self, send: Send) -> None:
+        """Add an operation; it leaves at once, or with the next batch."""
+        self._pending.append(send)
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def _run(self) -> None:
+        while self._pending:
+            sent, self._pending = self._pending, []
+            try:
+                answers, zombies = await self._actor.apply.remote([send.operation for send in sent])
+            except ActorLost as error:
+                self._lost(sent, str(error))
+            else:
+                self._answered(sent, answers, zombies)
+        self._task = None

@@ -1,0 +1,116 @@
+"""What every eviction policy answers, and the names under which policies are known.
+
+The index tells the policy which caches may go; the policy says which of them is worth least. Mechanism (tables, keys,
+pins) stays in the index, worth stays in the policy, so a new policy is one class with one name::
+
+    @register_policy("mru")
+    class MostRecentFirst: ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from kvpool.errors import ConfigError, UnknownPolicyError, ensure
+
+if TYPE_CHECKING:
+    from kvpool.cache.index import CacheIndex
+
+
+class CacheEvictionPolicy(Protocol):
+    """Ranks the caches that may go. Made with the index it serves, whose columns it may read at any time.
+
+    It hears of a row only while the row is *evictable*: published under a key and held by no lease. A victim is
+    evictable and has no resident child, for a child without its parent could never be hit again.
+    Rows come in batches in the order of the chain: tail first when they become evictable, so that a chain loses its
+    tail before its root; times (``now``) are seconds of the caller's clock and never decrease.
+    """
+
+    def grown(self, rows: int) -> None:
+        """The index's table has ``rows`` rows from now on."""
+        ...
+
+    def evictable(self, rows: Sequence[int], now: float) -> None:
+        """These rows lost their last pin."""
+        ...
+
+    def taken(self, rows: Sequence[int], now: float) -> None:
+        """These evictable rows are pinned again."""
+        ...
+
+    def sheltered(self, row: int) -> None:
+        """This evictable row got a resident child that is not evictable."""
+        ...
+
+    def removed(self, rows: Sequence[int]) -> None:
+        """These rows, evictable or not, have left the table. Their columns can still be read; counts are up to date."""
+        ...
+
+    def victim(self) -> int:
+        """Return the row worth least of all that may go, or -1. Changes nothing."""
+        ...
+
+    def victims(self, device: int) -> Iterator[int]:
+        """Yield the rows of one device in the order in which they would go.
+
+        Each may go once those before it have gone. Nothing is changed, and nothing may change while it is consumed.
+        """
+        ...
+
+
+PolicyFactory = Callable[["CacheIndex"], CacheEvictionPolicy]
+_Factory = TypeVar("_Factory", bound=PolicyFactory)
+
+_BUILT_IN = ("kvpool.cache.lru",)  # imported when policies are first asked for: they import this module
+_POLICIES: dict[str, PolicyFactory] = {}
+
+
+def register_policy(name: str) -> Callable[[_Factory], _Factory]:
+    """Class decorator: make a policy known under ``name`` (compared without case).
+
+    Raises
+    ------
+    ConfigError
+        If another policy has that name.
+    """
+
+    def register(factory: _Factory) -> _Factory:
+        if _POLICIES.setdefault(name.lower(), factory) is not factory:
+            raise ConfigError(f"an eviction policy named {name!r} exists already: choose another name", asked=name)
+        return factory
+
+    return register
+
+
+def policy_names() -> list[str]:
+    """Return the names of all eviction policies, sorted."""
+    for module in _BUILT_IN:
+        import_module(module)
+    return sorted(_POLICIES)
+
+
+def find_policy(name: str) -> PolicyFactory:
+    """Return what makes the policy of that name.
+
+    Raises
+    ------
+    UnknownPolicyError
+        If there is none; names those that exist.
+    """
+    names = policy_names()
+    factory = _POLICIES.get(name.lower())
+    if factory is None:
+        raise UnknownPolicyError(
+            f"no eviction policy is named {name!r}: there is {', '.join(names)}", asked=name, possible=names
+        )
+    return factory
+
+
+def make_policy(name: str, index: CacheIndex) -> CacheEvictionPolicy:
+    """Give an index that is still empty the policy of that name, and return it; errors as in :func:`find_policy`."""
+    factory = find_policy(name)
+    ensure(not len(index), "a policy for an index that is in use", policy=name)
+    index.policy = factory(index)
+    return index.policy

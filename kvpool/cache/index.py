@@ -1,0 +1,253 @@
+"""All caches of a pool: found by key, linked into chains, held by leases, ranked by a policy when nobody holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from kvpool.cache.eviction import CacheEvictionPolicy, make_policy
+from kvpool.cache.key import BlockHash
+from kvpool.cache.table import KEYED, MAX_STAMP, NO_ROW, RESIDENT, SEALED, CacheTable
+from kvpool.errors import ensure
+
+
+class CacheIndex(CacheTable):
+    """Caches by row, key and id; their leases and chains; and the policy that ranks those nobody holds.
+
+    Methods trust the rows they are given; ids from outside go through :meth:`row_of`. Times (``now``) are seconds of
+    the caller's clock.
+
+    A published row takes 186 bytes (150,000 rows, CPython 3.11): 45 in columns, 16 in those of the LRU policy, the rest
+    the hash, its place in the dictionary and the row number there. A full collection takes 1 to 2 ms longer for them;
+    the longest pause is the growth of that dictionary, 2.6 ms at 87,000 keys.
+
+    Parameters
+    ----------
+    policy
+        Name of the eviction policy, one of :func:`kvpool.cache.eviction.policy_names`.
+
+    Raises
+    ------
+    UnknownPolicyError
+        If there is no policy of that name.
+    """
+
+    def __init__(self, policy: str = "lru") -> None:
+        super().__init__()
+        self._hashes: list[BlockHash | None] = []  # by row
+        self._spaces: dict[tuple[str, str], int] = {}
+        self._tenants: list[str] = []  # by space
+        self._rows_by_hash: list[dict[BlockHash, int]] = []  # by space
+        self.policy: CacheEvictionPolicy = make_policy(policy, self)
+
+    @property
+    def published(self) -> int:
+        """Caches that have a key."""
+        return sum(map(len, self._rows_by_hash))
+
+    def space(self, tenant: str, fingerprint: str) -> int:
+        """Return the number of a namespace of keys; equal hashes in different spaces are different keys."""
+        number = self._spaces.setdefault((tenant, fingerprint), len(self._tenants))
+        if number == len(self._tenants):
+            self._tenants.append(tenant)
+            self._rows_by_hash.append({})
+        return number
+
+    def add(self, space: int, size_bytes: int, device: int, parent_row: int = NO_ROW, *, now: float) -> int:
+        """Return the row of a new cache: not sealed, without key, pinned once by its creator."""
+        return self.add_chain(space, size_bytes, device, 1, parent_row, now=now)[0]
+
+    def add_chain(
+        self, space: int, size_bytes: int, device: int, count: int, parent_row: int = NO_ROW, *, now: float
+    ) -> list[int]:
+        """Return the rows of ``count`` new caches of equal size, each the parent of the next; see :meth:`add`."""
+        ensure(0 <= device < len(self.resident_bytes), "a device that was not added", device=device)
+        parent, children, pins, flags = self.parent, self.children, self.pins, self.flags
+        devices, sizes, spaces = self.device, self.size_bytes, self._space
+        accessed, accesses, free = self.last_accessed, self.access_count, self._free
+        if parent_row >= 0:
+            ensure(flags[parent_row], "a parent that is gone", row=parent_row)
+            if flags[parent_row] & KEYED and not pins[parent_row]:
+                self.policy.sheltered(parent_row)
+        while len(free) < count:
+            self._grow()
+        rows = []
+        above = parent_row
+        for _ in range(count):
+            row = free.pop()
+            parent[row] = above
+            if above >= 0:
+                children[above] += 1
+            pins[row] = 1
+            devices[row] = device
+            sizes[row] = size_bytes
+            spaces[row] = space
+            accessed[row] = now
+            accesses[row] = 0
+            flags[row] = RESIDENT
+            rows.append(row)
+            above = row
+        self._resident += count
+        self.resident_bytes[device] += count * size_bytes
+        return rows
+
+    def seal(self, row: int) -> None:
+        """Mark a cache immutable; it gets no key by that. Idempotent."""
+        ensure(self.flags[row], "sealing a cache that is gone", row=row)
+        self.flags[row] |= SEALED
+
+    def publish(self, row: int, block_hash: BlockHash) -> None:
+        """Seal a pinned cache and make it known under its key, which must be free (see :meth:`find`)."""
+        self.publish_all((row,), (block_hash,))
+
+    def publish_all(self, rows: Sequence[int], hashes: Sequence[BlockHash]) -> None:
+        """Seal and :meth:`publish` several caches."""
+        flags, pins, spaces, known = self.flags, self.pins, self._space, self._hashes
+        for row, block_hash in zip(rows, hashes, strict=True):
+            if not pins[row] or flags[row] & KEYED or not flags[row]:
+                ensure(False, "publishing a cache that is gone, has a key or has no holder", row=row)
+            holder = self._rows_by_hash[spaces[row]].setdefault(block_hash, row)
+            if holder != row:
+                ensure(False, "publishing under a key that is taken", row=row, holder=holder)
+            known[row] = block_hash
+            flags[row] = RESIDENT | SEALED | KEYED
+
+    def find(self, space: int, block_hash: BlockHash) -> int:
+        """Return the row published under a key, or -1."""
+        return self._rows_by_hash[space].get(block_hash, NO_ROW)
+
+    def match(self, space: int, hashes: Sequence[BlockHash]) -> list[int]:
+        """Return the rows of the leading run of ``hashes`` that is published."""
+        get = self._rows_by_hash[space].get
+        rows = []
+        for block_hash in hashes:
+            row = get(block_hash)
+            if row is None:
+                break
+            rows.append(row)
+        return rows
+
+    def pin(self, rows: Sequence[int], *, now: float) -> None:
+        """Add a lease to each; a chain in the order of the chain. Pinned caches never go."""
+        pins, flags, accessed, accesses = self.pins, self.flags, self.last_accessed, self.access_count
+        taken = []
+        for row in rows:
+            leases = pins[row]
+            if not leases and flags[row] & KEYED:
+                taken.append(row)
+                self.evictable_bytes[self.device[row]] -= self.size_bytes[row]
+            pins[row] = leases + 1
+            accessed[row] = now
+            accesses[row] += 1
+        if taken:
+            self.policy.taken(taken, now)
+
+    def unpin(self, rows: Sequence[int], *, now: float) -> None:
+        """Take a lease off each; a chain tail first. A published cache that loses its last one may go from then on."""
+        pins, flags, accessed = self.pins, self.flags, self.last_accessed
+        devices, sizes, evictable_bytes = self.device, self.size_bytes, self.evictable_bytes
+        evictable = []
+        for row in rows:
+            leases = pins[row]
+            if leases > 1:
+                pins[row] = leases - 1
+                continue
+            if not leases:
+                ensure(False, "a lease given back that nobody holds", row=row)
+            pins[row] = 0
+            accessed[row] = now
+            if flags[row] & KEYED:
+                evictable.append(row)
+                evictable_bytes[devices[row]] += sizes[row]
+        if evictable:
+            self.policy.evictable(evictable, now)
+
+    def remove(self, row: int) -> None:
+        """Forget a cache: its id becomes stale, its key free, its leases void; see :meth:`remove_all`."""
+        self.remove_all((row,))
+
+    def remove_all(self, rows: Sequence[int]) -> None:
+        """Forget several caches, children before their parents.
+
+        Resident children of a removed cache stay as roots that no chain leads to any more, and go in their turn.
+        Eviction never removes such a cache: it happens when memory is lost.
+        """
+        parent, children, pins, flags, hashes = self.parent, self.children, self.pins, self.flags, self._hashes
+        devices, sizes, stamps, spaces = self.device, self.size_bytes, self._stamps, self._space
+        resident_bytes, evictable_bytes = self.resident_bytes, self.evictable_bytes
+        for row in rows:
+            if not flags[row]:
+                ensure(False, "removing a cache that is gone", row=row)
+            flags[row] = 0
+            if children[row]:
+                self._orphan(np.array([row]))
+            above = parent[row]
+            if above >= 0:
+                children[above] -= 1
+            device, size_bytes = devices[row], sizes[row]
+            resident_bytes[device] -= size_bytes
+            block_hash = hashes[row]
+            if block_hash is not None:
+                if not pins[row]:
+                    evictable_bytes[device] -= size_bytes
+                del self._rows_by_hash[spaces[row]][block_hash]
+                hashes[row] = None
+            stamp = stamps[row] + 1
+            stamps[row] = stamp
+            if stamp < MAX_STAMP:  # else the row is retired, so that no id ever comes back
+                self._free.append(row)
+        self._resident -= len(rows)
+        self.policy.removed(rows)
+
+    def remove_device(self, number: int) -> int:
+        """Forget all caches of a device that is lost, leased or not; returns how many. Its number is not used again."""
+        there = (np.frombuffer(self.device, np.int32) == number) & (np.frombuffer(self.flags, np.uint8) != 0)
+        rows = np.flatnonzero(there)
+        self._orphan(rows)
+        self.remove_all(rows.tolist())
+        return len(rows)
+
+    def key_of(self, row: int) -> BlockHash | None:
+        """Return the hash under which a cache is published, or None."""
+        return self._hashes[row]
+
+    def space_of(self, row: int) -> int:
+        """Return the namespace for which a cache was made."""
+        return self._space[row]
+
+    def tenant_of(self, row: int) -> str:
+        """Return the tenant to whom a cache belongs."""
+        return self._tenants[self._space[row]]
+
+    def check(self) -> None:
+        """Raise InvariantError unless counts, keys and rows agree. O(rows), for tests."""
+        flags, devices = np.array(self.flags), np.array(self.device)
+        used, keyed = np.flatnonzero(flags), np.flatnonzero(flags & KEYED)
+        above = np.array(self.parent)[used]
+        above = above[above >= 0]
+        idle, sizes = keyed[np.array(self.pins)[keyed] == 0], np.array(self.size_bytes)
+        ensure(len(used) == self._resident and len(keyed) == self.published, "counts of caches and keys")
+        ensure(bool(flags[above].all()), "a parent that is gone")
+        ensure(np.bincount(above, minlength=len(flags)).tolist() == list(self.children), "counts of children")
+        for rows, kept in ((used, self.resident_bytes), (idle, self.evictable_bytes)):
+            counted = [int(sizes[rows[devices[rows] == device]].sum()) for device in range(len(kept))]
+            ensure(counted == kept, "bytes by device", counted=counted, kept=kept)
+        names = {row: block_hash for row, block_hash in enumerate(self._hashes) if block_hash is not None}
+        ensure(set(names) == set(keyed.tolist()), "a key without a row, or the reverse")
+        for row, block_hash in names.items():
+            ensure(self.find(self._space[row], block_hash) == row, "row of a key", row=row)
+        free = set(self._free)
+        ensure(len(free) == len(self._free) and free.isdisjoint(used.tolist()), "rows both free and in use")
+
+    def _orphan(self, lost: np.ndarray) -> None:
+        """Cut the children of these rows off."""
+        parent, children = np.frombuffer(self.parent, np.int32), np.frombuffer(self.children, np.uint32)
+        parent[np.isin(parent, lost)] = NO_ROW  # of free rows too, which have no parent
+        children[lost] = 0
+
+    def _grow(self) -> int:
+        added = super()._grow()
+        self._hashes.extend([None] * added)
+        self.policy.grown(len(self.flags))
+        return added

@@ -1,0 +1,68 @@
+"""The command line: ``kvpool``.
+
+Subcommands are imported when they are called, so that those that need no cluster start without Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+import click
+
+from kvpool import __version__
+from kvpool.errors import KvpoolError, ensure
+
+EXIT_ERROR = 2
+
+_COMMANDS = {
+    "simulate": ("kvpool.cli.simulate:simulate", "Say what an eviction policy would hit on a trace."),
+}
+"""Name to (where the command is, its line in the help)."""
+
+
+class LazyGroup(click.Group):
+    """A group that imports a subcommand when it is called, and reports kvpool's errors as one line.
+
+    Parameters
+    ----------
+    commands
+        Name to ``("module:command", short help)``.
+    """
+
+    def __init__(self, *args: Any, lazy_commands: Mapping[str, tuple[str, str]], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._lazy = lazy_commands
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(self._lazy)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self._lazy:
+            return None
+        module, _, name = self._lazy[cmd_name][0].partition(":")
+        command = getattr(import_module(module), name)
+        ensure(isinstance(command, click.Command), "an entry of the command table that is no command", entry=cmd_name)
+        return command  # type: ignore[no-any-return]
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, self._lazy[name][1]) for name in self.list_commands(ctx)])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KvpoolError as error:
+            click.echo(f"kvpool: {' '.join(str(error).split())}", err=True)
+            ctx.exit(EXIT_ERROR)
+
+
+@click.group(
+    cls=LazyGroup,
+    lazy_commands=_COMMANDS,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
+@click.version_option(__version__, prog_name="kvpool")
+def main() -> None:
+    """One elastic pool of KV-cache memory for many models on a Ray cluster."""

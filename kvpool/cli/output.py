@@ -1,0 +1,103 @@
+"""What commands print: tables for people, JSON for programs, progress on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from rich.console import Console
+from rich.measure import Measurement
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from kvpool.errors import InvalidRequestError
+
+STANDARD_OUTPUT = "-"
+_PROGRESS_AFTER_S = 1.0
+
+
+def write_json(destination: str | Path, payload: Mapping[str, Any]) -> None:
+    """Write ``payload`` as JSON to a file, or to standard output for ``-``.
+
+    Raises
+    ------
+    InvalidRequestError
+        If the file cannot be written.
+    """
+    text = json.dumps(payload, indent=2, allow_nan=False) + "\n"
+    if str(destination) == STANDARD_OUTPUT:
+        sys.stdout.write(text)
+        return
+    try:
+        Path(destination).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InvalidRequestError(
+            f"cannot write JSON to {destination}: {error.strerror}; name a file in a folder that exists, or - for "
+            "standard output",
+            asked=str(destination),
+        ) from error
+
+
+def print_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print rows as a table on standard output; columns are the keys, in the order in which they first appear."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        numeric = all(isinstance(row.get(column), (int, float, type(None))) for row in rows)
+        table.add_column(column.replace("_", " "), justify="right" if numeric else "left")
+    for row in rows:
+        table.add_row(*(_format_value(row.get(column)) for column in columns))
+    console = Console()
+    if not console.is_terminal:  # a file or pipe has no width, and a table cut at 80 columns is of no use there
+        console.width = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
+    console.print(table)
+
+
+@contextmanager
+def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Give a function that is told how much of ``total`` is done.
+
+    Shows a bar on standard error once it has taken a second, if that is a terminal.
+    """
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+    task = bar.add_task(description, total=total)
+    due_s = monotonic() + _PROGRESS_AFTER_S
+    shown = False
+
+    def report(done: int) -> None:
+        nonlocal shown
+        bar.update(task, completed=done)
+        if console.is_terminal and not shown and monotonic() >= due_s:
+            shown = True
+            bar.start()
+
+    try:
+        yield report
+    finally:
+        if shown:
+            bar.stop()
+
+
+def _format_value(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return str(value)

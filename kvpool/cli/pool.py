@@ -1,0 +1,104 @@
+"""``kvpool start``, ``kvpool stop``, ``kvpool status``: a pool's life from the command line."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import click
+
+from kvpool.cli.output import print_rows, write_json
+from kvpool.sizes import format_size
+
+_JSON = click.option("--json", "json_path", metavar="FILE", help="Write JSON to FILE ('-': standard output) instead.")
+_NAME = click.option("--name", default="kvpool", show_default=True, help="Name of the pool.")
+
+
+@click.command()
+@click.option("--name", help="Name of the pool.  [default: kvpool]")
+@click.option("--devices", help="'host:2' or 'host:2x512MiB': number and size of host-memory devices.")
+@click.option("--memory-per-device", help="Size of a device, where --devices names none: '1GiB'.")
+@click.option("--policy", help="Eviction policy.  [default: lru]")
+@click.option("--placement", help="round_robin or least_loaded.  [default: least_loaded]")
+@click.option("--preset", type=click.Choice(["vista", "deepseek-ocr"]), help="Sizes and policy of a known application.")
+@click.option("--num-gpus", type=int, default=1, show_default=True, help="Devices of a preset.")
+@_JSON
+def start(preset: str | None, num_gpus: int, json_path: str | None, **settings: Any) -> None:
+    """Start a pool in the running Ray cluster, or join the same one.
+
+    What is not given here comes from KVPOOL_* variables and kvpool.yaml.
+    """
+    from kvpool import presets
+    from kvpool.actors.cluster import ensure_ray
+    from kvpool.client import CachePool
+    from kvpool.config import load_config
+
+    given = {key: value for key, value in settings.items() if value is not None}
+    make = {"vista": presets.vista_config, "deepseek-ocr": presets.deepseek_ocr_config}
+    config = make[preset](num_gpus, **given) if preset else load_config(**given)
+
+    async def run() -> Any:
+        ensure_ray()
+        async with await CachePool.create(config) as pool:
+            return await pool.stats()
+
+    _show(asyncio.run(run()), json_path)
+
+
+@click.command()
+@_NAME
+@click.option("--drain", "drain_s", type=float, help="Wait up to so many seconds for leases to end.")
+def stop(name: str, drain_s: float | None) -> None:
+    """Delete a pool and give its memory back. Refuses while clients hold leases."""
+    from kvpool.client import delete
+
+    asyncio.run(delete(name, drain_s=drain_s))
+    click.echo(f"pool {name} is deleted")
+
+
+@click.command()
+@_NAME
+@_JSON
+def status(name: str, json_path: str | None) -> None:
+    """Show what a pool holds and did."""
+    from kvpool.actors.cluster import call, ensure_ray, find_actor
+    from kvpool.pool.statistics import PoolStatistics
+
+    async def run() -> Any:
+        ensure_ray()
+        return PoolStatistics.from_dict(await call(find_actor(name).statistics, timeout_s=30.0))
+
+    _show(asyncio.run(run()), json_path)
+
+
+def _show(stats: Any, json_path: str | None) -> None:
+    if json_path is not None:
+        write_json(json_path, stats.to_dict())
+        return
+    policy = stats.policy
+    if stats.policy_requested != policy:
+        policy = f"{policy}, standing in for {stats.policy_requested}"
+    print_rows(
+        f"pool {stats.name} ({policy}; placement {stats.placement})",
+        [
+            {
+                "device": device.name,
+                "kind": device.kind,
+                "capacity": format_size(device.capacity_bytes),
+                "live": format_size(device.live_bytes),
+                "backed": format_size(device.backed_bytes),
+                "reserve": format_size(device.reserve_bytes),
+                "zombie": format_size(device.zombie_bytes),
+                "pinned": format_size(device.pinned_bytes),
+                "caches": device.caches,
+                "evictions": device.evictions,
+                "state": "lost" if device.lost else "ok",
+            }
+            for device in stats.devices
+        ],
+    )
+    click.echo(
+        f"{stats.clients} clients, {stats.keys:,} keys, {stats.waiting} requests waiting; "
+        f"{stats.blocks_hit:,} of {stats.blocks_looked_up:,} blocks hit ({stats.hit_ratio:.1%}), "
+        f"{stats.evictions:,} evictions, {stats.refusals:,} refusals"
+    )

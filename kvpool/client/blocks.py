@@ -1,0 +1,146 @@
+"""Blocks of a chain: the prefix that was found, and new blocks to be written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from kvpool.client.connection import Connection
+from kvpool.client.lease import Lease
+from kvpool.client.model import ModelSpec
+from kvpool.client.view import open_view
+from kvpool.errors import from_wire
+from kvpool.memory.backend import Access
+from kvpool.memory.dlpack import MappedTensorSource, as_numpy, as_torch
+
+if TYPE_CHECKING:
+    import numpy
+    import torch
+
+
+class LeasedBlocks:
+    """Leased blocks of one model, in the order of their chain. Leaving the context releases them."""
+
+    access = Access.READ
+
+    def __init__(
+        self,
+        connection: Connection,
+        spec: ModelSpec,
+        ids: Sequence[int],
+        devices: Sequence[int],
+        places: Sequence[Any],
+    ) -> None:
+        self._connection = connection
+        self._spec = spec
+        self._ids = list(ids)
+        self._devices = list(devices)
+        self._places = list(places)
+        self._block_bytes = spec.block_size_bytes or 0
+        self._lease = Lease(connection, ids, self._block_bytes * len(ids))
+
+    @property
+    def num_blocks(self) -> int:
+        """How many blocks are leased."""
+        return len(self._ids)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __bool__(self) -> bool:
+        return bool(self._ids)
+
+    async def map(self) -> None:
+        """Map the blocks' pages in this process (done before the blocks are handed to the caller)."""
+        await self._connection.map(self._devices, self._places, self.access)
+
+    def addresses(self) -> list[int]:
+        """Return where each block begins in this process's memory. Valid while the lease is held."""
+        self._lease.check_held()
+        arenas = self._connection.arenas
+        return [
+            arenas[device].address(place[0], self.access)
+            for device, place in zip(self._devices, self._places, strict=True)
+        ]
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Return a torch tensor over each block, without a copy."""
+        return [as_torch(view) for view in self._views()]
+
+    def numpy(self) -> list[numpy.ndarray[Any, Any]]:
+        """Return a numpy array over each block, without a copy."""
+        return [as_numpy(view) for view in self._views()]
+
+    def _views(self) -> list[MappedTensorSource]:
+        shape, dtype = self._spec.shape, self._spec.block_dtype
+        return [open_view(self._lease, address, shape, dtype, self.access) for address in self.addresses()]
+
+    async def release(self) -> None:
+        """End the lease, now or when the last tensor over the blocks is gone.
+
+        Raises
+        ------
+        DoubleReleaseError
+            If it was released before.
+        """
+        if self._ids:
+            await self._lease.release()
+
+    async def __aexit__(self, *_: object) -> None:
+        if not self._lease.released:
+            await self.release()
+
+
+class PrefixHit(LeasedBlocks):
+    """The longest resident run of the hashes that were looked up: read-only, perhaps empty."""
+
+    async def __aenter__(self) -> PrefixHit:
+        return self
+
+
+class NewBlocks(LeasedBlocks):
+    """New blocks to be written and sealed. Unsealed at release or death: they never were."""
+
+    access = Access.READ_WRITE
+
+    def __init__(
+        self,
+        connection: Connection,
+        spec: ModelSpec,
+        model: int,
+        hashes: Sequence[bytes],
+        answer: Any,
+    ) -> None:
+        _, resident, ids, devices, places = answer
+        super().__init__(connection, spec, ids, devices, places)
+        self.resident: int = resident
+        """How many of the hashes were in the pool already; the new blocks are those of the hashes after them."""
+        self.hashes = list(hashes[resident : resident + len(ids)])
+        self._model = model
+
+    @property
+    def stored(self) -> int:
+        """How many leading hashes are in the pool once these blocks are sealed."""
+        return self.resident + len(self._ids)
+
+    async def __aenter__(self) -> NewBlocks:
+        return self
+
+    async def seal(self) -> None:
+        """Make the blocks immutable and visible to all. What another client stored meanwhile stays in their place."""
+        await self._seal(self._connection.seals)
+
+    async def finish(self) -> None:
+        """:meth:`seal` and :meth:`release` in one call to the pool."""
+        if self._ids and not self._lease.release_by_word():
+            await self._seal(self._connection.seals)  # views are alive: the lease ends with the last of them
+        else:
+            await self._seal(self._connection.finishes)
+
+    async def _seal(self, lane: Any) -> None:
+        if not self._ids:
+            return
+        _, outcomes = await self._connection.ask(lane, self._model, self._ids, self.hashes)
+        for outcome in outcomes:
+            if outcome is not True and outcome != "duplicate":
+                raise from_wire(outcome[1:])

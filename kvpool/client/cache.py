@@ -1,0 +1,212 @@
+"""The handle of one cache: a lease on a piece of pool memory, and tensors over it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from kvpool.cache.record import CacheBlock, blocks_of
+from kvpool.client.connection import Connection
+from kvpool.client.lease import Lease
+from kvpool.client.model import content_hash
+from kvpool.client.view import open_view
+from kvpool.errors import CacheStateError, SealedError, TensorMismatchError, from_wire
+from kvpool.memory.backend import Access
+from kvpool.memory.dlpack import MappedTensorSource, as_numpy, as_torch, dtype_name, tensor_bytes
+
+if TYPE_CHECKING:
+    import numpy
+    import torch
+
+
+class VirtualKVCache:
+    """A leased cache. Use it as an async context manager: leaving it releases the lease.
+
+    Its name in the cluster is ``(id, epoch, generation)``. Until it is sealed only this process may use it, and it is
+    gone when its lease ends; sealed with a key it stays in the pool, to be looked up, until it is evicted.
+
+    Not made by hand: see :meth:`kvpool.CachePool.request_cache`.
+    """
+
+    def __init__(self, connection: Connection, model: int, model_name: str, granted: Any) -> None:
+        _, cache_id, device, size_bytes, max_size_bytes, place = granted
+        self.model_name = model_name
+        self.size_bytes: int = size_bytes
+        self.max_size_bytes: int = max_size_bytes
+        self.sealed = False
+        self.key: bytes | None = None
+        self.last_accessed = time.time()
+        """When this handle last opened a view of the memory (seconds since 1970)."""
+        self.access_count = 0
+        """How many views this handle opened; :meth:`info` has the pool's count of leases."""
+        self._connection = connection
+        self._model = model
+        self._take(cache_id, device, place)
+
+    def _take(self, cache_id: int, device: int, place: Any) -> None:
+        self.id: int = cache_id
+        self.device: str = self._connection.devices[device]["name"]
+        self.epoch: int = self._connection.devices[device]["epoch"]
+        self._device = device
+        self._offset, self._pages, self.generation = place
+        self._lease = Lease(self._connection, [cache_id], self.size_bytes)
+
+    def __repr__(self) -> str:
+        state = "released" if self._lease.released else "sealed" if self.sealed else "open"
+        return f"<VirtualKVCache {self.id} of {self.model_name}: {self.size_bytes} bytes on {self.device}, {state}>"
+
+    async def map(self) -> None:
+        """Map the cache's pages in this process (done before the cache is handed to the caller)."""
+        await self._connection.map([self._device], [(self._offset, self._pages, self.generation)], self._access(None))
+
+    @property
+    def blocks(self) -> tuple[CacheBlock, ...]:
+        """The power-of-two ranges of the device's arena that it is made of."""
+        return blocks_of(self._offset, self.size_bytes, self._connection.devices[self._device]["min_block_bytes"])
+
+    @property
+    def released(self) -> bool:
+        """Whether :meth:`release` was called (views that are alive keep the memory until they are gone)."""
+        return self._lease.released
+
+    def tensor(
+        self, dtype: Any, shape: Sequence[int], *, offset_bytes: int = 0, access: Access | None = None
+    ) -> torch.Tensor:
+        """Return a torch tensor over the cache's memory, without a copy.
+
+        Parameters
+        ----------
+        dtype
+            Of torch, or its name.
+        shape
+            Whose bytes, from ``offset_bytes`` on, must lie within the cache.
+        access
+            ``Access.READ`` or ``Access.READ_WRITE``; by default writable until the cache is sealed and read-only from
+            then on. Writing to a read-only tensor is a fault (SIGSEGV; ``python -X faulthandler`` shows where).
+
+        Raises
+        ------
+        TensorMismatchError
+            If it does not fit the cache.
+        SealedError
+            If a writable view of a sealed cache is asked for.
+        """
+        return as_torch(self._view(dtype, shape, offset_bytes, access))
+
+    def numpy(
+        self, dtype: Any, shape: Sequence[int], *, offset_bytes: int = 0, access: Access | None = None
+    ) -> numpy.ndarray[Any, Any]:
+        """Return a numpy array over the cache's memory, without a copy; see :meth:`tensor`."""
+        return as_numpy(self._view(dtype, shape, offset_bytes, access))
+
+    def _access(self, asked: Access | None) -> Access:
+        if asked is None:
+            return Access.READ if self.sealed else Access.READ_WRITE
+        if asked is Access.READ_WRITE and self.sealed:
+            raise SealedError(
+                f"cache {self.id} is sealed, so it can be read only: copy it into a new cache to change it",
+                cache_id=self.id,
+            )
+        return asked
+
+    def _view(
+        self, dtype: Any, shape: Sequence[int], offset_bytes: int, asked: Access | None
+    ) -> MappedTensorSource:
+        self._lease.check_held()
+        access = self._access(asked)
+        name = dtype_name(dtype)
+        view_bytes = tensor_bytes(shape, name)
+        if offset_bytes < 0 or offset_bytes % tensor_bytes((1,), name) or not 0 < offset_bytes + view_bytes <= self.size_bytes:
+            raise TensorMismatchError(
+                f"{name}{list(shape)} at {offset_bytes} takes bytes {offset_bytes} to {offset_bytes + view_bytes}, but "
+                f"cache {self.id} has {self.size_bytes}: ask for a larger cache or a smaller tensor",
+                asked_bytes=offset_bytes + view_bytes,
+                size_bytes=self.size_bytes,
+            )
+        arena = self._connection.arenas[self._device]
+        arena.ensure(self._pages, access)
+        self.last_accessed = time.time()
+        self.access_count += 1
+        return open_view(self._lease, arena.address(self._offset + offset_bytes, access), shape, name, access)
+
+    async def seal(self, key: bytes | str | None = None) -> None:
+        """Make the cache immutable; with a key, make it known under it to all clients of the tenant.
+
+        Views that are open stay writable (writing on is a breach). When another client sealed the same key first,
+        that cache stays, and this handle changes over to it: open tensors keep the old memory.
+
+        Raises
+        ------
+        SealedError
+            If it is sealed already with another key.
+        """
+        self._lease.check_held()
+        hashed = content_hash(key) if key is not None else None
+        if self.sealed and hashed == self.key:
+            return
+        while True:
+            _, (outcome,) = await self._connection.ask(self._connection.seals, self._model, [self.id], [hashed])
+            if outcome is True:
+                break
+            if outcome != "duplicate":
+                raise from_wire(outcome[1:])
+            if hashed is not None and await self._change_over(hashed):
+                break
+        self.sealed, self.key = True, hashed
+
+    async def _change_over(self, key: bytes) -> bool:
+        """Take the cache that was sealed first under ``key``; False if it is gone again."""
+        _, ids, devices, places = await self._connection.ask(self._connection.prefixes, self._model, key)
+        if not ids:
+            return False
+        own = self._lease
+        self._take(ids[0], devices[0], places[0])
+        if own.release_by_word():
+            await self._connection.release(own.ids)
+        return True
+
+    async def info(self) -> dict[str, Any]:
+        """Return what the pool knows: device, bytes, sealed, leases, ``last_accessed`` and ``access_count``."""
+        (answer,) = await self._connection.call(
+            self._connection.actor.describe_caches, self._connection.client, [self.id]
+        )
+        if isinstance(answer, tuple):
+            raise from_wire(answer[1:])
+        return dict(answer)
+
+    async def pin(self) -> None:
+        """Keep the sealed cache in the pool by word, beyond this lease, until :meth:`unpin`.
+
+        Raises
+        ------
+        NotSealedError
+            If it is not sealed.
+        """
+        _, (held,) = await self._connection.ask(self._connection.pins, [self.id])
+        if not held:
+            raise CacheStateError(f"cache {self.id} could not be pinned: its device is gone")
+
+    async def unpin(self) -> None:
+        """Let a pinned cache be evicted again. Possible after :meth:`release`, too."""
+        _, (outcome,) = await self._connection.ask(self._connection.unpins, [self.id])
+        if outcome is not True:
+            raise from_wire(outcome[1:])
+
+    async def release(self) -> None:
+        """End the lease, now or when the last tensor over the memory is gone.
+
+        Raises
+        ------
+        DoubleReleaseError
+            If it was released before.
+        """
+        await self._lease.release()
+
+    async def __aenter__(self) -> VirtualKVCache:
+        self._lease.check_held()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if not self._lease.released:
+            await self._lease.release()

@@ -1,0 +1,282 @@
+"""One process's connection to a pool: merged calls, waiting requests, and the memory of its devices."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+import secrets
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from weakref import WeakSet
+
+from kvpool.actors.cluster import call, ensure_ray
+from kvpool.actors.pool_actor import find_pool
+from kvpool.actors.protocol import PROTOCOL_VERSION, host_identity
+from kvpool.client.lane import Lane
+from kvpool.client.lease import Lease
+from kvpool.errors import CacheStateError, ForkedHandleError, KvpoolError, ProtocolError, from_wire
+from kvpool.memory.client_arena import ClientArena
+from kvpool.memory.backend import Access
+from kvpool.memory.host import HostBackend
+
+logger = logging.getLogger("kvpool.client")
+
+_POLL_S = 20.0
+_ANSWER_S = 60.0
+"""How long the pool may take to answer a call, seconds. No call waits for memory, so this only tells a hang."""
+
+Place = tuple[int, Sequence[tuple[int, int]], int]
+
+
+class Connection:
+    """What the handles of one :class:`~kvpool.CachePool` share. Made by :meth:`open`."""
+
+    def __init__(self, actor: Any, client: str, token: str, described: dict[str, Any]) -> None:
+        self.actor = actor
+        self.client = client
+        self.config: dict[str, Any] = described["config"]
+        self.devices: list[dict[str, Any]] = described["devices"]
+        self.reachable: list[int] = described["reachable"]
+        self.leases: WeakSet[Lease] = WeakSet()
+        self.loop = asyncio.get_running_loop()
+        self._pid = os.getpid()
+        self._sequence = itertools.count(1)
+        self._closed = False
+        self._waiting: dict[int, asyncio.Future[Any]] = {}
+        self._early: dict[int, Any] = {}
+        self._cancelled: set[int] = set()
+        self._poller: asyncio.Task[None] | None = None
+        self._seen = 0
+        self._background: set[asyncio.Task[Any]] = set()
+        self.caches = Lane(actor.request_caches, client, self._abandoned)
+        self.prefixes = Lane(actor.look_up, client, self._abandoned)
+        self.blocks = Lane(actor.request_blocks, client, self._abandoned)
+        self.seals = Lane(actor.seal, client, self._abandoned)
+        self.finishes = Lane(actor.seal_and_release, client, self._abandoned)
+        self.releases = Lane(actor.release, client, self._abandoned)
+        self.pins = Lane(actor.pin, client, self._abandoned)
+        self.unpins = Lane(actor.unpin, client, self._abandoned)
+        self.arenas: dict[int, ClientArena] = {}
+        for number in self.reachable:
+            device = self.devices[number]
+            self.arenas[number] = ClientArena(
+                HostBackend(),
+                Path(device["socket_path"]),
+                client,
+                token,
+                device["arena_bytes"],
+                device["page_bytes"],
+                -(-device["capacity_bytes"] // device["page_bytes"]),
+            )
+
+    @classmethod
+    async def open(cls, name: str, tenant: str) -> Connection:
+        """Connect this process to a running pool.
+
+        Raises
+        ------
+        PoolNotFoundError
+            If no pool of that name runs.
+        ProtocolError
+            If it speaks another version, or has no device on this host.
+        SystemLimitError
+            If this process may not map as many pages as the pool has.
+        """
+        ensure_ray()
+        actor = find_pool(name)
+        client, token = f"{os.getpid()}-{uuid.uuid4().hex[:12]}", secrets.token_hex(16)
+        described = await call(
+            actor.connect,
+            {"protocol": PROTOCOL_VERSION, "id": client, "tenant": tenant, "host": host_identity(), "token": token},
+            timeout_s=_ANSWER_S,
+        )
+        if "error" in described:
+            raise from_wire(described["error"])
+        if described["protocol"] != PROTOCOL_VERSION:
+            raise ProtocolError(
+                f"pool {name!r} speaks protocol {described['protocol']}, this process {PROTOCOL_VERSION}: stop the pool "
+                "with the version that started it and start it again, or install that version here",
+                pool=described["protocol"],
+                client=PROTOCOL_VERSION,
+            )
+        try:
+            return cls(actor, client, token, described)
+        except BaseException:
+            await call(actor.disconnect, client, timeout_s=_ANSWER_S)
+            raise
+
+    def check_usable(self) -> None:
+        """Raise unless this connection can be used here: not in a forked child, not after :meth:`close`."""
+        if os.getpid() != self._pid:
+            raise ForkedHandleError(
+                f"this handle belongs to process {self._pid}; mappings are not inherited by forks: connect again in "
+                "the forked child"
+            )
+        if self._closed:
+            raise CacheStateError("this connection to the pool is closed: connect again")
+
+    def next_sequence(self) -> int:
+        """Return a number that tells this client's requests apart."""
+        return next(self._sequence)
+
+    # -- calls ----------------------------------------------------------------------------------------------------
+
+    async def request_cache(self, model: int, size_bytes: int, max_size_bytes: int, timeout_s: float) -> Any:
+        """Ask for a cache and wait for memory up to ``timeout_s``; returns the ``granted`` answer."""
+        self.check_usable()
+        answer = await self.caches.submit(
+            (self.next_sequence(), model, size_bytes, max_size_bytes, timeout_s, None)
+        )
+        return answer if answer[0] == "granted" else await self._wait(answer[1])
+
+    async def ask(self, lane: Lane, *content: Any) -> Any:
+        """Submit one item to a lane and return its answer."""
+        self.check_usable()
+        return await lane.submit((self.next_sequence(), *content, None))
+
+    async def call(self, method: Any, *arguments: Any) -> Any:
+        """Call a method of the pool actor that is not merged."""
+        self.check_usable()
+        return await call(method, *arguments, timeout_s=_ANSWER_S)
+
+    async def release(self, ids: Sequence[int]) -> None:
+        """End one lease on each id; raises the first error among the answers."""
+        _, outcomes = await self.releases.submit((self.next_sequence(), list(ids), None))
+        for outcome in outcomes:
+            if outcome is not True:
+                raise from_wire(outcome[1:])
+
+    def release_soon(self, ids: Sequence[int]) -> None:
+        """End leases without waiting for it, from any thread."""
+        if self._closed or os.getpid() != self._pid:
+            return  # they ended with the connection, or are the parent's
+        try:
+            self.loop.call_soon_threadsafe(self._start_release, list(ids))
+        except RuntimeError:  # the loop is closed: the process or its use of the pool ends, and the leases with it
+            logger.debug("leases on %s left to the end of this process", ids)
+
+    def _start_release(self, ids: list[int]) -> None:
+        async def release() -> None:
+            try:
+                await self.release(ids)
+            except KvpoolError as error:
+                logger.warning("releasing %s: %s", ids, error)
+
+        if not self._closed:
+            self._spawn(release())
+
+    def _spawn(self, work: Any) -> None:
+        task = self.loop.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    # -- waiting for memory ---------------------------------------------------------------------------------------
+
+    async def _wait(self, ticket: int) -> Any:
+        if ticket in self._early:
+            return _result(self._early.pop(ticket))
+        future = self._waiting[ticket] = self.loop.create_future()
+        if self._poller is None:
+            self._poller = self.loop.create_task(self._poll())
+        try:
+            return _result(await future)
+        except asyncio.CancelledError:
+            self._give_up(ticket)
+            raise
+        finally:
+            self._waiting.pop(ticket, None)
+
+    async def _poll(self) -> None:
+        try:
+            while self._waiting:
+                self._seen, outcomes = await call(self.actor.grants, self.client, self._seen, _POLL_S)
+                for ticket, answer in outcomes:
+                    future = self._waiting.pop(ticket, None)
+                    if future is not None and not future.done():
+                        future.set_result(answer)
+                    elif ticket in self._cancelled or future is not None:
+                        self._cancelled.discard(ticket)
+                        self._abandoned(answer)
+                    else:  # the grant overtook the answer that names the ticket
+                        self._early[ticket] = answer
+        except KvpoolError as error:
+            for future in self._waiting.values():
+                if not future.done():
+                    future.set_exception(error)
+            self._waiting.clear()
+        finally:
+            self._poller = None
+
+    def _give_up(self, ticket: int) -> None:
+        self._cancelled.add(ticket)
+
+        async def cancel() -> None:
+            try:
+                for gone in await call(self.actor.cancel, self.client, [ticket], timeout_s=_ANSWER_S):
+                    self._cancelled.discard(gone)
+            except KvpoolError as error:
+                logger.warning("cancelling a waiting request: %s", error)
+
+        self._spawn(cancel())
+
+    def _abandoned(self, answer: Any) -> None:
+        """Give back what came for a caller that no longer wants it."""
+        match answer[0]:
+            case "granted":
+                self._start_release([answer[1]])
+            case "hit" if answer[1]:
+                self._start_release(answer[1])
+            case "blocks" if answer[2]:
+                self._start_release(answer[2])
+            case "queued":
+                self._give_up(answer[1])
+
+    # -- memory ---------------------------------------------------------------------------------------------------
+
+    async def map(self, devices: Sequence[int], places: Sequence[Place], access: Access) -> None:
+        """Map the pages of these places; off the event loop when the owner must be asked."""
+        wanted: dict[int, dict[tuple[int, int], None]] = {}
+        for device, place in zip(devices, places, strict=True):
+            wanted.setdefault(device, {}).update(dict.fromkeys(place[1]))
+        for device, pages in wanted.items():
+            arena = self.arenas[device]
+            if not arena.is_mapped(list(pages), access):
+                await asyncio.to_thread(arena.ensure, list(pages), access)
+
+    # -- the end --------------------------------------------------------------------------------------------------
+
+    async def close(self) -> None:
+        """End all leases and unmap all memory.
+
+        Raises
+        ------
+        CacheStateError
+            If tensors over pool memory are still alive; nothing is closed then.
+        """
+        if self._closed or os.getpid() != self._pid:
+            return
+        views = sum(lease.views for lease in self.leases)
+        if views:
+            raise CacheStateError(
+                f"{views} tensors over memory of pool {self.config['name']!r} are still in use in this process, and "
+                "closing would unmap it under them: drop them (del) first",
+                views=views,
+            )
+        for lane in (self.caches, self.prefixes, self.blocks, self.seals, self.finishes, self.releases):
+            await lane.drain()
+        self._closed = True
+        if self._poller is not None:
+            self._poller.cancel()
+        for arena in self.arenas.values():
+            await asyncio.to_thread(arena.close)
+        await call(self.actor.disconnect, self.client, timeout_s=_ANSWER_S)
+
+
+def _result(answer: Any) -> Any:
+    if answer[0] == "error":
+        raise from_wire(answer[1:])
+    return answer

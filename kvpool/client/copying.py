@@ -1,0 +1,81 @@
+"""Copying blocks into pool memory: the one copy of ``put_blocks``."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+from kvpool.client.model import ModelSpec
+from kvpool.errors import TensorMismatchError
+from kvpool.memory.dlpack import dtype_name
+
+
+def source_addresses(spec: ModelSpec, tensors: Any, count: int) -> tuple[list[int], list[Any]]:
+    """Return where each of ``count`` blocks lies now, and what must stay alive while it is read.
+
+    Parameters
+    ----------
+    spec
+        Whose block shape and dtype the tensors must have.
+    tensors
+        Torch tensors or numpy arrays in host memory: a sequence of blocks, or one with the blocks in its first
+        dimension. One that is not contiguous is copied once more.
+
+    Raises
+    ------
+    TensorMismatchError
+        If number, shape, dtype or device do not fit.
+    """
+    if len(tensors) != count:
+        raise TensorMismatchError(f"{count} hashes need {count} blocks, got {len(tensors)}", asked=len(tensors))
+    whole = getattr(tensors, "shape", None)
+    if whole is not None and (stacked := _contiguous(tensors)) is not None:
+        _check(spec, stacked, tuple(whole[1:]))
+        first, step = _address(stacked), spec.block_size_bytes or 0
+        return [first + step * number for number in range(count)], [stacked]
+    blocks = [_contiguous(block) if hasattr(block, "shape") else None for block in tensors]
+    for block in blocks:
+        if block is None:
+            raise TensorMismatchError("blocks are torch tensors or numpy arrays in host memory")
+        _check(spec, block, tuple(block.shape))
+    return [_address(block) for block in blocks], blocks
+
+
+def copy_blocks(destinations: Sequence[int], sources: Sequence[int], block_bytes: int) -> None:
+    """Copy blocks between addresses, neighbours that lie the same way on both sides in one go."""
+    start = 0
+    count = len(destinations)
+    while start < count:
+        end = start + 1
+        while (
+            end < count
+            and destinations[end] - destinations[end - 1] == block_bytes
+            and sources[end] - sources[end - 1] == block_bytes
+        ):
+            end += 1
+        ctypes.memmove(destinations[start], sources[start], (end - start) * block_bytes)
+        start = end
+
+
+def _contiguous(block: Any) -> Any:
+    if hasattr(block, "data_ptr"):
+        if block.device.type != "cpu":
+            raise TensorMismatchError(f"blocks must be in host memory, this one is on {block.device}")
+        return block.contiguous()
+    if hasattr(block, "ctypes"):
+        return block if block.flags.c_contiguous else block.copy(order="C")
+    return None
+
+
+def _address(block: Any) -> int:
+    return int(block.data_ptr() if hasattr(block, "data_ptr") else block.ctypes.data)
+
+
+def _check(spec: ModelSpec, block: Any, shape: tuple[int, ...]) -> None:
+    found = dtype_name(block.dtype)
+    if shape != spec.shape or found != spec.block_dtype:
+        raise TensorMismatchError(
+            f"model {spec.name!r} has blocks of {spec.block_dtype}{list(spec.shape)}, got {found}{list(shape)}",
+            asked=f"{found}{list(shape)}",
+        )

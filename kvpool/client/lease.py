@@ -1,0 +1,89 @@
+"""This process's right to keep caches mapped, and the tensors that hang on it."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from kvpool.errors import CacheStateError, DoubleReleaseError
+
+if TYPE_CHECKING:
+    from kvpool.client.connection import Connection
+
+
+class Lease:
+    """A lease on some caches. It ends by :meth:`release`, but not before the last tensor over their memory is gone.
+
+    A tensor's storage holds the lease, so a lease whose handle was dropped lives as long as the tensors do.
+
+    Parameters
+    ----------
+    connection
+        Through which it was granted.
+    ids
+        The caches, in the order of their chain.
+    size_bytes
+        What they hold together.
+    """
+
+    def __init__(self, connection: Connection, ids: Sequence[int], size_bytes: int) -> None:
+        self.ids = list(ids)
+        self.size_bytes = size_bytes
+        self.views = 0
+        """Tensors (storages) over the leased memory that are alive in this process."""
+        self.released = False
+        """Released by word; with :attr:`views` left, the lease ends with the last of them."""
+        self._connection = connection
+        # A storage may die in any thread, also within another one's garbage collection.
+        self._lock = threading.RLock()
+        connection.leases.add(self)
+
+    def check_held(self) -> None:
+        """Raise unless the leased memory may be used here and now."""
+        self._connection.check_usable()
+        if self.released:
+            raise CacheStateError("this cache was released: look it up or ask for it again")
+
+    def view_opened(self) -> None:
+        """Count a tensor over the leased memory."""
+        with self._lock:
+            self.views += 1
+
+    def view_closed(self) -> None:
+        """Count the end of a tensor; the last one ends a lease that was released. Any thread."""
+        with self._lock:
+            self.views -= 1
+            ends = self.released and not self.views
+        if ends:
+            self._connection.release_soon(self.ids)
+
+    async def release(self) -> None:
+        """End the lease, now or with the last tensor over its memory.
+
+        Raises
+        ------
+        DoubleReleaseError
+            If it was released before.
+        """
+        if self.release_by_word():
+            await self._connection.release(self.ids)
+
+    def release_by_word(self) -> bool:
+        """Note that the lease is to end; True if nothing hangs on it, so that it can end at once."""
+        self._connection.check_usable()
+        with self._lock:
+            if self.released:
+                raise DoubleReleaseError(f"released already: {self.ids[:4]}", ids=self.ids[:4])
+            self.released = True
+            return not self.views
+
+    def __del__(self) -> None:
+        if not self.released and self.ids:
+            warnings.warn(
+                f"a lease on {len(self.ids)} caches was dropped without release(): use 'async with'",
+                ResourceWarning,
+                stacklevel=2,
+            )
+            self._connection.release_soon(self.ids)

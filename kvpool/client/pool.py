@@ -1,0 +1,298 @@
+"""``CachePool``: a pool as a model's process uses it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from kvpool.actors.cluster import call, ensure_ray, kill, start_local_ray
+from kvpool.actors.pool_actor import find_pool, make_pool
+from kvpool.actors.protocol import PROTOCOL_VERSION
+from kvpool.client.blocks import NewBlocks, PrefixHit
+from kvpool.client.cache import VirtualKVCache
+from kvpool.client.connection import Connection
+from kvpool.client.copying import copy_blocks, source_addresses
+from kvpool.client.model import ModelSpec, join_hashes
+from kvpool.config import PoolConfig, load_config
+from kvpool.errors import PoolExistsError, from_wire
+from kvpool.pool.state import PoolState
+from kvpool.pool.statistics import PoolStatistics
+from kvpool.sizes import MIB, parse_size
+
+logger = logging.getLogger("kvpool.client")
+
+_START_S = 120.0
+_INLINE_COPY_BYTES = 1 << 18
+"""Copies up to this size are done on the event loop: handing them to a thread would take longer."""
+
+
+class Model:
+    """A registered model: asks for caches and blocks in its own namespace. Made by :meth:`CachePool.model`."""
+
+    def __init__(self, connection: Connection, spec: ModelSpec, number: int) -> None:
+        self.spec = spec
+        self.number = number
+        self._connection = connection
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.spec.name
+
+    async def request_cache(
+        self, size: int | str, *, max_size: int | str | None = None, timeout_s: float | None = None
+    ) -> VirtualKVCache:
+        """Lease a new cache of ``size`` (bytes or text), waiting for memory if need be.
+
+        Parameters
+        ----------
+        max_size
+            Reserve addresses up to this size.
+        timeout_s
+            How long to wait for memory, seconds; by default the pool's ``timeout_s``. 0 does not wait.
+
+        Raises
+        ------
+        InvalidSizeError, LimitError
+            If it could never be granted.
+        CapacityError
+            If there is no room in time.
+        """
+        size_bytes = parse_size(size)
+        max_size_bytes = parse_size(max_size) if max_size is not None else size_bytes
+        wait_s = self._connection.config["timeout_s"] if timeout_s is None else timeout_s
+        granted = await self._connection.request_cache(self.number, size_bytes, max_size_bytes, wait_s)
+        cache = VirtualKVCache(self._connection, self.number, self.name, granted)
+        await cache.map()
+        return cache
+
+    async def match_prefix(self, hashes: Sequence[bytes]) -> PrefixHit:
+        """Find and lease the longest run of leading ``hashes`` that is in the pool; empty if there is none."""
+        _, ids, devices, places = await self._connection.ask(
+            self._connection.prefixes, self.number, join_hashes(hashes)
+        )
+        hit = PrefixHit(self._connection, self.spec, ids, devices, places)
+        await hit.map()
+        return hit
+
+    async def new_blocks(self, hashes: Sequence[bytes], *, parent: bytes | None = None) -> NewBlocks:
+        """Lease new blocks for those of a chain's ``hashes`` that are not in the pool, as many as fit.
+
+        Write into their tensors, then ``seal()``. ``parent`` is the hash in front of the first; None: a root.
+
+        Raises
+        ------
+        ParentNotResidentError
+            If ``parent`` is not in the pool.
+        """
+        _ = self.spec.shape  # a model without blocks is told so before the pool is asked
+        answer = await self._connection.ask(self._connection.blocks, self.number, join_hashes(hashes), parent)
+        blocks = NewBlocks(self._connection, self.spec, self.number, hashes, answer)
+        await blocks.map()
+        return blocks
+
+    async def put_blocks(self, hashes: Sequence[bytes], tensors: Any, *, parent: bytes | None = None) -> int:
+        """Store blocks with one copy; returns how many leading hashes are in the pool now.
+
+        Parameters
+        ----------
+        hashes
+            Of the blocks, in the order of their chain.
+        tensors
+            The blocks: a sequence of tensors or arrays, or one with the blocks in its first dimension.
+        parent
+            Hash in front of the first block; None: a root.
+
+        Raises
+        ------
+        TensorMismatchError
+            If number, shape or dtype do not fit the model.
+        ParentNotResidentError
+            If ``parent`` is not in the pool.
+        """
+        sources, keep = source_addresses(self.spec, tensors, len(hashes))
+        async with await self.new_blocks(hashes, parent=parent) as new:
+            if not new:
+                return new.stored
+            start = new.resident
+            block_bytes = self.spec.block_size_bytes or 0
+            work = (new.addresses(), sources[start : start + new.num_blocks], block_bytes)
+            if new.num_blocks * block_bytes <= _INLINE_COPY_BYTES:
+                copy_blocks(*work)
+            else:
+                await asyncio.to_thread(copy_blocks, *work)
+            del keep
+            await new.finish()
+            return new.stored
+
+
+class CachePool:
+    """A connection to a pool of this cluster. Use it as an async context manager, or :meth:`close` it.
+
+    Made by :meth:`create` (starts the pool, or joins the same one) or :meth:`connect`. The pool itself is detached:
+    it stays when the process ends, until :meth:`delete`.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._models: dict[ModelSpec, Model] = {}
+
+    @classmethod
+    async def create(
+        cls, config: PoolConfig | None = None, *, tenant: str = "default", **settings: Any
+    ) -> CachePool:
+        """Start a pool, unless the very same one runs already, and connect to it.
+
+        Parameters
+        ----------
+        config
+            By default read from ``kvpool.yaml``, ``KVPOOL_*`` and ``settings``.
+        tenant
+            Protection domain of this connection.
+        **settings
+            Fields of :class:`~kvpool.PoolConfig`, instead of ``config``.
+
+        Raises
+        ------
+        ConfigError, UnknownPolicyError
+            If the configuration cannot be used.
+        PoolExistsError
+            If a pool of that name runs with another configuration.
+        SystemLimitError
+            If a limit of the system is too low for it.
+        """
+        config = config if config is not None else load_config(**settings)
+        PoolState(config.name, config.policy, config.placement, config.queue_limit)  # refuses unknown names here
+        ensure_ray(start=start_local_ray)
+        actor = make_pool(config)
+        try:
+            running = await call(actor.start, timeout_s=_START_S)
+        except BaseException:
+            kill(actor)
+            raise
+        wanted = config.model_dump(mode="json")
+        if running["protocol"] == PROTOCOL_VERSION and running["config"] != wanted:
+            differing = {k: (running["config"].get(k), v) for k, v in wanted.items() if running["config"].get(k) != v}
+            text = ", ".join(f"{key}: runs with {has!r}, asked for {asks!r}" for key, (has, asks) in differing.items())
+            raise PoolExistsError(
+                f"pool {config.name!r} exists with another config ({text}): connect() to it, delete it, or choose "
+                "another name",
+                differing=sorted(differing),
+            )
+        return cls(await Connection.open(config.name, tenant))
+
+    @classmethod
+    async def connect(cls, name: str = "kvpool", *, tenant: str = "default") -> CachePool:
+        """Connect to a running pool.
+
+        Raises
+        ------
+        PoolNotFoundError
+            If none of that name runs.
+        ProtocolError
+            If it was started by another version of kvpool.
+        """
+        return cls(await Connection.open(name, tenant))
+
+    @property
+    def name(self) -> str:
+        """The pool's name."""
+        return str(self._connection.config["name"])
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The pool's configuration."""
+        return dict(self._connection.config)
+
+    async def model(self, spec: ModelSpec | str) -> Model:
+        """Register a model, or find it: equal specs of one tenant share their caches."""
+        spec = ModelSpec(spec) if isinstance(spec, str) else spec
+        known = self._models.get(spec)
+        if known is None:
+            answer = await self._connection.call(
+                self._connection.actor.register_model, self._connection.client, spec.to_wire()
+            )
+            if answer[0] == "error":
+                raise from_wire(answer[1:])
+            known = self._models[spec] = Model(self._connection, spec, answer[1])
+        return known
+
+    async def request_cache(
+        self,
+        model_name: str,
+        size_mb: float | None = None,
+        *,
+        size: int | str | None = None,
+        timeout_s: float | None = None,
+    ) -> VirtualKVCache:
+        """Lease a new cache: the short form of ``model()`` and :meth:`Model.request_cache`.
+
+        Give ``size_mb`` (MiB) or ``size`` (bytes or text).
+        """
+        model = await self.model(model_name)
+        if size is None:
+            size = round((size_mb or 0) * MIB)
+        return await model.request_cache(size, timeout_s=timeout_s)
+
+    async def stats(self) -> PoolStatistics:
+        """Return what the pool holds and did."""
+        return PoolStatistics.from_dict(await self._connection.call(self._connection.actor.statistics))
+
+    async def trim(self) -> int:
+        """Give warm pages back to the system; returns their bytes."""
+        return int(await self._connection.call(self._connection.actor.trim))
+
+    def leases(self) -> list[dict[str, Any]]:
+        """Return this process's leases: ids, bytes, views that are alive, and whether they wait only for those."""
+        return [
+            {"ids": lease.ids, "size_bytes": lease.size_bytes, "views": lease.views, "released": lease.released}
+            for lease in self._connection.leases
+            if lease.views or not lease.released
+        ]
+
+    async def delete(self, *, drain_s: float | None = None) -> None:
+        """End the pool and give its memory back; this connection is closed, too.
+
+        Parameters
+        ----------
+        drain_s
+            How long to wait for leases to end, seconds; by default it refuses at once while there are any.
+
+        Raises
+        ------
+        PoolBusyError
+            If clients hold leases at the deadline. The pool goes on as before.
+        """
+        actor = self._connection.actor
+        await self._connection.close()
+        await delete_pool(actor, drain_s)
+
+    async def close(self) -> None:
+        """End this process's leases and unmap its memory. The pool goes on.
+
+        Raises
+        ------
+        CacheStateError
+            If tensors over pool memory are still alive.
+        """
+        await self._connection.close()
+
+    async def __aenter__(self) -> CachePool:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+
+async def delete_pool(actor: Any, drain_s: float | None) -> None:
+    """End a pool by its actor's handle; see :meth:`CachePool.delete`."""
+    await call(actor.delete, drain_s, timeout_s=(drain_s or 0.0) + _START_S)
+    kill(actor)
+
+
+async def delete(name: str = "kvpool", *, drain_s: float | None = None) -> None:
+    """End a running pool without connecting to it; see :meth:`CachePool.delete`."""
+    ensure_ray()
+    await delete_pool(find_pool(name), drain_s)

@@ -1,0 +1,62 @@
+"""What is asked of a device's memory, what is answered, and who names what may go."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from kvpool.errors import CapacityError
+from kvpool.memory.usage import MemoryUsage
+from kvpool.sizes import format_size
+
+#: Offset, and (index, serial) of each page.
+Place = tuple[int, tuple[tuple[int, int], ...]]
+
+
+class Request(NamedTuple):
+    """A cache that is asked for."""
+
+    cache_id: int
+    tenant: str
+    size_bytes: int
+    #: What it may grow to in place; ``size_bytes`` if it never grows.
+    max_size_bytes: int
+
+
+class Allocation(NamedTuple):
+    """Where a cache lies."""
+
+    cache_id: int
+    tenant: str
+    #: Bytes from the arena's start; the same in every process.
+    offset: int
+    size_bytes: int
+    max_size_bytes: int
+    #: Backed parts as (start, length), bytes from ``offset``.
+    extents: tuple[tuple[int, int], ...]
+    #: (index, serial) of each page under it; an index counts pages from the arena's start.
+    pages: tuple[tuple[int, int], ...]
+
+
+class VictimSource(Protocol):
+    """Knows which caches may go, and which of them is worth least."""
+
+    def next_victim(self) -> int | None:
+        """Return, and forget, the id of the live cache worth least of those that may go; ``None`` if none may."""
+        ...
+
+
+def no_room(kind: type[CapacityError], request: Request, usage: MemoryUsage, largest_bytes: int) -> CapacityError:
+    """Return the error that says what was asked, what there is, and the largest size that would have fitted."""
+    return kind(
+        f"no room for {format_size(request.size_bytes)} (addresses for {format_size(request.max_size_bytes)}): "
+        f"{format_size(usage.free_bytes)} are free, {format_size(usage.reserve_bytes)} kept warm, "
+        f"{format_size(usage.live_bytes)} live, {format_size(usage.zombie_bytes)} wait for clients to drop them; "
+        f"{format_size(largest_bytes)} would fit: release something, ask for less, or wait",
+        asked_bytes=request.size_bytes,
+        max_size_bytes=request.max_size_bytes,
+        free_bytes=usage.free_bytes,
+        reserve_bytes=usage.reserve_bytes,
+        live_bytes=usage.live_bytes,
+        zombie_bytes=usage.zombie_bytes,
+        largest_bytes=largest_bytes,
+    )

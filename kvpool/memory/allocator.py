@@ -1,0 +1,300 @@
+"""One device's memory as its caches see it: room for each, made by eviction when it is full, or waited for in line."""
+
+from __future__ import annotations
+
+from kvpool.errors import (
+    AddressSpaceError,
+    BackendError,
+    CacheStateError,
+    CapacityError,
+    ConfigError,
+    DoubleReleaseError,
+    InvalidSizeError,
+    UnknownCacheError,
+    ensure,
+)
+from kvpool.memory.allocation import Allocation, Place, Request, VictimSource, no_room
+from kvpool.memory.backend import Backend
+from kvpool.memory.pages import PageTable
+from kvpool.memory.ranges import RangeAllocator
+from kvpool.memory.reserve import Shape
+from kvpool.memory.shared import SharedPages
+from kvpool.memory.tickets import Ticket, TicketQueue
+from kvpool.memory.usage import MemoryUsage
+
+
+class GPUMemoryAllocator:
+    """Allocates caches on one device. Belongs to one thread.
+
+    Caches that never grow to a page share pages with others of their tenant; larger ones own theirs. A page is backed
+    exactly while something lives in it; then it is kept warm for its tenant, as far as the reserve's bound goes.
+
+    Parameters
+    ----------
+    backend
+        The memory.
+    capacity_bytes
+        Most physical memory to use, rounded down to whole pages.
+    page_size_bytes
+        A power of two, and a multiple of the backend's granularity.
+    min_block_bytes
+        Smallest part of a page that a cache takes, a power of two.
+    arena_bytes
+        Addresses to reserve, whole pages. Default: eight times the capacity.
+    reserve_bytes
+        Most memory kept warm, over all tenants. Default: the capacity.
+    victims
+        Asked for caches to evict when nothing else helps. Default: nothing is evicted.
+    queue_limit
+        Most requests that may wait.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        capacity_bytes: int,
+        page_size_bytes: int,
+        min_block_bytes: int = 4096,
+        arena_bytes: int | None = None,
+        reserve_bytes: int | None = None,
+        victims: VictimSource | None = None,
+        queue_limit: int = 10_000,
+    ) -> None:
+        if page_size_bytes < 1 or page_size_bytes & (page_size_bytes - 1):
+            raise ConfigError(f"the page size must be a power of two, not {page_size_bytes}")
+        self.page_size_bytes = page_size_bytes
+        capacity_pages = capacity_bytes // page_size_bytes
+        self.capacity_bytes = capacity_pages * page_size_bytes
+        arena_pages = 8 * capacity_pages if arena_bytes is None else arena_bytes // page_size_bytes
+        reserve_pages = capacity_pages if reserve_bytes is None else reserve_bytes // page_size_bytes
+        self._victims = victims
+        self._queue: TicketQueue[Request] = TicketQueue(queue_limit)
+        self._waiting: set[int] = set()
+        self._live: dict[int, Allocation] = {}
+        self._live_bytes = 0
+        self._highest_id = -1
+        self._page_shift = page_size_bytes.bit_length() - 1
+        self._table = PageTable(backend, capacity_pages, page_size_bytes, arena_pages)
+        self._ranges = RangeAllocator(self._table, reserve_pages)
+        try:
+            self._shared = SharedPages(self._ranges, min_block_bytes)
+        except ConfigError:
+            self._table.close()
+            raise
+        self.export = self._table.export
+        self.dropped = self._table.dropped
+        self.holder_gone = self._table.holder_gone
+        self.take_drops = self._table.take_drops
+
+    @property
+    def address(self) -> int:
+        """First address of the arena in this process."""
+        return self._table.address
+
+    def allocate(
+        self, cache_id: int, size_bytes: int, *, tenant: str = "default", max_size_bytes: int | None = None
+    ) -> Allocation:
+        """Allocate ``size_bytes`` for the cache ``cache_id``, with addresses to grow to ``max_size_bytes``.
+
+        In this order, until it fits: a warm range of the same shape, the tenant's other warm pages, fresh pages, what
+        other tenants keep warm (once no client maps it), eviction.
+
+        Raises
+        ------
+        InvalidSizeError
+            If a size is below 1, above the capacity or the arena, or the maximum is below the size.
+        CacheStateError
+            If ``cache_id`` lives, or waits.
+        CapacityError
+            If it does not fit, also after eviction. :class:`AddressSpaceError` if only the addresses do not suffice.
+        BackendError
+            If the system refuses memory that should be there.
+        """
+        return self._allocate(self._validated(cache_id, tenant, size_bytes, max_size_bytes))
+
+    def request(
+        self,
+        cache_id: int,
+        size_bytes: int,
+        *,
+        tenant: str = "default",
+        max_size_bytes: int | None = None,
+        now: float,
+        deadline: float,
+    ) -> Allocation | Ticket:
+        """Allocate as :meth:`allocate`, or wait in line until ``deadline`` (seconds). Nobody overtakes who waits.
+
+        Raises
+        ------
+        QueueFullError
+            If too many wait already.
+        CapacityError
+            If it does not fit and the deadline has come.
+        InvalidSizeError, CacheStateError, BackendError
+            As :meth:`allocate`.
+        """
+        request = self._validated(cache_id, tenant, size_bytes, max_size_bytes)
+        if not self._queue:
+            try:
+                return self._allocate(request)
+            except CapacityError:
+                if deadline <= now:
+                    raise
+        ticket = self._queue.put(request, deadline)
+        self._waiting.add(cache_id)
+        return ticket
+
+    def poll(self, now: float) -> list[tuple[Ticket, Allocation | CapacityError | BackendError]]:
+        """Answer those whose deadline has come, then, in line, those that fit. Call it after memory came free."""
+        answers: list[tuple[Ticket, Allocation | CapacityError | BackendError]] = []
+        for ticket, request in self._queue.expired(now):
+            self._waiting.remove(request.cache_id)
+            answers.append((ticket, self._full(request)))
+        while self._queue:
+            ticket, request = self._queue.head()
+            try:
+                answers.append((ticket, self._allocate(request)))
+            except CapacityError:
+                break
+            except BackendError as error:
+                answers.append((ticket, error))
+            self._queue.pop(ticket)
+            self._waiting.remove(request.cache_id)
+        return answers
+
+    def cancel(self, ticket: Ticket) -> bool:
+        """Leave the line. False if the request was answered before (a race, no error)."""
+        request = self._queue.cancel(ticket)
+        self._waiting.difference_update(() if request is None else (request.cache_id,))
+        return request is not None
+
+    def next_deadline(self) -> float | None:
+        """Return when :meth:`poll` is due at the latest, or ``None`` if nobody waits."""
+        return self._queue.next_deadline()
+
+    def allocation(self, cache_id: int) -> Allocation:
+        """Return where a live cache lies.
+
+        Raises
+        ------
+        DoubleReleaseError, UnknownCacheError
+            As :meth:`free`.
+        """
+        try:
+            return self._live[cache_id]
+        except KeyError:
+            raise self._not_live(cache_id) from None
+
+    def free(self, cache_id: int) -> None:
+        """Free a cache; its pages stay warm unless others live in them. Then :meth:`poll`, if anyone waits.
+
+        Raises
+        ------
+        DoubleReleaseError
+            If it was freed or evicted. (Ids are taken to ascend: one below the highest ever seen lived once.)
+        UnknownCacheError
+            If it never lived here.
+        """
+        try:
+            allocation = self._live.pop(cache_id)
+        except KeyError:
+            raise self._not_live(cache_id) from None
+        self._live_bytes -= allocation.size_bytes
+        if allocation.max_size_bytes < self.page_size_bytes:
+            self._shared.free(allocation.tenant, allocation.offset)
+        else:
+            self._ranges.put(allocation.offset >> self._page_shift)
+
+    def trim(self, tenant: str | None = None) -> int:
+        """Give the warm pages of ``tenant``, or of all, back to the system.
+
+        Returns the bytes that are free by that now; pages that clients map follow when they drop them.
+        """
+        return self._ranges.trim(tenant) * self.page_size_bytes
+
+    def usage(self) -> MemoryUsage:
+        """Return the figures of this moment."""
+        return MemoryUsage.of(self._table, self._live_bytes, self._largest_bytes(None))
+
+    def check(self) -> None:
+        """Prove the whole account, or raise InvariantError: addresses, pages, what lives where, and who waits."""
+        self._ranges.check()
+        self._queue.check()
+        ensure(len(self._waiting) == len(self._queue), "who waits is in the queue")
+        ensure(self._live_bytes == sum(each.size_bytes for each in self._live.values()), "live bytes are counted")
+        homes = set()
+        parts: dict[str, int] = {}
+        for each in self._live.values():
+            index = each.offset >> self._page_shift
+            shape, home = self._ranges.in_use[index]
+            homes.add(index)
+            ensure(home.tenant == each.tenant and home.refs == each.pages, "a cache knows its pages", id=each.cache_id)
+            ensure(len(each.pages) << self._page_shift >= each.size_bytes, "a cache is backed", id=each.cache_id)
+            if each.max_size_bytes < self.page_size_bytes:
+                range_bytes = self._shared.part_bytes(each.tenant, each.offset)
+                parts[each.tenant] = parts.get(each.tenant, 0) + range_bytes
+            else:
+                range_bytes = shape.range_bytes
+                ensure(each.offset == index * self.page_size_bytes, "a large cache begins its range", id=each.cache_id)
+            ensure(range_bytes >= each.max_size_bytes, "a cache has its addresses", id=each.cache_id)
+        ensure(homes == set(self._ranges.in_use), "something lives in each range in use")
+        self._shared.check(parts)
+
+    def close(self) -> None:
+        """Give everything back, whatever lives in it. Idempotent."""
+        self._table.close()
+
+    def _validated(self, cache_id: int, tenant: str, size_bytes: int, max_size_bytes: int | None) -> Request:
+        maximum_bytes = size_bytes if max_size_bytes is None else max_size_bytes
+        if not 0 < size_bytes <= maximum_bytes <= self._ranges.max_range_bytes or size_bytes > self.capacity_bytes:
+            raise InvalidSizeError(
+                f"asked for {size_bytes} bytes that may grow to {maximum_bytes}: give 1 to {self.capacity_bytes}, "
+                f"growing to {self._ranges.max_range_bytes} at most, and no maximum below the size",
+                asked_bytes=size_bytes,
+                max_size_bytes=maximum_bytes,
+                capacity_bytes=self.capacity_bytes,
+            )
+        if cache_id in self._live or cache_id in self._waiting:
+            raise CacheStateError(f"cache {cache_id} lives or waits here: give each its own id", cache_id=cache_id)
+        return Request(cache_id, tenant, size_bytes, maximum_bytes)
+
+    def _allocate(self, request: Request) -> Allocation:
+        cache_id, tenant, size_bytes, maximum_bytes = request
+        while (place := self._place(tenant, size_bytes, maximum_bytes)) is None:
+            victim = None if self._victims is None else self._victims.next_victim()
+            if victim is None:
+                raise self._full(request)
+            self.free(victim)
+        offset, pages = place
+        allocation = Allocation(cache_id, tenant, offset, size_bytes, maximum_bytes, ((0, size_bytes),), pages)
+        self._live[cache_id] = allocation
+        self._live_bytes += size_bytes
+        if cache_id > self._highest_id:
+            self._highest_id = cache_id
+        return allocation
+
+    def _place(self, tenant: str, size_bytes: int, maximum_bytes: int) -> Place | None:
+        """Return offset and pages, or ``None`` if there is no room."""
+        if maximum_bytes >= self.page_size_bytes:
+            pages = -(-size_bytes >> self._page_shift)
+            growing = maximum_bytes > size_bytes
+            range_bytes = 1 << (maximum_bytes - 1).bit_length() if growing else pages << self._page_shift
+            taken = self._ranges.take(tenant, Shape(range_bytes, pages))
+            return None if taken is None else (taken.index << self._page_shift, taken.refs)
+        return self._shared.allocate(tenant, size_bytes, None if maximum_bytes == size_bytes else maximum_bytes)
+
+    def _largest_bytes(self, tenant: str | None) -> int:
+        """The largest cache that ``tenant``, or any, could allocate now without an eviction."""
+        pages_bytes = self._ranges.pages_for(tenant) * self.page_size_bytes
+        return max(min(pages_bytes, self._ranges.largest_range_bytes()), self._shared.largest_hole_bytes(tenant))
+
+    def _full(self, request: Request) -> CapacityError:
+        backed = self._ranges.pages_for(request.tenant) * self.page_size_bytes >= request.size_bytes
+        short_of_addresses = self._ranges.largest_range_bytes() < request.max_size_bytes
+        kind = AddressSpaceError if backed and short_of_addresses else CapacityError
+        return no_room(kind, request, self.usage(), self._largest_bytes(request.tenant))
+
+    def _not_live(self, cache_id: int) -> CacheStateError:
+        if 0 <= cache_id <= self._highest_id:
+            return DoubleReleaseError(f"cache {cache_id} was freed or evicted before; free it once", cache_id=cache_id)
+        return UnknownCacheError(f"no cache {cache_id} ever lived here", cache_id=cache_id)

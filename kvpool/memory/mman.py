@@ -1,0 +1,91 @@
+"""The calls of ``sys/mman.h`` that Python's ``mmap`` does not offer: mapping at a given address, access, advice.
+
+Each call takes page-aligned addresses and sizes in bytes, and raises :class:`kvpool.errors.BackendError` with the
+``errno`` when the system refuses.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from typing import NoReturn
+
+from kvpool.errors import BackendError
+from kvpool.memory.backend import Access
+from kvpool.sizes import format_size
+
+_PROT_NONE = 0
+_MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
+_MADV_DONTFORK = 10
+_MADV_POPULATE_READ = 22  # Linux 5.14
+_MAP_FAILED = ctypes.c_void_p(-1).value
+_PROTECTION = {
+    Access.NONE: _PROT_NONE,
+    Access.READ: mmap.PROT_READ,
+    Access.READ_WRITE: mmap.PROT_READ | mmap.PROT_WRITE,
+}
+
+# Calls of a few microseconds keep the interpreter lock: giving it up could cost a whole switch interval (5 ms).
+_short = ctypes.PyDLL(None, use_errno=True)
+_long = ctypes.CDLL(None, use_errno=True)
+_mmap = _short.mmap
+_mmap.restype = ctypes.c_void_p
+_mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
+_munmap, _mprotect, _madvise, _populate = _short.munmap, _short.mprotect, _short.madvise, _long.madvise
+_munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+for _function in (_mprotect, _madvise, _populate):
+    _function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+def reserve_addresses(size_bytes: int, address: int | None = None) -> int:
+    """Map addresses without memory and without access, not inherited by forks; over ``address`` when given.
+
+    Over existing mappings this is one step: no other thread's ``mmap`` can take the addresses in between.
+    """
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | (0 if address is None else _MAP_FIXED)
+    found = _mmap(address, size_bytes, _PROT_NONE, flags, -1, 0)
+    if found == _MAP_FAILED:
+        refused(f"reserving {format_size(size_bytes)} of addresses", ctypes.get_errno())
+    _check(_madvise(found, size_bytes, _MADV_DONTFORK), "madvise")
+    return int(found)
+
+
+def map_shared(address: int, size_bytes: int, descriptor: int) -> None:
+    """Map a whole file over reserved addresses, without access, not inherited by forks."""
+    if _mmap(address, size_bytes, _PROT_NONE, mmap.MAP_SHARED | _MAP_FIXED, descriptor, 0) == _MAP_FAILED:
+        refused("mmap", ctypes.get_errno())
+    if _madvise(address, size_bytes, _MADV_DONTFORK):
+        code = ctypes.get_errno()
+        reserve_addresses(size_bytes, address)
+        refused("madvise", code)
+
+
+def protect(address: int, size_bytes: int, access: Access) -> None:
+    """Set what may be done with mapped addresses."""
+    _check(_mprotect(address, size_bytes, _PROTECTION[access]), "mprotect")
+
+
+def populate(address: int, size_bytes: int) -> None:
+    """Fill the page tables of an accessible shared mapping, so that touching it takes no faults.
+
+    An optimisation: does nothing where the kernel does not offer it. A writable shared mapping becomes writable
+    by it too, at the price of the read faults.
+    """
+    _populate(address, size_bytes, _MADV_POPULATE_READ)
+
+
+def unmap_addresses(address: int, size_bytes: int) -> None:
+    """Give addresses back to the process."""
+    _check(_munmap(address, size_bytes), "munmap")
+
+
+def refused(what: str, code: int | None) -> NoReturn:
+    """Raise :class:`kvpool.errors.BackendError` for a system call that failed with ``code``."""
+    code = code or 0
+    raise BackendError(f"the system refused {what}: {os.strerror(code)}", errno=code)
+
+
+def _check(result: int, what: str) -> None:
+    if result:
+        refused(what, ctypes.get_errno())

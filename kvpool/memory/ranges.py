@@ -1,0 +1,170 @@
+"""Ranges of the arena with pages under them, in use or kept warm."""
+
+from __future__ import annotations
+
+from kvpool.errors import AddressSpaceError, BackendError, ensure
+from kvpool.memory.buddy import BuddyAllocator
+from kvpool.memory.page import Page, PageRange
+from kvpool.memory.pages import PageTable
+from kvpool.memory.reserve import Shape, WarmReserve
+
+
+class RangeAllocator:
+    """Hands out ranges backed by pages, and takes them back into the warm reserve.
+
+    Parameters
+    ----------
+    table
+        The pages, and the addresses they are mapped in.
+    reserve_pages
+        Most pages kept warm, over all tenants.
+    """
+
+    def __init__(self, table: PageTable, reserve_pages: int) -> None:
+        self.table = table
+        self.reserve_pages = reserve_pages
+        self._page_bytes = table.page_size_bytes
+        self._addresses = BuddyAllocator(table.arena_pages * self._page_bytes, self._page_bytes)
+        self._reserve = WarmReserve()
+        #: Ranges in which something lives, by first index.
+        self.in_use: dict[int, tuple[Shape, PageRange]] = {}
+
+    @property
+    def max_range_bytes(self) -> int:
+        """The largest range there could ever be."""
+        return self._addresses.max_block_bytes
+
+    def take(self, tenant: str, shape: Shape) -> PageRange | None:
+        """Return a range of this shape, in use by ``tenant`` from now on, or ``None`` if there is no room for it.
+
+        A warm one of the same shape; else one made of the tenant's other warm pages, of fresh ones, and of what other
+        tenants keep warm, which leaves them first.
+
+        Raises
+        ------
+        BackendError
+            If the system refuses. Warm pages that were on their way here are lost to the reserve, nothing else.
+        """
+        taken = self._reserve.take(tenant, shape)
+        if taken is not None:
+            self.table.wake(taken.pages)
+        else:
+            taken = self._make(tenant, shape)
+            if taken is None:
+                return None
+        self.in_use[taken.index] = (shape, taken)
+        return taken
+
+    def put(self, index: int) -> None:
+        """Take the range at ``index`` back: nothing lives in it any more. It stays warm, as far as the bound goes."""
+        shape, unused = self.in_use.pop(index)
+        self.table.rest(unused.pages)
+        self._reserve.put(shape, unused)
+        while self._reserve.pages > self.reserve_pages:
+            self._trim_oldest(None)
+
+    def trim(self, tenant: str | None) -> int:
+        """Give the warm pages of ``tenant``, or of all, back to the system; returns how many are free by that now."""
+        free_pages = self.table.free_pages
+        while self._trim_oldest(tenant):
+            pass
+        return self.table.free_pages - free_pages
+
+    def pages_for(self, tenant: str | None) -> int:
+        """Pages that :meth:`take` could use now for ``tenant``, or for whom there are most.
+
+        Free ones, the tenant's own warm ones, and those of others that no client maps.
+        """
+        held = self.table.warm_held_pages
+        own = max(held.values(), default=0) if tenant is None else held.get(tenant, 0)
+        return self.table.free_pages + self.table.warm_pages - sum(held.values()) + own
+
+    def largest_range_bytes(self) -> int:
+        """The largest range of addresses that is free or under warm pages."""
+        return max(self._addresses.largest_free_bytes, self._reserve.largest_range_bytes())
+
+    def check(self) -> None:
+        """Prove that addresses, pages and reserve agree.
+
+        Raises
+        ------
+        InvariantError
+            If they do not.
+        """
+        self._addresses.check()
+        self._reserve.check()
+        self.table.check()
+        warm = self._reserve.ranges()
+        ensure(
+            self.table.warm_pages == self._reserve.pages <= self.reserve_pages, "warm pages are those of the reserve"
+        )
+        for shape, each in [*self.in_use.values(), *warm]:
+            range_bytes = self._addresses.allocation_size(each.index * self._page_bytes)
+            ensure(range_bytes == shape.range_bytes, "a range has its addresses", index=each.index)
+            ensure(len(each.pages) == shape.pages, "a range has its pages", index=each.index)
+            refs = tuple((page.index, page.serial) for page in each.pages)
+            places = tuple(range(each.index, each.index + shape.pages))
+            ensure(refs == each.refs and tuple(index for index, _ in refs) == places, "pages lie side by side")
+            ensure(all(page.tenant == each.tenant for page in each.pages), "a range is of one tenant", index=each.index)
+        ensure(
+            not any(page.warm for _, each in self.in_use.values() for page in each.pages), "pages in use are not warm"
+        )
+        used_pages = sum(shape.pages for shape, _ in self.in_use.values())
+        ensure(self.table.in_use_pages == used_pages, "pages in use are under ranges in use", pages=used_pages)
+        range_bytes = sum(shape.range_bytes for shape, _ in [*self.in_use.values(), *warm])
+        ensure(
+            self._addresses.used_bytes == range_bytes, "no addresses are lost", used_bytes=self._addresses.used_bytes
+        )
+
+    def _make(self, tenant: str, shape: Shape) -> PageRange | None:
+        start = self._take_addresses(shape.range_bytes)
+        if start is None:
+            return None
+        try:
+            own = min(self._reserve.pages_of(tenant), shape.pages)
+            for kept in self._reserve.take_foreign(tenant, shape.pages - own - self.table.free_pages):
+                self._give_back(kept)
+            if own + self.table.free_pages >= shape.pages:
+                # Moving a page costs a twentieth of creating one, so the tenant's warm pages come first.
+                fresh = self.table.create(tenant, shape.pages - own)
+                return self.table.map(tenant, start // self._page_bytes, self._strip(tenant, own) + fresh)
+        except BackendError:
+            self._addresses.free(start)
+            raise
+        self._addresses.free(start)
+        return None
+
+    def _take_addresses(self, range_bytes: int) -> int | None:
+        while True:
+            try:
+                return self._addresses.allocate(range_bytes)
+            except AddressSpaceError:
+                if not self._trim_oldest(None):
+                    return None
+
+    def _strip(self, tenant: str, count: int) -> list[Page]:
+        """Take ``count`` pages out of the tenant's oldest warm ranges, from their ends."""
+        pages: list[Page] = []
+        while len(pages) < count and (oldest := self._reserve.take_oldest(tenant)) is not None:
+            shape, kept = oldest
+            remaining = max(0, shape.pages - (count - len(pages)))
+            start = kept.index * self._page_bytes
+            if remaining:
+                self._addresses.shrink(start, remaining * self._page_bytes)
+                front = PageRange(tenant, kept.index, kept.pages[:remaining])
+                self._reserve.put(Shape(remaining * self._page_bytes, remaining), front)
+            else:
+                self._addresses.free(start)
+            pages.extend(kept.pages[remaining:])
+        ensure(len(pages) == count, "the reserve has the pages it counts", tenant=tenant, count=count)
+        return pages
+
+    def _trim_oldest(self, tenant: str | None) -> bool:
+        entry = self._reserve.take_oldest(tenant)
+        if entry is not None:
+            self._give_back(entry[1])
+        return entry is not None
+
+    def _give_back(self, kept: PageRange) -> None:
+        self.table.release(kept.pages)
+        self._addresses.free(kept.index * self._page_bytes)

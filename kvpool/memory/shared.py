@@ -1,0 +1,82 @@
+"""Caches smaller than a page: several of one tenant share its pages."""
+
+from __future__ import annotations
+
+from kvpool.errors import AddressSpaceError, ensure
+from kvpool.memory.allocation import Place
+from kvpool.memory.buddy import BuddyAllocator
+from kvpool.memory.ranges import RangeAllocator
+from kvpool.memory.reserve import Shape
+
+
+class SharedPages:
+    """Parts of pages. A page is taken from the ranges when its tenant's others are full, and put back when empty.
+
+    Parameters
+    ----------
+    ranges
+        Where the pages come from.
+    min_block_bytes
+        Smallest part, a power of two.
+
+    Raises
+    ------
+    ConfigError
+        If ``min_block_bytes`` is no power of two, or above the page size.
+    """
+
+    def __init__(self, ranges: RangeAllocator, min_block_bytes: int) -> None:
+        self._ranges = ranges
+        self._min_block_bytes = min_block_bytes
+        self._page_bytes = ranges.table.page_size_bytes
+        self._one_page = Shape(self._page_bytes, 1)
+        #: By tenant. The default's is made now, so that an impossible size shows now.
+        self._parts = {"default": BuddyAllocator(0, min_block_bytes, self._page_bytes)}
+
+    def allocate(self, tenant: str, size_bytes: int, max_size_bytes: int | None) -> Place | None:
+        """Return offset and page of a part, or ``None`` if it needs a page and there is none."""
+        parts = self._parts.get(tenant)
+        if parts is None:
+            parts = self._parts[tenant] = BuddyAllocator(0, self._min_block_bytes, self._page_bytes)
+        if parts.total_bytes:
+            try:
+                offset = parts.allocate(size_bytes, max_size_bytes)
+            except AddressSpaceError:
+                pass  # no hole is large enough: one page more
+            else:
+                return offset, self._ranges.in_use[offset // self._page_bytes][1].refs
+        page = self._ranges.take(tenant, self._one_page)
+        if page is None:
+            return None
+        parts.add(page.index * self._page_bytes)
+        return parts.allocate(size_bytes, max_size_bytes), page.refs
+
+    def free(self, tenant: str, offset: int) -> None:
+        """Take the part at ``offset`` back, and give its page to the arena when nothing else lives in it."""
+        parts = self._parts[tenant]
+        parts.free(offset)
+        page = offset & -self._page_bytes
+        if parts.is_free_block(page):
+            parts.take(page)
+            self._ranges.put(page // self._page_bytes)
+
+    def part_bytes(self, tenant: str, offset: int) -> int:
+        """Bytes of the part at ``offset``, rounded as it was when allocated."""
+        return self._parts[tenant].allocation_size(offset)
+
+    def largest_hole_bytes(self, tenant: str | None) -> int:
+        """The largest part that ``tenant``, or any, could still get from a page that is in use."""
+        parts = self._parts.values() if tenant is None else filter(None, [self._parts.get(tenant)])
+        return max((each.largest_free_bytes for each in parts), default=0)
+
+    def check(self, used_bytes: dict[str, int]) -> None:
+        """Prove that the parts of each tenant are sound, and those in use add up to ``used_bytes``.
+
+        Raises
+        ------
+        InvariantError
+            If not.
+        """
+        for tenant, parts in self._parts.items():
+            parts.check()
+            ensure(parts.used_bytes == used_bytes.get(tenant, 0), "no part of a page is lost", tenant=tenant)

@@ -1,0 +1,166 @@
+"""What the pool's state takes in and gives out: events in, instructions out. All of it is plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+Answer = Any
+"""What a client gets for one item: a tuple whose first element names it (``"granted"``, ``"queued"``, ``"error"``, …)."""
+
+Continuation = Callable[[Answer, float], None]
+"""Called with a device's answer and the time."""
+
+
+@dataclass(slots=True, eq=False)
+class Batch:
+    """The items of one call of a client, and the answers found so far."""
+
+    size: int
+    answers: list[Answer] = field(init=False)
+    open_items: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.answers = [None] * self.size
+        self.open_items = self.size
+
+    def put(self, item: int, answer: Answer) -> None:
+        """Record the answer of one item."""
+        self.answers[item] = answer
+        self.open_items -= 1
+
+
+class CachesRequested(NamedTuple):
+    """Items: ``(sequence, model, size_bytes, max_size_bytes, timeout_s, trace)``."""
+
+    batch: Batch
+    client: str
+    items: Sequence[tuple[Any, ...]]
+
+
+class BlocksRequested(NamedTuple):
+    """Items: ``(sequence, model, hashes, parent hash or None, trace)``; hashes are 16 bytes each, joined."""
+
+    batch: Batch
+    client: str
+    items: Sequence[tuple[Any, ...]]
+
+
+class PrefixesLookedUp(NamedTuple):
+    """Items: ``(sequence, model, hashes, trace)``."""
+
+    batch: Batch
+    client: str
+    items: Sequence[tuple[Any, ...]]
+
+
+class SealRequested(NamedTuple):
+    """Items: ``(sequence, model, ids, hashes or None for each id, trace)``; ``finish`` releases what was sealed."""
+
+    batch: Batch
+    client: str
+    items: Sequence[tuple[Any, ...]]
+    finish: bool
+
+
+class ReleaseRequested(NamedTuple):
+    """Items: ``(sequence, ids, trace)``."""
+
+    batch: Batch
+    client: str
+    items: Sequence[tuple[Any, ...]]
+
+
+class PinRequested(NamedTuple):
+    """Items: ``(sequence, ids, trace)``; ``held`` tells whether they are to be pinned or unpinned."""
+
+    batch: Batch
+    client: str
+    items: Sequence[tuple[Any, ...]]
+    held: bool
+
+
+class TicketsCancelled(NamedTuple):
+    """A client no longer waits for these tickets."""
+
+    client: str
+    tickets: Sequence[int]
+
+
+class DeviceAnswered(NamedTuple):
+    """A device carried a batch of operations out."""
+
+    device: int
+    sent: Sequence[Send]
+    answers: Sequence[Answer]
+    zombies: tuple[int, int]
+    """``(stamp, bytes)``: a figure with an older stamp than one seen before is stale."""
+
+
+class DeviceFreed(NamedTuple):
+    """Zombies of a device are gone, or it gave memory back: waiting requests may fit now."""
+
+    device: int
+    zombies: tuple[int, int]
+
+
+class ClientGone(NamedTuple):
+    """A device saw a client's process die: the ids whose lease ended there, and those of them it freed."""
+
+    client: str
+    device: int
+    ended: Sequence[int]
+    freed: Sequence[int]
+
+
+class DeviceLost(NamedTuple):
+    """A device died, and what was only there with it."""
+
+    device: int
+    reason: str
+
+
+class Tick(NamedTuple):
+    """Time passed: requests past their deadline are answered."""
+
+
+Event = (
+    CachesRequested
+    | BlocksRequested
+    | PrefixesLookedUp
+    | SealRequested
+    | ReleaseRequested
+    | PinRequested
+    | TicketsCancelled
+    | DeviceAnswered
+    | DeviceFreed
+    | ClientGone
+    | DeviceLost
+    | Tick
+)
+
+
+class Send(NamedTuple):
+    """Instruction: give a device this operation (in order), and continue with its answer."""
+
+    device: int
+    operation: tuple[Any, ...]
+    then: Continuation
+
+
+class BatchDone(NamedTuple):
+    """Instruction: every item of the batch has its answer."""
+
+    batch: Batch
+
+
+class Grant(NamedTuple):
+    """Instruction: tell a client what became of a waiting request."""
+
+    client: str
+    ticket: int
+    answer: Answer
+
+
+Instruction = Send | BatchDone | Grant

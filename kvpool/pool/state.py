@@ -1,0 +1,187 @@
+"""The pool's decisions: ``handle(event, now) -> list[instruction]``. No Ray, no clock, no waiting.
+
+The same code runs in the pool actor, in tests and in simulations. An event is a client's batch, a device's answer,
+the end of a client or device, or the passing of time; an instruction is an operation for a device, a finished batch,
+or a grant to a client that waited.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from kvpool.cache.key import fingerprint
+from kvpool.errors import InvariantError, KvpoolError, ProtocolError
+from kvpool.pool.allocation import Allocations
+from kvpool.pool.directory import Directory
+from kvpool.pool.instructions import (
+    Answer,
+    Batch,
+    BlocksRequested,
+    CachesRequested,
+    ClientGone,
+    DeviceAnswered,
+    DeviceFreed,
+    DeviceLost,
+    Event,
+    Instruction,
+    PinRequested,
+    PrefixesLookedUp,
+    ReleaseRequested,
+    SealRequested,
+    Send,
+    Tick,
+    TicketsCancelled,
+)
+from kvpool.pool.ledger import Client, Device, Ledger, Model
+
+
+class PoolState:
+    """Everything the pool knows and decides.
+
+    Parameters
+    ----------
+    name
+        Name of the pool.
+    policy, placement
+        Names of the eviction and placement policy.
+    queue_limit
+        How many requests may wait for memory at once.
+    """
+
+    def __init__(self, name: str, policy: str, placement: str, queue_limit: int) -> None:
+        self.name = name
+        self.policy_name = policy
+        self.placement_name = placement
+        self.ledger = Ledger(policy, placement)
+        self.allocations = Allocations(self.ledger, queue_limit)
+        self.directory = Directory(self.ledger, self.allocations.retry)
+
+    def add_device(
+        self, name: str, host: str, capacity_bytes: int, page_bytes: int, min_block_bytes: int
+    ) -> Device:
+        """Enter a device into the books; clients that connect from now on can be given its memory."""
+        device = Device(len(self.ledger.devices), name, host, capacity_bytes, page_bytes, min_block_bytes)
+        self.ledger.devices.append(device)
+        self.ledger.index.add_device(device.number)
+        return device
+
+    def connect(self, client: str, tenant: str, host: str, token: str) -> tuple[Client, Batch, list[Instruction]]:
+        """Enter a client into the books and make it known to the devices of its host.
+
+        The batch is done when each of them knows it.
+
+        Raises
+        ------
+        ProtocolError
+            If it is connected already, or no device is on its host.
+        """
+        ledger = self.ledger
+        if client in ledger.clients:
+            raise ProtocolError(f"client {client!r} is connected already")
+        reachable = [d.number for d in ledger.devices if d.host == host and d.lost is None]
+        if not reachable:
+            hosts = sorted({device.host for device in ledger.devices if device.lost is None})
+            raise ProtocolError(
+                f"pool {self.name!r} has no device on this host ({host}); its devices are on "
+                f"{', '.join(hosts) or 'no host'}: run the client on one of those nodes"
+            )
+        known = ledger.clients[client] = Client(client, tenant, host, reachable)
+        ledger.out = []
+        batch = Batch(len(reachable))
+        for item, number in enumerate(reachable):
+            operation = ("connect", client, tenant, token)
+            ledger.send(number, operation, lambda answer, _now, item=item: ledger.answer(batch, item, answer))
+        return known, batch, ledger.out
+
+    def disconnect(self, client: str) -> tuple[Batch, list[Instruction]]:
+        """End all that a client holds: it leaves by its own will. The batch is done when its leases have ended."""
+        ledger = self.ledger
+        ledger.out = []
+        self.allocations.cancel_client(client)
+        left = ledger.clients.pop(client, None)
+        devices = [n for n in left.devices if ledger.devices[n].lost is None] if left else []
+        batch = Batch(len(devices))
+
+        def ended(item: int, answer: Answer, now: float) -> None:
+            if answer[0] != "error":
+                self.directory.leases_ended(*answer, now)
+            ledger.answer(batch, item, True)
+
+        for item, number in enumerate(devices):
+            ledger.send(number, ("disconnect", client), partial(ended, item))
+        return batch, ledger.out
+
+    def register_model(self, client: str, spec: dict[str, Any]) -> Model:
+        """Return the model that a client describes, registered once per tenant, name and content.
+
+        ``spec``: ``name``, ``identity`` (all that makes bytes differ), ``block_bytes`` and ``limit_bytes`` or None.
+        """
+        tenant = self.ledger.client(client).tenant
+        return self.ledger.register_model(
+            tenant, spec["name"], fingerprint(**spec["identity"]), spec["block_bytes"], spec["limit_bytes"]
+        )
+
+    def handle(self, event: Event, now: float) -> list[Instruction]:
+        """Decide on one event at time ``now`` (seconds) and return what is to be done, in order.
+
+        Raises
+        ------
+        ProtocolError
+            If the event names a client that is not connected; nothing is changed.
+        """
+        self.ledger.out = []
+        match event:
+            case CachesRequested():
+                self.allocations.request_caches(event.batch, event.client, event.items, now)
+            case PrefixesLookedUp():
+                self.directory.look_up(event.batch, event.client, event.items, now)
+            case BlocksRequested():
+                self.allocations.request_blocks(event.batch, event.client, event.items, now)
+            case SealRequested():
+                self.directory.seal(event.batch, event.client, event.items, event.finish, now)
+            case ReleaseRequested():
+                self.directory.release(event.batch, event.client, event.items, now)
+            case PinRequested():
+                self.directory.pin(event.batch, event.client, event.items, event.held, now)
+            case TicketsCancelled():
+                self.allocations.cancel(event.client, event.tickets)
+                self.allocations.retry(now)
+            case DeviceAnswered():
+                self._device_answered(event, now)
+            case DeviceFreed():
+                self.ledger.devices[event.device].note_zombies(event.zombies)
+                self.allocations.retry(now)
+            case ClientGone():
+                self.allocations.cancel_client(event.client)
+                if self.ledger.clients.pop(event.client, None) is not None:
+                    self.ledger.counters.clients_died += 1
+                self.directory.leases_ended(event.ended, event.freed, now)
+            case DeviceLost():
+                self.directory.device_lost(event.device, event.reason, now)
+            case Tick():
+                self.allocations.expire(now)
+                self.allocations.retry(now)
+        return self.ledger.out
+
+    def _device_answered(self, event: DeviceAnswered, now: float) -> None:
+        if len(event.sent) != len(event.answers):
+            raise InvariantError(f"device {event.device} answered {len(event.answers)} of {len(event.sent)} operations")
+        self.ledger.devices[event.device].note_zombies(event.zombies)
+        for sent, answer in zip(event.sent, event.answers, strict=True):
+            sent.then(answer, now)
+
+    def fail_operations(self, sent: list[Send], error: KvpoolError, now: float) -> list[Instruction]:
+        """Answer operations that a lost device will never carry out with ``error``."""
+        self.ledger.out = []
+        for send in sent:
+            send.then(("error", *error.to_wire()), now)
+        return self.ledger.out
+
+    def next_deadline(self) -> float | None:
+        """Return when the next waiting request must be answered, or None if none waits."""
+        return self.allocations.queue.next_deadline()
+
+    def check(self) -> None:
+        """Raise :class:`~kvpool.errors.InvariantError` if the books do not add up."""
+        self.ledger.check()

@@ -1,0 +1,169 @@
+"""What a pool holds and did, as figures."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvpool.pool.state import PoolState
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceStatistics:
+    """One device. Bytes; *live* is what was asked for, *backed* the pages in use."""
+
+    name: str
+    host: str
+    kind: str
+    capacity_bytes: int
+    live_bytes: int
+    backed_bytes: int
+    reserve_bytes: int
+    zombie_bytes: int
+    free_bytes: int
+    evictable_bytes: int
+    pinned_bytes: int
+    caches: int
+    evictions: int
+    lost: str | None
+
+    @property
+    def utilization(self) -> float:
+        """Live bytes as a share of the capacity."""
+        return self.live_bytes / self.capacity_bytes if self.capacity_bytes else 0.0
+
+    @property
+    def fragmentation(self) -> float:
+        """Share of the backed bytes in which nothing lives."""
+        return 1 - self.live_bytes / self.backed_bytes if self.backed_bytes else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStatistics:
+    """A whole pool: its policies, its devices, and totals since it began."""
+
+    name: str
+    policy: str
+    policy_requested: str
+    placement: str
+    preset: str | None
+    devices: tuple[DeviceStatistics, ...]
+    clients: int
+    models: dict[str, int]
+    keys: int
+    waiting: int
+    requests: int
+    grants: int
+    refusals: int
+    lookups: int
+    blocks_looked_up: int
+    blocks_hit: int
+    blocks_stored: int
+    evictions: int
+    evicted_bytes: int
+    duplicates: int
+    clients_died: int
+    errors: dict[str, int]
+
+    def total(self, field: str) -> int:
+        """Return the sum of one figure over all devices, for example ``total("live_bytes")``."""
+        return sum(int(getattr(device, field)) for device in self.devices)
+
+    @property
+    def hit_ratio(self) -> float:
+        """Blocks hit as a share of blocks looked up."""
+        return self.blocks_hit / self.blocks_looked_up if self.blocks_looked_up else 0.0
+
+    @property
+    def utilization(self) -> float:
+        """Live bytes as a share of the whole capacity."""
+        capacity_bytes = self.total("capacity_bytes")
+        return self.total("live_bytes") / capacity_bytes if capacity_bytes else 0.0
+
+    @property
+    def fragmentation(self) -> float:
+        """Share of all backed bytes in which nothing lives."""
+        backed_bytes = self.total("backed_bytes")
+        return 1 - self.total("live_bytes") / backed_bytes if backed_bytes else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return built-in types, ratios included: what crosses process borders and goes into JSON."""
+        figures = asdict(self)
+        figures["devices"] = [
+            asdict(device) | {"utilization": device.utilization, "fragmentation": device.fragmentation}
+            for device in self.devices
+        ]
+        ratios = ("hit_ratio", "utilization", "fragmentation")
+        return figures | {name: getattr(self, name) for name in ratios}
+
+    @classmethod
+    def from_dict(cls, figures: dict[str, Any]) -> PoolStatistics:
+        """Return the statistics that :meth:`to_dict` described."""
+        own = {name: figures[name] for name in cls.__dataclass_fields__}
+        fields = DeviceStatistics.__dataclass_fields__
+        own["devices"] = tuple(DeviceStatistics(**{name: d[name] for name in fields}) for d in figures["devices"])
+        return cls(**own)
+
+
+def collect(
+    state: PoolState,
+    memory: dict[int, dict[str, int]],
+    *,
+    policy_requested: str | None = None,
+    preset: str | None = None,
+) -> PoolStatistics:
+    """Return the statistics of a pool.
+
+    Parameters
+    ----------
+    state
+        The pool's state.
+    memory
+        For each device number what it reported: ``live``, ``backed``, ``reserve``, ``zombie``, ``free`` bytes and
+        ``caches``. A device that is missing counts as empty.
+    policy_requested, preset
+        What the pool was asked for, where something else stands in for it.
+    """
+    ledger = state.ledger
+    index, counters = ledger.index, ledger.counters
+    devices = []
+    for device in ledger.devices:
+        number = device.number
+        reported = memory.get(number, {})
+        devices.append(
+            DeviceStatistics(
+                name=device.name,
+                host=device.host,
+                kind="host",
+                capacity_bytes=device.capacity_bytes,
+                live_bytes=reported.get("live", 0),
+                backed_bytes=reported.get("backed", 0),
+                reserve_bytes=reported.get("reserve", 0),
+                zombie_bytes=reported.get("zombie", 0),
+                free_bytes=reported.get("free", 0),
+                evictable_bytes=index.evictable_bytes[number],
+                pinned_bytes=index.resident_bytes[number] - index.evictable_bytes[number],
+                caches=reported.get("caches", 0),
+                evictions=device.evictions,
+                lost=device.lost,
+            )
+        )
+    totals = {
+        name: getattr(counters, name)
+        for name in PoolStatistics.__dataclass_fields__
+        if name in type(counters).__dataclass_fields__
+    }
+    return PoolStatistics(
+        name=state.name,
+        policy=state.policy_name,
+        policy_requested=policy_requested or state.policy_name,
+        placement=state.placement_name,
+        preset=preset,
+        devices=tuple(devices),
+        clients=len(ledger.clients),
+        models={model.name: model.caches for model in ledger.models},
+        keys=index.published,
+        waiting=len(state.allocations.queue),
+        **totals,
+    )

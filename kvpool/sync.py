@@ -1,0 +1,296 @@
+"""The client in blocking form: the same names, for code without an event loop.
+
+::
+
+    from kvpool.sync import CachePool
+
+    with CachePool.connect("kvpool") as pool, pool.request_cache("m", size_mb=256) as cache:
+        cache.tensor(torch.bfloat16, (1024, 1024))
+
+One event loop in a background thread runs :mod:`kvpool.client`; every call here waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from kvpool import client
+from kvpool.cache.record import CacheBlock
+from kvpool.client import ModelSpec
+from kvpool.config import PoolConfig
+from kvpool.errors import ForkedHandleError
+from kvpool.memory.backend import Access
+from kvpool.pool.statistics import PoolStatistics
+
+if TYPE_CHECKING:
+    import numpy
+    import torch
+
+__all__ = ["CachePool", "Model", "NewBlocks", "PrefixHit", "VirtualKVCache", "delete"]
+
+_Result = TypeVar("_Result")
+
+
+class _Loop:
+    """The event loop of all blocking clients of this process, started when first needed."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._pid = 0
+
+    def run(self, work: Coroutine[Any, Any, _Result]) -> _Result:
+        """Run ``work`` on the loop and wait for its result."""
+        with self._lock:
+            if self._loop is None:
+                self._loop, self._pid = asyncio.new_event_loop(), os.getpid()
+                threading.Thread(target=self._loop.run_forever, name="kvpool-sync", daemon=True).start()
+            loop = self._loop
+        if self._pid != os.getpid():
+            work.close()
+            raise ForkedHandleError(
+                f"the blocking client belongs to process {self._pid}: import and connect in the child by 'spawn'"
+            )
+        return asyncio.run_coroutine_threadsafe(work, loop).result()
+
+
+_loop = _Loop()
+
+
+def _run(make: Callable[..., Coroutine[Any, Any, _Result]], *arguments: Any, **keywords: Any) -> _Result:
+    return _loop.run(make(*arguments, **keywords))
+
+
+class VirtualKVCache:
+    """Blocking form of :class:`kvpool.VirtualKVCache`; its attributes are read through."""
+
+    def __init__(self, cache: client.VirtualKVCache) -> None:
+        self._cache = cache
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+    @property
+    def blocks(self) -> tuple[CacheBlock, ...]:
+        """The power-of-two ranges of the device's arena that it is made of."""
+        return self._cache.blocks
+
+    def tensor(
+        self, dtype: Any, shape: Sequence[int], *, offset_bytes: int = 0, access: Access | None = None
+    ) -> torch.Tensor:
+        """See :meth:`kvpool.VirtualKVCache.tensor`."""
+        return self._cache.tensor(dtype, shape, offset_bytes=offset_bytes, access=access)
+
+    def seal(self, key: bytes | str | None = None) -> None:
+        """See :meth:`kvpool.VirtualKVCache.seal`."""
+        _run(self._cache.seal, key)
+
+    def info(self) -> dict[str, Any]:
+        """See :meth:`kvpool.VirtualKVCache.info`."""
+        return _run(self._cache.info)
+
+    def pin(self) -> None:
+        """See :meth:`kvpool.VirtualKVCache.pin`."""
+        _run(self._cache.pin)
+
+    def unpin(self) -> None:
+        """See :meth:`kvpool.VirtualKVCache.unpin`."""
+        _run(self._cache.unpin)
+
+    def release(self) -> None:
+        """See :meth:`kvpool.VirtualKVCache.release`."""
+        _run(self._cache.release)
+
+    def __enter__(self) -> VirtualKVCache:
+        _run(self._cache.__aenter__)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        _run(self._cache.__aexit__, *exception)
+
+
+class PrefixHit:
+    """Blocking form of :class:`kvpool.PrefixHit`."""
+
+    def __init__(self, hit: client.PrefixHit) -> None:
+        self._hit = hit
+
+    @property
+    def num_blocks(self) -> int:
+        """How many blocks were found."""
+        return self._hit.num_blocks
+
+    def __len__(self) -> int:
+        return len(self._hit)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """See :meth:`kvpool.PrefixHit.tensors`."""
+        return self._hit.tensors()
+
+    def numpy(self) -> list[numpy.ndarray[Any, Any]]:
+        """See :meth:`kvpool.PrefixHit.numpy`."""
+        return self._hit.numpy()
+
+    def release(self) -> None:
+        """See :meth:`kvpool.PrefixHit.release`."""
+        _run(self._hit.release)
+
+    def __enter__(self) -> PrefixHit:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        _run(self._hit.__aexit__, *exception)
+
+
+class NewBlocks:
+    """Blocking form of :class:`kvpool.NewBlocks`."""
+
+    def __init__(self, blocks: client.NewBlocks) -> None:
+        self._blocks = blocks
+
+    @property
+    def num_blocks(self) -> int:
+        """How many new blocks were leased."""
+        return self._blocks.num_blocks
+
+    @property
+    def resident(self) -> int:
+        """How many of the hashes were in the pool already."""
+        return self._blocks.resident
+
+    @property
+    def stored(self) -> int:
+        """How many leading hashes are in the pool once these blocks are sealed."""
+        return self._blocks.stored
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """See :meth:`kvpool.NewBlocks.tensors`."""
+        return self._blocks.tensors()
+
+    def numpy(self) -> list[numpy.ndarray[Any, Any]]:
+        """See :meth:`kvpool.NewBlocks.numpy`."""
+        return self._blocks.numpy()
+
+    def seal(self) -> None:
+        """See :meth:`kvpool.NewBlocks.seal`."""
+        _run(self._blocks.seal)
+
+    def release(self) -> None:
+        """See :meth:`kvpool.NewBlocks.release`."""
+        _run(self._blocks.release)
+
+    def __enter__(self) -> NewBlocks:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        _run(self._blocks.__aexit__, *exception)
+
+
+class Model:
+    """Blocking form of :class:`kvpool.Model`."""
+
+    def __init__(self, model: client.Model) -> None:
+        self._model = model
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What the model was registered as."""
+        return self._model.spec
+
+    def request_cache(
+        self, size: int | str, *, max_size: int | str | None = None, timeout_s: float | None = None
+    ) -> VirtualKVCache:
+        """See :meth:`kvpool.Model.request_cache`."""
+        return VirtualKVCache(_run(self._model.request_cache, size, max_size=max_size, timeout_s=timeout_s))
+
+    def match_prefix(self, hashes: Sequence[bytes]) -> PrefixHit:
+        """See :meth:`kvpool.Model.match_prefix`."""
+        return PrefixHit(_run(self._model.match_prefix, hashes))
+
+    def new_blocks(self, hashes: Sequence[bytes], *, parent: bytes | None = None) -> NewBlocks:
+        """See :meth:`kvpool.Model.new_blocks`."""
+        return NewBlocks(_run(self._model.new_blocks, hashes, parent=parent))
+
+    def put_blocks(self, hashes: Sequence[bytes], tensors: Any, *, parent: bytes | None = None) -> int:
+        """See :meth:`kvpool.Model.put_blocks`."""
+        return _run(self._model.put_blocks, hashes, tensors, parent=parent)
+
+
+class CachePool:
+    """Blocking form of :class:`kvpool.CachePool`."""
+
+    def __init__(self, pool: client.CachePool) -> None:
+        self._pool = pool
+
+    @classmethod
+    def create(cls, config: PoolConfig | None = None, *, tenant: str = "default", **settings: Any) -> CachePool:
+        """See :meth:`kvpool.CachePool.create`."""
+        return cls(_run(client.CachePool.create, config, tenant=tenant, **settings))
+
+    @classmethod
+    def connect(cls, name: str = "kvpool", *, tenant: str = "default") -> CachePool:
+        """See :meth:`kvpool.CachePool.connect`."""
+        return cls(_run(client.CachePool.connect, name, tenant=tenant))
+
+    @property
+    def name(self) -> str:
+        """The pool's name."""
+        return self._pool.name
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The pool's configuration."""
+        return self._pool.config
+
+    def model(self, spec: ModelSpec | str) -> Model:
+        """See :meth:`kvpool.CachePool.model`."""
+        return Model(_run(self._pool.model, spec))
+
+    def request_cache(
+        self,
+        model_name: str,
+        size_mb: float | None = None,
+        *,
+        size: int | str | None = None,
+        timeout_s: float | None = None,
+    ) -> VirtualKVCache:
+        """See :meth:`kvpool.CachePool.request_cache`."""
+        return VirtualKVCache(_run(self._pool.request_cache, model_name, size_mb, size=size, timeout_s=timeout_s))
+
+    def stats(self) -> PoolStatistics:
+        """See :meth:`kvpool.CachePool.stats`."""
+        return _run(self._pool.stats)
+
+    def trim(self) -> int:
+        """See :meth:`kvpool.CachePool.trim`."""
+        return _run(self._pool.trim)
+
+    def leases(self) -> list[dict[str, Any]]:
+        """See :meth:`kvpool.CachePool.leases`."""
+        return self._pool.leases()
+
+    def delete(self, *, drain_s: float | None = None) -> None:
+        """See :meth:`kvpool.CachePool.delete`."""
+        _run(self._pool.delete, drain_s=drain_s)
+
+    def close(self) -> None:
+        """See :meth:`kvpool.CachePool.close`."""
+        _run(self._pool.close)
+
+    def __enter__(self) -> CachePool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def delete(name: str = "kvpool", *, drain_s: float | None = None) -> None:
+    """See :func:`kvpool.delete`."""
+    _run(client.delete, name, drain_s=drain_s)

@@ -1,0 +1,159 @@
+"""A whole pool in one process: the real state, the real device stores, real memory; no Ray, no sockets.
+
+Operations wait in a queue for each device and are carried out when the harness is told to (``settle`` for all, ``step``
+for one device), so that tests choose the interleaving.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+from kvpool.cache.key import encode_block_id
+from kvpool.cache.store import DeviceStore
+from kvpool.memory.allocator import GPUMemoryAllocator
+from kvpool.memory.host import HostBackend
+from kvpool.pool.instructions import (
+    Batch,
+    BatchDone,
+    BlocksRequested,
+    CachesRequested,
+    ClientGone,
+    DeviceAnswered,
+    Grant,
+    PinRequested,
+    PrefixesLookedUp,
+    ReleaseRequested,
+    SealRequested,
+    Send,
+)
+from kvpool.pool.state import PoolState
+
+PAGE = 64 * 1024
+
+
+class LocalPool:
+    """State and devices of a pool, driven by hand."""
+
+    def __init__(
+        self, devices: int = 1, pages: int = 4, page_bytes: int = PAGE, queue_limit: int = 100, placement="least_loaded"
+    ):
+        self.now = 0.0
+        self.state = PoolState("test", "lru", placement, queue_limit)
+        self.stores: list[DeviceStore] = []
+        self.outboxes: list[deque[Send]] = []
+        self.grants: dict[str, list[tuple[int, Any]]] = {}
+        self.done: dict[Batch, list[Any]] = {}
+        for number in range(devices):
+            allocator = GPUMemoryAllocator(HostBackend(), pages * page_bytes, page_bytes)
+            self.stores.append(DeviceStore(allocator))
+            self.outboxes.append(deque())
+            self.state.add_device(f"host-{number}", "here", pages * page_bytes, page_bytes, 4096)
+
+    def close(self) -> None:
+        for store in self.stores:
+            store.allocator.close()
+
+    # -- carrying out ---------------------------------------------------------------------------------------------
+
+    def take(self, instructions) -> None:
+        for instruction in instructions:
+            match instruction:
+                case Send():
+                    self.outboxes[instruction.device].append(instruction)
+                case BatchDone():
+                    self.done[instruction.batch] = instruction.batch.answers
+                case Grant():
+                    self.grants.setdefault(instruction.client, []).append((instruction.ticket, instruction.answer))
+
+    def step(self, device: int) -> bool:
+        """Let one device carry out all that waits for it."""
+        sent = list(self.outboxes[device])
+        if not sent:
+            return False
+        self.outboxes[device].clear()
+        answers = self.stores[device].apply([send.operation for send in sent])
+        zombies = (self._stamp(), self.stores[device].allocator.usage().zombie_bytes)
+        self.take(self.state.handle(DeviceAnswered(device, sent, answers, zombies), self.now))
+        return True
+
+    def _stamp(self) -> int:
+        self._last_stamp = getattr(self, "_last_stamp", 0) + 1
+        return self._last_stamp
+
+    def settle(self) -> None:
+        while any([self.step(device) for device in range(len(self.stores))]):
+            pass
+
+    def handle(self, event) -> None:
+        self.take(self.state.handle(event, self.now))
+
+    def ask(self, event_type, client: str, items, *more) -> list[Any]:
+        """Submit a batch, settle everything, return its answers."""
+        batch = Batch(len(items))
+        self.handle(event_type(batch, client, items, *more))
+        self.settle()
+        return self.done.pop(batch)
+
+    # -- what a client does ---------------------------------------------------------------------------------------
+
+    def connect(self, client: str = "c", tenant: str = "default") -> None:
+        _, batch, instructions = self.state.connect(client, tenant, "here", f"token-{client}")
+        self.take(instructions)
+        self.settle()
+        assert self.done.pop(batch) == [True] * len(self.stores)
+
+    def model(self, client: str = "c", name: str = "m", block_bytes: int | None = 4096, limit_bytes=None) -> int:
+        spec = {"name": name, "identity": {"model": name}, "block_bytes": block_bytes, "limit_bytes": limit_bytes}
+        return self.state.register_model(client, spec).number
+
+    def request(self, size, client="c", model=0, max_size=None, timeout_s=0.0):
+        return self.ask(CachesRequested, client, [(1, model, size, max_size or size, timeout_s, None)])[0]
+
+    def blocks(self, ids, client="c", model=0, parent=None):
+        return self.ask(BlocksRequested, client, [(1, model, hashes(ids), parent, None)])[0]
+
+    def look_up(self, ids, client="c", model=0):
+        return self.ask(PrefixesLookedUp, client, [(1, model, hashes(ids), None)])[0]
+
+    def seal(self, cache_ids, keys, client="c", model=0, finish=False):
+        return self.ask(SealRequested, client, [(1, model, cache_ids, keys, None)], finish)[0]
+
+    def release(self, cache_ids, client="c"):
+        return self.ask(ReleaseRequested, client, [(1, list(cache_ids), None)])[0]
+
+    def pin(self, cache_ids, held, client="c"):
+        return self.ask(PinRequested, client, [(1, list(cache_ids), None)], held)[0]
+
+    def put(self, ids, client="c", model=0):
+        """Store a chain: new blocks, sealed and released. Returns the ``blocks`` answer."""
+        answer = self.blocks(ids, client, model)
+        _, resident, cache_ids, _, _ = answer
+        if cache_ids:
+            self.seal(cache_ids, keys_of(ids)[resident : resident + len(cache_ids)], client, model, finish=True)
+        return answer
+
+    def kill(self, client: str) -> None:
+        """The client's process dies: every device sees it and tells the pool."""
+        for number, store in enumerate(self.stores):
+            ended, freed = store.disconnect(client)
+            store.allocator.holder_gone(client)
+            self.handle(ClientGone(client, number, ended, freed))
+        self.settle()
+
+    def check(self) -> None:
+        """Books, devices and addresses agree."""
+        self.state.check()
+        for store in self.stores:
+            store.allocator.check()
+
+    def live_bytes(self) -> int:
+        return sum(store.allocator.usage().live_bytes for store in self.stores)
+
+
+def keys_of(ids) -> list[bytes]:
+    return [encode_block_id(block_id) for block_id in ids]
+
+
+def hashes(ids) -> bytes:
+    return b"".join(keys_of(ids))

@@ -1,0 +1,202 @@
+"""GPUMemoryAllocator over real host memory, with clients that really map its pages, against a dict of caches."""
+
+import ctypes
+import mmap
+import os
+from itertools import pairwise
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from kvpool.errors import CapacityError, DoubleReleaseError, StaleCacheError
+from kvpool.memory.allocation import Allocation
+from kvpool.memory.allocator import GPUMemoryAllocator
+from kvpool.memory.host import HostBackend
+
+PAGE = 65536
+PAGES = 16
+#: Each tenant writes bytes of its own, so that one byte tells whose it is.
+BYTES = {"a": bytes(range(1, 128)), "b": bytes(range(128, 256))}
+TENANTS = st.sampled_from(sorted(BYTES))
+CLIENTS = st.sampled_from(["one", "two"])
+SIZES = st.sampled_from([1, 5000, 16384, 40_000, PAGE - 1, PAGE, PAGE + 1, 2 * PAGE, 3 * PAGE, 7 * PAGE])
+
+
+class AllocatorMachine(RuleBasedStateMachine):
+    """Two tenants, two clients; memory is short, so that most requests need somebody else's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backend = HostBackend(budget_bytes=PAGES * PAGE)
+        self.allocator = GPUMemoryAllocator(
+            self.backend, PAGES * PAGE, PAGE, arena_bytes=64 * PAGE, reserve_bytes=10 * PAGE, victims=self
+        )
+        self.now = 0.0
+        self.next_id = 0
+        #: Caches by id: where, and the byte that fills them. The evictable ones, the first to go first.
+        self.live: dict[int, tuple[Allocation, int]] = {}
+        self.evictable: list[int] = []
+        self.waiting: dict[int, float] = {}
+        #: What each client maps, by (client, serial), and the tenant it was mapped for.
+        self.views: dict[tuple[str, int], tuple[mmap.mmap, str]] = {}
+        self.to_drop: set[tuple[str, int]] = set()
+
+    def next_victim(self) -> int | None:
+        """The allocator asks which cache may go: it is gone for the model from here on."""
+        if not self.evictable:
+            return None
+        victim = self.evictable.pop(0)
+        del self.live[victim]
+        return victim
+
+    def read(self, where: Allocation) -> bytes:
+        return ctypes.string_at(self.allocator.address + where.offset, where.size_bytes)
+
+    def begin(self, where: Allocation) -> None:
+        """A cache was allocated: nothing foreign may be in it. Fill it with its byte."""
+        assert not self.read(where).translate(None, b"\0" + BYTES[where.tenant])
+        byte = BYTES[where.tenant][where.cache_id % 127]
+        ctypes.memset(self.allocator.address + where.offset, byte, where.size_bytes)
+        self.live[where.cache_id] = (where, byte)
+
+    @rule(
+        tenant=TENANTS, size=SIZES, growth=st.sampled_from([None, None, 0, 100, PAGE, 5 * PAGE]), may_go=st.booleans()
+    )
+    def allocate(self, tenant: str, size: int, growth: int | None, may_go: bool) -> None:
+        self.next_id += 1
+        maximum = None if growth is None else size + growth
+        try:
+            where = self.allocator.allocate(self.next_id, size, tenant=tenant, max_size_bytes=maximum)
+        except CapacityError as error:
+            refused = error
+        else:
+            refused = None
+        if refused is not None:
+            assert not self.evictable
+            assert maximum not in (None, size) or refused.details["largest_bytes"] < size
+            return
+        assert (where.tenant, where.size_bytes, where.max_size_bytes) == (tenant, size, maximum or size)
+        self.begin(where)
+        if may_go:
+            self.evictable.append(where.cache_id)
+
+    @rule(tenant=TENANTS, size=SIZES, wait=st.integers(0, 4))
+    def request(self, tenant: str, size: int, wait: int) -> None:
+        self.next_id += 1
+        someone_waits = bool(self.waiting)
+        try:
+            answer = self.allocator.request(self.next_id, size, tenant=tenant, now=self.now, deadline=self.now + wait)
+        except CapacityError:
+            assert wait == 0
+            return
+        if isinstance(answer, Allocation):
+            assert not someone_waits
+            self.begin(answer)
+        else:
+            self.waiting[answer] = self.now + wait
+
+    @rule(passed=st.integers(0, 2))
+    def poll(self, passed: int) -> None:
+        self.now += passed
+        answers = self.allocator.poll(self.now)
+        granted = [ticket for ticket, answer in answers if isinstance(answer, Allocation)]
+        assert granted == sorted(granted)
+        for ticket, answer in answers:
+            deadline = self.waiting.pop(ticket)
+            if isinstance(answer, Allocation):
+                assert deadline > self.now
+                self.begin(answer)
+            else:
+                assert isinstance(answer, CapacityError)
+                assert deadline <= self.now
+        assert all(deadline > self.now for deadline in self.waiting.values())
+        assert not granted or min(self.waiting, default=granted[-1]) >= granted[-1]
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def free(self, data: st.DataObject) -> None:
+        cache_id = data.draw(st.sampled_from(sorted(self.live)))
+        del self.live[cache_id]
+        if cache_id in self.evictable:
+            self.evictable.remove(cache_id)
+        self.allocator.free(cache_id)
+        with pytest.raises(DoubleReleaseError):
+            self.allocator.free(cache_id)
+
+    @rule(tenant=st.none() | TENANTS)
+    def trim(self, tenant: str | None) -> None:
+        free_bytes = self.allocator.usage().free_bytes
+        assert self.allocator.trim(tenant) == self.allocator.usage().free_bytes - free_bytes
+        if tenant is None:
+            assert self.allocator.usage().reserve_bytes == 0
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data(), client=CLIENTS)
+    def map_in_client(self, data: st.DataObject, client: str) -> None:
+        where, _ = self.live[data.draw(st.sampled_from(sorted(self.live)))]
+        for index, serial in where.pages:
+            descriptor = self.allocator.export(client, where.tenant, index, serial)
+            if (client, serial) not in self.views:
+                self.views[client, serial] = (mmap.mmap(descriptor, PAGE), where.tenant)
+            os.close(descriptor)
+            with pytest.raises(StaleCacheError):
+                self.allocator.export(client, where.tenant, index + 64, serial)
+
+    @rule(client=CLIENTS)
+    def drop(self, client: str) -> None:
+        for each, serials in self.allocator.take_drops().items():
+            self.to_drop.update((each, serial) for serial in serials)
+        mine = {(each, serial) for each, serial in self.to_drop if each == client}
+        self.unmap(mine)
+        self.allocator.dropped(client, [serial for _, serial in mine])
+
+    @rule(client=CLIENTS)
+    def die(self, client: str) -> None:
+        self.unmap({key for key in self.views if key[0] == client})
+        self.allocator.holder_gone(client)
+
+    def unmap(self, keys: set[tuple[str, int]]) -> None:
+        for key in keys:
+            if key in self.views:
+                self.views.pop(key)[0].close()
+        self.to_drop -= keys
+
+    @invariant()
+    def the_account_is_right(self) -> None:
+        self.allocator.check()
+        usage = self.allocator.usage()
+        assert usage.live_bytes == sum(where.size_bytes for where, _ in self.live.values())
+        assert usage.reserve_bytes <= 10 * PAGE
+        states = usage.backed_bytes + usage.reserve_bytes + usage.zombie_bytes + usage.free_bytes
+        assert states == usage.capacity_bytes == PAGES * PAGE
+        pages = {ref for where, _ in self.live.values() for ref in where.pages}
+        assert usage.backed_bytes == len(pages) * PAGE
+        owned = usage.capacity_bytes - usage.free_bytes - usage.zombie_bytes
+        assert self.backend.mem_info().free_bytes <= PAGES * PAGE - owned
+
+    @invariant()
+    def nobody_sees_what_is_not_theirs(self) -> None:
+        places = sorted((where.offset, where.offset + where.max_size_bytes) for where, _ in self.live.values())
+        assert all(end <= start for (_, end), (start, _) in pairwise(places))
+        for where, byte in self.live.values():
+            assert self.allocator.allocation(where.cache_id) == where
+            assert self.read(where) == bytes([byte]) * where.size_bytes
+        for view, tenant in self.views.values():
+            assert not view[:].translate(None, b"\0" + BYTES[tenant])
+
+    def teardown(self) -> None:
+        for client in ("one", "two"):
+            self.die(client)
+        for cache_id in self.live:
+            self.allocator.free(cache_id)
+        self.allocator.trim()
+        assert self.allocator.usage().free_bytes == PAGES * PAGE
+        self.allocator.close()
+        assert self.backend.mem_info().free_bytes == PAGES * PAGE
+        self.backend.close()
+
+
+TestAllocatorMachine = AllocatorMachine.TestCase
+TestAllocatorMachine.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)

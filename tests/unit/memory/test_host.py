@@ -1,0 +1,190 @@
+"""What is special about host memory: seals, budget, limits of the system, forks."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kvpool
+from kvpool.errors import BackendError, ForkedHandleError, InvalidRequestError, InvalidSizeError, SystemLimitError
+from kvpool.memory import limits, mman
+from kvpool.memory.backend import Access
+from kvpool.memory.host import HostBackend
+
+SIZE = 65536
+
+
+@pytest.fixture
+def backend() -> HostBackend:
+    backend = HostBackend(budget_bytes=4 * SIZE)
+    yield backend
+    backend.close()
+
+
+def test_nobody_can_cut_a_page_short(backend: HostBackend) -> None:
+    descriptor = backend.export(backend.create(SIZE))
+    for change in (lambda: os.ftruncate(descriptor, 0), lambda: os.ftruncate(descriptor, 2 * SIZE)):
+        with pytest.raises(PermissionError):
+            change()
+    with pytest.raises(PermissionError):
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+    os.close(descriptor)
+
+
+def test_a_file_that_could_be_cut_short_is_not_taken_for_a_page(backend: HostBackend) -> None:
+    descriptor = os.memfd_create("not sealed", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(descriptor, SIZE)
+    with pytest.raises(InvalidRequestError, match="seals"):
+        backend.import_(descriptor, SIZE)
+
+
+def test_memory_is_allocated_when_a_page_is_created(backend: HostBackend) -> None:
+    descriptor = backend.export(backend.create(SIZE))
+    assert os.fstat(descriptor).st_blocks * 512 == SIZE
+    os.close(descriptor)
+
+
+def test_budget_counts_pages_until_they_are_unmapped(backend: HostBackend) -> None:
+    address = backend.reserve(SIZE, SIZE)
+    handles = [backend.create(SIZE) for _ in range(4)]
+    assert backend.mem_info() == (0, 4 * SIZE)
+    with pytest.raises(BackendError, match="budget") as refused:
+        backend.create(SIZE)
+    assert refused.value.details["errno"] == errno.ENOMEM
+    backend.map(address, handles[0])
+    backend.release(handles[0])
+    assert backend.mem_info().free_bytes == 0
+    backend.unmap(address, SIZE)
+    assert backend.mem_info().free_bytes == SIZE
+
+
+def test_an_imported_page_does_not_count(backend: HostBackend) -> None:
+    handle = backend.create(SIZE)
+    backend.import_(backend.export(handle), SIZE)
+    assert backend.mem_info().free_bytes == 3 * SIZE
+
+
+@pytest.mark.parametrize("budget", [0, -1])
+def test_a_budget_is_positive(budget: int) -> None:
+    with pytest.raises(InvalidSizeError):
+        HostBackend(budget)
+
+
+def test_access_that_the_system_refuses_is_undone(backend: HostBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = backend.reserve(3 * SIZE, SIZE)
+    for index in range(3):
+        backend.map(address + index * SIZE, backend.create(SIZE))
+    backend.set_access(address, SIZE, Access.READ_WRITE)
+    protect = mman.protect
+
+    def fails_half_way(start: int, size_bytes: int, access: Access) -> None:
+        if access is Access.READ:
+            protect(start, SIZE, access)
+            raise BackendError("refused", errno=errno.ENOMEM)
+        protect(start, size_bytes, access)
+
+    monkeypatch.setattr(mman, "protect", fails_half_way)
+    with pytest.raises(BackendError):
+        backend.set_access(address, 3 * SIZE, Access.READ)
+    ctypes.memset(address, 1, SIZE)  # still writable
+    monkeypatch.undo()
+    backend.set_access(address, 3 * SIZE, Access.READ_WRITE)
+
+
+def test_a_forked_child_has_neither_descriptors_nor_mappings(backend: HostBackend) -> None:
+    address = backend.reserve(SIZE, SIZE)
+    handle = backend.create(SIZE)
+    backend.map(address, handle)
+    backend.set_access(address, SIZE, Access.READ_WRITE)
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            links = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+            clean = not any("kvpool-page" in link for link in links)
+            clean = clean and "kvpool-page" not in Path("/proc/self/maps").read_text()
+            for use in (lambda: backend.export(handle), lambda: backend.create(SIZE)):
+                try:
+                    use()
+                    clean = False
+                except ForkedHandleError:
+                    continue
+            backend.close()
+            status = 0 if clean else 2
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    ctypes.memset(address, 1, SIZE)  # the parent keeps what it had
+
+
+def test_soft_limit_of_open_files_is_raised_when_the_hard_one_allows() -> None:
+    script = """
+import resource
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+from kvpool.memory.host import HostBackend
+HostBackend().probe(pages=300, mapped_pages=1, page_size_bytes=4096)
+assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= 300
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(kvpool.__file__).parent.parent)}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=60)
+
+
+def test_limits_say_what_to_do(backend: HostBackend) -> None:
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with pytest.raises(SystemLimitError, match=r"ulimit -n") as found:
+        backend.probe(pages=hard + 1, mapped_pages=1, page_size_bytes=4096)
+    assert found.value.details["needed"] > found.value.details["hard"] == hard
+    with pytest.raises(SystemLimitError, match=r"sysctl -w vm.max_map_count"):
+        backend.probe(pages=1, mapped_pages=1 << 30, page_size_bytes=4096)
+
+
+@pytest.mark.parametrize(
+    ("group", "mount", "files", "expected"),
+    [
+        (
+            "0::/pod/box",
+            "30 20 0:1 / {root} rw - cgroup2 none rw",
+            {"pod/memory.max": "1000", "pod/memory.current": "700", "pod/memory.stat": "inactive_file 100\n"},
+            [(1000, 600)],
+        ),
+        (
+            "4:memory:/pod",
+            "30 20 0:1 / {root} rw - cgroup none rw,memory",
+            {
+                "pod/memory.limit_in_bytes": "1000",
+                "pod/memory.usage_in_bytes": "10",
+                "memory.limit_in_bytes": "9000",
+                "memory.usage_in_bytes": "20",
+            },
+            [(1000, 10), (9000, 20)],
+        ),
+        (  # a container that sees only its own group
+            "0::/host/path/of/box",
+            "30 20 0:1 /host/other {root} rw - cgroup2 none rw",
+            {"memory.max": "500", "memory.current": "5"},
+            [(500, 5)],
+        ),
+        ("0::/", "30 20 0:1 / {root} rw - cgroup2 none rw", {"memory.max": "max", "memory.current": "5"}, []),
+    ],
+    ids=["v2 ancestor", "v1", "container", "unlimited"],
+)
+def test_limits_of_control_groups(
+    tmp_path: Path, group: str, mount: str, files: dict[str, str], expected: list[tuple[int, int]]
+) -> None:
+    process, root = tmp_path / "proc", tmp_path / "cgroup"
+    process.mkdir()
+    (process / "cgroup").write_text(group + "\n")
+    (process / "mountinfo").write_text(mount.format(root=root) + "\n")
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    assert list(limits._control_group_limits(process)) == expected
