@@ -50,28 +50,37 @@ class DeviceActor:
     ) -> None:
         self._pool, self._name, self._epoch = pool, name, epoch
         self._capacity_bytes, self._page_bytes, self._arena_bytes = capacity_bytes, page_bytes, arena_bytes
-        self._min_block_bytes = min_block_bytes
+        self._min_block_bytes, self._reserve_bytes = min_block_bytes, reserve_bytes
         self._socket_path = Path(socket_path)
-        backend = HostBackend()
-        pages = -(-capacity_bytes // page_bytes)
-        backend.probe(pages=pages, mapped_pages=pages, page_size_bytes=page_bytes)
-        self._allocator = GPUMemoryAllocator(
-            backend,
-            capacity_bytes,
-            page_bytes,
-            min_block_bytes=min_block_bytes,
-            arena_bytes=arena_bytes,
-            reserve_bytes=reserve_bytes,
-        )
-        self._store = DeviceStore(self._allocator)
-        self._server = PageServer(self._socket_path, self, self._store.authorize, self._client_gone)
+        self._allocator: GPUMemoryAllocator
+        self._store: DeviceStore
+        self._server: PageServer
         self._events: list[tuple[Any, ...]] = []
         self._first_event = 1
         self._stamp = 0
         self._news = asyncio.Event()
 
     async def start(self) -> dict[str, Any]:
-        """Open the socket; return what clients and the pool must know of this device."""
+        """Reserve the arena and open the socket; return what clients and the pool must know of this device.
+
+        Raises
+        ------
+        SystemLimitError
+            If this system's limits do not allow so many pages or so much memory.
+        """
+        backend = HostBackend()
+        pages = self._capacity_bytes // self._page_bytes
+        backend.probe(pages=pages, mapped_pages=pages, page_size_bytes=self._page_bytes)
+        self._allocator = GPUMemoryAllocator(
+            backend,
+            self._capacity_bytes,
+            self._page_bytes,
+            min_block_bytes=self._min_block_bytes,
+            arena_bytes=self._arena_bytes,
+            reserve_bytes=self._reserve_bytes,
+        )
+        self._store = DeviceStore(self._allocator)
+        self._server = PageServer(self._socket_path, self, self._store.authorize, self._client_gone)
         await self._server.start()
         gc.collect()
         gc.freeze()
@@ -80,7 +89,7 @@ class DeviceActor:
             "host": host_identity(),
             "epoch": self._epoch,
             "socket_path": str(self._socket_path),
-            "capacity_bytes": self._allocator.usage().capacity_bytes,
+            "capacity_bytes": self._capacity_bytes,
             "page_bytes": self._page_bytes,
             "arena_bytes": self._arena_bytes,
             "min_block_bytes": self._min_block_bytes,

@@ -27,7 +27,7 @@ from kvpool.actors.grants import GrantStream
 from kvpool.actors.outbox import Outbox
 from kvpool.actors.protocol import NAMESPACE, PROTOCOL_VERSION
 from kvpool.config import PoolConfig
-from kvpool.errors import DeviceLostError, KvpoolError, PoolBusyError
+from kvpool.errors import ConfigError, DeviceLostError, KvpoolError, PoolBusyError
 from kvpool.memory.host import HostBackend
 from kvpool.pool.instructions import (
     Batch,
@@ -276,28 +276,47 @@ class PoolActor:
         config = self._config
         nodes = node_ids()
         epoch = time.time_ns() // 1_000_000
+        granularity_bytes = HostBackend().granularity()
         folder = config.socket_dir or Path(tempfile.gettempdir()) / f"kvpool-{config.name}-{epoch:x}"
-        for number, size_bytes in enumerate(config.device_sizes_bytes()):
-            page_bytes = config.page_size_bytes(size_bytes, HostBackend.GRANULARITY_BYTES)
-            name = f"{NAMESPACE}/{config.name}/host-{number}"
-            actor = make_actor(
-                DeviceActor, name, config.name, f"host-{number}", size_bytes, page_bytes, config.min_block,
-                size_bytes * config.arena_factor, int(size_bytes * config.reserve), str(folder / f"{number}.sock"), epoch,
-                node=nodes[number % len(nodes)],
-            )  # fmt: skip
-            described = await actor.start.remote()
-            device = self._state.add_device(
-                described["name"], described["host"], described["capacity_bytes"], page_bytes, config.min_block
-            )
-            self._devices.append(actor)
-            self._described.append(described)
-            self._outboxes.append(self._outbox(actor, device.number))
-            watcher = asyncio.create_task(self._watch(device.number))
-            self._watchers.add(watcher)
-            watcher.add_done_callback(self._watchers.discard)
+        try:
+            for number, size_bytes in enumerate(config.device_sizes_bytes()):
+                page_bytes = config.page_size_bytes(size_bytes, granularity_bytes)
+                capacity_bytes = size_bytes - size_bytes % page_bytes
+                if not capacity_bytes:
+                    raise ConfigError(
+                        f"a device of {size_bytes} bytes is smaller than one page ({page_bytes} bytes): make the device "
+                        "larger or the page smaller"
+                    )
+                actor = make_actor(
+                    DeviceActor, f"{NAMESPACE}/{config.name}/host-{number}",
+                    config.name, f"host-{number}", capacity_bytes, page_bytes, config.min_block,
+                    capacity_bytes * config.arena_factor, int(capacity_bytes * config.reserve),
+                    str(folder / f"{number}.sock"), epoch,
+                    node=nodes[number % len(nodes)],
+                )  # fmt: skip
+                self._devices.append(actor)
+                self._add_device(actor, await actor.start.remote())
+        except BaseException:
+            for actor in self._devices:
+                kill(actor)
+            raise
         logger.info("pool %s started: %s", config.name, self._described)
         gc.collect()
         gc.freeze()
+
+    def _add_device(self, actor: Any, described: dict[str, Any]) -> None:
+        device = self._state.add_device(
+            described["name"],
+            described["host"],
+            described["capacity_bytes"],
+            described["page_bytes"],
+            described["min_block_bytes"],
+        )
+        self._described.append(described)
+        self._outboxes.append(self._outbox(actor, device.number))
+        watcher = asyncio.create_task(self._watch(device.number))
+        self._watchers.add(watcher)
+        watcher.add_done_callback(self._watchers.discard)
 
     def _outbox(self, actor: Any, number: int) -> Outbox:
         def answered(sent: list[Send], answers: list[Any], zombies: tuple[int, int]) -> None:

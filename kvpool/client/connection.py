@@ -271,9 +271,9 @@ class Connection:
         self._closed = True
         if self._poller is not None:
             self._poller.cancel()
+        await call(self.actor.disconnect, self.client, timeout_s=_ANSWER_S)
         for arena in self.arenas.values():
             await asyncio.to_thread(arena.close)
-        await call(self.actor.disconnect, self.client, timeout_s=_ANSWER_S)
 
 
 def _result(answer: Any) -> Any:

@@ -417,3 +417,16 @@ def test_figures(make: Callable[..., GPUMemoryAllocator]) -> None:
         scattered.free(i)
     scattered.trim()
     assert scattered.usage().external_fragmentation == pytest.approx(0.75)  # 4 pages free, no two addresses together
+
+
+def test_its_own_warm_pages_and_others_together(
+    make: Callable[..., GPUMemoryAllocator], backend: CountingBackend
+) -> None:
+    allocator = make()
+    own = allocator.allocate(0, 2 * PAGE, tenant="a")
+    allocator.allocate(1, 3 * PAGE, tenant="b")
+    allocator.free(0)
+    allocator.free(1)
+    place = allocator.allocate(2, PAGES * PAGE, tenant="a")
+    assert {serial for _, serial in own.pages} < {serial for _, serial in place.pages}
+    assert backend.created == 5 + 6  # b's three left it and were created anew, a's two moved

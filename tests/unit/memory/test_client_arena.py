@@ -15,6 +15,7 @@ from kvpool.errors import BackendError, InvalidRequestError, StaleCacheError
 from kvpool.memory.backend import Access
 from kvpool.memory.client_arena import ClientArena
 from kvpool.memory.host import HostBackend
+from kvpool.memory.page_client import PageRequest
 
 TOKEN = "the right token"
 PAGE = 65536
@@ -127,6 +128,16 @@ async def test_drop_overtaken_by_nothing(owner, arena) -> None:
         await owner.until(lambda page=page: page[1] not in owner.holders["a"])
         assert not arena.is_mapped([page], READ)
     assert arena.mapped_pages == 0
+
+
+async def test_page_that_comes_twice_stays_where_it_is(owner, arena, backend, monkeypatch) -> None:
+    """A request that timed out is answered after all; by then another thread may use what the next one mapped."""
+    page = owner.add(0)
+    await ensure(arena, [page])
+    monkeypatch.setattr(backend, "unmap", lambda *_: pytest.fail("unmapped while in use"))
+    await asyncio.to_thread(arena._connection.request, PageRequest([page], READ), 10.0)
+    monkeypatch.undo()
+    assert arena.mapped_pages == 1
 
 
 async def test_error_of_the_owner_reaches_the_caller_and_the_rest_goes_on(owner, arena) -> None:

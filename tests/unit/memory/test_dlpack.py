@@ -211,7 +211,8 @@ assert "torch" not in sys.modules and "numpy" not in sys.modules
 import torch
 memory = ctypes.create_string_buffer(1024)
 def make():
-    return dlpack.as_torch(dlpack.MappedTensorSource(ctypes.addressof(memory), (8,), "uint8", Access.READ, lambda: 1 / 0))
+    address = ctypes.addressof(memory)
+    return dlpack.as_torch(dlpack.MappedTensorSource(address, (8,), "uint8", Access.READ, lambda: 1 / 0))
 kept = make()
 sys.kept = make()
 torch.kept = [make()]
