@@ -111,6 +111,16 @@ def node_ids() -> list[str]:
     return sorted(alive, key=lambda node: node != own)
 
 
+def object_put(value: Any) -> Any:
+    """Copy a value into Ray's object store; returns its reference."""
+    return ray.put(value)
+
+
+def object_get(reference: Any) -> Any:
+    """Return what a reference of :func:`object_put` stands for."""
+    return ray.get(reference)
+
+
 def kill(actor: Any) -> None:
     """Kill an actor for good."""
     ray.kill(actor, no_restart=True)

@@ -7,6 +7,7 @@ the pool through :meth:`DeviceActor.events` what happened here: a client died, z
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 from pathlib import Path
@@ -142,6 +143,8 @@ class DeviceActor:
         """Close the socket and give all memory back. The actor is of no use afterwards."""
         await self._server.close()
         self._allocator.close()
+        with contextlib.suppress(OSError):  # not empty while other devices of the pool still have their sockets in it
+            self._socket_path.parent.rmdir()
 
     # -- what the page server asks of its source ------------------------------------------------------------------
 

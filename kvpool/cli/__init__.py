@@ -17,6 +17,12 @@ from kvpool.errors import KvpoolError, ensure
 EXIT_ERROR = 2
 
 _COMMANDS = {
+    "bench": ("kvpool.cli.bench:bench", "Measure, beside something measured in the same run."),
+    "demo": ("kvpool.cli.demo:demo", "Run the main job on a Ray of its own, from start to end."),
+    "replay": ("kvpool.cli.replay:replay", "Replay a trace against a pool and verify every hit."),
+    "start": ("kvpool.cli.pool:start", "Start a pool in the running Ray cluster."),
+    "status": ("kvpool.cli.pool:status", "Show what a pool holds and did."),
+    "stop": ("kvpool.cli.pool:stop", "Delete a pool."),
     "simulate": ("kvpool.cli.simulate:simulate", "Say what an eviction policy would hit on a trace."),
 }
 """Name to (where the command is, its line in the help)."""

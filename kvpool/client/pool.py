@@ -206,6 +206,16 @@ class CachePool:
         """The pool's configuration."""
         return dict(self._connection.config)
 
+    @property
+    def actor(self) -> Any:
+        """The bare handle of the pool actor, for metadata and administration."""
+        return self._connection.actor
+
+    @property
+    def client_id(self) -> str:
+        """By which the pool knows this connection."""
+        return self._connection.client
+
     async def model(self, spec: ModelSpec | str) -> Model:
         """Register a model, or find it: equal specs of one tenant share their caches."""
         spec = ModelSpec(spec) if isinstance(spec, str) else spec

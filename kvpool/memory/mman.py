@@ -18,7 +18,6 @@ from kvpool.sizes import format_size
 _PROT_NONE = 0
 _MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
 _MADV_DONTFORK = 10
-_MADV_POPULATE_READ = 22  # Linux 5.14
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _PROTECTION = {
     Access.NONE: _PROT_NONE,
@@ -26,15 +25,15 @@ _PROTECTION = {
     Access.READ_WRITE: mmap.PROT_READ | mmap.PROT_WRITE,
 }
 
-# Calls of a few microseconds keep the interpreter lock: giving it up could cost a whole switch interval (5 ms).
-_short = ctypes.PyDLL(None, use_errno=True)
-_long = ctypes.CDLL(None, use_errno=True)
-_mmap = _short.mmap
+# These calls take microseconds and keep the interpreter lock (PyDLL): to give it up could cost a whole switch
+# interval (5 ms).
+_libc = ctypes.PyDLL(None, use_errno=True)
+_mmap = _libc.mmap
 _mmap.restype = ctypes.c_void_p
 _mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
-_munmap, _mprotect, _madvise, _populate = _short.munmap, _short.mprotect, _short.madvise, _long.madvise
+_munmap, _mprotect, _madvise = _libc.munmap, _libc.mprotect, _libc.madvise
 _munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-for _function in (_mprotect, _madvise, _populate):
+for _function in (_mprotect, _madvise):
     _function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
@@ -64,15 +63,6 @@ def map_shared(address: int, size_bytes: int, descriptor: int) -> None:
 def protect(address: int, size_bytes: int, access: Access) -> None:
     """Set what may be done with mapped addresses."""
     _check(_mprotect(address, size_bytes, _PROTECTION[access]), "mprotect")
-
-
-def populate(address: int, size_bytes: int) -> None:
-    """Fill the page tables of an accessible shared mapping, so that touching it takes no faults.
-
-    An optimisation: does nothing where the kernel does not offer it. A writable shared mapping becomes writable
-    by it too, at the price of the read faults.
-    """
-    _populate(address, size_bytes, _MADV_POPULATE_READ)
 
 
 def unmap_addresses(address: int, size_bytes: int) -> None:

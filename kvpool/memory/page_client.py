@@ -256,7 +256,7 @@ class PageClient:
     def _map(self, message: channel.Message, handles: list[int], failure: KvpoolError | None) -> None:
         number = channel.integer(message, "request")
         with self._requests_lock:
-            request = self._requests.pop(number, None)
+            request = self._requests.get(number)
         try:
             if request is None:
                 raise ProtocolError(f"the owner answered request {number}, which nobody waits for")
@@ -272,6 +272,10 @@ class PageClient:
         for start in range(0, len(replaced), channel.MAX_SERIALS):
             self._send("dropped", serials=replaced[start : start + channel.MAX_SERIALS])
         self._send("ack", request=number)
+        with (
+            self._requests_lock
+        ):  # only now: whatever went wrong before, the waiting thread is told at the end of _read
+            del self._requests[number]
         request.error = failure
         request.done.set()
 

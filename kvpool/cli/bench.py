@@ -1,0 +1,55 @@
+"""``kvpool bench``: measurements, each beside something measured in the same run."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from kvpool.cli.output import print_rows, write_json
+from kvpool.cli.waiting import working
+
+_JSON = click.option("--json", "json_path", metavar="FILE", help="Write JSON to FILE ('-': standard output) instead.")
+
+
+@click.group()
+def bench() -> None:
+    """Measure, beside something measured in the same run."""
+
+
+@bench.command()
+@_JSON
+def alloc(json_path: str | None) -> None:
+    """Time the allocators alone, by size class and under churn."""
+    from kvpool.bench import alloc as benchmark
+
+    _report("allocators", benchmark.run, json_path)
+
+
+@bench.command()
+@_JSON
+def concurrency(json_path: str | None) -> None:
+    """Time 1, 100 and 1,000 concurrent requests, beside unmerged calls and an actor that does nothing."""
+    from kvpool.bench import concurrency as benchmark
+
+    _report("concurrent requests of 64 KiB", lambda: asyncio.run(benchmark.measure()), json_path)
+
+
+@bench.command("put-get")
+@_JSON
+def put_get(json_path: str | None) -> None:
+    """Time storing and reading of 512 MiB in blocks of 2 MiB, beside memcpy and ray.put / ray.get."""
+    from kvpool.bench import put_get as benchmark
+
+    _report("512 MiB in blocks of 2 MiB", lambda: asyncio.run(benchmark.measure()), json_path)
+
+
+def _report(title: str, run: Callable[[], dict[str, Any]], json_path: str | None) -> None:
+    with working(f"measuring {title}"):
+        result = run()
+    if json_path is not None:
+        write_json(json_path, result)
+    else:
+        print_rows(title, result["rows"])
