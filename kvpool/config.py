@@ -36,7 +36,9 @@ class PoolConfig(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=_PREFIX, extra="forbid", frozen=True)
 
-    name: str = Field("kvpool", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$", description="name of the pool in the cluster")
+    name: str = Field(
+        "kvpool", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$", description="name of the pool in the cluster"
+    )
     devices: str = Field("host:1", description="'host:4' or 'host:4x512MiB': number and size of host-memory devices")
     memory_per_device: SizeBytes = Field(1024 * MIB, description="bytes of a device whose spec names no size")
     page_size: SizeBytes | None = Field(None, description="bytes of a page; by default from the device's capacity")
@@ -45,7 +47,9 @@ class PoolConfig(BaseSettings):
     reserve: float = Field(0.5, ge=0.0, le=1.0, description="share of a device that may be kept as warm pages")
     policy: str = Field("lru", description="eviction policy")
     placement: str = Field("least_loaded", description="which device a new cache goes to")
-    gc_threshold: float = Field(0.8, gt=0.0, le=1.0, description="share of memory in use above which eviction runs ahead")
+    gc_threshold: float = Field(
+        0.8, gt=0.0, le=1.0, description="share of memory in use above which eviction runs ahead"
+    )
     queue_limit: int = Field(10_000, ge=1, description="most requests that may wait for memory")
     timeout_s: float = Field(30.0, gt=0.0, description="how long a request waits for memory unless it says otherwise")
     socket_dir: Path | None = Field(None, description="folder of the device sockets; by default a private one in /tmp")

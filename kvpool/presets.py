@@ -82,7 +82,9 @@ async def create_vista_cache_pool(
     memory_per_device
         Bytes or text; by default four instances, 2 GiB.
     """
-    return await CachePool.create(vista_config(num_gpus, memory_per_device=memory_per_device, **settings), tenant=tenant)
+    return await CachePool.create(
+        vista_config(num_gpus, memory_per_device=memory_per_device, **settings), tenant=tenant
+    )
 
 
 async def create_deepseek_ocr_cache_pool(

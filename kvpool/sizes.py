@@ -8,7 +8,18 @@ from kvpool.errors import InvalidSizeError
 
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 
-_UNITS = {"": 1, "b": 1, "kib": KIB, "mib": MIB, "gib": GIB, "tib": TIB, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "kib": KIB,
+    "mib": MIB,
+    "gib": GIB,
+    "tib": TIB,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+}
 _TEXT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*")
 
 
@@ -32,7 +43,7 @@ def parse_size(size: int | str) -> int:
         unit = _UNITS.get(match.group(2).lower()) if match else None
         if match is None or unit is None:
             raise InvalidSizeError(
-                f"cannot read the size {size!r}: write a positive number and one of B, KiB, MiB, GiB, TiB, kB, MB, GB, TB",
+                f"cannot read the size {size!r}: write a positive number and a unit (KiB, MiB, GiB; kB, MB, GB)",
                 asked=size,
             )
         size_bytes = int(float(match.group(1)) * unit) if "." in match.group(1) else int(match.group(1)) * unit

@@ -108,8 +108,8 @@ class DeviceActor:
     async def events(self, seen: int, wait_s: float) -> tuple[int, list[tuple[Any, ...]]]:
         """Return what happened after event number ``seen``, waiting for it up to ``wait_s``.
 
-        Events are ``("gone", client, ended ids, freed ids)`` and ``("freed", (stamp, zombie bytes))``. Those up to ``seen``
-        are forgotten: the pool has them.
+        Events are ``("gone", client, ended ids, freed ids)`` and ``("freed", (stamp, zombie bytes))``. Those up to
+        ``seen`` are forgotten: the pool has them.
         """
         del self._events[: max(0, seen - self._first_event + 1)]
         self._first_event = max(self._first_event, seen + 1)

@@ -107,9 +107,7 @@ class PoolActor:
         )
         memory = {number: report for number, report in zip(alive, reports, strict=True) if isinstance(report, dict)}
         config = self._config
-        return collect(
-            self._state, memory, policy_requested=config.policy_requested, preset=config.preset
-        ).to_dict()
+        return collect(self._state, memory, policy_requested=config.policy_requested, preset=config.preset).to_dict()
 
     async def leases(self) -> dict[str, int]:
         """Return the bytes that each client holds leased, over all devices."""
@@ -194,7 +192,7 @@ class PoolActor:
             await self._finish(batch, instructions)
 
     async def register_model(self, client: str, spec: dict[str, Any]) -> Any:
-        """Return ``("model", number)`` for a model described by ``name``, ``identity``, ``block_bytes``, ``limit_bytes``."""
+        """Return ``("model", number)`` for a model's ``name``, ``identity``, ``block_bytes`` and ``limit_bytes``."""
         try:
             return "model", self._state.register_model(client, spec).number
         except KvpoolError as error:
@@ -249,7 +247,8 @@ class PoolActor:
     async def describe_caches(self, client: str, ids: list[int]) -> list[Any]:
         """Return for each id a dict of what the pool knows of it, or an error."""
         now, wall = time.monotonic(), time.time()
-        ledger, answers = self._state.ledger, []
+        ledger = self._state.ledger
+        answers: list[Any] = []
         for cache_id in ids:
             try:
                 row = ledger.row(ledger.client(client), cache_id)
@@ -284,8 +283,8 @@ class PoolActor:
                 capacity_bytes = size_bytes - size_bytes % page_bytes
                 if not capacity_bytes:
                     raise ConfigError(
-                        f"a device of {size_bytes} bytes is smaller than one page ({page_bytes} bytes): make the device "
-                        "larger or the page smaller"
+                        f"a device of {size_bytes} bytes is smaller than one page ({page_bytes} bytes): make "
+                        "the device larger or the page smaller"
                     )
                 actor = make_actor(
                     DeviceActor, f"{NAMESPACE}/{config.name}/host-{number}",
@@ -363,7 +362,8 @@ class PoolActor:
         return await self._finish(batch, instructions)
 
     async def _finish(self, batch: Batch, instructions: list[Instruction]) -> list[Any]:
-        future = self._done[batch] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+        self._done[batch] = future
         self._carry_out(instructions)
         return await future
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from kvpool.bench.rows import row
 from kvpool.memory.allocator import GPUMemoryAllocator
 from kvpool.memory.buddy import BuddyAllocator
 from kvpool.memory.host import HostBackend
@@ -33,25 +34,25 @@ def run() -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for size_bytes in (4 * KIB, 64 * KIB, MIB):
         churn = [(rng.randrange(_LIVE), size_bytes) for _ in range(_PAIRS)]
-        rows.append(_row(f"buddy, {format_size(size_bytes)}", _buddy(arena_bytes, churn), churn))
+        rows.append(_measure(f"buddy, {format_size(size_bytes)}", _buddy(arena_bytes, churn), churn))
     powers = [_MIN_BLOCK_BYTES << order for order in range(8)]
     churn = [(rng.randrange(_LIVE), rng.choice(powers)) for _ in range(_PAIRS)]
-    rows.append(_row("buddy, churn of 8 orders", _buddy(arena_bytes, churn), churn))
+    rows.append(_measure("buddy, churn of 8 orders", _buddy(arena_bytes, churn), churn))
     churn = [(rng.randrange(_LIVE), rng.randrange(1, 128 * _MIN_BLOCK_BYTES)) for _ in range(_PAIRS)]
-    rows.append(_row("buddy, churn of any sizes", _buddy(arena_bytes, churn), churn))
-    rows.append(_row("buddy, split and merge through 20 orders", _split_and_merge, _alone(_MIN_BLOCK_BYTES)))
+    rows.append(_measure("buddy, churn of any sizes", _buddy(arena_bytes, churn), churn))
+    rows.append(_measure("buddy, split and merge through 20 orders", _split_and_merge, _alone(_MIN_BLOCK_BYTES)))
     for size_bytes in (64 * KIB, _PAGE_BYTES, 8 * _PAGE_BYTES):
         pairs = _alone(size_bytes)
-        rows.append(_row(f"memory, {format_size(size_bytes)}, warm", lambda: _memory(pairs, live=1), pairs))  # noqa: B023
+        rows.append(_measure(f"memory, {format_size(size_bytes)}, warm", lambda: _memory(pairs, live=1), pairs))  # noqa: B023
     small = [(rng.randrange(200), rng.choice((16, 64, 256, 1024)) * KIB) for _ in range(_PAIRS // 4)]
-    rows.append(_row("memory, churn of caches below a page", lambda: _memory(small, live=200), small))
+    rows.append(_measure("memory, churn of caches below a page", lambda: _memory(small, live=200), small))
     return {"bench": "alloc", "rows": rows}
 
 
-def _row(name: str, measure: Callable[[], float], churn: Churn) -> dict[str, Any]:
+def _measure(name: str, measure: Callable[[], float], churn: Churn) -> dict[str, Any]:
     value = len(churn) / min(measure() for _ in range(_ROUNDS))
     baseline = len(churn) / min(_dict(churn) for _ in range(_ROUNDS))
-    return {"name": name, "value": value, "unit": "pairs/s", "baseline": baseline, "ratio": value / baseline}
+    return row(name, value, "pairs/s", baseline)
 
 
 def _alone(size_bytes: int) -> Churn:

@@ -1,4 +1,4 @@
-"""Many requests at once: merged calls beside unmerged ones on the same actors, and beside an actor that does nothing."""
+"""Many requests at once: merged, beside unmerged calls of the same actors and calls of an actor that does nothing."""
 
 from __future__ import annotations
 

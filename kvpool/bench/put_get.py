@@ -82,7 +82,12 @@ async def _rows(model: Model) -> list[dict[str, Any]]:
         row("put, beside memcpy", size_gib / median(put), "GiB/s", size_gib / median(copied)),
         row("put, beside ray.put", size_gib / median(put), "GiB/s", size_gib / median(ray_put)),
         row("zero-copy get of 256 blocks", 1000 * median(got), "ms"),
-        row("get and read, beside reading private memory", size_gib / median(read), "GiB/s", size_gib / median(read_private)),
+        row(
+            "get and read, beside reading private memory",
+            size_gib / median(read),
+            "GiB/s",
+            size_gib / median(read_private),
+        ),
         row("get and read, beside ray.get and read", size_gib / median(read), "GiB/s", size_gib / median(ray_read)),
         row("tensor() of a leased block", 1e6 * median(tensors), "us"),
     ]

@@ -71,7 +71,6 @@ class LeafFirstLRU:
                 last, follower = self._last[device], _NONE
             waits_for = children[row]
             if waits_for and (waits_for > 1 or row != follower):
-                follower = _NONE
                 continue
             before[row] = last
             after[row] = _NONE

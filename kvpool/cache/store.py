@@ -13,6 +13,7 @@ operation                                                           answer
 ``("lease", client, sequence, ids)``                                a place or ``None`` for each id
 ``("seal", client, sequence, ids, keys)``                           ``True`` or an error for each id
 ``("release", client, sequence, ids)``                              ``RELEASED``, ``FREED`` or an error for each id
+``("finish", client, sequence, ids, keys)``                         the same; seals before it releases (key None: not)
 ``("evict", ids)``                                                  refused ids
 ``("trim",)``                                                       bytes given back to the system
 =================================================================== ================================================
@@ -73,6 +74,7 @@ class DeviceStore:
             "lease": self._lease,
             "seal": self._seal,
             "release": self._release,
+            "finish": self._finish,
             "evict": self._evict,
             "trim": self.allocator.trim,
         }
@@ -211,6 +213,13 @@ class DeviceStore:
                 leases[cache_id] = count - 1
             answers.append(FREED if self._end_leases(self._caches[cache_id], 1) else RELEASED)
         return answers
+
+    def _finish(self, client: str, sequence: int, ids: Sequence[int], keys: Sequence[bytes | None]) -> list[Any]:
+        sealable = [(cache_id, key) for cache_id, key in zip(ids, keys, strict=True) if key is not None]
+        outcomes = self._seal(client, sequence, *zip(*sealable, strict=True)) if sealable else []
+        failed = {pair[0]: outcome for pair, outcome in zip(sealable, outcomes, strict=True) if outcome is not True}
+        released = iter(self._release(client, sequence, [cache_id for cache_id in ids if cache_id not in failed]))
+        return [failed[cache_id] if cache_id in failed else next(released) for cache_id in ids]
 
     def _not_leased(self, client: str, cache_id: int) -> KvpoolError:
         if cache_id in self._caches:

@@ -110,14 +110,16 @@ class VirtualKVCache:
             )
         return asked
 
-    def _view(
-        self, dtype: Any, shape: Sequence[int], offset_bytes: int, asked: Access | None
-    ) -> MappedTensorSource:
+    def _view(self, dtype: Any, shape: Sequence[int], offset_bytes: int, asked: Access | None) -> MappedTensorSource:
         self._lease.check_held()
         access = self._access(asked)
         name = dtype_name(dtype)
         view_bytes = tensor_bytes(shape, name)
-        if offset_bytes < 0 or offset_bytes % tensor_bytes((1,), name) or not 0 < offset_bytes + view_bytes <= self.size_bytes:
+        if (
+            offset_bytes < 0
+            or offset_bytes % tensor_bytes((1,), name)
+            or not 0 < offset_bytes + view_bytes <= self.size_bytes
+        ):
             raise TensorMismatchError(
                 f"{name}{list(shape)} at {offset_bytes} takes bytes {offset_bytes} to {offset_bytes + view_bytes}, but "
                 f"cache {self.id} has {self.size_bytes}: ask for a larger cache or a smaller tensor",

@@ -19,8 +19,8 @@ from kvpool.actors.protocol import PROTOCOL_VERSION, host_identity
 from kvpool.client.lane import Lane
 from kvpool.client.lease import Lease
 from kvpool.errors import CacheStateError, ForkedHandleError, KvpoolError, ProtocolError, from_wire
-from kvpool.memory.client_arena import ClientArena
 from kvpool.memory.backend import Access
+from kvpool.memory.client_arena import ClientArena
 from kvpool.memory.host import HostBackend
 
 logger = logging.getLogger("kvpool.client")
@@ -98,8 +98,8 @@ class Connection:
             raise from_wire(described["error"])
         if described["protocol"] != PROTOCOL_VERSION:
             raise ProtocolError(
-                f"pool {name!r} speaks protocol {described['protocol']}, this process {PROTOCOL_VERSION}: stop the pool "
-                "with the version that started it and start it again, or install that version here",
+                f"pool {name!r} speaks protocol {described['protocol']}, this process {PROTOCOL_VERSION}: stop the "
+                "pool with the version that started it and start it again, or install that version here",
                 pool=described["protocol"],
                 client=PROTOCOL_VERSION,
             )
@@ -128,9 +128,7 @@ class Connection:
     async def request_cache(self, model: int, size_bytes: int, max_size_bytes: int, timeout_s: float) -> Any:
         """Ask for a cache and wait for memory up to ``timeout_s``; returns the ``granted`` answer."""
         self.check_usable()
-        answer = await self.caches.submit(
-            (self.next_sequence(), model, size_bytes, max_size_bytes, timeout_s, None)
-        )
+        answer = await self.caches.submit((self.next_sequence(), model, size_bytes, max_size_bytes, timeout_s, None))
         return answer if answer[0] == "granted" else await self._wait(answer[1])
 
     async def ask(self, lane: Lane, *content: Any) -> Any:

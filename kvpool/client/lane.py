@@ -80,4 +80,3 @@ class Lane:
                 future.set_exception(from_wire(answer[1:]))
             else:
                 future.set_result(answer)
-

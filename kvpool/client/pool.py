@@ -140,9 +140,7 @@ class CachePool:
         self._models: dict[ModelSpec, Model] = {}
 
     @classmethod
-    async def create(
-        cls, config: PoolConfig | None = None, *, tenant: str = "default", **settings: Any
-    ) -> CachePool:
+    async def create(cls, config: PoolConfig | None = None, *, tenant: str = "default", **settings: Any) -> CachePool:
         """Start a pool, unless the very same one runs already, and connect to it.
 
         Parameters

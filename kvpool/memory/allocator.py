@@ -129,7 +129,7 @@ class GPUMemoryAllocator:
         QueueFullError
             If too many wait already.
         CapacityError
-            If it does not fit and the deadline has come.
+            If it would have to wait and the deadline has come.
         InvalidSizeError, CacheStateError, BackendError
             As :meth:`allocate`.
         """
@@ -140,6 +140,8 @@ class GPUMemoryAllocator:
             except CapacityError:
                 if deadline <= now:
                     raise
+        elif deadline <= now:
+            raise self._full(request)
         ticket = self._queue.put(request, deadline)
         self._waiting.add(cache_id)
         return ticket
@@ -206,10 +208,7 @@ class GPUMemoryAllocator:
             self._ranges.put(allocation.offset >> self._page_shift)
 
     def trim(self, tenant: str | None = None) -> int:
-        """Give the warm pages of ``tenant``, or of all, back to the system.
-
-        Returns the bytes that are free by that now; pages that clients map follow when they drop them.
-        """
+        """Give warm pages back, of ``tenant`` or of all. Returns the bytes free by that; what clients map follows."""
         return self._ranges.trim(tenant) * self.page_size_bytes
 
     def usage(self) -> MemoryUsage:

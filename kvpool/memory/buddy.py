@@ -119,7 +119,7 @@ class BuddyAllocator:
     def _allocate_rounded(self, size_bytes: int, max_size_bytes: int | None) -> int:
         if max_size_bytes is None:
             max_size_bytes = size_bytes
-        if not (isinstance(size_bytes, int) and 0 < size_bytes <= max_size_bytes <= self.max_block_bytes):
+        if not isinstance(size_bytes, int) or not 0 < size_bytes <= max_size_bytes <= self.max_block_bytes:
             raise InvalidSizeError(
                 f"asked for {size_bytes!r} bytes that may grow to {max_size_bytes!r}: ask for 1 to "
                 f"{self.max_block_bytes} bytes, and a maximum no smaller than the size",
@@ -127,12 +127,16 @@ class BuddyAllocator:
                 max_size_bytes=max_size_bytes,
                 largest_bytes=self.max_block_bytes,
             )
-        needed_bytes = round_up(max_size_bytes, self.min_block_bytes)
+        needed_bytes = -(-max_size_bytes & -self.min_block_bytes)
         range_bytes = 1 << (needed_bytes - 1).bit_length()
         offset = self.allocate(range_bytes)
         if max_size_bytes == size_bytes and needed_bytes != range_bytes:
             self._live[offset] = needed_bytes
-            self._merge_range(offset + needed_bytes, offset + range_bytes)
+            # The tail, by its binary digits. None of these blocks merges: the buddy of each holds a part of the range.
+            end = offset + needed_bytes
+            while end != offset + range_bytes:
+                self._free[end & -end][end] = None
+                end += end & -end
         return offset
 
     def free(self, offset: int) -> None:
@@ -151,8 +155,12 @@ class BuddyAllocator:
             raise self._not_live(offset) from None
         if size_bytes in self._climbs:
             self._merge(offset, size_bytes)
-        else:
-            self._merge_range(offset, offset + size_bytes)
+            return
+        end = offset + size_bytes
+        while end != offset:  # by its binary digits, the smallest and last block first: it merges into the next
+            size_bytes = end & -end
+            end -= size_bytes
+            self._merge(end, size_bytes)
 
     def shrink(self, offset: int, size_bytes: int) -> None:
         """Give the tail of the range at ``offset`` back; its first ``size_bytes`` (rounded up) stay allocated.
@@ -191,13 +199,7 @@ class BuddyAllocator:
         blocks[offset] = None
 
     def add(self, offset: int) -> None:
-        """Manage one more block of ``max_block_bytes``, free, at ``offset``.
-
-        Raises
-        ------
-        CacheStateError
-            If it is misaligned or managed already.
-        """
+        """Manage one more free block of ``max_block_bytes``; :class:`CacheStateError` if misaligned or managed."""
         if offset < 0 or offset % self.max_block_bytes or offset in self._roots:
             raise CacheStateError(
                 f"cannot add the block at {offset}: give a multiple of {self.max_block_bytes} that is not managed yet"
@@ -207,13 +209,7 @@ class BuddyAllocator:
         self.total_bytes += self.max_block_bytes
 
     def take(self, offset: int) -> None:
-        """Stop managing the block of ``max_block_bytes`` at ``offset``, which must be wholly free.
-
-        Raises
-        ------
-        CacheStateError
-            If a part of it is allocated, or it is not managed.
-        """
+        """Stop managing the block of ``max_block_bytes`` at ``offset``; :class:`CacheStateError` if not wholly free."""
         if not self.is_free_block(offset):
             raise CacheStateError(f"cannot take the block at {offset}: free what lies in it first")
         del self._free[self.max_block_bytes][offset]

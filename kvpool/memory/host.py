@@ -130,8 +130,6 @@ class HostBackend:
                     f"a page of {format_size(size_bytes)} is beyond the budget: {format_size(self._created_bytes)} of "
                     f"{format_size(self._budget_bytes)} are in use",
                     errno=errno.ENOMEM,
-                    asked_bytes=size_bytes,
-                    free_bytes=self._budget_bytes - self._created_bytes,
                 )
             try:
                 descriptor = os.memfd_create("kvpool-page", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -217,10 +215,7 @@ class HostBackend:
         if found_bytes != size_bytes or seals & _SEALS != _SEALS:
             os.close(descriptor)
             raise InvalidRequestError(
-                f"descriptor {descriptor} is no page of {size_bytes} bytes: it has {found_bytes} and seals {seals:#x}",
-                asked_bytes=size_bytes,
-                found_bytes=found_bytes,
-                seals=seals,
+                f"descriptor {descriptor} is no page of {size_bytes} bytes: it has {found_bytes} and seals {seals:#x}"
             )
         with fork_guard:
             return self._add(_Page(descriptor, size_bytes, created=False))
@@ -301,5 +296,4 @@ class HostBackend:
             raise InvalidSizeError(
                 f"a size must be a positive multiple of {multiple} bytes here, asked for {size_bytes}",
                 asked_bytes=size_bytes,
-                multiple_bytes=multiple,
             )

@@ -23,6 +23,7 @@ from kvpool.errors import (
     ensure,
 )
 from kvpool.memory.tickets import Ticket, TicketQueue
+from kvpool.pool.fanout import nothing_more
 from kvpool.pool.instructions import Answer, Batch, Grant
 from kvpool.pool.ledger import Client, Device, Ledger, Model
 from kvpool.sizes import format_size
@@ -158,7 +159,7 @@ class Allocations:
         device, evict = found
         index = self._ledger.index
         footprint_bytes = device.footprint_bytes(request.size_bytes, request.max_size_bytes)
-        row = index.add(request.model.space, footprint_bytes, device.number, now=now)
+        row = self._ledger.add(request.client, request.model.space, footprint_bytes, device.number, -1, now)
         orders.put(device.number, evict, index.id_of(row), request)
         return True
 
@@ -184,9 +185,7 @@ class Allocations:
         self._ledger.counters.grants += len(places)
         for request, cache_id, place in zip(requests, ids, places, strict=False):
             request.model.caches += 1
-            self._deliver(
-                request, ("granted", cache_id, device, request.size_bytes, request.max_size_bytes, place)
-            )
+            self._deliver(request, ("granted", cache_id, device, request.size_bytes, request.max_size_bytes, place))
         if shortage is None:
             return
         for cache_id in ids[len(places) :]:
@@ -273,7 +272,9 @@ class Allocations:
         client = self._ledger.client(client_id)
         for item, (sequence, model, hashes, parent, _trace) in enumerate(items):
             try:
-                self._request_chain(batch, item, client, sequence, self._ledger.model(client, model), hashes, parent, now)
+                self._request_chain(
+                    batch, item, client, sequence, self._ledger.model(client, model), hashes, parent, now
+                )
             except KvpoolError as error:
                 self._refuse(batch, item, error)
 
@@ -319,7 +320,7 @@ class Allocations:
                 break
             device, evict = found
             footprint = device.footprint_bytes(model.block_bytes, model.block_bytes)
-            previous = index.add(model.space, footprint, device.number, parent_row=previous, now=now)
+            previous = self._ledger.add(client, model.space, footprint, device.number, previous, now)
             request.ids.append(index.id_of(previous))
             request.devices.append(device.number)
             request.places.append(None)
@@ -371,7 +372,7 @@ class Allocations:
         cache_id = request.ids[position]
         if request.places[position] is not None:
             operation = ("release", request.client.id, request.sequence, [cache_id])
-            self._ledger.send(request.devices[position], operation, _nothing_more)
+            self._ledger.send(request.devices[position], operation, nothing_more)
         self._ledger.forget(cache_id)
 
     # -- room -----------------------------------------------------------------------------------------------------
@@ -461,7 +462,3 @@ def split_hashes(joined: bytes) -> list[bytes]:
             f"hashes come as {HASH_BYTES} bytes each, 1 to {MOST_BLOCKS} of them; got {len(joined)} bytes"
         )
     return [joined[start : start + HASH_BYTES] for start in range(0, len(joined), HASH_BYTES)]
-
-
-def _nothing_more(answer: Answer, now: float) -> None:
-    """Continue with nothing: the operation's outcome changes no decision."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 Answer = Any
-"""What a client gets for one item: a tuple whose first element names it (``"granted"``, ``"queued"``, ``"error"``, …)."""
+"""What a client gets for one item: a tuple whose first element names it (``"granted"``, ``"queued"``, ``"error"``)."""
 
 Continuation = Callable[[Answer, float], None]
 """Called with a device's answer and the time."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvpool.cache.index import CacheIndex
-from kvpool.errors import InvalidRequestError, ProtocolError, UnknownCacheError
+from kvpool.errors import InvalidRequestError, ProtocolError, UnknownCacheError, ensure
 from kvpool.pool.instructions import Batch, BatchDone, Continuation, Instruction, Send
 from kvpool.pool.placement import make_placement
 from kvpool.sizes import round_up
@@ -97,6 +97,8 @@ class Ledger:
         self.clients: dict[str, Client] = {}
         self.models: list[Model] = []
         self.counters = Counters()
+        self.writers: dict[int, str] = {}
+        """Who writes each cache that is not sealed yet: the only client that may seal it."""
         self.out: list[Instruction] = []
         self._models: dict[tuple[str, str, str], int] = {}
 
@@ -168,8 +170,15 @@ class Ledger:
             raise UnknownCacheError(f"there is no cache {cache_id} in tenant {client.tenant!r}", cache_id=cache_id)
         return row
 
+    def add(self, client: Client, space: int, footprint_bytes: int, device: int, parent_row: int, now: float) -> int:
+        """Enter a cache that ``client`` will write; returns its row."""
+        row = self.index.add(space, footprint_bytes, device, parent_row, now=now)
+        self.writers[self.index.id_of(row)] = client.id
+        return row
+
     def forget(self, cache_id: int) -> None:
         """Take a cache off the books, unless it is off already (its client's death may have been first)."""
+        self.writers.pop(cache_id, None)
         row = self.index.live_row(cache_id)
         if row >= 0:
             self.index.remove(row)
@@ -177,3 +186,8 @@ class Ledger:
     def check(self) -> None:
         """Raise :class:`~kvpool.errors.InvariantError` if the books do not add up."""
         self.index.check()
+        for cache_id in self.writers:
+            row = self.index.live_row(cache_id)
+            ensure(
+                row >= 0 and not self.index.is_sealed(row), "a writer of a cache that is sealed or gone", id=cache_id
+            )

@@ -14,6 +14,7 @@ from kvpool.cache.key import fingerprint
 from kvpool.errors import InvariantError, KvpoolError, ProtocolError
 from kvpool.pool.allocation import Allocations
 from kvpool.pool.directory import Directory
+from kvpool.pool.fanout import Fanout
 from kvpool.pool.instructions import (
     Answer,
     Batch,
@@ -33,6 +34,7 @@ from kvpool.pool.instructions import (
     Tick,
     TicketsCancelled,
 )
+from kvpool.pool.leases import Leases
 from kvpool.pool.ledger import Client, Device, Ledger, Model
 
 
@@ -55,11 +57,11 @@ class PoolState:
         self.placement_name = placement
         self.ledger = Ledger(policy, placement)
         self.allocations = Allocations(self.ledger, queue_limit)
-        self.directory = Directory(self.ledger, self.allocations.retry)
+        fanout = Fanout(self.ledger)
+        self.leases = Leases(self.ledger, fanout, self.allocations.retry)
+        self.directory = Directory(self.ledger, fanout, self.leases)
 
-    def add_device(
-        self, name: str, host: str, capacity_bytes: int, page_bytes: int, min_block_bytes: int
-    ) -> Device:
+    def add_device(self, name: str, host: str, capacity_bytes: int, page_bytes: int, min_block_bytes: int) -> Device:
         """Enter a device into the books; clients that connect from now on can be given its memory."""
         device = Device(len(self.ledger.devices), name, host, capacity_bytes, page_bytes, min_block_bytes)
         self.ledger.devices.append(device)
@@ -89,9 +91,12 @@ class PoolState:
         known = ledger.clients[client] = Client(client, tenant, host, reachable)
         ledger.out = []
         batch = Batch(len(reachable))
+
+        def connected(item: int, answer: Answer, now: float) -> None:
+            ledger.answer(batch, item, answer)
+
         for item, number in enumerate(reachable):
-            operation = ("connect", client, tenant, token)
-            ledger.send(number, operation, lambda answer, _now, item=item: ledger.answer(batch, item, answer))
+            ledger.send(number, ("connect", client, tenant, token), partial(connected, item))
         return known, batch, ledger.out
 
     def disconnect(self, client: str) -> tuple[Batch, list[Instruction]]:
@@ -105,7 +110,7 @@ class PoolState:
 
         def ended(item: int, answer: Answer, now: float) -> None:
             if answer[0] != "error":
-                self.directory.leases_ended(*answer, now)
+                self.leases.leases_ended(answer[0], answer[1], now)
             ledger.answer(batch, item, True)
 
         for item, number in enumerate(devices):
@@ -141,9 +146,9 @@ class PoolState:
             case SealRequested():
                 self.directory.seal(event.batch, event.client, event.items, event.finish, now)
             case ReleaseRequested():
-                self.directory.release(event.batch, event.client, event.items, now)
+                self.leases.release(event.batch, event.client, event.items, now)
             case PinRequested():
-                self.directory.pin(event.batch, event.client, event.items, event.held, now)
+                self.leases.pin(event.batch, event.client, event.items, event.held, now)
             case TicketsCancelled():
                 self.allocations.cancel(event.client, event.tickets)
                 self.allocations.retry(now)
@@ -156,9 +161,9 @@ class PoolState:
                 self.allocations.cancel_client(event.client)
                 if self.ledger.clients.pop(event.client, None) is not None:
                     self.ledger.counters.clients_died += 1
-                self.directory.leases_ended(event.ended, event.freed, now)
+                self.leases.leases_ended(event.ended, event.freed, now)
             case DeviceLost():
-                self.directory.device_lost(event.device, event.reason, now)
+                self.leases.device_lost(event.device, event.reason, now)
             case Tick():
                 self.allocations.expire(now)
                 self.allocations.retry(now)

@@ -124,7 +124,9 @@ def pool_config(plan: ReplayPlan, unique: int) -> PoolConfig:
     if not 0 < plan.capacity <= 1:
         raise ConfigError(f"--capacity is a share of the unique blocks, above 0 and at most 1, not {plan.capacity}")
     count = len(load_config(devices=plan.devices).device_sizes_bytes())
-    device_bytes = -(-max(round(plan.capacity * unique), count) // count) * round_up(plan.block_bytes, settings["min_block"])
+    device_bytes = -(-max(round(plan.capacity * unique), count) // count) * round_up(
+        plan.block_bytes, settings["min_block"]
+    )
     page_bytes = 1 << max(12, (plan.block_bytes - 1).bit_length())
     while page_bytes < 2 * MIB and 2 * page_bytes * 256 <= device_bytes:
         page_bytes *= 2
@@ -144,9 +146,13 @@ async def replay(
     if plan.speed not in _SPEEDS:
         raise InvalidRequestError(f"--speed is one of {', '.join(_SPEEDS)}, not {plan.speed!r}")
     if plan.replicas < 1 or plan.in_flight < 1:
-        raise InvalidRequestError(f"replicas and requests in flight are at least 1, not {plan.replicas}, {plan.in_flight}")
+        raise InvalidRequestError(
+            f"replicas and requests in flight are at least 1, not {plan.replicas}, {plan.in_flight}"
+        )
     if not any(request.hash_ids for request in requests):
-        raise InvalidRequestError("this trace has no block ids (arrivals and lengths only), so there is nothing to look up")
+        raise InvalidRequestError(
+            "this trace has no block ids (arrivals and lengths only), so there is nothing to look up"
+        )
     BlockContent(plan.block_bytes)
     config = pool_config(plan, unique_blocks(requests)) if plan.pool is None else None
     ensure_ray(start=start_local_ray)

@@ -60,7 +60,7 @@ class Replica:
                 async with new:
                     for block, block_id in zip(new.numpy(), ids[new.resident :], strict=False):
                         self._content.write(block, block_id)
-                    block = None
+                    del block
                     stored = new.num_blocks
                     await new.finish()
         finally:

@@ -33,8 +33,12 @@ class Known:
 class IndexMachine(RuleBasedStateMachine):
     """Adds, publishes, pins, unpins, evicts and loses caches."""
 
-    @initialize()
-    def begin(self) -> None:
+    @initialize(
+        forest=st.lists(
+            st.tuples(st.integers(0, 9), st.integers(1, 4), st.integers(0, DEVICES - 1)), min_size=2, max_size=6
+        )
+    )
+    def begin(self, forest: list[tuple[int, int, int]]) -> None:
         # Small steps of growth and early purges, so that both happen within a few rules.
         self.patches = [patch("kvpool.cache.table._GROWTH_ROWS", 4), patch("kvpool.cache.lru._PURGE_AT_LEAST", 2)]
         for each in self.patches:
@@ -48,6 +52,11 @@ class IndexMachine(RuleBasedStateMachine):
         self.gone: list[int] = []
         self.next_block = 0
         self.now = 0.0
+        for branch, count, device in forest:
+            parents = [-1, *sorted(self.caches)]
+            rows = self.add_rows(count, 0, device, 1, parents[branch % len(parents)])
+            self.publish_rows(rows)
+            self.unpin_rows(rows[::-1])
 
     def teardown(self) -> None:
         for each in getattr(self, "patches", []):
@@ -104,6 +113,22 @@ class IndexMachine(RuleBasedStateMachine):
             if not known.pins and known.block is not None:
                 self.order.append(row)
 
+    def add_rows(self, count: int, space: int, device: int, size_bytes: int, parent: int) -> list[int]:
+        rows = self.index.add_chain(self.spaces[space], size_bytes, device, count, parent, now=self.now)
+        assert len(set(rows)) == count
+        assert self.caches.keys().isdisjoint(rows)
+        for row in rows:
+            self.caches[row] = Known(self.index.id_of(row), space, device, size_bytes, parent)
+            parent = row
+        return rows
+
+    def publish_rows(self, rows: list[int]) -> None:
+        blocks = range(self.next_block, self.next_block + len(rows))
+        self.next_block += len(rows)
+        self.index.publish_all(rows, [encode_block_id(block) for block in blocks])
+        for row, block in zip(rows, blocks, strict=True):
+            self.caches[row].block = block
+
     def draw_row(self, data: st.DataObject) -> int:
         return data.draw(st.sampled_from(sorted(self.caches)))
 
@@ -111,36 +136,28 @@ class IndexMachine(RuleBasedStateMachine):
 
     @rule(
         data=st.data(),
-        count=st.integers(1, 5),
+        count=st.integers(1, 4),
         space=st.integers(0, SPACES - 1),
         device=st.integers(0, DEVICES - 1),
         size_bytes=st.integers(1, 9),
         publish=st.booleans(),
+        hold=st.booleans(),
     )
-    def add(self, data: st.DataObject, count: int, space: int, device: int, size_bytes: int, publish: bool) -> None:
+    def add(
+        self, data: st.DataObject, count: int, space: int, device: int, size_bytes: int, publish: bool, hold: bool
+    ) -> None:
         parent = data.draw(st.sampled_from([-1, *sorted(self.caches)]))
-        rows = self.index.add_chain(self.spaces[space], size_bytes, device, count, parent, now=self.now)
-        assert len(set(rows)) == count
-        assert self.caches.keys().isdisjoint(rows)
-        for row in rows:
-            self.caches[row] = Known(self.index.id_of(row), space, device, size_bytes, parent)
-            parent = row
+        rows = self.add_rows(count, space, device, size_bytes, parent)
         if publish:
-            blocks = range(self.next_block, self.next_block + count)
-            self.next_block += count
-            self.index.publish_all(rows, [encode_block_id(block) for block in blocks])
-            for row, block in zip(rows, blocks, strict=True):
-                self.caches[row].block = block
+            self.publish_rows(rows)
+        if not hold:
             self.unpin_rows(rows[::-1])
 
     @precondition(lambda self: any(known.pins and known.block is None for known in self.caches.values()))
     @rule(data=st.data())
     def publish(self, data: st.DataObject) -> None:
         pinned = [row for row, known in self.caches.items() if known.pins and known.block is None]
-        row = data.draw(st.sampled_from(sorted(pinned)))
-        self.index.publish(row, encode_block_id(self.next_block))
-        self.caches[row].block = self.next_block
-        self.next_block += 1
+        self.publish_rows([data.draw(st.sampled_from(sorted(pinned)))])
 
     @precondition(lambda self: self.caches)
     @rule(data=st.data(), hold=st.booleans())
@@ -167,6 +184,7 @@ class IndexMachine(RuleBasedStateMachine):
         rows = [row for row in self.chain(self.draw_row(data)) if self.caches[row].pins]
         self.unpin_rows(rows[::-1])
 
+    @precondition(lambda self: self.order)
     @rule(count=st.integers(1, 4))
     def evict(self, count: int) -> None:
         for _ in range(count):
@@ -175,6 +193,7 @@ class IndexMachine(RuleBasedStateMachine):
                 self.index.remove(row)
                 self.forget(row)
 
+    @precondition(lambda self: self.order)
     @rule(device=st.integers(0, DEVICES - 1), count=st.integers(1, 4))
     def evict_from(self, device: int, count: int) -> None:
         rows = list(self.index.policy.victims(device))[:count]
@@ -182,13 +201,14 @@ class IndexMachine(RuleBasedStateMachine):
         for row in rows:
             self.forget(row)
 
-    @precondition(lambda self: self.caches)
+    @precondition(lambda self: len(self.caches) > 8)
     @rule(data=st.data())
     def lose(self, data: st.DataObject) -> None:
         row = self.draw_row(data)
         self.index.remove(row)
         self.forget(row)
 
+    @precondition(lambda self: len(self.caches) > 8)
     @rule(device=st.integers(0, DEVICES - 1))
     def lose_device(self, device: int) -> None:
         rows = [row for row, known in self.caches.items() if known.device == device]
@@ -240,4 +260,4 @@ class IndexMachine(RuleBasedStateMachine):
 
 
 TestIndexMachine = IndexMachine.TestCase
-TestIndexMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestIndexMachine.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)

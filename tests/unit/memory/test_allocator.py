@@ -382,6 +382,8 @@ def test_deadlines_cancels_and_the_bound_of_the_line(make: Callable[..., GPUMemo
     gone = allocator.request(2, PAGE, now=0.0, deadline=1.0)
     with pytest.raises(QueueFullError):
         allocator.request(3, PAGE, now=0.0, deadline=9.0)
+    with pytest.raises(CapacityError):
+        allocator.request(3, PAGE, now=0.0, deadline=0.0)  # would have to stand in line, and has no time
     assert allocator.next_deadline() == 1.0
     assert isinstance(gone, int)
     assert allocator.cancel(gone)

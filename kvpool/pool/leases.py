@@ -1,0 +1,162 @@
+"""Who holds what: releases, pins, and the end of clients and devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from kvpool.cache.store import FREED, RELEASED
+from kvpool.errors import KvpoolError, NotSealedError
+from kvpool.pool.fanout import Fanout, nothing_more
+from kvpool.pool.instructions import Batch
+from kvpool.pool.ledger import Client, Ledger
+
+PINNER = "pin:"
+"""Prefix of the pseudo-client that holds what a tenant pinned by word. It has no token, so nobody can connect as it."""
+
+
+class Leases:
+    """Ends leases, and holds what is pinned by word.
+
+    Parameters
+    ----------
+    ledger
+        The pool's books.
+    fanout
+        The way to the devices.
+    memory_freed
+        Called when something became evictable or free, so that waiting requests are tried again.
+    """
+
+    def __init__(self, ledger: Ledger, fanout: Fanout, memory_freed: Callable[[float], None]) -> None:
+        self._ledger = ledger
+        self._fanout = fanout
+        self.memory_freed = memory_freed
+        self._pinners: set[tuple[str, int]] = set()
+
+    # -- release --------------------------------------------------------------------------------------------------
+
+    def release(self, batch: Batch, client_id: str, items: Sequence[tuple[Any, ...]], now: float) -> None:
+        """End one lease on each of the ids. The items of a batch go to the devices in one operation each."""
+        client = self._ledger.client(client_id)
+        all_ids: list[int] = []
+        ends: list[tuple[int, int]] = []
+        for item, (_sequence, ids, _trace) in enumerate(items):
+            try:
+                for cache_id in ids:
+                    self._ledger.row(client, cache_id)
+            except KvpoolError as error:
+                self._ledger.answer(batch, item, ("error", *error.to_wire()))
+                continue
+            all_ids += ids
+            ends.append((item, len(all_ids)))
+
+        def released(codes: list[Any], _now: float) -> None:
+            start = 0
+            for item, end in ends:
+                self._ledger.answer(batch, item, ("released", codes[start:end]))
+                start = end
+
+        self.release_ids(client, items[0][0], all_ids, released, now)
+
+    def release_ids(
+        self,
+        client: Client,
+        sequence: int,
+        ids: list[int],
+        done: Callable[[list[Any], float], None],
+        now: float,
+    ) -> None:
+        """End one lease on each id; ``done`` gets True or an error for each."""
+        index = self._ledger.index
+        known = [position for position, cache_id in enumerate(ids) if index.live_row(cache_id) >= 0]
+        live = [ids[position] for position in known]
+
+        def released(codes: list[Any], now: float) -> None:
+            self.settle(live, codes, now)
+            outcomes: list[Any] = [True] * len(ids)  # a cache that is gone, with its device or client, is released
+            for position, code in zip(known, codes, strict=True):
+                if code not in (FREED, RELEASED):
+                    outcomes[position] = code
+            done(outcomes, now)
+            self.memory_freed(now)
+
+        self._fanout.ask(
+            live,
+            [index.live_row(cache_id) for cache_id in live],
+            lambda part, _positions: ("release", client.id, sequence, part),
+            released,
+            now,
+        )
+
+    def settle(self, ids: Sequence[int], codes: Sequence[Any], now: float) -> None:
+        """Enter ended leases into the books, the last id first, so that a chain's tail becomes evictable first."""
+        index = self._ledger.index
+        unpinned: list[int] = []
+        for cache_id, code in zip(reversed(ids), reversed(codes), strict=True):
+            row = index.live_row(cache_id)
+            if row < 0:
+                continue
+            if code == FREED:
+                self._ledger.forget(cache_id)
+            elif code == RELEASED:
+                unpinned.append(row)
+        if unpinned:
+            index.unpin(unpinned, now=now)
+
+    # -- pins -----------------------------------------------------------------------------------------------------
+
+    def pin(self, batch: Batch, client_id: str, items: Sequence[tuple[Any, ...]], held: bool, now: float) -> None:
+        """Hold sealed caches by the tenant's word (``held``), beyond any lease, or stop holding them."""
+        self._fanout.each(batch, client_id, items, partial(self._pin, held, now))
+
+    def _pin(self, held: bool, now: float, batch: Batch, item: int, client: Client, content: tuple[Any, ...]) -> None:
+        sequence, ids, _trace = content
+        ledger = self._ledger
+        index = ledger.index
+        rows = [ledger.row(client, cache_id) for cache_id in ids]
+        pinner = PINNER + client.tenant
+        if not held:
+            finish = partial(self._unpinned, batch, item)
+            self.release_ids(Client(pinner, client.tenant, client.host, []), sequence, ids, finish, now)
+            return
+        for cache_id, row in zip(ids, rows, strict=True):
+            if not index.is_sealed(row):
+                raise NotSealedError(
+                    f"cache {cache_id} is not sealed; only sealed caches are pinned", cache_id=cache_id
+                )
+        for device in {index.device[row] for row in rows}:
+            if (pinner, device) not in self._pinners:
+                self._pinners.add((pinner, device))
+                ledger.send(device, ("connect", pinner, client.tenant, ""), nothing_more)
+        index.pin(rows, now=now)
+        self._fanout.ask(
+            ids,
+            rows,
+            lambda part, _positions: ("lease", pinner, sequence, part),
+            lambda places, _now: ledger.answer(batch, item, ("pinned", [place is not None for place in places])),
+            now,
+        )
+
+    def _unpinned(self, batch: Batch, item: int, outcomes: list[Any], now: float) -> None:
+        self._ledger.answer(batch, item, ("released", outcomes))
+
+    # -- ends -----------------------------------------------------------------------------------------------------
+
+    def leases_ended(self, ended: Sequence[int], freed: Sequence[int], now: float) -> None:
+        """Enter into the books that leases on one device have ended with their client."""
+        gone = set(freed)
+        self.settle(ended, [FREED if cache_id in gone else RELEASED for cache_id in ended], now)
+        self.memory_freed(now)
+
+    def device_lost(self, number: int, reason: str, now: float) -> None:
+        """Take a lost device and all that was only there off the books."""
+        device = self._ledger.devices[number]
+        device.lost = reason
+        index = self._ledger.index
+        index.remove_device(number)
+        for cache_id in [cache_id for cache_id in self._ledger.writers if index.live_row(cache_id) < 0]:
+            del self._ledger.writers[cache_id]
+        self._pinners = {pair for pair in self._pinners if pair[1] != number}
+        self.memory_freed(now)
