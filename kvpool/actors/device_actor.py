@@ -167,8 +167,10 @@ class DeviceActor:
         self._request_drops()
 
     def _request_drops(self) -> None:
+        alive = self._server.clients()
         for client, serials in self._allocator.take_drops().items():
-            self._server.request_drop(client, serials)
+            if client in alive:  # else its process is dead, and its mappings with it
+                self._server.request_drop(client, serials)
 
     def _tell_if_freed(self, zombie_bytes_before: int) -> None:
         zombie_bytes = self._allocator.usage().zombie_bytes

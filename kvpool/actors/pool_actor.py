@@ -16,19 +16,15 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
-from kvpool.actors.cluster import ActorLost, find_actor, kill, make_actor, node_ids
-from kvpool.actors.device_actor import DeviceActor
+from kvpool.actors.cluster import find_actor, make_actor
+from kvpool.actors.fleet import Fleet
 from kvpool.actors.grants import GrantStream
-from kvpool.actors.outbox import Outbox
-from kvpool.actors.protocol import NAMESPACE, PROTOCOL_VERSION
+from kvpool.actors.protocol import PROTOCOL_VERSION
 from kvpool.config import PoolConfig
-from kvpool.errors import ConfigError, DeviceLostError, KvpoolError, PoolBusyError
-from kvpool.memory.host import HostBackend
+from kvpool.errors import DeviceLostError, KvpoolError, PoolBusyError
 from kvpool.pool.instructions import (
     Batch,
     BatchDone,
@@ -54,9 +50,6 @@ from kvpool.pool.statistics import collect
 
 logger = logging.getLogger("kvpool.pool")
 
-_POLL_S = 30.0
-"""How long the pool's own long polls of the devices wait at most, seconds."""
-
 
 class PoolActor:
     """One pool: directory, placement, eviction and the queue, over its device actors.
@@ -72,13 +65,11 @@ class PoolActor:
         self._state = PoolState(
             self._config.name, self._config.policy, self._config.placement, self._config.queue_limit
         )
-        self._devices: list[Any] = []
+        self._fleet = Fleet(self._device_answered, self._device_told, self._device_lost)
         self._described: list[dict[str, Any]] = []
-        self._outboxes: list[Outbox] = []
         self._done: dict[Batch, asyncio.Future[list[Any]]] = {}
         self._grants: dict[str, GrantStream] = {}
         self._timer: asyncio.TimerHandle | None = None
-        self._watchers: set[asyncio.Task[None]] = set()
         self._draining = False
         self._started: asyncio.Task[None] | None = None
 
@@ -101,30 +92,22 @@ class PoolActor:
 
     async def statistics(self) -> dict[str, Any]:
         """Return what the pool holds and did: :meth:`kvpool.PoolStatistics.to_dict`."""
-        alive = [device.number for device in self._state.ledger.devices if device.lost is None]
-        reports = await asyncio.gather(
-            *(self._devices[number].memory.remote() for number in alive), return_exceptions=True
-        )
-        memory = {number: report for number, report in zip(alive, reports, strict=True) if isinstance(report, dict)}
+        memory = await self._fleet.ask(self._alive(), "memory")
         config = self._config
         return collect(self._state, memory, policy_requested=config.policy_requested, preset=config.preset).to_dict()
 
     async def leases(self) -> dict[str, int]:
         """Return the bytes that each client holds leased, over all devices."""
         held: dict[str, int] = {}
-        for device in self._state.ledger.devices:
-            if device.lost is None:
-                for client, size_bytes in (await self._devices[device.number].leases.remote()).items():
-                    held[client] = held.get(client, 0) + size_bytes
+        for report in (await self._fleet.ask(self._alive(), "leases")).values():
+            for client, size_bytes in report.items():
+                held[client] = held.get(client, 0) + size_bytes
         return held
 
     async def trim(self) -> int:
         """Give warm pages back to the system; returns their bytes. Pages that clients still map become zombies."""
-        given = 0
-        for device in self._state.ledger.devices:
-            if device.lost is None:
-                given += (await self._operate(device.number, ("trim",))) or 0
-        return given
+        given = await asyncio.gather(*(self._fleet.operate(number, ("trim",)) for number in self._alive()))
+        return sum(size_bytes for size_bytes in given if isinstance(size_bytes, int))
 
     async def delete(self, drain_s: float | None = None) -> None:
         """End the devices. The caller kills this actor afterwards.
@@ -154,13 +137,7 @@ class PoolActor:
         except PoolBusyError:
             self._draining = False
             raise
-        for task in self._watchers:
-            task.cancel()
-        for device in self._state.ledger.devices:
-            if device.lost is None:
-                actor = self._devices[device.number]
-                await actor.shutdown.remote()
-                kill(actor)
+        await self._fleet.end(self._alive())
 
     # -- clients --------------------------------------------------------------------------------------------------
 
@@ -272,83 +249,40 @@ class PoolActor:
     # -- carrying out ---------------------------------------------------------------------------------------------
 
     async def _start(self) -> None:
-        config = self._config
-        nodes = node_ids()
-        epoch = time.time_ns() // 1_000_000
-        granularity_bytes = HostBackend().granularity()
-        folder = config.socket_dir or Path(tempfile.gettempdir()) / f"kvpool-{config.name}-{epoch:x}"
-        try:
-            for number, size_bytes in enumerate(config.device_sizes_bytes()):
-                page_bytes = config.page_size_bytes(size_bytes, granularity_bytes)
-                capacity_bytes = size_bytes - size_bytes % page_bytes
-                if not capacity_bytes:
-                    raise ConfigError(
-                        f"a device of {size_bytes} bytes is smaller than one page ({page_bytes} bytes): make "
-                        "the device larger or the page smaller"
-                    )
-                actor = make_actor(
-                    DeviceActor, f"{NAMESPACE}/{config.name}/host-{number}",
-                    config.name, f"host-{number}", capacity_bytes, page_bytes, config.min_block,
-                    capacity_bytes * config.arena_factor, int(capacity_bytes * config.reserve),
-                    str(folder / f"{number}.sock"), epoch,
-                    node=nodes[number % len(nodes)],
-                )  # fmt: skip
-                self._devices.append(actor)
-                self._add_device(actor, await actor.start.remote())
-        except BaseException:
-            for actor in self._devices:
-                kill(actor)
-            raise
-        logger.info("pool %s started: %s", config.name, self._described)
+        self._described = await self._fleet.start(self._config)
+        for device in self._described:
+            self._state.add_device(
+                device["name"],
+                device["host"],
+                device["capacity_bytes"],
+                device["page_bytes"],
+                device["min_block_bytes"],
+            )
+        logger.info("pool %s started: %s", self._config.name, self._described)
         gc.collect()
         gc.freeze()
 
-    def _add_device(self, actor: Any, described: dict[str, Any]) -> None:
-        device = self._state.add_device(
-            described["name"],
-            described["host"],
-            described["capacity_bytes"],
-            described["page_bytes"],
-            described["min_block_bytes"],
-        )
-        self._described.append(described)
-        self._outboxes.append(self._outbox(actor, device.number))
-        watcher = asyncio.create_task(self._watch(device.number))
-        self._watchers.add(watcher)
-        watcher.add_done_callback(self._watchers.discard)
+    def _alive(self) -> list[int]:
+        return [device.number for device in self._state.ledger.devices if device.lost is None]
 
-    def _outbox(self, actor: Any, number: int) -> Outbox:
-        def answered(sent: list[Send], answers: list[Any], zombies: tuple[int, int]) -> None:
-            self._decide(DeviceAnswered(number, sent, answers, zombies))
+    def _device_answered(self, number: int, sent: list[Send], answers: list[Any], zombies: tuple[int, int]) -> None:
+        self._decide(DeviceAnswered(number, sent, answers, zombies))
 
-        def lost(sent: list[Send], reason: str) -> None:
-            self._device_lost(number, reason)
-            error = DeviceLostError(f"device host-{number} is gone with all that was only there: {reason}")
-            self._carry_out(self._state.fail_operations(sent, error, time.monotonic()))
+    def _device_told(self, number: int, event: tuple[Any, ...]) -> None:
+        match event:
+            case ("gone", client, ended, freed):
+                self._grants.pop(client, None)
+                self._decide(ClientGone(client, number, ended, freed))
+            case ("freed", zombies):
+                self._decide(DeviceFreed(number, zombies))
 
-        return Outbox(actor, answered, lost)
-
-    async def _watch(self, number: int) -> None:
-        """Follow what happens at a device until it is lost."""
-        seen = 0
-        while True:
-            try:
-                seen, events = await self._devices[number].events.remote(seen, _POLL_S)
-            except ActorLost as error:
-                self._device_lost(number, str(error))
-                return
-            for kind, *content in events:
-                if kind == "gone":
-                    client, ended, freed = content
-                    self._grants.pop(client, None)
-                    self._decide(ClientGone(client, number, ended, freed))
-                else:
-                    self._decide(DeviceFreed(number, content[0]))
-
-    def _device_lost(self, number: int, reason: str) -> None:
-        if self._state.ledger.devices[number].lost is None:
-            logger.error("device host-%d of pool %s is lost: %s", number, self._config.name, reason)
+    def _device_lost(self, number: int, sent: list[Send], reason: str) -> None:
+        device = self._state.ledger.devices[number]
+        if device.lost is None:
+            logger.error("device %s of pool %s is lost: %s", device.name, self._config.name, reason)
             self._decide(DeviceLost(number, reason))
+        error = DeviceLostError(f"device {device.name} is gone with all that was only there: {reason}")
+        self._carry_out(self._state.fail_operations(sent, error, time.monotonic()))
 
     async def _submit(self, event: Any, client: str, items: list[Any], *more: Any) -> list[Any]:
         if not items:
@@ -367,11 +301,6 @@ class PoolActor:
         self._carry_out(instructions)
         return await future
 
-    async def _operate(self, number: int, operation: tuple[Any, ...]) -> Any:
-        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._outboxes[number].put(Send(number, operation, lambda answer, _now: future.set_result(answer)))
-        return await future
-
     def _decide(self, event: Event) -> None:
         self._carry_out(self._state.handle(event, time.monotonic()))
 
@@ -379,7 +308,7 @@ class PoolActor:
         for instruction in instructions:
             match instruction:
                 case Send():
-                    self._outboxes[instruction.device].put(instruction)
+                    self._fleet.put(instruction)
                 case BatchDone():
                     future = self._done.pop(instruction.batch)
                     if not future.cancelled():

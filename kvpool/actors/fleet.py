@@ -1,0 +1,142 @@
+"""The device actors of one pool: started, given their operations, watched, ended."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kvpool.actors.cluster import ActorLost, kill, make_actor, node_ids
+from kvpool.actors.device_actor import DeviceActor
+from kvpool.actors.outbox import Outbox
+from kvpool.actors.protocol import NAMESPACE
+from kvpool.config import PoolConfig
+from kvpool.errors import ConfigError
+from kvpool.memory.host import HostBackend
+from kvpool.pool.instructions import Send
+
+_POLL_S = 30.0
+"""How long a long poll of a device waits at most, seconds."""
+
+
+class Fleet:
+    """The devices of a pool, by number.
+
+    Parameters
+    ----------
+    answered
+        Called with a device's number, the operations sent, their answers and its zombie figure.
+    happened
+        Called with a device's number and an event it told (:meth:`DeviceActor.events`).
+    lost
+        Called with a device's number, the operations it will never answer, and the reason.
+    """
+
+    def __init__(
+        self,
+        answered: Callable[[int, list[Send], list[Any], tuple[int, int]], None],
+        happened: Callable[[int, tuple[Any, ...]], None],
+        lost: Callable[[int, list[Send], str], None],
+    ) -> None:
+        self._answered = answered
+        self._happened = happened
+        self._lost = lost
+        self._actors: dict[int, Any] = {}
+        self._outboxes: dict[int, Outbox] = {}
+        self._watchers: set[asyncio.Task[None]] = set()
+
+    async def start(self, config: PoolConfig) -> list[dict[str, Any]]:
+        """Start the devices that ``config`` names, spread over the nodes; returns what each says of itself.
+
+        Raises
+        ------
+        ConfigError
+            If a device is smaller than a page.
+        SystemLimitError
+            If a limit of a device's node is too low for it. None is left running then.
+        """
+        nodes = node_ids()
+        epoch = time.time_ns() // 1_000_000
+        granularity_bytes = HostBackend().granularity()
+        folder = config.socket_dir or Path(tempfile.gettempdir()) / f"kvpool-{config.name}-{epoch:x}"
+        described = []
+        try:
+            for number, size_bytes in enumerate(config.device_sizes_bytes()):
+                page_bytes = config.page_size_bytes(size_bytes, granularity_bytes)
+                capacity_bytes = size_bytes - size_bytes % page_bytes
+                if not capacity_bytes:
+                    raise ConfigError(
+                        f"a device of {size_bytes} bytes is smaller than one page ({page_bytes} bytes): make "
+                        "the device larger or the page smaller"
+                    )
+                actor = self._actors[number] = make_actor(
+                    DeviceActor, f"{NAMESPACE}/{config.name}/host-{number}",
+                    config.name, f"host-{number}", capacity_bytes, page_bytes, config.min_block,
+                    capacity_bytes * config.arena_factor, int(capacity_bytes * config.reserve),
+                    str(folder / f"{number}.sock"), epoch,
+                    node=nodes[number % len(nodes)],
+                )  # fmt: skip
+                described.append(await actor.start.remote())
+        except BaseException:
+            for actor in self._actors.values():
+                kill(actor)
+            raise
+        for number, actor in self._actors.items():
+            self._outboxes[number] = self._outbox(number, actor)
+            watcher = asyncio.create_task(self._watch(number, actor))
+            self._watchers.add(watcher)
+            watcher.add_done_callback(self._watchers.discard)
+        return described
+
+    def put(self, send: Send) -> None:
+        """Give a device an operation, after all that it was given before."""
+        self._outboxes[send.device].put(send)
+
+    async def operate(self, number: int, operation: tuple[Any, ...]) -> Any:
+        """Give a device an operation and return its answer."""
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self.put(Send(number, operation, lambda answer, _now: future.set_result(answer)))
+        return await future
+
+    async def ask(self, numbers: list[int], method: str) -> dict[int, Any]:
+        """Call a method without arguments on several devices; those that are gone are left out."""
+        reports = await asyncio.gather(
+            *(getattr(self._actors[number], method).remote() for number in numbers), return_exceptions=True
+        )
+        return {
+            number: report
+            for number, report in zip(numbers, reports, strict=True)
+            if not isinstance(report, BaseException)
+        }
+
+    async def end(self, numbers: list[int]) -> None:
+        """Let devices give their memory back, and end them."""
+        for watcher in self._watchers:
+            watcher.cancel()
+        await self.ask(numbers, "shutdown")
+        for number in numbers:
+            kill(self._actors[number])
+
+    def _outbox(self, number: int, actor: Any) -> Outbox:
+        def answered(sent: list[Send], answers: list[Any], zombies: tuple[int, int]) -> None:
+            self._answered(number, sent, answers, zombies)
+
+        def lost(sent: list[Send], reason: str) -> None:
+            self._lost(number, sent, reason)
+
+        return Outbox(actor, answered, lost)
+
+    async def _watch(self, number: int, actor: Any) -> None:
+        """Follow what happens at a device until it is lost."""
+        seen = 0
+        while True:
+            try:
+                seen, events = await actor.events.remote(seen, _POLL_S)
+            except ActorLost as error:
+                self._lost(number, [], str(error))
+                return
+            for event in events:
+                self._happened(number, event)
