@@ -15,7 +15,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(STAMP)
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/kvpool demo $(if $(TRACE),--trace $(TRACE))
+	$(BIN)/python jobs/demo.py $(TRACE)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

@@ -100,8 +100,7 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def _copy(destination: np.ndarray[Any, Any], source: np.ndarray[Any, Any]) -> None:
-    for block in range(BLOCKS):
-        ctypes.memmove(destination[block].ctypes.data, source[block].ctypes.data, BLOCK_BYTES)
+    ctypes.memmove(destination.ctypes.data, source.ctypes.data, source.nbytes)
 
 
 def _read(blocks: list[Any]) -> int:

@@ -18,7 +18,6 @@ EXIT_ERROR = 2
 
 _COMMANDS = {
     "bench": ("kvpool.cli.bench:bench", "Measure, beside something measured in the same run."),
-    "demo": ("kvpool.cli.demo:demo", "Run the main job on a Ray of its own, from start to end."),
     "replay": ("kvpool.cli.replay:replay", "Replay a trace against a pool and verify every hit."),
     "start": ("kvpool.cli.pool:start", "Start a pool in the running Ray cluster."),
     "status": ("kvpool.cli.pool:status", "Show what a pool holds and did."),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -13,8 +12,9 @@ from kvpool.actors.protocol import PROTOCOL_VERSION
 from kvpool.client.blocks import NewBlocks, PrefixHit
 from kvpool.client.cache import VirtualKVCache
 from kvpool.client.connection import Connection
-from kvpool.client.copying import copy_blocks, source_addresses
+from kvpool.client.copying import source_addresses
 from kvpool.client.model import ModelSpec, join_hashes
+from kvpool.client.putting import Put
 from kvpool.config import PoolConfig, load_config
 from kvpool.errors import PoolExistsError, from_wire
 from kvpool.pool.state import PoolState
@@ -24,8 +24,6 @@ from kvpool.sizes import MIB, parse_size
 logger = logging.getLogger("kvpool.client")
 
 _START_S = 120.0
-_INLINE_COPY_BYTES = 1 << 18
-"""Copies up to this size are done on the event loop: handing them to a thread would take longer."""
 
 
 class Model:
@@ -88,10 +86,7 @@ class Model:
             If ``parent`` is not in the pool.
         """
         _ = self.spec.shape  # a model without blocks is told so before the pool is asked
-        answer = await self._connection.ask(self._connection.blocks, self.number, join_hashes(hashes), parent)
-        blocks = NewBlocks(self._connection, self.spec, self.number, hashes, answer)
-        await blocks.map()
-        return blocks
+        return await self._new_blocks(hashes, parent)
 
     async def put_blocks(self, hashes: Sequence[bytes], tensors: Any, *, parent: bytes | None = None) -> int:
         """Store blocks with one copy; returns how many leading hashes are in the pool now.
@@ -113,19 +108,16 @@ class Model:
             If ``parent`` is not in the pool.
         """
         sources, keep = source_addresses(self.spec, tensors, len(hashes))
-        async with await self.new_blocks(hashes, parent=parent) as new:
-            if not new:
-                return new.stored
-            start = new.resident
-            block_bytes = self.spec.block_size_bytes or 0
-            work = (new.addresses(), sources[start : start + new.num_blocks], block_bytes)
-            if new.num_blocks * block_bytes <= _INLINE_COPY_BYTES:
-                copy_blocks(*work)
-            else:
-                await asyncio.to_thread(copy_blocks, *work)
-            del keep
-            await new.finish()
-            return new.stored
+        join_hashes(hashes)  # refuses malformed ones before anything is stored
+        stored = await Put(self._new_blocks, hashes, sources, self.spec.block_size_bytes or 0).run(parent)
+        del keep
+        return stored
+
+    async def _new_blocks(self, hashes: Sequence[bytes], parent: bytes | int | None) -> NewBlocks:
+        answer = await self._connection.ask(self._connection.blocks, self.number, join_hashes(hashes), parent)
+        blocks = NewBlocks(self._connection, self.spec, self.number, hashes, answer)
+        await blocks.map()
+        return blocks
 
 
 class CachePool:

@@ -286,7 +286,7 @@ class Allocations:
         sequence: int,
         model: Model,
         joined: bytes,
-        parent: bytes | None,
+        parent: bytes | int | None,
         now: float,
     ) -> None:
         index = self._ledger.index
@@ -296,15 +296,7 @@ class Allocations:
                 f"model {model.name!r} was registered without a block size: give ModelSpec block_shape and dtype, or "
                 "block_bytes"
             )
-        parent_row = -1
-        if parent is not None:
-            parent_row = index.find(model.space, parent)
-            if parent_row < 0:
-                raise ParentNotResidentError(
-                    f"parent {parent.hex()} of {len(hashes)} new blocks is not in the pool: store the chain from its "
-                    "root, or from the end of the prefix that match_prefix finds",
-                    parent=parent.hex(),
-                )
+        parent_row = self._parent_row(client, model, parent)
         resident = index.match(model.space, hashes)
         previous = resident[-1] if resident else parent_row
         request = BlocksRequest(client, sequence, model, batch, item, len(resident), [], [], [])
@@ -332,6 +324,26 @@ class Allocations:
             return
         for number, wanted in positions.items():
             self._ask_blocks(request, number, wanted, evictions[number], 0)
+
+    def _parent_row(self, client: Client, model: Model, parent: bytes | int | None) -> int:
+        """Return the row of a parent: -1 for a root, a hash, or the id of a block that ``client`` is writing."""
+        if parent is None:
+            return -1
+        ledger = self._ledger
+        if isinstance(parent, int):
+            row = ledger.row(client, parent)
+            if ledger.index.space_of(row) == model.space:
+                return row
+        else:
+            row = ledger.index.find(model.space, parent)
+            if row >= 0:
+                return row
+        name = parent if isinstance(parent, int) else parent.hex()
+        raise ParentNotResidentError(
+            f"parent {name} of new blocks is not in the pool: store the chain from its root, or from the end of the "
+            "prefix that match_prefix finds",
+            parent=name,
+        )
 
     def _ask_blocks(
         self, request: BlocksRequest, number: int, positions: list[int], evict: list[int], attempts: int

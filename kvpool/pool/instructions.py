@@ -40,7 +40,10 @@ class CachesRequested(NamedTuple):
 
 
 class BlocksRequested(NamedTuple):
-    """Items: ``(sequence, model, hashes, parent hash or None, trace)``; hashes are 16 bytes each, joined."""
+    """Items: ``(sequence, model, hashes, parent, trace)``; hashes are 16 bytes each, joined.
+
+    The parent is a hash, the id of a block that the same client is writing, or None.
+    """
 
     batch: Batch
     client: str

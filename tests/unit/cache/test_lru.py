@@ -85,6 +85,16 @@ def test_a_shared_prefix_stays_until_its_last_child_has_gone() -> None:
     assert pool.drain() == [2, 3, 1]
 
 
+def test_a_fork_waits_for_a_pinned_child_though_the_other_one_goes() -> None:
+    pool = Pool()
+    pool.store([1, 2])
+    pool.store([3], parent=1)
+    pool.give_back([1, 2])
+    assert pool.drain() == [2]
+    pool.give_back([3])
+    assert pool.drain() == [3, 1]
+
+
 def test_an_old_parent_of_a_pinned_child_does_not_stop_others() -> None:
     pool = Pool()
     pool.store([1])

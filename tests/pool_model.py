@@ -1,0 +1,503 @@
+"""What clients of a pool know and may rely on: the model that property tests and simulations check a pool against.
+
+Clients act on what they were answered, never on what they asked for. Whoever drives the model chooses who does what
+and when each device works; the model checks every answer, and :meth:`PoolModel.check` everything in between.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from hashlib import blake2b
+from typing import Any
+
+from interleaved_pool import InterleavedPool
+from pool_harness import PAGE, keys_of
+
+from kvpool.errors import (
+    CacheStateError,
+    CapacityError,
+    DeviceLostError,
+    DoubleReleaseError,
+    InvalidRequestError,
+    InvalidSizeError,
+    KvpoolError,
+    ParentNotResidentError,
+    ProtocolError,
+    StaleCacheError,
+    UnknownCacheError,
+    from_wire,
+)
+from kvpool.pool.leases import PINNER
+from kvpool.pool.instructions import (
+    BlocksRequested,
+    CachesRequested,
+    PinRequested,
+    PrefixesLookedUp,
+    ReleaseRequested,
+    SealRequested,
+    Tick,
+    TicketsCancelled,
+)
+
+BLOCK_BYTES = {"small": PAGE // 4, "large": PAGE + PAGE // 4}
+"""Models that every tenant registers, under equal names and with equal hashes: four blocks a page, and two pages a block."""
+
+Key = tuple[str, str, bytes]
+"""Tenant, model, hash."""
+
+
+@dataclass(eq=False)
+class Made:
+    """A cache, as its maker knows it."""
+
+    id: int
+    maker: str
+    tenant: str
+    model: str
+    device: int
+    offset: int
+    size_bytes: int
+    pages: tuple[tuple[int, int], ...]
+    planned: bytes | None
+    """Hash of the block it was asked for."""
+    written: bytes
+    asked: Key | None = None
+    """The key under which its maker has asked to seal it, from that moment on."""
+    sealed: bool = False
+
+
+@dataclass(eq=False)
+class Process:
+    """A client: what it was answered, and what it has given up since."""
+
+    name: str
+    tenant: str
+    models: dict[str, int]
+    ready: bool = False
+    alive: bool = True
+    held: Counter[int] = field(default_factory=Counter)
+    releasing: Counter[int] = field(default_factory=Counter)
+    finishing: set[int] = field(default_factory=set)
+    tickets: set[int] = field(default_factory=set)
+
+    def sure(self) -> list[int]:
+        """Return the caches on which it holds a lease that it has not begun to give up."""
+        return sorted(i for i, n in self.held.items() if n > self.releasing[i] and i not in self.finishing)
+
+
+class PoolModel:
+    """A pool and its clients."""
+
+    def __init__(self, devices: int, pages: int, **options: Any) -> None:
+        self.pool = InterleavedPool(devices, pages, self._granted_later, **options)
+        self.clients: dict[str, Process] = {}
+        self.made: dict[int, Made] = {}
+        self.pins: dict[str, Counter[int]] = {}
+        self.unpinning: dict[str, Counter[int]] = {}
+        self.ever_asked: Counter[Key] = Counter()
+        self.outcomes: dict[int, Any] = {}
+        self.cancelled: set[int] = set()
+        self.hits = 0
+        self.grants = 0
+
+    # -- clients ------------------------------------------------------------------------------------------------------
+
+    def connect(self, name: str, tenant: str) -> None:
+        _, batch, instructions = self.pool.state.connect(name, tenant, "here", f"token of {name}")
+        models = {}
+        for model, block_bytes in BLOCK_BYTES.items():
+            spec = {"name": model, "identity": {"model": model}, "block_bytes": block_bytes, "limit_bytes": None}
+            models[model] = self.pool.state.register_model(name, spec).number
+        process = self.clients[name] = Process(name, tenant, models)
+        self.pins.setdefault(tenant, Counter())
+        self.unpinning.setdefault(tenant, Counter())
+
+        def connected(answers: list[Any]) -> None:
+            assert all(answer is True or _error(answer, DeviceLostError) for answer in answers)
+            process.ready = True
+
+        self.pool.open[batch] = connected
+        self.pool.take(instructions)
+
+    def ready(self) -> list[str]:
+        return sorted(name for name, process in self.clients.items() if process.alive and process.ready)
+
+    def unsealed(self, name: str) -> list[int]:
+        """Return the caches that a client writes and has not asked to seal."""
+        return [i for i in self.clients[name].sure() if self.made[i].maker == name and self.made[i].asked is None]
+
+    def holders(self) -> list[str]:
+        return [name for name in self.ready() if self.clients[name].sure()]
+
+    def tickets(self) -> list[int]:
+        return sorted(set().union(*(process.tickets for process in self.clients.values())))
+
+    def die(self, name: str) -> None:
+        self._end(name)
+        self.pool.die(name)
+
+    def leave(self, name: str) -> None:
+        """The client disconnects, then its process ends."""
+        self._end(name)
+        batch, instructions = self.pool.state.disconnect(name)
+        self.pool.open[batch] = lambda answers: None
+        self.pool.take(instructions)
+        self.pool.die(name)
+
+    def _end(self, name: str) -> None:
+        process = self.clients[name]
+        process.alive = False
+        process.held.clear()
+
+    def lose(self, device: int) -> None:
+        for counts in [process.held for process in self.clients.values()] + list(self.pins.values()):
+            for cache_id in [i for i in counts if self.made[i].device == device]:
+                del counts[cache_id]
+        self.pool.lose(device)
+
+    def advance(self, seconds: float) -> None:
+        self.pool.now += seconds
+        self.pool.handle(Tick())
+
+    # -- memory -------------------------------------------------------------------------------------------------------
+
+    def request(self, name: str, model: str, sizes: Sequence[tuple[int, int]], timeout_s: float) -> None:
+        process = self.clients[name]
+        items = [(1, process.models[model], size, maximum, timeout_s, None) for size, maximum in sizes]
+        self.pool.submit(CachesRequested, name, items, partial(self._requested, process, model, sizes))
+
+    def _requested(self, process: Process, model: str, sizes: Sequence[tuple[int, int]], answers: list[Any]) -> None:
+        for (size_bytes, _), answer in zip(sizes, answers, strict=True):
+            match answer[0]:
+                case "queued":
+                    if answer[1] in self.outcomes:  # the grant came first
+                        self._granted(process, self.outcomes[answer[1]])
+                    else:
+                        process.tickets.add(answer[1])
+                case "granted":
+                    assert answer[3] == size_bytes
+                    self._granted(process, answer)
+                case _:
+                    self._refused(process, answer)
+
+    def _granted_later(self, client: str, ticket: int, answer: Any) -> None:
+        assert ticket not in self.outcomes, "a ticket has one outcome"
+        assert ticket not in self.cancelled, "a cancelled ticket has none"
+        self.outcomes[ticket] = answer
+        process = self.clients[client]
+        if ticket in process.tickets:
+            process.tickets.remove(ticket)
+            self._granted(process, answer)
+
+    def _granted(self, process: Process, answer: Any) -> None:
+        if answer[0] != "granted":
+            self._refused(process, answer)
+            return
+        _, cache_id, device, size_bytes, _, place = answer
+        self.grants += 1
+        model = next(iter(process.models))
+        self._make(process, model, cache_id, device, size_bytes, place, None)
+
+    def _refused(self, process: Process, answer: Any) -> None:
+        kinds = (CapacityError, InvalidSizeError, DeviceLostError)
+        assert _error(answer, *kinds) or (not process.alive and _error(answer, ProtocolError)), answer
+
+    def _make(
+        self, process: Process, model: str, cache_id: int, device: int, size_bytes: int, place: Any, planned: bytes | None
+    ) -> None:
+        assert cache_id not in self.made, "an id is never given out again"
+        if not process.alive or device in self.pool.lost:
+            return
+        offset, pages, _ = place
+        key = (process.tenant, model, planned if planned is not None else cache_id.to_bytes(16, "little"))
+        self.made[cache_id] = Made(
+            cache_id, process.name, process.tenant, model, device, offset, size_bytes, pages, planned, _content(key)
+        )
+        process.held[cache_id] = 1
+        self._write(self.made[cache_id])
+
+    def blocks(self, name: str, model: str, ids: Sequence[int], parent: int | None = None) -> None:
+        process = self.clients[name]
+        above = None if parent is None else keys_of([parent])[0]
+        is_sure = above is not None and (process.tenant, model, above) in self._surely_found()
+        item = (1, process.models[model], b"".join(keys_of(ids)), above, None)
+        self.pool.submit(BlocksRequested, name, [item], partial(self._got_blocks, process, model, ids, is_sure))
+
+    def _got_blocks(self, process: Process, model: str, ids: Sequence[int], is_sure: bool, answers: list[Any]) -> None:
+        (answer,) = answers
+        if answer[0] == "error":
+            assert _error(answer, ParentNotResidentError), answer
+            assert not is_sure
+            return
+        _, resident, cache_ids, devices, places = answer
+        assert len(cache_ids) == len(devices) == len(places) <= len(ids) - resident
+        planned = keys_of(ids)[resident:]
+        for cache_id, device, place, key in zip(cache_ids, devices, places, planned, strict=False):
+            self._make(process, model, cache_id, device, BLOCK_BYTES[model], place, key)
+
+    def cancel(self, name: str, tickets: Sequence[int]) -> None:
+        process = self.clients[name]
+        for ticket in tickets:
+            if ticket in process.tickets and ticket in self.pool.state.allocations.queue:
+                self.cancelled.add(ticket)
+                process.tickets.remove(ticket)
+        self.pool.handle(TicketsCancelled(name, list(tickets)))
+
+    # -- sealing and sharing --------------------------------------------------------------------------------------------
+
+    def seal(self, name: str, model: str, ids: Sequence[int], keys: Sequence[bytes], *, finish: bool) -> None:
+        process = self.clients[name]
+        sure = set(process.sure())
+        for cache_id, key in zip(ids, keys, strict=True):
+            made = self.made[cache_id]
+            if made.maker == name and cache_id in sure and made.asked is None and made.model == model:
+                made.asked = (made.tenant, model, key)
+                made.written = _content(made.asked)
+                self._write(made)
+                self.ever_asked[made.asked] += 1
+        if finish:
+            process.finishing.update(ids)
+        item = (1, process.models[model], list(ids), list(keys), None)
+        self.pool.submit(
+            SealRequested, name, [item], partial(self._sealed, process, model, ids, keys, sure, finish), finish
+        )
+
+    def _sealed(
+        self,
+        process: Process,
+        model: str,
+        ids: Sequence[int],
+        keys: Sequence[bytes],
+        sure: set[int],
+        finish: bool,
+        answers: list[Any],
+    ) -> None:
+        (answer,) = answers
+        if finish:
+            process.finishing.difference_update(ids)
+        if answer[0] == "error":
+            mine = all(i in sure and self.made[i].asked == (process.tenant, model, k) for i, k in zip(ids, keys, strict=True))
+            assert _error(answer, CacheStateError, InvalidRequestError), answer
+            assert not mine or not self._is_here(process, ids)
+            return
+        for cache_id, key, outcome in zip(ids, keys, answer[1], strict=True):
+            made = self.made[cache_id]
+            rightly = cache_id in sure and made.asked == (process.tenant, model, key)
+            if outcome is True:
+                assert rightly, "only who holds a cache can seal it, and only with its own key"
+                made.sealed = True
+            elif outcome == "duplicate":
+                assert self.ever_asked[process.tenant, model, key] > (1 if rightly else 0)
+                made.asked = None if rightly else made.asked
+            else:
+                assert _error(outcome, CacheStateError, ProtocolError, DeviceLostError), outcome
+                assert not rightly or not self._is_here(process, [cache_id])
+            if finish and process.held[cache_id]:
+                process.held[cache_id] -= 1
+
+    def look_up(self, name: str, model: str, ids: Sequence[int]) -> None:
+        process = self.clients[name]
+        keys = [(process.tenant, model, key) for key in keys_of(ids)]
+        found = self._surely_found()
+        sure = next((n for n, key in enumerate(keys) if key not in found), len(keys))
+        item = (1, process.models[model], b"".join(keys_of(ids)), None)
+        lost = len(self.pool.lost)
+        self.pool.submit(PrefixesLookedUp, name, [item], partial(self._looked_up, process, keys, sure, lost))
+
+    def _looked_up(self, process: Process, keys: list[Key], sure: int, lost: int, answers: list[Any]) -> None:
+        ((kind, ids, devices, places),) = answers
+        assert kind == "hit"
+        if not process.alive:
+            return
+        assert len(ids) >= sure or len(self.pool.lost) > lost, "what is leased and sealed is found"
+        for cache_id, device, place, key in zip(ids, devices, places, keys, strict=False):
+            if device in self.pool.lost:
+                continue
+            made = self.made[cache_id]
+            assert made.asked == key, "a hit is what was sealed under that key, by its tenant, for that model"
+            assert (made.device, made.offset, made.pages) == (device, *place[:2])
+            assert self._read(made) == _whole(_content(key), made.size_bytes)
+            process.held[cache_id] += 1
+            self.hits += 1
+
+    def release(self, name: str, ids: Sequence[int]) -> None:
+        process = self.clients[name]
+        rightly = []
+        for cache_id in ids:
+            rightly.append(process.held[cache_id] > process.releasing[cache_id] and cache_id not in process.finishing)
+            process.releasing[cache_id] += 1
+        self.pool.submit(ReleaseRequested, name, [(1, list(ids), None)], partial(self._released, process, ids, rightly))
+
+    def _released(self, process: Process, ids: Sequence[int], rightly: list[bool], answers: list[Any]) -> None:
+        (answer,) = answers
+        outcomes = [answer] * len(ids) if answer[0] == "error" else answer[1]
+        for cache_id, may, outcome in zip(ids, rightly, outcomes, strict=True):
+            process.releasing[cache_id] -= 1
+            if outcome is True:
+                assert may or not self._is_here(process, [cache_id]), "nobody gives up what it does not hold"
+                if process.held[cache_id]:
+                    process.held[cache_id] -= 1
+            elif self._is_here(process, [cache_id]):
+                assert _error(outcome, DoubleReleaseError, UnknownCacheError, StaleCacheError), outcome
+                assert not may or not all(rightly), "what is held can be given up"
+
+    def pin(self, name: str, ids: Sequence[int], *, held: bool) -> None:
+        process = self.clients[name]
+        pins, unpinning = self.pins[process.tenant], self.unpinning[process.tenant]
+        rightly = [held or pins[cache_id] > unpinning[cache_id] for cache_id in ids]
+        if not held:
+            unpinning.update(ids)
+        item = (1, list(ids), None)
+        self.pool.submit(PinRequested, name, [item], partial(self._pinned, process.tenant, ids, held, rightly), held)
+
+    def _pinned(self, tenant: str, ids: Sequence[int], held: bool, rightly: list[bool], answers: list[Any]) -> None:
+        (answer,) = answers
+        outcomes = [answer] * len(ids) if answer[0] == "error" else answer[1]
+        pins, unpinning = self.pins[tenant], self.unpinning[tenant]
+        for cache_id, may, outcome in zip(ids, rightly, outcomes, strict=True):
+            if not held:
+                unpinning[cache_id] -= 1
+            if self.made[cache_id].device in self.pool.lost:
+                continue
+            assert outcome is True or _error(outcome, KvpoolError), outcome
+            if outcome is True:
+                assert may
+                pins[cache_id] += 1 if held else -1
+            else:
+                assert held or not may or not all(rightly)
+
+    def map(self, name: str, cache_id: int) -> None:
+        """The client maps the pages of a cache that it holds."""
+        made = self.made[cache_id]
+        for index, serial in made.pages:
+            os.close(self.pool.stores[made.device].allocator.export(name, made.tenant, index, serial))
+
+    # -- what must hold -------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """At any moment: the books add up, and nothing that somebody holds is gone, moved or changed."""
+        self.pool.state.check()
+        for device in self.pool.live:
+            self.pool.stores[device].allocator.check()
+        for process in self.clients.values():
+            for cache_id in process.sure():
+                made, store = self.made[cache_id], self.pool.stores[self.made[cache_id].device]
+                leases = store._clients[process.name].leases[cache_id]
+                assert leases >= process.held[cache_id] - process.releasing[cache_id]
+                index = self.pool.state.ledger.index
+                assert index.pins[index.row_of(cache_id)] >= leases
+                assert store.allocator.allocation(cache_id).offset == made.offset
+                assert self._read(made) == _whole(made.written, made.size_bytes)
+
+    def check_quiet(self) -> None:
+        """When all is settled: the books say what the devices hold, each request has its answer, who waits must wait."""
+        pool, index = self.pool, self.pool.state.ledger.index
+        pool.settle()
+        assert not pool.open
+        for device in pool.live:
+            store = pool.stores[device]
+            rows = {i: index.live_row(i) for i in store._caches}
+            assert all(row >= 0 and index.device[row] == device for row in rows.values()), "unknown to the books"
+            assert sum(index.device[row] == device for row in range(len(index.flags)) if index.flags[row]) == len(rows)
+            for cache_id, record in store._caches.items():
+                row = rows[cache_id]
+                assert index.pins[row] == record.leases
+                assert (index.key_of(row), index.is_sealed(row)) == (record.key, record.sealed)
+                assert not record.doomed
+            for name, known in store._clients.items():
+                mine = self.clients[name].held if name in self.clients else self.pins[name.removeprefix(PINNER)]
+                assert known.leases == {i: n for i, n in mine.items() if n and self.made[i].device == device}
+        grants = len(self.outcomes)
+        pool.handle(Tick())
+        pool.settle()
+        assert len(self.outcomes) == grants, "somebody waited though there was room"
+        self.check()
+
+    def end(self) -> None:
+        """All clients give everything back and leave: nothing may remain."""
+        pool = self.pool
+        self.check_quiet()
+        for name in self.ready():
+            process = self.clients[name]
+            pins = self.pins[process.tenant]
+            self.pin(name, list(pins.elements()), held=False)
+            pool.settle()
+            self.cancel(name, sorted(process.tickets))
+            pool.settle()  # a cancelled request may have stood before others of the same client
+            self.cancel(name, sorted(process.tickets))
+            while ids := process.sure():
+                self.release(name, ids)
+                pool.settle()
+            assert not process.tickets, "each ticket has an outcome"
+        for tenant in [tenant for tenant, pins in self.pins.items() if +pins]:
+            self.connect(f"last of {tenant}", tenant)
+            pool.settle()
+            self.pin(f"last of {tenant}", list(self.pins[tenant].elements()), held=False)
+        for name in self.ready():
+            self.leave(name)
+        self.check_quiet()
+        index = pool.state.ledger.index
+        assert not any(index.pins[row] for row in range(len(index.flags)) if index.flags[row])
+        assert all(not store.leases() for number, store in enumerate(pool.stores) if number in pool.live)
+        self.evict_everything()
+
+    def evict_everything(self) -> None:
+        """A newcomer asks for all memory there is, and gets it."""
+        pool = self.pool
+        self.connect("newcomer", "newcomers")
+        pool.settle()
+        capacity_bytes = pool.state.ledger.devices[0].capacity_bytes
+        sizes = [(capacity_bytes, capacity_bytes)] * len(pool.live)
+        self.request("newcomer", "small", sizes, 1.0)
+        pool.settle()
+        granted = self.clients["newcomer"].sure()
+        assert {self.made[i].device for i in granted} == set(pool.live)
+        self.release("newcomer", granted)
+        pool.settle()
+        assert len(pool.state.ledger.index) == 0
+        for device in pool.live:
+            allocator = pool.stores[device].allocator
+            assert pool.stores[device].caches == 0
+            assert (allocator.usage().live_bytes, allocator.usage().backed_bytes) == (0, 0)
+            allocator.trim()
+            assert allocator.usage().free_bytes == allocator.capacity_bytes
+
+    def close(self) -> None:
+        self.pool.close()
+
+    # -- helpers --------------------------------------------------------------------------------------------------------
+
+    def _surely_found(self) -> set[Key]:
+        """Return the keys of caches that are known to be sealed and held: a look-up must find them."""
+        held = {i for process in self.clients.values() for i in process.sure()}
+        held |= {i for tenant, pins in self.pins.items() for i in pins if pins[i] > self.unpinning[tenant][i]}
+        return {made.asked for made in map(self.made.__getitem__, held) if made.sealed and made.asked is not None}
+
+    def _is_here(self, process: Process, ids: Sequence[int]) -> bool:
+        return process.alive and not any(i in self.made and self.made[i].device in self.pool.lost for i in ids)
+
+    def _address(self, made: Made) -> int:
+        return self.pool.stores[made.device].allocator.address + made.offset
+
+    def _write(self, made: Made) -> None:
+        ctypes.memmove(self._address(made), _whole(made.written, made.size_bytes), made.size_bytes)
+
+    def _read(self, made: Made) -> bytes:
+        return ctypes.string_at(self._address(made), made.size_bytes)
+
+
+def _content(key: Key) -> bytes:
+    return blake2b(repr(key).encode(), digest_size=16).digest()
+
+
+def _whole(pattern: bytes, size_bytes: int) -> bytes:
+    return (pattern * (size_bytes // len(pattern) + 1))[:size_bytes]
+
+
+def _error(answer: Any, *kinds: type[KvpoolError]) -> bool:
+    return isinstance(answer, tuple) and answer[0] == "error" and isinstance(from_wire(answer[1:]), kinds)

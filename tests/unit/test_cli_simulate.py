@@ -1,0 +1,121 @@
+"""``kvpool simulate`` as people and programs call it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+import kvpool
+from kvpool.cli import main
+from kvpool.simulate import simulate
+from kvpool.workload import TraceRequest, generate
+
+
+@pytest.fixture(scope="module")
+def requests() -> list[TraceRequest]:
+    return generate(1, sessions=20)
+
+
+@pytest.fixture
+def trace(tmp_path: Path, requests: list[TraceRequest]) -> Path:
+    path = tmp_path / "small.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for request in requests:
+            fields = {
+                "timestamp": request.timestamp_ms,
+                "input_length": request.input_length,
+                "output_length": request.output_length,
+                "hash_ids": request.hash_ids,
+            }
+            file.write(json.dumps(fields) + "\n")
+    return path
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def test_json_on_standard_output_is_nothing_but_json(trace: Path, requests: list[TraceRequest]) -> None:
+    result = call("simulate", trace, "--policy", "lru", "--capacity", "0.05", "--capacity", "40", "--json", "-")
+    assert result.exit_code == 0
+    assert result.stderr == ""
+    payload = json.loads(result.stdout)
+    assert list(payload) == ["rows"]
+    for row, capacity in zip(payload["rows"], (0.05, 40), strict=True):
+        expected = simulate(requests, "lru", capacity)
+        assert row.pop("accesses_per_s") > 0
+        assert row == {name: value for name, value in expected.items() if name != "accesses_per_s"}
+
+
+def test_a_table_is_printed_by_default_and_json_goes_to_a_file(trace: Path, tmp_path: Path) -> None:
+    written = tmp_path / "rows.json"
+    result = call("simulate", trace, "--json", written)
+    assert result.exit_code == 0
+    [row] = json.loads(written.read_text(encoding="utf-8"))["rows"]
+    assert row["capacity"] == 0.05
+    assert "small.jsonl" in result.stdout
+    for text in ("prefix hit ratio", "accesses per s", f"{row['prefix_hit_ratio']:.4g}", f"{row['evictions']:,}"):
+        assert text in result.stdout, "nothing is cut off where the output has no width"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--policy", "optimal"), "no eviction policy is named 'optimal': there is lru"),
+        (("--capacity", "0.0"), "above 0 and at most 1.0"),
+        (("--capacity", "1.5"), "above 0 and at most 1.0"),
+        (("--capacity", "nan"), "above 0 and at most 1.0"),
+        (("--capacity", "-3"), "at least 1, asked for -3"),
+        (("--capacity", "0.05", "--capacity", "0"), "at least 1, asked for 0"),
+        (("--json", "/does/not/exist/rows.json"), "cannot write JSON to /does/not/exist/rows.json"),
+    ],
+)
+def test_bad_input_is_one_clear_line(trace: Path, arguments: tuple[str, ...], message: str) -> None:
+    result = call("simulate", trace, *arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert message in result.stderr
+    assert result.stderr.startswith("kvpool: ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_capacity_that_is_no_number_is_a_usage_error(trace: Path) -> None:
+    result = call("simulate", trace, "--capacity", "much")
+    assert result.exit_code == 2
+    assert "'much' is neither a share" in result.stderr
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    result = call("simulate", tmp_path / "absent.jsonl")
+    assert result.exit_code == 2
+    assert "there is no trace file" in result.stderr
+    assert "absent.jsonl" in result.stderr
+
+
+def test_a_broken_line_is_named(trace: Path) -> None:
+    lines = trace.read_text(encoding="utf-8").splitlines()
+    lines[6] = '{"timestamp": 1}'
+    trace.write_text("\n".join(lines), encoding="utf-8")
+    result = call("simulate", trace)
+    assert result.exit_code == 2
+    assert f"{trace}, line 7: " in result.stderr
+
+
+def test_the_group_names_its_commands_and_version() -> None:
+    assert "simulate" in call("--help").stdout
+    assert kvpool.__version__ in call("--version").stdout
+    assert call("no-such-command").exit_code == 2
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["simulate", "--help"], ["simulate", "TRACE", "--json", "-"]])
+def test_neither_help_nor_simulate_imports_ray_or_torch(trace: Path, arguments: list[str]) -> None:
+    program = (
+        "import sys; from kvpool.cli import main; code = main(sys.argv[1:], standalone_mode=False); "
+        "sys.exit(str({'ray', 'torch'} & set(sys.modules)) if {'ray', 'torch'} & set(sys.modules) else code)"
+    )
+    arguments = [str(trace) if argument == "TRACE" else argument for argument in arguments]
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
