@@ -52,7 +52,8 @@ class LeasedBlocks:
 
     async def map(self) -> None:
         """Map the blocks' pages in this process (done before the blocks are handed to the caller)."""
-        await self._connection.map(self._devices, self._places, self.access)
+        with self._lease.given_back_on_failure():
+            await self._connection.map(self._devices, self._places, self.access)
 
     def addresses(self) -> list[int]:
         """Return where each block begins in this process's memory. Valid while the lease is held."""

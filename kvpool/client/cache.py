@@ -58,7 +58,10 @@ class VirtualKVCache:
 
     async def map(self) -> None:
         """Map the cache's pages in this process (done before the cache is handed to the caller)."""
-        await self._connection.map([self._device], [(self._offset, self._pages, self.generation)], self._access(None))
+        with self._lease.given_back_on_failure():
+            await self._connection.map(
+                [self._device], [(self._offset, self._pages, self.generation)], self._access(None)
+            )
 
     @property
     def blocks(self) -> tuple[CacheBlock, ...]:

@@ -16,7 +16,7 @@ from weakref import WeakSet
 from kvpool.actors.cluster import call, ensure_ray
 from kvpool.actors.pool_actor import find_pool
 from kvpool.actors.protocol import PROTOCOL_VERSION, host_identity
-from kvpool.client.lane import Lane
+from kvpool.client.lane import ANSWER_S, Lane
 from kvpool.client.lease import Lease
 from kvpool.errors import CacheStateError, ForkedHandleError, KvpoolError, ProtocolError, from_wire
 from kvpool.memory.backend import Access
@@ -26,8 +26,6 @@ from kvpool.memory.host import HostBackend
 logger = logging.getLogger("kvpool.client")
 
 _POLL_S = 20.0
-_ANSWER_S = 60.0
-"""How long the pool may take to answer a call, seconds. No call waits for memory, so this only tells a hang."""
 
 Place = tuple[int, Sequence[tuple[int, int]], int]
 
@@ -92,7 +90,7 @@ class Connection:
         described = await call(
             actor.connect,
             {"protocol": PROTOCOL_VERSION, "id": client, "tenant": tenant, "host": host_identity(), "token": token},
-            timeout_s=_ANSWER_S,
+            timeout_s=ANSWER_S,
         )
         if "error" in described:
             raise from_wire(described["error"])
@@ -106,7 +104,7 @@ class Connection:
         try:
             return cls(actor, client, token, described)
         except BaseException:
-            await call(actor.disconnect, client, timeout_s=_ANSWER_S)
+            await call(actor.disconnect, client, timeout_s=ANSWER_S)
             raise
 
     def check_usable(self) -> None:
@@ -139,7 +137,7 @@ class Connection:
     async def call(self, method: Any, *arguments: Any) -> Any:
         """Call a method of the pool actor that is not merged."""
         self.check_usable()
-        return await call(method, *arguments, timeout_s=_ANSWER_S)
+        return await call(method, *arguments, timeout_s=ANSWER_S)
 
     async def release(self, ids: Sequence[int]) -> None:
         """End one lease on each id; raises the first error among the answers."""
@@ -191,7 +189,9 @@ class Connection:
     async def _poll(self) -> None:
         try:
             while self._waiting:
-                self._seen, outcomes = await call(self.actor.grants, self.client, self._seen, _POLL_S)
+                self._seen, outcomes = await call(
+                    self.actor.grants, self.client, self._seen, _POLL_S, timeout_s=_POLL_S + ANSWER_S
+                )
                 for ticket, answer in outcomes:
                     future = self._waiting.pop(ticket, None)
                     if future is not None and not future.done():
@@ -214,7 +214,7 @@ class Connection:
 
         async def cancel() -> None:
             try:
-                for gone in await call(self.actor.cancel, self.client, [ticket], timeout_s=_ANSWER_S):
+                for gone in await call(self.actor.cancel, self.client, [ticket], timeout_s=ANSWER_S):
                     self._cancelled.discard(gone)
             except KvpoolError as error:
                 logger.warning("cancelling a waiting request: %s", error)
@@ -269,7 +269,7 @@ class Connection:
         self._closed = True
         if self._poller is not None:
             self._poller.cancel()
-        await call(self.actor.disconnect, self.client, timeout_s=_ANSWER_S)
+        await call(self.actor.disconnect, self.client, timeout_s=ANSWER_S)
         for arena in self.arenas.values():
             await asyncio.to_thread(arena.close)
 

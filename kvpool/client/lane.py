@@ -10,6 +10,10 @@ from kvpool.actors.cluster import call
 from kvpool.errors import from_wire
 
 
+ANSWER_S = 60.0
+"""How long the pool may take to answer a call, seconds. No call waits for memory, so this only tells a hang."""
+
+
 class Lane:
     """Merges concurrent calls: what is submitted in one turn of the event loop leaves in one RPC.
 
@@ -67,7 +71,7 @@ class Lane:
 
     async def _send(self, sent: list[tuple[Any, asyncio.Future[Any]]]) -> None:
         try:
-            answers = await call(self._method, self._client, [item for item, _ in sent])
+            answers = await call(self._method, self._client, [item for item, _ in sent], timeout_s=ANSWER_S)
         except Exception as error:  # noqa: BLE001 - every caller of the batch gets it
             for _, future in sent:
                 if not future.done():

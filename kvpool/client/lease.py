@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from kvpool.errors import CacheStateError, DoubleReleaseError
@@ -78,6 +79,16 @@ class Lease:
                 raise DoubleReleaseError(f"released already: {self.ids[:4]}", ids=self.ids[:4])
             self.released = True
             return not self.views
+
+    @contextmanager
+    def given_back_on_failure(self) -> Iterator[None]:
+        """End the lease if the block fails or is cancelled: its handle will reach nobody."""
+        try:
+            yield
+        except BaseException:
+            if self.release_by_word():
+                self._connection.release_soon(self.ids)
+            raise
 
     def __del__(self) -> None:
         if not self.released and self.ids:

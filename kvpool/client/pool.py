@@ -16,7 +16,7 @@ from kvpool.client.copying import source_addresses
 from kvpool.client.model import ModelSpec, join_hashes
 from kvpool.client.putting import Put
 from kvpool.config import PoolConfig, load_config
-from kvpool.errors import PoolExistsError, from_wire
+from kvpool.errors import KvpoolError, PoolExistsError, PoolUnavailableError, from_wire
 from kvpool.pool.state import PoolState
 from kvpool.pool.statistics import PoolStatistics
 from kvpool.sizes import MIB, parse_size
@@ -159,8 +159,10 @@ class CachePool:
         actor = make_pool(config)
         try:
             running = await call(actor.start, timeout_s=_START_S)
-        except BaseException:
-            kill(actor)
+        except PoolUnavailableError:
+            raise  # perhaps a running pool that is slow: not ours to kill
+        except KvpoolError:
+            kill(actor)  # it could not start, so there is nothing in it
             raise
         wanted = config.model_dump(mode="json")
         if running["protocol"] == PROTOCOL_VERSION and running["config"] != wanted:
@@ -249,7 +251,7 @@ class CachePool:
         return [
             {"ids": lease.ids, "size_bytes": lease.size_bytes, "views": lease.views, "released": lease.released}
             for lease in self._connection.leases
-            if lease.views or not lease.released
+            if lease.ids and (lease.views or not lease.released)
         ]
 
     async def delete(self, *, drain_s: float | None = None) -> None:

@@ -1,0 +1,215 @@
+"""One local Ray for all tests, pools and model processes for each of them, and the check that nothing is left over."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from kvpool import CachePool
+from kvpool.client import delete
+from kvpool.errors import PoolNotFoundError
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import model_process
+from footprint import Footprint, descendants, footprint, state
+
+DEADLINE_S = 10.0
+"""Tells a hang from an answer."""
+
+_numbers = itertools.count()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.ray)
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """A Ray of this test session. Model processes are shipped to it by value: workers cannot import test modules."""
+    ray.cloudpickle.register_pickle_by_value(model_process)
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, namespace="kvpool")
+    yield
+    ray.shutdown()
+
+
+async def until(condition: Callable[[], Any], what: str, deadline_s: float = DEADLINE_S) -> None:
+    """Wait for something in another process that tells no event: ``condition`` may be a coroutine function."""
+    deadline = time.monotonic() + deadline_s
+    while True:
+        holds = condition()
+        if asyncio.iscoroutine(holds):
+            holds = await holds
+        if holds:
+            return
+        assert time.monotonic() < deadline, f"not within {deadline_s:g} s: {what}"
+        await asyncio.sleep(0.005)
+
+
+@pytest.fixture(name="until")
+def _until() -> Callable[..., Awaitable[None]]:
+    return until
+
+
+def left_on_disk() -> set[str]:
+    """Folders of device sockets, and shared memory that bears our name."""
+    folders = {str(path) for path in Path(tempfile.gettempdir()).glob(f"kvpool-t{os.getpid()}-*")}
+    return folders | {str(path) for path in Path("/dev/shm").glob("*kvpool*")}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left(local_ray: None) -> Iterator[None]:
+    """Neither this process nor any process of this Ray that is still alive holds memory of the test's pools."""
+    before, files = footprint(os.getpid()), left_on_disk()
+    yield
+    assert footprint(os.getpid()) == before
+    assert left_on_disk() == files
+    holders = {pid: held for pid in descendants(os.getpid()) if (held := footprint(pid)).page_mappings}
+    assert not holders
+
+
+class Pools:
+    """Pools of one test: small, each with a name of its own."""
+
+    def __init__(self) -> None:
+        self._made: list[tuple[CachePool, list[int]]] = []
+
+    async def __call__(self, devices: str = "host:1x2MiB", page_size: str = "64KiB", **settings: Any) -> CachePool:
+        name = settings.pop("name", f"t{os.getpid()}-{next(_numbers)}")
+        pool = await CachePool.create(name=name, devices=devices, page_size=page_size, **settings)
+        pids = await asyncio.gather(*(pid_of(device) for device in device_actors(pool)), pid_of(pool.actor))
+        self._made.append((pool, pids))
+        return pool
+
+    async def end(self) -> None:
+        for pool, pids in self._made:
+            await self._end(pool)
+            await until(lambda pids=pids: all(state(pid) in ("gone", "Z") for pid in pids), "the end of the actors")
+
+    async def _end(self, pool: CachePool) -> None:
+        await pool.close()
+        try:
+            last = await CachePool.connect(pool.name)
+        except PoolNotFoundError:
+            return  # the test has deleted it
+        async with last:
+            await empty(last)
+        await delete(pool.name)
+
+
+async def empty(pool: CachePool) -> None:
+    """Check that nothing is leased, evict what is sealed, and check that all memory goes back to the system."""
+
+    async def given_back() -> bool:
+        return not await pool.actor.leases.remote() and (await pool.stats()).waiting == 0
+
+    await until(given_back, "the end of all leases and waiting requests")
+    devices = [device for device in (await pool.stats()).devices if device.lost is None]
+    assert [device.pinned_bytes for device in devices] == [0] * len(devices)
+    # Everything, asked for at once, evicts whatever is sealed.
+    whole = await asyncio.gather(*(pool.request_cache("whole", size=device.capacity_bytes) for device in devices))
+    await asyncio.gather(*(cache.release() for cache in whole))
+    await pool.trim()
+
+    async def all_free() -> bool:
+        stats = await pool.stats()
+        return stats.total("zombie_bytes") == 0
+
+    await until(all_free, "the end of the zombies")
+    stats = await pool.stats()
+    for figure in ("live_bytes", "backed_bytes", "reserve_bytes", "zombie_bytes", "pinned_bytes", "evictable_bytes"):
+        assert (figure, stats.total(figure)) == (figure, 0)
+    for number, actor in enumerate(device_actors(pool)):
+        if stats.devices[number].lost is None:
+            held = footprint(await pid_of(actor))
+            assert (held.page_descriptors, held.page_mappings) == (0, 0)
+
+
+def device_actors(pool: CachePool) -> list[Any]:
+    """Handles of a pool's device actors that are alive."""
+    actors = []
+    for number in range(len(pool._connection.devices)):
+        try:
+            actors.append(ray.get_actor(f"kvpool/{pool.name}/host-{number}", namespace="kvpool"))
+        except ValueError:
+            actors.append(None)
+    return actors
+
+
+async def pid_of(actor: Any) -> int:
+    """Process id of an actor."""
+    return int(await actor.__ray_call__.remote(lambda _: os.getpid()))
+
+
+@pytest.fixture
+async def make_pool() -> AsyncIterator[Pools]:
+    """Make pools; at the end of the test each is shown to be given back whole, and deleted."""
+    pools = Pools()
+    yield pools
+    await pools.end()
+
+
+@pytest.fixture
+async def pool(make_pool: Pools) -> CachePool:
+    """A pool of one device of 2 MiB in pages of 64 KiB."""
+    return await make_pool()
+
+
+class Process:
+    """A model process as the test sees it."""
+
+    def __init__(self, actor: Any, pid: int, client_id: str) -> None:
+        self.actor = actor
+        self.pid = pid
+        self.client_id = client_id
+
+    def __getattr__(self, method: str) -> Callable[..., Awaitable[Any]]:
+        return getattr(self.actor, method).remote
+
+    def footprint(self) -> Footprint:
+        return footprint(self.pid)
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+    def stop(self) -> None:
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        os.kill(self.pid, signal.SIGCONT)
+
+
+@pytest.fixture
+async def start_process(make_pool: Pools) -> AsyncIterator[Callable[..., Awaitable[Process]]]:
+    """Start model processes, connected to a pool; they are killed at the end of the test."""
+    actors: list[Any] = []
+    pids: list[int] = []
+
+    async def start(pool: CachePool, tenant: str = "default") -> Process:
+        actor = model_process.ModelProcess.remote()
+        actors.append(actor)
+        pid, client_id = await actor.connect.remote(pool.name, tenant)
+        pids.append(pid)
+        return Process(actor, pid, client_id)
+
+    yield start
+    for actor in actors:
+        ray.kill(actor)
+    for pid in pids:
+        if state(pid) not in ("gone", "Z"):
+            os.kill(pid, signal.SIGKILL)
+    await until(lambda: all(state(pid) in ("gone", "Z") for pid in pids), "the end of the model processes")

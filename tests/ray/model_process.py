@@ -1,0 +1,198 @@
+"""A model's process for tests: a Ray actor that uses a pool as it is told, and that can be stopped, killed and forked."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import json
+import os
+import random
+import resource
+import signal
+from typing import Any
+
+import numpy as np
+import ray
+
+from kvpool import CachePool, ModelSpec, encode_block_id
+from kvpool.errors import CapacityError, KvpoolError
+
+BLOCK_BYTES = 16 * 1024
+
+
+def keys(ids: Any) -> list[bytes]:
+    """Hashes of a chain of block ids."""
+    return [encode_block_id(block_id) for block_id in ids]
+
+
+@ray.remote(num_cpus=0)
+class ModelProcess:
+    """One client of a pool, with everything that it holds."""
+
+    def __init__(self) -> None:
+        self.pool: CachePool
+        self.caches: list[Any] = []
+        self.leased: list[Any] = []
+        self.tensors: list[Any] = []
+        self.waiting: list[asyncio.Task[Any]] = []
+
+    async def connect(self, name: str, tenant: str = "default") -> tuple[int, str]:
+        """Connect; returns the process id and the client id."""
+        self.pool = await CachePool.connect(name, tenant=tenant)
+        self.model = await self.pool.model(ModelSpec("model", block_bytes=BLOCK_BYTES))
+        return os.getpid(), self.pool.client_id
+
+    async def connect_with_nofile(self, name: str, nofile: int) -> None:
+        """Connect under a lower hard limit of open files."""
+        resource.setrlimit(resource.RLIMIT_NOFILE, (nofile, nofile))
+        await self.connect(name)
+
+    # -- caches ---------------------------------------------------------------------------------------------------
+
+    async def request(self, count: int, size_bytes: int, value: int | None = None) -> list[int]:
+        """Lease caches at once and fill them with a value; returns their ids."""
+        caches = await asyncio.gather(*(self.model.request_cache(size_bytes) for _ in range(count)))
+        for cache in caches:
+            if value is not None:
+                cache.numpy("uint8", (size_bytes,))[:] = value
+        self.caches += caches
+        return [cache.id for cache in caches]
+
+    async def wait_for_memory(self, count: int, size_bytes: int) -> None:
+        """Ask for more caches, and return when all of these requests wait."""
+        self.waiting += [asyncio.create_task(self.model.request_cache(size_bytes)) for _ in range(count)]
+        while (await self.pool.stats()).waiting < len(self.waiting):
+            await asyncio.sleep(0)
+
+    async def release(self) -> None:
+        """Release all that is leased."""
+        held, self.caches, self.leased, self.tensors = self.caches + self.leased, [], [], []
+        await asyncio.gather(*(each.release() for each in held))
+
+    # -- blocks ---------------------------------------------------------------------------------------------------
+
+    async def put(self, ids: list[int], value: int) -> int:
+        """Store a chain whose blocks hold one value."""
+        return await self.model.put_blocks(keys(ids), np.full((len(ids), BLOCK_BYTES), value, np.uint8))
+
+    async def begin_blocks(self, ids: list[int], value: int) -> list[int]:
+        """Lease new blocks, fill them and keep their tensors; returns their addresses."""
+        new = await self.model.new_blocks(keys(ids))
+        self.leased.append(new)
+        self.tensors = new.numpy()
+        for block in self.tensors:
+            block[:] = value
+        return new.addresses()
+
+    async def seal_blocks(self) -> None:
+        await self.leased[-1].seal()
+
+    async def match(self, ids: list[int]) -> list[int]:
+        """Lease the resident prefix and keep its tensors; returns the addresses of its blocks."""
+        hit = await self.model.match_prefix(keys(ids))
+        self.leased.append(hit)
+        self.tensors = hit.numpy()
+        return hit.addresses()
+
+    def write(self, block: int, offset: int, value: int) -> None:
+        self.tensors[block][offset] = value
+
+    def read(self, block: int, offset: int) -> int:
+        return int(self.tensors[block][offset])
+
+    def digest(self) -> list[list[int]]:
+        """For each tensor that is kept, the values in it."""
+        return [np.unique(tensor).tolist() for tensor in self.tensors]
+
+    # -- churn ----------------------------------------------------------------------------------------------------
+
+    async def churn(self, rounds: int, value: int, seed: int) -> dict[str, int]:
+        """Ask for memory, check what is in it, write our value, give it back, over and over.
+
+        Returns
+        -------
+        dict
+            ``foreign``: bytes seen that were neither zero nor ours; ``caches``: how many were granted.
+        """
+        rng = random.Random(seed)
+        foreign = granted = 0
+        held: list[tuple[Any, int]] = []
+        for _ in range(rounds):
+            size_bytes = rng.choice((4096, 16384, 65536, 100_000, 262_144))
+            try:
+                cache = await self.model.request_cache(size_bytes, timeout_s=0.05)
+            except CapacityError:
+                cache = None
+            else:
+                granted += 1
+                view = cache.numpy("uint8", (size_bytes,))
+                foreign += int(np.count_nonzero((view != 0) & (view != value)))
+                view[:] = value
+                del view
+                held.append((cache, size_bytes))
+            while held and (cache is None or len(held) > 12 or rng.random() < 0.4):
+                old, old_bytes = held.pop(rng.randrange(len(held)))
+                view = old.numpy("uint8", (old_bytes,))
+                foreign += int(np.count_nonzero(view != value))
+                del view
+                await old.release()
+                if cache is None:
+                    break
+        for old, _ in held:
+            await old.release()
+        return {"foreign": foreign, "caches": granted}
+
+    # -- the process ----------------------------------------------------------------------------------------------
+
+    def fork_sleeper(self) -> int:
+        """Fork a child by ``fork`` of the C library, which runs none of Python's hooks: it keeps every socket open."""
+        child = ctypes.PyDLL(None).fork()
+        if not child:
+            while True:
+                signal.pause()
+        return int(child)
+
+    async def use_in_forked_child(self, ids: list[int]) -> dict[str, str]:
+        """Lease a cache and blocks, fork, and return what each use of the handles raised in the child."""
+        cache = await self.model.request_cache(4096)
+        new = await self.model.new_blocks(keys(ids))
+        uses = {
+            "request_cache": lambda: self.model.request_cache(4096).send(None),
+            "model": lambda: self.pool.model("another").send(None),
+            "stats": lambda: self.pool.stats().send(None),
+            "match_prefix": lambda: self.model.match_prefix(keys(ids)).send(None),
+            "put_blocks": lambda: self.model.put_blocks(keys(ids), np.zeros((len(ids), BLOCK_BYTES), "u1")).send(None),
+            "tensor": lambda: cache.tensor("uint8", (4096,)),
+            "numpy": lambda: cache.numpy("uint8", (4096,)),
+            "seal": lambda: cache.seal("key").send(None),
+            "release": lambda: cache.release().send(None),
+            "info": lambda: cache.info().send(None),
+            "blocks.numpy": new.numpy,
+            "blocks.seal": lambda: new.seal().send(None),
+            "blocks.release": lambda: new.release().send(None),
+            "connect": lambda: CachePool.connect(self.pool.name).send(None),
+        }
+        reader, writer = os.pipe()
+        child = os.fork()
+        if not child:
+            raised = {}
+            for name, use in uses.items():
+                try:
+                    use()
+                    raised[name] = "nothing"
+                except KvpoolError as error:
+                    raised[name] = type(error).__name__
+                except BaseException as error:  # noqa: BLE001 - told to the test
+                    raised[name] = repr(error)
+            os.write(writer, json.dumps(raised).encode())
+            os._exit(0)
+        os.close(writer)
+        with os.fdopen(reader) as answer:
+            text = await asyncio.to_thread(answer.read)
+        os.waitpid(child, 0)
+        await cache.release()
+        await new.release()
+        return dict(json.loads(text))
+
+    async def close(self) -> None:
+        await self.pool.close()
