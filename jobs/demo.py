@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 
 JOBS = Path(__file__).resolve().parent
-GENERATED_REQUESTS = 1500
 OUT = Path("demo-out")
 
 
@@ -30,15 +29,13 @@ def main() -> int:
     import ray
 
     print("demo: starting Ray ...", flush=True)
-    # Ray would pass this process's environment manager on to the workers; they have their own interpreter.
     context = ray.init(
         include_dashboard=True, dashboard_host="127.0.0.1", dashboard_port=_free_port(), log_to_driver=False
     )
     try:
         print(f"demo: dashboard at http://{context.dashboard_url}", flush=True)
         trace = ["--trace", str(Path(sys.argv[1]).resolve())] if sys.argv[1:] and sys.argv[1] else []
-        limit = [] if trace else ["--limit", str(GENERATED_REQUESTS)]
-        job = ["python", "replay_trace.py", *trace, *limit, "--capacity", "0.05", "--out", str(OUT.resolve())]
+        job = ["python", "replay_trace.py", *trace, "--capacity", "0.05", "--out", str(OUT.resolve())]
         command = [ray_command, "job", "submit", "--address", f"http://{context.dashboard_url}"]
         command += ["--working-dir", str(JOBS), "--", *job]
         print("demo:", " ".join(command), flush=True)

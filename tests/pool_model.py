@@ -289,8 +289,8 @@ class PoolModel:
             made = self.made[cache_id]
             rightly = cache_id in sure and made.asked == (process.tenant, model, key)
             if outcome is True:
-                assert rightly, "only who holds a cache can seal it, and only with its own key"
-                made.sealed = True
+                assert made.asked == (process.tenant, model, key), "only its maker can seal a cache, once, with one key"
+                made.sealed = made.sealed or rightly
             elif outcome == "duplicate":
                 assert self.ever_asked[process.tenant, model, key] > (1 if rightly else 0)
                 made.asked = None if rightly else made.asked

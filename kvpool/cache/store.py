@@ -80,7 +80,7 @@ class DeviceStore:
         }
 
     def apply(self, operations: Sequence[Operation]) -> list[Any]:
-        """Carry the operations out in order; one that fails answers with its error and changes nothing."""
+        """Carry the operations out in order; one that fails answers with its error and does no more than evict."""
         answers: list[Any] = []
         for operation in operations:
             try:
@@ -153,8 +153,8 @@ class DeviceStore:
         max_size_bytes: int,
         evict: Sequence[int],
     ) -> tuple[list[Place], list[int], dict[str, Any] | None]:
+        refused = self._evict(evict)  # first: the pool has forgotten these, whatever becomes of the client
         leases = self._client(client).leases
-        refused = self._evict(evict)
         allocate = self.allocator.allocate
         places: list[Place] = []
         for cache_id in ids:

@@ -62,7 +62,8 @@ def print_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
 def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
     """Give a function that is told how much of ``total`` is done.
 
-    Shows a bar on standard error once it has taken a second, if that is a terminal.
+    Shows it on standard error once it has taken a second: a bar in a terminal, elsewhere (the log of a job) a line for
+    each tenth.
     """
     console = Console(stderr=True)
     bar = Progress(
@@ -76,13 +77,19 @@ def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
     task = bar.add_task(description, total=total)
     due_s = monotonic() + _PROGRESS_AFTER_S
     shown = False
+    tenths = 0
 
     def report(done: int) -> None:
-        nonlocal shown
+        nonlocal shown, tenths
         bar.update(task, completed=done)
-        if console.is_terminal and not shown and monotonic() >= due_s:
+        if monotonic() < due_s:
+            return
+        if console.is_terminal and not shown:
             shown = True
             bar.start()
+        if not console.is_terminal and total and 10 * done // total > tenths:
+            tenths = 10 * done // total
+            console.print(f"{description}: {done:,} of {total:,} ({10 * tenths} %)", highlight=False)
 
     try:
         yield report

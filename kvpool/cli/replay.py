@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from pathlib import Path
 
 import click
 
-from kvpool.cli.output import write_json
+from kvpool.cli.output import print_rows, progress, write_json
 
 
 @click.command()
@@ -53,10 +52,6 @@ def replay(
 
     TRACE is a .jsonl or .jsonl.gz file in the Mooncake format; without it a multi-turn workload is generated.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    from rich.table import Table
-
     from kvpool.replay import report
     from kvpool.replay.driver import ReplayPlan
     from kvpool.replay.driver import replay as run_replay
@@ -68,23 +63,15 @@ def replay(
     plan = ReplayPlan(devices, capacity, block_bytes, replicas, in_flight, speed, policy, pool)
     if out is not None:
         report.check_folder(out)
-    errors = Console(stderr=True)
-    columns = (TextColumn("replaying"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=errors) as progress:
-        bar = progress.add_task("replaying", total=len(requests))
-        result = asyncio.run(run_replay(requests, plan, lambda done: progress.update(bar, completed=done)))
+    with progress("replaying", total=len(requests)) as done:
+        result = asyncio.run(run_replay(requests, plan, done))
     written = report.write(result, out) if out is not None else []
     if json_path is not None:
         write_json(json_path, result.to_dict())
     else:
-        table = Table(
-            "figure", "value", title=f"replay of {path.name if path else f'a generated workload, seed {seed}'}"
-        )
-        for name, value in report.summary(result):
-            table.add_row(name, value)
-        Console().print(table)
+        title = f"replay of {path.name if path else f'a generated workload, seed {seed}'}"
+        print_rows(title, [{"figure": name, "value": value} for name, value in report.summary(result)])
     for file in written:
-        errors.print(f"wrote {file}")
+        click.echo(f"wrote {file}", err=True)
     if result.wrong_bytes:
         raise click.ClickException(f"{result.wrong_bytes:,} wrong bytes: memory was corrupted")
-    sys.stdout.flush()

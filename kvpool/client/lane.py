@@ -9,7 +9,6 @@ from typing import Any
 from kvpool.actors.cluster import call
 from kvpool.errors import from_wire
 
-
 ANSWER_S = 60.0
 """How long the pool may take to answer a call, seconds. No call waits for memory, so this only tells a hang."""
 

@@ -1,8 +1,9 @@
-"""Storing blocks with one copy: a large put asks for memory, copies and seals part by part, all at the same time."""
+"""Storing blocks with one copy: a large put asks for memory, copies and seals part by part, all at once."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -29,7 +30,7 @@ def split(count: int, block_bytes: int) -> list[tuple[int, int]]:
         return [(0, count)]
     middle = min(first + 3 * first, count - last)
     cuts = sorted({0, first, middle, count - last, count})
-    return list(zip(cuts, cuts[1:], strict=False))
+    return list(itertools.pairwise(cuts))
 
 
 class Put:

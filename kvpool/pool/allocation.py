@@ -19,6 +19,7 @@ from kvpool.errors import (
     KvpoolError,
     LimitError,
     ParentNotResidentError,
+    ProtocolError,
     QueueFullError,
     ensure,
 )
@@ -214,6 +215,10 @@ class Allocations:
 
     def _wait(self, request: CacheRequest, now: float) -> None:
         request.attempts = 0
+        if self._ledger.clients.get(request.client.id) is not request.client:
+            # It ended while the device looked for room. Nobody would take what comes, and others stand behind.
+            self._deliver(request, ("error", *ProtocolError(f"client {request.client.id!r} is gone").to_wire()))
+            return
         if request.ticket is not None:  # it waited before: its place in the line is kept
             self.queue.put_back(request.ticket, request, request.deadline)
             return
@@ -378,6 +383,8 @@ class Allocations:
         self._ledger.counters.blocks_stored += kept
         answered = ("blocks", request.resident, request.ids[:kept], request.devices[:kept], request.places[:kept])
         self._ledger.answer(request.batch, request.item, answered)
+        if kept < len(request.ids):
+            self.retry(now)
 
     def _drop_block(self, request: BlocksRequest, position: int) -> None:
         """Give up a block behind one that found no room: it could never be hit."""
@@ -400,8 +407,10 @@ class Allocations:
         devices = [ledger.devices[number] for number in client.devices]
         if not attempts:
             free = [ledger.free_bytes(device) for device in devices]
-            chosen = ledger.placement.choose(free, size_bytes)
-            if chosen >= 0 and free[chosen] >= devices[chosen].footprint_bytes(size_bytes, max_size_bytes):
+            need = [device.footprint_bytes(size_bytes, max_size_bytes) for device in devices]
+            fitting = [have if have >= want else -1 for have, want in zip(free, need, strict=True)]
+            chosen = ledger.placement.choose(fitting, size_bytes)
+            if chosen >= 0:
                 return devices[chosen], []
         worth_least = ledger.policy.victim()
         if worth_least < 0:

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from kvpool.cache.key import check_hash
 from kvpool.cache.store import FREED, RELEASED
-from kvpool.errors import CacheStateError, SealedError, UnknownCacheError
+from kvpool.errors import CacheStateError, InvalidRequestError, SealedError, UnknownCacheError
 from kvpool.pool.allocation import split_hashes
 from kvpool.pool.fanout import Fanout, nothing_more
 from kvpool.pool.instructions import Batch
@@ -85,12 +86,9 @@ class Directory:
         hits = leased.index(False) if False in leased else len(leased)
         if hits < len(ids):
             # Something in the run is gone (its device, or the client itself). What was leased behind it is no hit.
-            self._leases.release_ids(
-                client, sequence, [ids[p] for p in range(hits, len(ids)) if leased[p]], nothing_more, now
-            )
-            for position in range(len(ids) - 1, hits - 1, -1):
-                if not leased[position]:
-                    self._ledger.forget(ids[position])
+            self._leases.not_given(ids[hits:], places[hits:], now)
+            behind = [ids[position] for position in range(hits, len(ids)) if leased[position]]
+            self._leases.release_ids(client, sequence, behind, nothing_more, now)
         self._ledger.counters.blocks_hit += hits
         self._ledger.answer(batch, item, ("hit", ids[:hits], devices[:hits], places[:hits]))
 
@@ -105,6 +103,12 @@ class Directory:
         ledger = self._ledger
         index = ledger.index
         model = ledger.model(client, model_number)
+        if len(set(ids)) != len(ids) or len(hashes) != len(ids):
+            raise InvalidRequestError(
+                f"a seal names each cache once, and its key: got {len(hashes)} keys for {len(ids)} caches, "
+                f"{len(set(ids))} of them different",
+                asked=len(ids),
+            )
         rows = [ledger.row(client, cache_id) for cache_id in ids]
         for cache_id, row, key in zip(ids, rows, hashes, strict=True):
             self._check_sealable(client, model.space, cache_id, row, key)
@@ -145,6 +149,8 @@ class Directory:
 
     def _check_sealable(self, client: Client, space: int, cache_id: int, row: int, key: bytes | None) -> None:
         index = self._ledger.index
+        if key is not None:
+            check_hash(key)
         if index.is_sealed(row):
             known = index.key_of(row)
             if known != key:
@@ -173,6 +179,8 @@ class Directory:
                 outcomes[position] = outcome
                 self._ledger.forget(ids[position])
         self._ledger.answer(batch, item, ("sealed", outcomes))
+        if any(outcome is not True for outcome in sealed):
+            self._leases.memory_freed(now)
 
     def _finished(
         self,

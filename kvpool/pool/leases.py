@@ -105,6 +105,12 @@ class Leases:
         if unpinned:
             index.unpin(unpinned, now=now)
 
+    def not_given(self, ids: Sequence[int], places: Sequence[Any], now: float) -> None:
+        """Correct the books where leases were refused: the cache is gone (None), or its holder is (an error)."""
+        refused = [(i, place) for i, place in zip(ids, places, strict=True) if place is None or place[0] == "error"]
+        codes = [FREED if place is None else RELEASED for _, place in refused]
+        self.settle([cache_id for cache_id, _ in refused], codes, now)
+
     # -- pins -----------------------------------------------------------------------------------------------------
 
     def pin(self, batch: Batch, client_id: str, items: Sequence[tuple[Any, ...]], held: bool, now: float) -> None:
@@ -135,9 +141,14 @@ class Leases:
             ids,
             rows,
             lambda part, _positions: ("lease", pinner, sequence, part),
-            lambda places, _now: ledger.answer(batch, item, ("pinned", [place is not None for place in places])),
+            partial(self._pinned, batch, item, ids),
             now,
         )
+
+    def _pinned(self, batch: Batch, item: int, ids: list[int], places: list[Any], now: float) -> None:
+        self.not_given(ids, places, now)
+        held = [place is not None and place[0] != "error" for place in places]
+        self._ledger.answer(batch, item, ("pinned", held))
 
     def _unpinned(self, batch: Batch, item: int, outcomes: list[Any], now: float) -> None:
         self._ledger.answer(batch, item, ("released", outcomes))

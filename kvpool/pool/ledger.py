@@ -28,9 +28,15 @@ class Device:
     evictions: int = 0
 
     def footprint_bytes(self, size_bytes: int, max_size_bytes: int) -> int:
-        """Return what a cache takes here: whole pages, unless it is small enough to share one."""
-        unit = self.min_block_bytes if max_size_bytes < self.page_bytes else self.page_bytes
-        return round_up(size_bytes, unit)
+        """Return what a cache takes here: whole pages, unless it is small enough to share one.
+
+        A small one that may grow takes its whole range at once: in shared pages addresses are memory.
+        """
+        if max_size_bytes >= self.page_bytes:
+            return round_up(size_bytes, self.page_bytes)
+        if max_size_bytes > size_bytes:
+            return max(self.min_block_bytes, 1 << (max_size_bytes - 1).bit_length())
+        return round_up(size_bytes, self.min_block_bytes)
 
     def note_zombies(self, zombies: tuple[int, int]) -> None:
         """Take in ``(stamp, zombie bytes)`` unless a newer figure has come already."""

@@ -149,6 +149,9 @@ def collect(
                 lost=device.lost,
             )
         )
+    models: dict[str, int] = {}
+    for model in ledger.models:  # tenants, and revisions, may share a name
+        models[model.name] = models.get(model.name, 0) + model.caches
     totals = {
         name: getattr(counters, name)
         for name in PoolStatistics.__dataclass_fields__
@@ -162,7 +165,7 @@ def collect(
         preset=preset,
         devices=tuple(devices),
         clients=len(ledger.clients),
-        models={model.name: model.caches for model in ledger.models},
+        models=models,
         keys=index.published,
         waiting=len(state.allocations.queue),
         **totals,

@@ -133,6 +133,7 @@ def test_a_row_whose_ids_are_used_up_is_retired(index: CacheIndex, monkeypatch: 
         seen.add(index.id_of(row))
         index.remove(row)
     assert len(seen) == 10
+    assert max(seen) < 4 << 32, "no id grows past the bound"
     index.check()
 
 

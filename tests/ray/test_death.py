@@ -1,0 +1,165 @@
+"""Processes that die while others count on them."""
+
+import asyncio
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import ray
+from conftest import device_actors, pid_of
+from footprint import Footprint, footprint, state
+
+from kvpool import CachePool, ModelSpec, delete, encode_block_id
+from kvpool.errors import (
+    DeviceLostError,
+    InvalidSizeError,
+    KvpoolError,
+    PoolUnavailableError,
+    ProtocolError,
+    StaleCacheError,
+)
+
+BLOCK_BYTES = 16 * 1024
+BLOCKS = ModelSpec("model", block_bytes=BLOCK_BYTES)
+
+
+@pytest.mark.parametrize("forked", [False, True], ids=["alone", "with a forked child"])
+async def test_a_killed_client_gives_everything_back(make_pool, start_process, forked):
+    pool = await make_pool("host:2x1MiB")
+    capacity_bytes = 1 << 20
+    other = await start_process(pool)
+    assert await other.put([1, 2, 3, 4], 5) == 4
+
+    client = await start_process(pool)
+    assert len(await client.match([1, 2, 3, 4])) == 4
+    await client.request(3, 100_000, 1)
+    assert len(await client.begin_blocks([1, 2, 3, 4, 5, 6], 9)) == 2  # written, never sealed
+    await client.wait_for_memory(20, capacity_bytes)
+    child = await client.fork_sleeper() if forked else 0
+
+    # Both devices whole: there is room for that when every lease of the client has ended, and no request of the
+    # client is in front any more.
+    wanted = [asyncio.create_task(pool.request_cache("whole", size=capacity_bytes, timeout_s=30)) for _ in range(2)]
+    while (await pool.stats()).waiting < 22:
+        await asyncio.sleep(0)
+    client.kill()
+    began = time.perf_counter()
+    async with asyncio.timeout(5):
+        whole = await asyncio.gather(*wanted)
+    print(f"\nall memory granted {1000 * (time.perf_counter() - began):.0f} ms after SIGKILL")
+
+    if forked:
+        assert state(child) == "S"
+        os.kill(child, signal.SIGKILL)
+    assert await pool.actor.leases.remote() == {pool.client_id: 2 * capacity_bytes}
+    stats = await pool.stats()
+    assert (stats.clients_died, stats.waiting, stats.total("zombie_bytes")) == (1, 0, 0)
+    for cache in whole:
+        view = cache.numpy("uint8", (capacity_bytes,))
+        view[:] = 3  # all of it can be written
+        del view
+        await cache.release()
+    assert await other.match([5]) == []  # unsealed at its writer's death: it never was
+    await other.release()
+
+
+async def test_a_killed_device_takes_its_own_caches_only(make_pool, until):
+    pool = await make_pool("host:2x1MiB")
+    lost, kept = sorted([await pool.request_cache("m", size="256KiB") for _ in range(2)], key=lambda c: c.device)
+    assert (lost.device, kept.device) == ("host-0", "host-1")
+    model = await pool.model(BLOCKS)
+    blocks = await model.new_blocks(keys(range(20)))
+    assert {arena for arena in map(mapped_arena(pool), blocks.addresses())} == {0, 1}
+    waiting = asyncio.create_task(pool.request_cache("m", size="1MiB"))
+    while not (await pool.stats()).waiting:
+        await asyncio.sleep(0)
+
+    await kill_device(pool, 0)
+
+    async def noticed():
+        return (await pool.stats()).devices[0].lost is not None
+
+    await until(noticed, "the pool notices the death of its device")
+    await until(lambda: not pool._connection.arenas[0]._connection.live, "the client notices, too")
+    with pytest.raises(DeviceLostError, match=r"0\.sock"):
+        lost.tensor("uint8", (10,))
+    kept.numpy("uint8", (10,))[:] = 1
+    with pytest.raises((DeviceLostError, StaleCacheError)):
+        await blocks.finish()  # part of the chain is gone
+    await lost.release()  # nothing is left to release, and that is no error
+    await kept.release()
+    async with asyncio.timeout(5):
+        cache = await waiting
+    assert cache.device == "host-1"
+    assert await pool.actor.leases.remote() == {pool.client_id: 1 << 20}
+    await cache.release()
+    assert await model.put_blocks(keys([1]), np.ones((1, BLOCK_BYTES), np.uint8)) == 1
+
+
+async def test_a_pool_whose_only_device_died_answers_at_once(pool, until):
+    cache = await pool.request_cache("m", size="64KiB")
+    await kill_device(pool, 0)
+    async with asyncio.timeout(10):
+        with pytest.raises(KvpoolError):  # by which of the two ways the death is seen first, decides the class
+            await pool.request_cache("m", size="64KiB")
+        await until(lambda: not pool._connection.arenas[0]._connection.live, "the client notices")
+        with pytest.raises(InvalidSizeError, match="the largest device that this process can use has 0 B"):
+            await pool.request_cache("m", size="64KiB")
+        await cache.release()
+        with pytest.raises(ProtocolError, match="no device on this host"):
+            await CachePool.connect(pool.name)
+
+
+async def test_a_pool_deleted_by_another_leaves_nothing_here(pool):
+    """A client that is connected but leases nothing keeps nobody from deleting the pool; it closes as ever."""
+    async with await pool.request_cache("m", size="1MiB") as cache:
+        cache.numpy("uint8", (10,))[:] = 1
+    await delete(pool.name)
+    with pytest.raises(PoolUnavailableError):
+        await pool.stats()
+    await pool.close()
+    assert footprint(os.getpid()) == Footprint()
+
+
+async def test_a_killed_pool_actor_is_told_to_those_who_wait(pool):
+    waiting = [asyncio.create_task(pool.request_cache("m", size="2MiB")) for _ in range(2)]
+    first, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    while not (await pool.stats()).waiting:
+        await asyncio.sleep(0)
+    devices = device_actors(pool)
+    os.kill(await pid_of(pool.actor), signal.SIGKILL)
+    (other,) = set(waiting) - first
+    async with asyncio.timeout(10):
+        with pytest.raises(PoolUnavailableError):
+            await other
+        with pytest.raises(PoolUnavailableError):
+            await pool.request_cache("m", size="64KiB")
+    for device in devices:
+        ray.kill(device)
+    first.pop().result()._lease.released = True  # it is gone: nobody is left to release it to
+    waiting.clear()
+
+
+def keys(ids):
+    return [encode_block_id(number) for number in ids]
+
+
+def mapped_arena(pool):
+    """Return a function from an address to the number of the device whose arena it lies in."""
+
+    def arena(address):
+        (number,) = (
+            number
+            for number, arena in pool._connection.arenas.items()
+            for base in arena._bases.values()
+            if base <= address < base + arena._arena_bytes
+        )
+        return number
+
+    return arena
+
+
+async def kill_device(pool, number):
+    os.kill(await pid_of(device_actors(pool)[number]), signal.SIGKILL)

@@ -1,0 +1,159 @@
+"""What was once decided wrongly when answers came late, clients died on the way, or devices knew better than the books."""
+
+from __future__ import annotations
+
+import pytest
+from pool_harness import PAGE, LocalPool, hashes, keys_of
+
+from kvpool.errors import InvalidRequestError, ProtocolError, from_wire
+from kvpool.pool.instructions import (
+    Batch,
+    BlocksRequested,
+    CachesRequested,
+    DeviceLost,
+    PinRequested,
+    PrefixesLookedUp,
+    ReleaseRequested,
+)
+from kvpool.pool.ledger import Device
+
+
+@pytest.fixture
+def pool():
+    pool = LocalPool(devices=1, pages=4)
+    pool.connect()
+    pool.connect("mortal")
+    pool.model()
+    yield pool
+    pool.check()
+    known = {row for row in range(len(pool.state.ledger.index.flags)) if pool.state.ledger.index.flags[row]}
+    assert {pool.state.ledger.index.live_row(cache_id) for cache_id in pool.stores[0]._caches} == known
+    pool.close()
+
+
+def test_what_was_to_be_evicted_for_a_client_that_died_is_evicted(pool):
+    pool.put(range(64))
+    batch = Batch(1)
+    pool.handle(BlocksRequested(batch, "mortal", [(1, 0, hashes([100]), None, None)]))
+    pool.kill("mortal")
+    assert pool.stores[0].caches == 63  # else the block that the pool forgot would stay for good
+
+
+def test_a_block_looked_up_by_a_client_that_died_stays_in_the_pool(pool):
+    pool.put([1, 2])
+    batch = Batch(1)
+    pool.handle(PrefixesLookedUp(batch, "mortal", [(1, 0, hashes([1, 2]), None)]))
+    pool.kill("mortal")
+    assert pool.done[batch] == [("hit", [], [], [])]
+    hit = pool.look_up([1, 2])[1]
+    assert len(hit) == 2
+    pool.release(hit)
+    pool.put(range(100, 164))
+    assert pool.look_up([1, 2])[1] == []  # and nobody holds it
+
+
+def test_a_request_of_a_dead_client_does_not_stand_in_line(pool):
+    """It found no room on the device (free bytes lie in another tenant's pages), after its client had died."""
+    pool.connect("other", tenant="other")
+    number = pool.model("other")
+    pool.request(4096, client="other", model=number)
+    held = pool.request(3 * PAGE)
+    batch = Batch(1)
+    pool.handle(CachesRequested(batch, "mortal", [(1, 0, 4096, 4096, 60.0, None)]))
+    sent = list(pool.outboxes[0])
+    pool.outboxes[0].clear()
+    answers = pool.stores[0].apply([send.operation for send in sent])  # the device has not seen the death yet
+    pool.kill("mortal")
+    for send, answer in zip(sent, answers, strict=True):
+        pool.take(pool_answers(pool, send, answer))
+    pool.settle()
+    assert pool.done[batch][0][0] == "error"
+    assert isinstance(from_wire(pool.done[batch][0][1:]), ProtocolError)
+    assert not pool.state.allocations.queue
+    pool.release([held[1]])
+
+
+def pool_answers(pool, send, answer):
+    from kvpool.pool.instructions import DeviceAnswered
+
+    return pool.state.handle(DeviceAnswered(0, [send], [answer], (pool._stamp(), 0)), pool.now)
+
+
+def test_who_waits_hears_of_blocks_given_up():
+    """A chain loses its tail with a device; what lies on another behind the gap goes, and makes room at once."""
+    pool = LocalPool(devices=2, pages=2)
+    pool.connect()
+    pool.model(block_bytes=PAGE)
+    batch = Batch(1)
+    pool.handle(BlocksRequested(batch, "c", [(1, 0, hashes(range(4)), None, None)]))
+    waits = Batch(1)
+    pool.handle(CachesRequested(waits, "c", [(2, 0, PAGE, PAGE, 60.0, None)]))
+    first = pool.state.ledger.index.device[0]
+    pool.step(1 - first)
+    pool.handle(DeviceLost(first, "killed"))
+    sent = list(pool.outboxes[first])
+    pool.outboxes[first].clear()
+    pool.take(pool.state.fail_operations(sent, ProtocolError("lost"), pool.now))
+    pool.settle()
+    assert pool.done[batch] == [("blocks", 0, [], [], [])]
+    assert [answer[0] for _, answer in pool.grants["c"]] == ["granted"]
+    pool.check()
+    pool.close()
+
+
+def test_round_robin_passes_over_a_device_on_which_whole_pages_do_not_fit():
+    pool = LocalPool(devices=2, pages=2, placement="round_robin")
+    pool.connect()
+    pool.model()
+    pool.put([1])  # on the first device, which has a page and a rest left
+    pool.release([pool.request(PAGE)[1]])
+    assert pool.request(PAGE + 1)[0] == "granted"
+    assert pool.state.ledger.counters.evictions == 0
+    pool.close()
+
+
+def test_a_pin_that_the_device_refuses_is_not_held_by_the_books(pool):
+    """The cache is released by its last holder on the way; sealed without a key, nothing else keeps it."""
+    granted = pool.request(4096)
+    pool.seal([granted[1]], [None])
+    release, pin = Batch(1), Batch(1)
+    pool.handle(ReleaseRequested(release, "c", [(1, [granted[1]], None)]))
+    pool.handle(PinRequested(pin, "c", [(2, [granted[1]], None)], True))
+    pool.settle()
+    assert pool.done[pin] == [("pinned", [False])]
+    assert pool.live_bytes() == 0
+
+
+def test_a_lost_device_pins_nothing():
+    pool = LocalPool(devices=1)
+    pool.connect()
+    pool.model()
+    pool.put([1])
+    ids = pool.look_up([1])[1]
+    batch = Batch(1)
+    pool.handle(PinRequested(batch, "c", [(1, ids, None)], True))
+    pool.handle(DeviceLost(0, "killed"))
+    sent = list(pool.outboxes[0])
+    pool.outboxes[0].clear()
+    pool.take(pool.state.fail_operations(sent, ProtocolError("lost"), pool.now))
+    assert pool.done[batch] == [("pinned", [False])]
+    pool.close()
+
+
+def test_a_seal_names_each_cache_once_and_each_key_for_one(pool):
+    ids = pool.blocks([1, 2])[2]
+    first, second = keys_of([1, 2])
+    for wrong_ids, wrong_keys in [([ids[0], ids[0]], [first, second]), (ids, [first]), (ids, [first, b"short"])]:
+        answer = pool.seal(wrong_ids, wrong_keys)
+        assert isinstance(from_wire(answer[1:]), InvalidRequestError)
+    assert pool.look_up([1])[1] == []
+    assert pool.seal(ids, [first, second]) == ("sealed", [True, True])
+
+
+def test_a_small_cache_that_may_grow_takes_its_whole_range():
+    device = Device(0, "d", "here", 4 * PAGE, PAGE, 4096)
+    assert device.footprint_bytes(5000, 5000) == 8192  # the tail of the block goes back
+    assert device.footprint_bytes(5000, PAGE - 1) == PAGE  # addresses in shared pages are memory
+    assert device.footprint_bytes(100, 101) == 4096
+    assert device.footprint_bytes(5000, PAGE) == PAGE
+    assert device.footprint_bytes(5000, 8 * PAGE) == PAGE
