@@ -12,13 +12,24 @@ from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kvpool.actors.protocol import NAMESPACE
-from kvpool.errors import PoolNotFoundError, PoolUnavailableError
+from kvpool.errors import ForkedHandleError, PoolNotFoundError, PoolUnavailableError
 
 ActorLost = RayActorError
 """Raised by a call to an actor that is dead or dying."""
 
 _MOST_CONCURRENT = 20_000
 """Calls of one actor in flight at most. No call waits for memory, so this bounds long polls: one a client or device."""
+
+
+_forked_from_ray = False
+
+
+def _note_fork() -> None:
+    global _forked_from_ray
+    _forked_from_ray = _forked_from_ray or ray.is_initialized()
+
+
+os.register_at_fork(after_in_child=_note_fork)
 
 
 def ensure_ray(*, start: Callable[[], Any] | None = None) -> None:
@@ -33,7 +44,14 @@ def ensure_ray(*, start: Callable[[], Any] | None = None) -> None:
     ------
     PoolNotFoundError
         If no cluster is running and none may be started.
+    ForkedHandleError
+        In a child that was forked while Ray was connected: Ray does not survive that, and every call of it would hang.
     """
+    if _forked_from_ray:
+        raise ForkedHandleError(
+            "this process was forked from one that is connected to Ray, and Ray's connection is not inherited: start "
+            "it as a Ray task or actor, or by multiprocessing's 'spawn'"
+        )
     if ray.is_initialized():
         return
     try:

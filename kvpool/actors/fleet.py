@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import tempfile
 import time
 from collections.abc import Callable
@@ -45,6 +46,7 @@ class Fleet:
         self._happened = happened
         self._lost = lost
         self._actors: dict[int, Any] = {}
+        self._sockets: dict[int, Path] = {}
         self._outboxes: dict[int, Outbox] = {}
         self._watchers: set[asyncio.Task[None]] = set()
 
@@ -72,17 +74,17 @@ class Fleet:
                         f"a device of {size_bytes} bytes is smaller than one page ({page_bytes} bytes): make "
                         "the device larger or the page smaller"
                     )
+                self._sockets[number] = folder / f"{number}.sock"
                 actor = self._actors[number] = make_actor(
                     DeviceActor, f"{NAMESPACE}/{config.name}/host-{number}",
                     config.name, f"host-{number}", capacity_bytes, page_bytes, config.min_block,
                     capacity_bytes * config.arena_factor, int(capacity_bytes * config.reserve),
-                    str(folder / f"{number}.sock"), epoch,
+                    str(self._sockets[number]), epoch,
                     node=nodes[number % len(nodes)],
                 )  # fmt: skip
                 described.append(await actor.start.remote())
         except BaseException:
-            for actor in self._actors.values():
-                kill(actor)
+            await self.end(list(range(len(described))))
             raise
         for number, actor in self._actors.items():
             self._outboxes[number] = self._outbox(number, actor)
@@ -113,12 +115,18 @@ class Fleet:
         }
 
     async def end(self, numbers: list[int]) -> None:
-        """Let devices give their memory back, and end them."""
+        """Let these devices give their memory back, and end all."""
         for watcher in self._watchers:
             watcher.cancel()
+        for number, path in self._sockets.items():
+            if number not in numbers:  # it died, or did not start, and left its socket (if it ran on this host)
+                path.unlink(missing_ok=True)
         await self.ask(numbers, "shutdown")
-        for number in numbers:
-            kill(self._actors[number])
+        for actor in self._actors.values():
+            kill(actor)
+        for folder in {path.parent for path in self._sockets.values()}:
+            with contextlib.suppress(OSError):  # the last device took it along, or it is not empty: not ours alone
+                folder.rmdir()
 
     def _outbox(self, number: int, actor: Any) -> Outbox:
         def answered(sent: list[Send], answers: list[Any], zombies: tuple[int, int]) -> None:

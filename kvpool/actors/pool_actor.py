@@ -45,6 +45,7 @@ from kvpool.pool.instructions import (
     Tick,
     TicketsCancelled,
 )
+from kvpool.pool.leases import PINNER
 from kvpool.pool.state import PoolState
 from kvpool.pool.statistics import collect
 
@@ -109,13 +110,15 @@ class PoolActor:
         given = await asyncio.gather(*(self._fleet.operate(number, ("trim",)) for number in self._alive()))
         return sum(size_bytes for size_bytes in given if isinstance(size_bytes, int))
 
-    async def delete(self, drain_s: float | None = None) -> None:
+    async def delete(self, drain_s: float | None = None, leaving: str | None = None) -> None:
         """End the devices. The caller kills this actor afterwards.
 
         Parameters
         ----------
         drain_s
             How long to wait for leases to end; None refuses at once while there are any.
+        leaving
+            The client that asks, if it is one: its leases end with the pool. So does what was pinned by word.
 
         Raises
         ------
@@ -125,7 +128,11 @@ class PoolActor:
         self._draining = True
         try:
             deadline = time.monotonic() + (drain_s or 0.0)
-            while held := await self.leases():
+            while held := {
+                client: size_bytes
+                for client, size_bytes in (await self.leases()).items()
+                if client != leaving and not client.startswith(PINNER)
+            }:
                 if time.monotonic() >= deadline:
                     who = ", ".join(f"{client}: {size} bytes" for client, size in sorted(held.items())[:8])
                     raise PoolBusyError(

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvpool.client.connection import Connection
+from kvpool.client.lane import Lane
 from kvpool.client.lease import Lease
 from kvpool.client.model import ModelSpec
 from kvpool.client.view import open_view
-from kvpool.errors import from_wire
+from kvpool.errors import KvpoolError, from_wire
 from kvpool.memory.backend import Access
 from kvpool.memory.dlpack import MappedTensorSource, as_numpy, as_torch
 
@@ -134,19 +135,29 @@ class NewBlocks(LeasedBlocks):
 
     async def seal(self) -> None:
         """Make the blocks immutable and visible to all. What another client stored meanwhile stays in their place."""
-        await self._seal(self._connection.seals)
+        if self._ids:
+            _check(await self._ask(self._connection.seals))
 
     async def finish(self) -> None:
         """:meth:`seal` and :meth:`release` in one call to the pool."""
-        if self._ids and not self._lease.release_by_word():
-            await self._seal(self._connection.seals)  # views are alive: the lease ends with the last of them
-        else:
-            await self._seal(self._connection.finishes)
-
-    async def _seal(self, lane: Any) -> None:
         if not self._ids:
             return
+        if not self._lease.release_by_word():  # views are alive: the lease ends with the last of them
+            await self.seal()
+            return
+        try:
+            outcomes = await self._ask(self._connection.finishes)
+        except KvpoolError:
+            self._connection.release_soon(self._ids)  # a call that is refused has released nothing
+            raise
+        _check(outcomes)
+
+    async def _ask(self, lane: Lane) -> Any:
         _, outcomes = await self._connection.ask(lane, self._model, self._ids, self.hashes)
-        for outcome in outcomes:
-            if outcome is not True and outcome != "duplicate":
-                raise from_wire(outcome[1:])
+        return outcomes
+
+
+def _check(outcomes: Any) -> None:
+    for outcome in outcomes:
+        if outcome is not True and outcome != "duplicate":
+            raise from_wire(outcome[1:])

@@ -18,14 +18,21 @@ from kvpool.actors.pool_actor import find_pool
 from kvpool.actors.protocol import PROTOCOL_VERSION, host_identity
 from kvpool.client.lane import ANSWER_S, Lane
 from kvpool.client.lease import Lease
-from kvpool.errors import CacheStateError, ForkedHandleError, KvpoolError, ProtocolError, from_wire
+from kvpool.client.waiting import WaitingRequests
+from kvpool.errors import (
+    CacheStateError,
+    ForkedHandleError,
+    KvpoolError,
+    PoolUnavailableError,
+    ProtocolError,
+    StaleCacheError,
+    from_wire,
+)
 from kvpool.memory.backend import Access
 from kvpool.memory.client_arena import ClientArena
 from kvpool.memory.host import HostBackend
 
 logger = logging.getLogger("kvpool.client")
-
-_POLL_S = 20.0
 
 Place = tuple[int, Sequence[tuple[int, int]], int]
 
@@ -44,11 +51,7 @@ class Connection:
         self._pid = os.getpid()
         self._sequence = itertools.count(1)
         self._closed = False
-        self._waiting: dict[int, asyncio.Future[Any]] = {}
-        self._early: dict[int, Any] = {}
-        self._cancelled: set[int] = set()
-        self._poller: asyncio.Task[None] | None = None
-        self._seen = 0
+        self._waiting = WaitingRequests(actor, client, self._abandoned)
         self._background: set[asyncio.Task[Any]] = set()
         self.caches = Lane(actor.request_caches, client, self._abandoned)
         self.prefixes = Lane(actor.look_up, client, self._abandoned)
@@ -59,17 +62,22 @@ class Connection:
         self.pins = Lane(actor.pin, client, self._abandoned)
         self.unpins = Lane(actor.unpin, client, self._abandoned)
         self.arenas: dict[int, ClientArena] = {}
-        for number in self.reachable:
-            device = self.devices[number]
-            self.arenas[number] = ClientArena(
-                HostBackend(),
-                Path(device["socket_path"]),
-                client,
-                token,
-                device["arena_bytes"],
-                device["page_bytes"],
-                -(-device["capacity_bytes"] // device["page_bytes"]),
-            )
+        try:
+            for number in self.reachable:
+                device = self.devices[number]
+                self.arenas[number] = ClientArena(
+                    HostBackend(),
+                    Path(device["socket_path"]),
+                    client,
+                    token,
+                    device["arena_bytes"],
+                    device["page_bytes"],
+                    -(-device["capacity_bytes"] // device["page_bytes"]),
+                )
+        except BaseException:
+            for arena in self.arenas.values():
+                arena.close()
+            raise
 
     @classmethod
     async def open(cls, name: str, tenant: str) -> Connection:
@@ -126,13 +134,13 @@ class Connection:
     async def request_cache(self, model: int, size_bytes: int, max_size_bytes: int, timeout_s: float) -> Any:
         """Ask for a cache and wait for memory up to ``timeout_s``; returns the ``granted`` answer."""
         self.check_usable()
-        answer = await self.caches.submit((self.next_sequence(), model, size_bytes, max_size_bytes, timeout_s, None))
-        return answer if answer[0] == "granted" else await self._wait(answer[1])
+        answer = await self.caches.ask((self.next_sequence(), model, size_bytes, max_size_bytes, timeout_s, None))
+        return answer if answer[0] == "granted" else await self._waiting.wait(answer[1])
 
     async def ask(self, lane: Lane, *content: Any) -> Any:
         """Submit one item to a lane and return its answer."""
         self.check_usable()
-        return await lane.submit((self.next_sequence(), *content, None))
+        return await lane.ask((self.next_sequence(), *content, None))
 
     async def call(self, method: Any, *arguments: Any) -> Any:
         """Call a method of the pool actor that is not merged."""
@@ -141,7 +149,12 @@ class Connection:
 
     async def release(self, ids: Sequence[int]) -> None:
         """End one lease on each id; raises the first error among the answers."""
-        _, outcomes = await self.releases.submit((self.next_sequence(), list(ids), None))
+        try:
+            _, outcomes = await self.releases.ask((self.next_sequence(), list(ids), None))
+        except StaleCacheError:  # a leased cache is gone only with its device; the others of these may lie elsewhere
+            if len(ids) > 1:
+                await asyncio.gather(*(self.release([cache_id]) for cache_id in ids))
+            return
         for outcome in outcomes:
             if outcome is not True:
                 raise from_wire(outcome[1:])
@@ -170,57 +183,6 @@ class Connection:
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
-    # -- waiting for memory ---------------------------------------------------------------------------------------
-
-    async def _wait(self, ticket: int) -> Any:
-        if ticket in self._early:
-            return _result(self._early.pop(ticket))
-        future = self._waiting[ticket] = self.loop.create_future()
-        if self._poller is None:
-            self._poller = self.loop.create_task(self._poll())
-        try:
-            return _result(await future)
-        except asyncio.CancelledError:
-            self._give_up(ticket)
-            raise
-        finally:
-            self._waiting.pop(ticket, None)
-
-    async def _poll(self) -> None:
-        try:
-            while self._waiting:
-                self._seen, outcomes = await call(
-                    self.actor.grants, self.client, self._seen, _POLL_S, timeout_s=_POLL_S + ANSWER_S
-                )
-                for ticket, answer in outcomes:
-                    future = self._waiting.pop(ticket, None)
-                    if future is not None and not future.done():
-                        future.set_result(answer)
-                    elif ticket in self._cancelled or future is not None:
-                        self._cancelled.discard(ticket)
-                        self._abandoned(answer)
-                    else:  # the grant overtook the answer that names the ticket
-                        self._early[ticket] = answer
-        except KvpoolError as error:
-            for future in self._waiting.values():
-                if not future.done():
-                    future.set_exception(error)
-            self._waiting.clear()
-        finally:
-            self._poller = None
-
-    def _give_up(self, ticket: int) -> None:
-        self._cancelled.add(ticket)
-
-        async def cancel() -> None:
-            try:
-                for gone in await call(self.actor.cancel, self.client, [ticket], timeout_s=ANSWER_S):
-                    self._cancelled.discard(gone)
-            except KvpoolError as error:
-                logger.warning("cancelling a waiting request: %s", error)
-
-        self._spawn(cancel())
-
     def _abandoned(self, answer: Any) -> None:
         """Give back what came for a caller that no longer wants it."""
         match answer[0]:
@@ -231,7 +193,7 @@ class Connection:
             case "blocks" if answer[2]:
                 self._start_release(answer[2])
             case "queued":
-                self._give_up(answer[1])
+                self._waiting.give_up(answer[1])
 
     # -- memory ---------------------------------------------------------------------------------------------------
 
@@ -257,6 +219,20 @@ class Connection:
         """
         if self._closed or os.getpid() != self._pid:
             return
+        self.check_no_views()
+        for lane in (self.caches, self.prefixes, self.blocks, self.seals, self.finishes, self.releases):
+            await lane.drain()
+        self._closed = True
+        self._waiting.close()
+        try:
+            await call(self.actor.disconnect, self.client, timeout_s=ANSWER_S)
+        except PoolUnavailableError as error:
+            logger.info("leaving a pool that cannot be told: %s", error)  # its devices are, or it is gone
+        for arena in self.arenas.values():
+            await asyncio.to_thread(arena.close)
+
+    def check_no_views(self) -> None:
+        """Raise :class:`CacheStateError` if tensors over pool memory are alive in this process."""
         views = sum(lease.views for lease in self.leases)
         if views:
             raise CacheStateError(
@@ -264,17 +240,3 @@ class Connection:
                 "closing would unmap it under them: drop them (del) first",
                 views=views,
             )
-        for lane in (self.caches, self.prefixes, self.blocks, self.seals, self.finishes, self.releases):
-            await lane.drain()
-        self._closed = True
-        if self._poller is not None:
-            self._poller.cancel()
-        await call(self.actor.disconnect, self.client, timeout_s=ANSWER_S)
-        for arena in self.arenas.values():
-            await asyncio.to_thread(arena.close)
-
-
-def _result(answer: Any) -> Any:
-    if answer[0] == "error":
-        raise from_wire(answer[1:])
-    return answer

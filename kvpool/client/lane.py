@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kvpool.actors.cluster import call
-from kvpool.errors import from_wire
+from kvpool.errors import PoolUnavailableError, from_wire
 
 ANSWER_S = 60.0
 """How long the pool may take to answer a call, seconds. No call waits for memory, so this only tells a hang."""
@@ -23,7 +23,8 @@ class Lane:
     client
         Id of this client.
     abandoned
-        Given each answer whose caller was cancelled meanwhile: it may hold a lease that must be given back.
+        Given each answer whose caller was cancelled meanwhile, or told that the pool does not answer: it may hold a
+        lease that must be given back.
     """
 
     MOST_ITEMS = 256
@@ -38,7 +39,19 @@ class Lane:
         self._abandoned = abandoned
         self._items: list[tuple[Any, asyncio.Future[Any]]] = []
         self._in_flight: set[asyncio.Task[None]] = set()
+        self._overdue: set[asyncio.Task[None]] = set()
         self._scheduled = False
+
+    async def ask(self, item: tuple[Any, ...]) -> Any:
+        """Submit an item and return its answer."""
+        future = self.submit(item)
+        try:
+            return await future
+        except asyncio.CancelledError:
+            # The caller may be cancelled between the coming of the answer and its own next turn.
+            if future.done() and not future.cancelled() and future.exception() is None:
+                self._abandoned(future.result())
+            raise
 
     def submit(self, item: tuple[Any, ...]) -> asyncio.Future[Any]:
         """Return a future of the item's answer; an error answer is raised from it as its own class."""
@@ -69,13 +82,15 @@ class Lane:
             self._flush()
 
     async def _send(self, sent: list[tuple[Any, asyncio.Future[Any]]]) -> None:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        timer = loop.call_later(ANSWER_S, self._give_up, task, sent)
         try:
-            answers = await call(self._method, self._client, [item for item, _ in sent], timeout_s=ANSWER_S)
+            answers = await call(self._method, self._client, [item for item, _ in sent])
         except Exception as error:  # noqa: BLE001 - every caller of the batch gets it
-            for _, future in sent:
-                if not future.done():
-                    future.set_exception(error)
+            _fail(sent, error)
             return
+        finally:
+            timer.cancel()
         for (_, future), answer in zip(sent, answers, strict=True):
             if future.done():
                 self._abandoned(answer)
@@ -83,3 +98,17 @@ class Lane:
                 future.set_exception(from_wire(answer[1:]))
             else:
                 future.set_result(answer)
+
+    def _give_up(self, task: asyncio.Task[None] | None, sent: list[tuple[Any, asyncio.Future[Any]]]) -> None:
+        """Tell the callers that the pool does not answer. The call stays open: what it grants late is given back."""
+        _fail(sent, PoolUnavailableError(f"the pool did not answer within {ANSWER_S:g} s: is its node overloaded?"))
+        if task is not None:
+            self._overdue.add(task)
+            task.add_done_callback(self._overdue.discard)
+            self._landed(task)
+
+
+def _fail(sent: list[tuple[Any, asyncio.Future[Any]]], error: Exception) -> None:
+    for _, future in sent:
+        if not future.done():
+            future.set_exception(error)

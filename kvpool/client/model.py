@@ -99,7 +99,7 @@ class ModelSpec:
             "shard_world": self.shard_world,
             "dtype": self.block_dtype,
             "layout": self.layout,
-            "block_shape": list(self.block_shape or ()),
+            "block_shape": list(self.shape) if self.block_size_bytes is not None else [],
             "tokens_per_block": self.tokens_per_block,
         }
         limit_bytes = parse_size(self.limit) if self.limit is not None else None
@@ -128,7 +128,6 @@ def join_hashes(hashes: Sequence[bytes]) -> bytes:
     InvalidRequestError
         If one is not 16 bytes, or there is none.
     """
-    joined = b"".join(hashes)
-    if not hashes or len(joined) != HASH_BYTES * len(hashes) or any(len(h) != HASH_BYTES for h in hashes):
+    if not hashes or any(not isinstance(h, bytes) or len(h) != HASH_BYTES for h in hashes):
         raise InvalidRequestError(f"block hashes are {HASH_BYTES} bytes each, at least one; see kvpool.encode_block_id")
-    return joined
+    return b"".join(hashes)

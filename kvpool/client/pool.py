@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from kvpool.actors.cluster import call, ensure_ray, kill, start_local_ray
 from kvpool.actors.pool_actor import find_pool, make_pool
 from kvpool.actors.protocol import PROTOCOL_VERSION
+from kvpool.cache.key import check_hash
 from kvpool.client.blocks import NewBlocks, PrefixHit
 from kvpool.client.cache import VirtualKVCache
 from kvpool.client.connection import Connection
@@ -16,7 +18,15 @@ from kvpool.client.copying import source_addresses
 from kvpool.client.model import ModelSpec, join_hashes
 from kvpool.client.putting import Put
 from kvpool.config import PoolConfig, load_config
-from kvpool.errors import KvpoolError, PoolExistsError, PoolUnavailableError, from_wire
+from kvpool.errors import (
+    CacheStateError,
+    InvalidRequestError,
+    InvalidSizeError,
+    KvpoolError,
+    PoolExistsError,
+    PoolUnavailableError,
+    from_wire,
+)
 from kvpool.pool.state import PoolState
 from kvpool.pool.statistics import PoolStatistics
 from kvpool.sizes import MIB, parse_size
@@ -59,6 +69,8 @@ class Model:
             If there is no room in time.
         """
         size_bytes = parse_size(size)
+        if timeout_s is not None and not _is_number(timeout_s, at_least=0):
+            raise InvalidRequestError(f"timeout_s is how many seconds to wait, 0 or more, not {timeout_s!r}")
         max_size_bytes = parse_size(max_size) if max_size is not None else size_bytes
         wait_s = self._connection.config["timeout_s"] if timeout_s is None else timeout_s
         granted = await self._connection.request_cache(self.number, size_bytes, max_size_bytes, wait_s)
@@ -86,6 +98,7 @@ class Model:
             If ``parent`` is not in the pool.
         """
         _ = self.spec.shape  # a model without blocks is told so before the pool is asked
+        _check_parent(parent)
         return await self._new_blocks(hashes, parent)
 
     async def put_blocks(self, hashes: Sequence[bytes], tensors: Any, *, parent: bytes | None = None) -> int:
@@ -109,6 +122,7 @@ class Model:
         """
         sources, keep = source_addresses(self.spec, tensors, len(hashes))
         join_hashes(hashes)  # refuses malformed ones before anything is stored
+        _check_parent(parent)
         stored = await Put(self._new_blocks, hashes, sources, self.spec.block_size_bytes or 0).run(parent)
         del keep
         return stored
@@ -235,6 +249,8 @@ class CachePool:
         """
         model = await self.model(model_name)
         if size is None:
+            if not _is_number(size_mb, at_least=1 / MIB):
+                raise InvalidSizeError(f"give size_mb, a positive number of MiB, or size; asked for {size_mb!r}")
             size = round((size_mb or 0) * MIB)
         return await model.request_cache(size, timeout_s=timeout_s)
 
@@ -260,16 +276,20 @@ class CachePool:
         Parameters
         ----------
         drain_s
-            How long to wait for leases to end, seconds; by default it refuses at once while there are any.
+            How long to wait for other clients' leases to end, seconds; by default it refuses at once while there are
+            any.
 
         Raises
         ------
         PoolBusyError
-            If clients hold leases at the deadline. The pool goes on as before.
+            If other clients hold leases at the deadline. The pool, and this connection, go on as before.
+        CacheStateError
+            If tensors over pool memory are still alive here.
         """
-        actor = self._connection.actor
+        self._connection.check_usable()
+        self._connection.check_no_views()
+        await delete_pool(self._connection.actor, drain_s, self.client_id)
         await self._connection.close()
-        await delete_pool(actor, drain_s)
 
     async def close(self) -> None:
         """End this process's leases and unmap its memory. The pool goes on.
@@ -284,14 +304,29 @@ class CachePool:
     async def __aenter__(self) -> CachePool:
         return self
 
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
+    async def __aexit__(self, _kind: object, raised: BaseException | None, _traceback: object) -> None:
+        try:
+            await self.close()
+        except CacheStateError as error:
+            if raised is None:
+                raise
+            # What is raised keeps the tensors alive through its traceback, and must not be hidden by that.
+            logger.warning("pool %s stays connected: %s", self.name, error.message)
 
 
-async def delete_pool(actor: Any, drain_s: float | None) -> None:
+async def delete_pool(actor: Any, drain_s: float | None, leaving: str | None = None) -> None:
     """End a pool by its actor's handle; see :meth:`CachePool.delete`."""
-    await call(actor.delete, drain_s, timeout_s=(drain_s or 0.0) + _START_S)
+    await call(actor.delete, drain_s, leaving, timeout_s=(drain_s or 0.0) + _START_S)
     kill(actor)
+
+
+def _is_number(value: object, at_least: float) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and at_least <= value < math.inf
+
+
+def _check_parent(parent: bytes | None) -> None:
+    if parent is not None:
+        check_hash(parent)
 
 
 async def delete(name: str = "kvpool", *, drain_s: float | None = None) -> None:

@@ -7,8 +7,8 @@ it answers with the shortage, and the rest is planned again with more victims.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -48,7 +48,8 @@ class CacheRequest:
     batch: Batch | None
     item: int
     ticket: Ticket | None = None
-    attempts: int = 0
+    shortages: dict[int, int] = field(default_factory=dict)
+    """How often each device had less room than the books say, since the request was last tried anew."""
 
 
 @dataclass(slots=True, eq=False)
@@ -105,6 +106,8 @@ class Allocations:
         self._ledger = ledger
         self.queue: TicketQueue[CacheRequest] = TicketQueue(queue_limit)
         self._queue_limit = queue_limit
+        self._room_changed = False
+        """Evicted, or given up again, since somebody was last tried: it may be enough for who is first in line."""
 
     # -- whole caches ---------------------------------------------------------------------------------------------
 
@@ -154,7 +157,7 @@ class Allocations:
 
     def _plan(self, request: CacheRequest, orders: _Orders, now: float) -> bool:
         """Find room for a request and write it into the orders; False if there is none now."""
-        found = self._find_room(request.client, request.size_bytes, request.max_size_bytes, request.attempts)
+        found = self._find_room(request.client, request.size_bytes, request.max_size_bytes, request.shortages)
         if found is None:
             return False
         device, evict = found
@@ -193,7 +196,7 @@ class Allocations:
             self._ledger.forget(cache_id)
         orders = _Orders()
         for request in requests[len(places) :]:
-            request.attempts += 1
+            request.shortages[device] = request.shortages.get(device, 0) + 1
             if not self._plan(request, orders, now):
                 self._wait(request, now)
         self._send(orders)
@@ -214,14 +217,16 @@ class Allocations:
     # -- waiting --------------------------------------------------------------------------------------------------
 
     def _wait(self, request: CacheRequest, now: float) -> None:
-        request.attempts = 0
+        request.shortages.clear()
         if self._ledger.clients.get(request.client.id) is not request.client:
             # It ended while the device looked for room. Nobody would take what comes, and others stand behind.
             self._deliver(request, ("error", *ProtocolError(f"client {request.client.id!r} is gone").to_wire()))
+            self._room_changed = True
             return
         if request.ticket is not None:  # it waited before: its place in the line is kept
             self.queue.put_back(request.ticket, request, request.deadline)
             return
+        self._room_changed = True
         if request.deadline <= now:
             self._deliver(request, ("error", *self.capacity_error(request, "there is no room now").to_wire()))
             self._ledger.counters.refusals += 1
@@ -251,6 +256,12 @@ class Allocations:
                 break
             self.queue.pop(ticket)
         self._send(orders)
+
+    def follow_up(self, now: float) -> None:
+        """Try who waits again if a decision on somebody else made room on the way. For the end of each event."""
+        while self._room_changed:
+            self._room_changed = False
+            self.retry(now)
 
     def expire(self, now: float) -> None:
         """Answer the requests whose deadline has passed."""
@@ -312,7 +323,7 @@ class Allocations:
         positions: dict[int, list[int]] = {}
         evictions: dict[int, list[int]] = {}
         for position in range(len(hashes) - len(resident)):
-            found = self._find_room(client, model.block_bytes, model.block_bytes, 0)
+            found = self._find_room(client, model.block_bytes, model.block_bytes, {})
             if found is None:
                 break
             device, evict = found
@@ -383,8 +394,7 @@ class Allocations:
         self._ledger.counters.blocks_stored += kept
         answered = ("blocks", request.resident, request.ids[:kept], request.devices[:kept], request.places[:kept])
         self._ledger.answer(request.batch, request.item, answered)
-        if kept < len(request.ids):
-            self.retry(now)
+        self._room_changed |= kept < len(request.ids)
 
     def _drop_block(self, request: BlocksRequest, position: int) -> None:
         """Give up a block behind one that found no room: it could never be hit."""
@@ -397,21 +407,23 @@ class Allocations:
     # -- room -----------------------------------------------------------------------------------------------------
 
     def _find_room(
-        self, client: Client, size_bytes: int, max_size_bytes: int, attempts: int
+        self, client: Client, size_bytes: int, max_size_bytes: int, shortages: Mapping[int, int]
     ) -> tuple[Device, list[int]] | None:
         """Return a device with room and the ids evicted there for it, or None.
 
-        After ``attempts`` shortages the books are not believed: that many times the room is made by eviction.
+        The books of a device that was found short are not believed: others come first, then room is made there by
+        eviction, twice as much each time.
         """
         ledger = self._ledger
         devices = [ledger.devices[number] for number in client.devices]
-        if not attempts:
-            free = [ledger.free_bytes(device) for device in devices]
-            need = [device.footprint_bytes(size_bytes, max_size_bytes) for device in devices]
-            fitting = [have if have >= want else -1 for have, want in zip(free, need, strict=True)]
-            chosen = ledger.placement.choose(fitting, size_bytes)
-            if chosen >= 0:
-                return devices[chosen], []
+        fitting = []
+        for device in devices:
+            free_bytes = ledger.free_bytes(device)
+            fits = free_bytes >= device.footprint_bytes(size_bytes, max_size_bytes)
+            fitting.append(free_bytes if fits and device.number not in shortages else -1)
+        chosen = ledger.placement.choose(fitting, size_bytes)
+        if chosen >= 0:
+            return devices[chosen], []
         worth_least = ledger.policy.victim()
         if worth_least < 0:
             return None
@@ -420,8 +432,9 @@ class Allocations:
             if device.lost is not None:
                 continue
             need_bytes = device.footprint_bytes(size_bytes, max_size_bytes)
-            short_bytes = need_bytes << attempts if attempts else need_bytes - max(ledger.free_bytes(device), 0)
-            if not attempts and ledger.index.evictable_bytes[device.number] < short_bytes:
+            times = shortages.get(device.number, 0)
+            short_bytes = need_bytes << times if times else need_bytes - max(ledger.free_bytes(device), 0)
+            if not times and ledger.index.evictable_bytes[device.number] < short_bytes:
                 continue
             evicted = self._evict_from(device, short_bytes)
             if evicted:
@@ -441,6 +454,7 @@ class Allocations:
             found_bytes += index.size_bytes[row]
             evicted.append(index.id_of(row))
             index.remove(row)
+        self._room_changed |= bool(evicted)  # also elsewhere: what was a parent on another device may go now
         counters.evictions += len(evicted)
         counters.evicted_bytes += found_bytes
         device.evictions += len(evicted)

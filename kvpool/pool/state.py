@@ -167,6 +167,7 @@ class PoolState:
             case Tick():
                 self.allocations.expire(now)
                 self.allocations.retry(now)
+        self.allocations.follow_up(now)
         return self.ledger.out
 
     def _device_answered(self, event: DeviceAnswered, now: float) -> None:
@@ -181,6 +182,7 @@ class PoolState:
         self.ledger.out = []
         for send in sent:
             send.then(("error", *error.to_wire()), now)
+        self.allocations.follow_up(now)
         return self.ledger.out
 
     def next_deadline(self) -> float | None:

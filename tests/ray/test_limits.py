@@ -1,23 +1,20 @@
 """Many pages, and limits that are too low for them."""
 
 import asyncio
-import os
-import sys
-import textwrap
-
-import pytest
-import ray
 
 import model_process
-from conftest import device_actors, pid_of
-from footprint import footprint
+import pytest
+import ray
+from driver import run_driver
+from footprint import Footprint, footprint
+from pool_actors import device_actors, pid_of, until_no_zombies
 
 from kvpool.errors import SystemLimitError
 
 PAGE = 64 * 1024
 
 
-async def test_8000_pages_mapped_and_dropped_by_four_clients(make_pool, start_process, until):
+async def test_8000_pages_mapped_and_dropped_by_four_clients(make_pool, start_process):
     pool = await make_pool("host:1x500MiB")
     device = await pid_of(device_actors(pool)[0])
     clients = await asyncio.gather(*(start_process(pool) for _ in range(4)))
@@ -35,11 +32,7 @@ async def test_8000_pages_mapped_and_dropped_by_four_clients(make_pool, start_pr
         await asyncio.gather(*(client.release() for client in clients))
 
     await pool.trim()
-
-    async def dropped():
-        return not (await pool.stats()).total("zombie_bytes")
-
-    await until(dropped, "all clients drop what they mapped")
+    await until_no_zombies(pool)
     assert footprint(device) == device_before
     for client in clients:
         held = client.footprint()
@@ -47,7 +40,7 @@ async def test_8000_pages_mapped_and_dropped_by_four_clients(make_pool, start_pr
         assert held.sockets == before[client.pid].sockets
     await asyncio.gather(*(client.close() for client in clients))
     for client in clients:
-        assert client.footprint() == type(client.footprint())()
+        assert client.footprint() == Footprint()
 
 
 async def test_a_client_with_a_low_limit_of_open_files_is_told_when_it_connects(pool):
@@ -74,24 +67,7 @@ async def test_a_device_with_a_low_limit_of_open_files_is_told_at_the_start():
             print("SystemLimitError:", error)
         print("pools:", pool_names())
     """
-    printed = await run_python(program)
+    printed = await run_driver(program)
     assert "SystemLimitError: 8000 pages need" in printed
     assert "at most 1024" in printed
     assert "pools: []" in printed
-
-
-async def test_more_memory_than_there_is_is_refused_at_the_start(make_pool):
-    with pytest.raises(SystemLimitError, match="memory"):
-        await make_pool("host:1x1000TiB", page_size="1TiB")
-
-
-async def run_python(program: str) -> str:
-    """Run a program in a process of its own; returns what it printed."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", textwrap.dedent(program), stdout=asyncio.subprocess.PIPE,
-        env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
-    )  # fmt: skip
-    async with asyncio.timeout(60):
-        printed, _ = await process.communicate()
-    assert process.returncode == 0
-    return printed.decode()

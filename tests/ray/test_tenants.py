@@ -4,53 +4,66 @@ import asyncio
 
 import pytest
 from footprint import mapped_inodes
+from pool_actors import until_no_zombies
 
-SMALL = 4096
 PAGE = 64 * 1024
+CAPACITY = 4 << 20
+RED, BLUE = 0xAA, 0xBB
 
 
 @pytest.mark.parametrize("ending", ["continued", "killed"])
-async def test_a_stopped_client_keeps_its_pages_from_the_other_tenant(make_pool, start_process, until, ending):
-    pool = await make_pool("host:1x4MiB")
+async def test_a_stopped_client_keeps_its_pages_from_the_other_tenant(make_pool, start_process, ending):
+    pool = await make_pool("host:1x4MiB", reserve=1.0)
     stopped, red, blue = await asyncio.gather(
         start_process(pool, "red"), start_process(pool, "red"), start_process(pool, "blue")
     )
-    first = await asyncio.gather(red.churn(150, 0xAA, 1), blue.churn(150, 0xBB, 2), stopped.churn(150, 0xAA, 3))
-    assert [result["foreign"] for result in first] == [0, 0, 0]
+    seen = await asyncio.gather(stopped.churn(60, RED, 1), red.churn(60, RED, 2), blue.churn(60, BLUE, 3))
+    assert [result["foreign"] for result in seen] == [0, 0, 0]
+    assert min(result["caches"] for result in seen) > 20
 
-    await stopped.request(20, PAGE, 0xAA)
-    await stopped.request(20, SMALL, 0xAA)
+    await stopped.request(20, PAGE, RED)
+    await stopped.request(40, 4096, RED)
     await stopped.release()
     kept = mapped_inodes(stopped.pid)
     assert len(kept) >= 20
     stopped.stop()
 
-    # The other tenant needs more than the first one leaves: the pages that the stopped client maps are asked back.
-    async def press():
-        second = await asyncio.gather(red.churn(60, 0xAA, 4), blue.churn(60, 0xBB, 5))
-        assert [result["foreign"] for result in second] == [0, 0]
-        await blue.wait_for_memory(1, 4 << 20)
-        return (await pool.stats()).total("zombie_bytes") > 0
-
-    assert await press()
-    stats = await pool.stats()
-    still_mapped = mapped_inodes(stopped.pid)
-    assert still_mapped == kept  # it cannot drop them
-    assert stats.total("zombie_bytes") >= 20 * PAGE
-    assert stats.total("free_bytes") + stats.total("zombie_bytes") <= stats.total("capacity_bytes")
-    assert not mapped_inodes(blue.pid) & still_mapped
-    third = await asyncio.gather(red.churn(40, 0xAA, 6))
-    assert third[0]["foreign"] == 0
+    # Both tenants go on, and the other one takes all that it can get. What the stopped client maps is asked back, and
+    # as it cannot answer, nobody gets it.
+    seen = await asyncio.gather(red.churn(40, RED, 4), blue.churn(40, BLUE, 5))
+    assert [result["foreign"] for result in seen] == [0, 0]
+    taken = await blue.take_all(PAGE, BLUE)
+    assert taken["foreign"] == 0
+    assert mapped_inodes(stopped.pid) == kept
+    assert not mapped_inodes(blue.pid) & kept
+    assert (taken["caches"] + len(kept)) * PAGE == CAPACITY
+    await pool.trim()  # asks for all that is warm, while so far only what was needed was asked for
+    device = (await pool.stats()).devices[0]
+    assert (device.live_bytes, device.zombie_bytes) == (taken["caches"] * PAGE, len(kept) * PAGE)
+    assert (device.free_bytes, device.reserve_bytes) == (0, 0)
 
     if ending == "continued":
         stopped.resume()
     else:
         stopped.kill()
-
-    async def no_zombies():
-        return (await pool.stats()).total("zombie_bytes") == 0
-
-    await until(no_zombies, "the zombies end with the client's mappings")
+    await until_no_zombies(pool)
     if ending == "continued":
         assert not mapped_inodes(stopped.pid) & kept
-        assert (await stopped.churn(100, 0xAA, 7))["foreign"] == 0
+    rest = await blue.take_all(PAGE, BLUE)
+    assert rest == {"caches": len(kept), "foreign": 0}
+    await blue.release()
+    last = [red, blue] + [stopped] * (ending == "continued")
+    seen = await asyncio.gather(*(p.churn(40, BLUE if p is blue else RED, 6 + n) for n, p in enumerate(last)))
+    assert [result["foreign"] for result in seen] == [0] * len(last)
+
+
+async def test_equal_keys_of_two_tenants_are_two_caches(pool, start_process):
+    red, blue = await asyncio.gather(start_process(pool, "red"), start_process(pool, "blue"))
+    assert await red.put([1, 2, 3], RED) == 3
+    assert await blue.match([1, 2, 3]) == []
+    assert await blue.put([1, 2], BLUE) == 2
+    await asyncio.gather(red.match([1, 2, 3]), blue.match([1, 2, 3]))
+    assert await red.digest() == [[RED]] * 3
+    assert await blue.digest() == [[BLUE]] * 2
+    assert not mapped_inodes(red.pid) & mapped_inodes(blue.pid)
+    await asyncio.gather(red.release(), blue.release())

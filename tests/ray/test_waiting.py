@@ -4,6 +4,7 @@ import asyncio
 import time
 
 import pytest
+from pool_actors import until_leased, until_waiting
 
 from kvpool.errors import CapacityError
 
@@ -19,8 +20,7 @@ async def fill(pool):
 async def test_a_release_gets_through_2000_waiting_requests(pool):
     held = await fill(pool)
     waiting = [asyncio.create_task(pool.request_cache("m", size=PAGE, timeout_s=60)) for _ in range(2000)]
-    while (await pool.stats()).waiting < 2000:
-        await asyncio.sleep(0)
+    await until_waiting(pool, 2000)
 
     began = time.perf_counter()
     async with asyncio.timeout(10):
@@ -36,8 +36,7 @@ async def test_a_release_gets_through_2000_waiting_requests(pool):
     for task in waiting:
         task.cancel()
     await asyncio.gather(*waiting, return_exceptions=True)
-    while (await pool.stats()).waiting:
-        await asyncio.sleep(0)
+    await until_waiting(pool, 0)
     await asyncio.gather(*(cache.release() for cache in held))
 
 
@@ -56,24 +55,20 @@ async def test_a_request_is_refused_with_all_figures_when_its_time_is_up(pool):
 async def test_a_cancelled_waiting_request_leaves_no_lease(pool):
     held = await fill(pool)
     waiting = asyncio.create_task(pool.request_cache("m", size=PAGE))
-    while not (await pool.stats()).waiting:
-        await asyncio.sleep(0)
+    await until_waiting(pool, 1)
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
-    while (await pool.stats()).waiting:
-        await asyncio.sleep(0)
+    await until_waiting(pool, 0)
     await asyncio.gather(*(cache.release() for cache in held))  # and the pool's fixture finds no lease
 
 
-async def test_a_request_cancelled_at_any_moment_leaves_no_lease(pool, until):
+async def test_a_request_cancelled_at_any_moment_leaves_no_lease(pool):
     """Grants race with cancels: at whatever step of the event loop the caller gives up, the memory comes back."""
-    await pool.model("m")
     held = await fill(pool)
     for turns in range(40):
-        spare = held.pop()
         asked = [asyncio.create_task(pool.request_cache("m", size=PAGE)) for _ in range(3)]
-        releasing = asyncio.create_task(spare.release())
+        releasing = asyncio.create_task(held.pop().release())
         for _ in range(turns):
             await asyncio.sleep(0.0002 if turns % 2 else 0)
         for task in asked:
@@ -85,45 +80,67 @@ async def test_a_request_cancelled_at_any_moment_leaves_no_lease(pool, until):
                 await outcome.release()
         held.append(await pool.request_cache("m", size=PAGE, timeout_s=5))
     await asyncio.gather(*(cache.release() for cache in held))
-
-    async def none():
-        return not await pool.actor.leases.remote()
-
-    await until(none, "the end of all leases")
+    await until_leased(pool, 0)
 
 
-async def test_a_request_cancelled_when_its_grant_has_come_leaves_no_lease(pool, until):
-    """The grant lies in the caller's future, and the caller is cancelled before it runs again."""
+async def test_a_grant_that_meets_a_cancelled_caller_is_given_back(pool, monkeypatch):
+    """The caller is cancelled in the very turn of the event loop in which its grant comes."""
     held = await fill(pool)
     waiting = asyncio.create_task(pool.request_cache("m", size=PAGE))
-    while not pool._connection._waiting:
-        await asyncio.sleep(0)
-    (future,) = pool._connection._waiting.values()
-    future.add_done_callback(lambda _: waiting.cancel())
+    await until_waiting(pool, 1)
+    requests = pool._connection._waiting
+    take = requests._take
+
+    def take_and_cancel(ticket, answer):
+        take(ticket, answer)
+        waiting.cancel()
+
+    monkeypatch.setattr(requests, "_take", take_and_cancel)
     await held.pop().release()
     with pytest.raises(asyncio.CancelledError):
         await waiting
-
-    async def given_back():
-        return (await pool.actor.leases.remote())[pool.client_id] == PAGE * len(held)
-
-    await until(given_back, "the lease of the cancelled request ends")
+    await until_leased(pool, PAGE * len(held))
     await asyncio.gather(*(cache.release() for cache in held))
 
 
-async def test_an_answer_that_comes_to_a_cancelled_caller_leaves_no_lease(pool, until):
-    """The same for an answer that was granted at once."""
+async def test_a_grant_that_is_missed_by_the_last_poll_is_given_back(pool):
+    """A grant follows while the only caller gives up: somebody must still fetch it."""
+    held = await fill(pool)
+    waiting = asyncio.create_task(pool.request_cache("m", size=PAGE))
+    await until_waiting(pool, 1)
+    requests = pool._connection._waiting
+    requests._poller.cancel()  # it was about to end, as if another grant had just come with it
+    await held.pop().release()
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    await until_leased(pool, PAGE * len(held))
+    await asyncio.gather(*(cache.release() for cache in held))
+
+
+async def test_an_answer_that_meets_a_cancelled_caller_is_given_back(pool):
+    """The same for a cache that is granted at once."""
     model = await pool.model("m")
     lane = pool._connection.caches
     task = asyncio.create_task(model.request_cache(PAGE))
-    while not lane._items:
-        await asyncio.sleep(0)
-    lane._items[0][1].add_done_callback(lambda _: task.cancel())
+    await asyncio.sleep(0)
+    ((item, future),) = lane._items
+    lane._items = [(item, CancellingFuture(future, task))]
     with pytest.raises(asyncio.CancelledError):
         await task
-
-    async def none():
-        return not await pool.actor.leases.remote()
-
-    await until(none, "the lease of the cancelled request ends")
+    await until_leased(pool, 0)
     assert (await pool.stats()).grants == 1
+
+
+class CancellingFuture:
+    """Takes an answer, and cancels at once the task that awaits it."""
+
+    def __init__(self, future, task):
+        self.done = future.done
+        self.set_exception = future.set_exception
+        self._future = future
+        self._task = task
+
+    def set_result(self, answer):
+        self._future.set_result(answer)
+        self._task.cancel()

@@ -157,3 +157,19 @@ def test_a_small_cache_that_may_grow_takes_its_whole_range():
     assert device.footprint_bytes(100, 101) == 4096
     assert device.footprint_bytes(5000, PAGE) == PAGE
     assert device.footprint_bytes(5000, 8 * PAGE) == PAGE
+
+
+def test_a_device_whose_free_bytes_lie_in_anothers_pages_is_passed_over():
+    """By the books the first device has most room; the other has a hole that really fits."""
+    pool = LocalPool(devices=2, pages=2)
+    pool.connect()
+    pool.model()
+    pool.connect("other", tenant="other")
+    number = pool.model("other")
+    part = PAGE // 2 + 4096
+    placed = [("other", number, part), ("c", 0, PAGE), ("other", number, part), ("c", 0, part)]
+    assert [pool.request(size, client=client, model=model)[2] for client, model, size in placed] == [0, 1, 0, 1]
+    answer = pool.request(4 * 4096)
+    assert (answer[0], answer[2]) == ("granted", 1)
+    pool.check()
+    pool.close()

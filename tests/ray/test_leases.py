@@ -1,0 +1,136 @@
+"""When a lease ends: by word, with the last tensor, with the handle, with the connection."""
+
+import asyncio
+import gc
+
+import numpy as np
+import pytest
+from pool_actors import until_leased
+
+from kvpool import CachePool, ModelSpec, encode_block_id
+from kvpool.errors import CacheStateError, DoubleReleaseError
+
+
+async def leased_bytes(pool):
+    return (await pool.actor.leases.remote()).get(pool.client_id, 0)
+
+
+async def test_a_release_takes_effect_when_the_last_tensor_dies(pool):
+    cache = await pool.request_cache("m", size="64KiB")
+    tensor = cache.tensor("float32", (4, 4))
+    part = tensor.reshape(16)[3:5]
+    await cache.release()
+    assert cache.released
+    assert pool.leases() == [{"ids": [cache.id], "size_bytes": 65536, "views": 1, "released": True}]
+    tensor.fill_(7)  # the memory is still ours
+    del tensor
+    assert part.tolist() == [7, 7]  # views outlive the tensor that they were taken of
+    assert await leased_bytes(pool) == 65536
+    with pytest.raises(DoubleReleaseError):
+        await cache.release()
+
+    del part
+    await until_leased(pool, 0)
+    assert pool.leases() == []
+
+
+async def test_a_dropped_handle_is_released_with_a_warning(pool):
+    cache = await pool.request_cache("m", size="64KiB")
+    view = cache.numpy("uint8", (10,))
+    del cache
+    gc.collect()
+    assert await leased_bytes(pool) == 65536  # the view holds it
+    views = [view]
+    del view
+    with pytest.warns(ResourceWarning, match="without release"):
+        views.clear()
+    await until_leased(pool, 0)
+
+
+async def test_close_refuses_while_tensors_are_alive(pool):
+    async with await CachePool.connect(pool.name) as another:
+        cache = await another.request_cache("m", size="64KiB")
+        view = cache.numpy("uint8", (10,))
+        with pytest.raises(CacheStateError, match="1 tensors"):
+            await another.close()
+        view[:] = 1
+        assert await leased_bytes(another) == 65536  # nothing was closed
+        del view
+    assert await pool.actor.leases.remote() == {}  # a lease that was not released ends with the connection
+    with pytest.raises(CacheStateError, match="closed"):
+        await another.stats()
+    with pytest.raises(CacheStateError, match="closed"):
+        cache.numpy("uint8", (10,))
+    cache._lease.released = True
+
+
+async def test_leaving_the_context_releases_also_after_an_error(pool):
+    async def fail():
+        async with await pool.request_cache("m", size="64KiB"):
+            assert await leased_bytes(pool) == 65536
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await fail()
+    assert await leased_bytes(pool) == 0
+
+
+async def test_an_error_is_not_hidden_by_the_tensors_that_its_traceback_keeps(pool, caplog):
+    async def fail():
+        async with await CachePool.connect(pool.name) as another:
+            cache = await another.request_cache("m", size="64KiB")
+            view = cache.numpy("uint8", (10,))
+            await cache.release()
+            raise ZeroDivisionError(view.shape)
+
+    with pytest.raises(ZeroDivisionError):
+        await fail()
+    assert "stays connected: 1 tensors" in caplog.text
+    await until_leased(pool, 0)  # it did, so that the end of the tensor could be told
+
+
+async def test_a_pinned_cache_survives_its_leases_but_not_the_pool(make_pool):
+    pool = await make_pool()
+    async with await pool.request_cache("m", size="1MiB") as cache:
+        await cache.seal("system prompt")
+        await cache.pin()
+    async with await pool.request_cache("m", size="1MiB", timeout_s=1):
+        with pytest.raises(MemoryError):
+            await pool.request_cache("m", size="1MiB", timeout_s=0)
+    assert (await pool.stats()).evictions == 0
+    await pool.delete()  # nobody is left who could unpin it
+
+
+async def test_who_seals_second_gets_what_the_first_one_sealed(pool):
+    async with await pool.request_cache("m", size=4096) as first, await pool.request_cache("m", size=4096) as second:
+        first.numpy("uint8", (4096,))[:] = 1
+        second.numpy("uint8", (4096,))[:] = 2
+        await first.seal("key")
+        await second.seal("key")
+        assert second.id == first.id
+        assert np.unique(second.numpy("uint8", (4096,))).tolist() == [1]
+        assert (await second.info())["leases"] == 2
+    assert await leased_bytes(pool) == 0
+
+
+async def test_blocks_that_do_not_all_fit_are_stored_as_far_as_they_fit(pool):
+    block_bytes = 256 * 1024
+    model = await pool.model(ModelSpec("m", block_bytes=block_bytes))
+    async with await pool.request_cache("m", size="1MiB"):
+        hashes = [encode_block_id(number) for number in range(10)]
+        assert await model.put_blocks(hashes, np.ones((10, block_bytes), np.uint8)) == 4
+        async with await model.match_prefix(hashes) as hit:
+            assert hit.num_blocks == 4
+            assert [np.unique(block).tolist() for block in hit.numpy()] == [[1]] * 4
+
+
+async def test_a_cancelled_put_leaves_no_lease(pool):
+    model = await pool.model(ModelSpec("m", block_bytes=4096))
+    for turns in range(12):
+        hashes = [encode_block_id(100 * turns + number) for number in range(20)]
+        put = asyncio.create_task(model.put_blocks(hashes, np.ones((20, 4096), np.uint8)))
+        for _ in range(turns):
+            await asyncio.sleep(0.0003)
+        put.cancel()
+        await asyncio.gather(put, return_exceptions=True)
+    await until_leased(pool, 0)

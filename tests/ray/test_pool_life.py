@@ -1,0 +1,200 @@
+"""Pools that outlive the processes that made them: created, joined, administered and deleted from anywhere."""
+
+import asyncio
+import os
+import signal
+
+import pytest
+import ray
+from driver import run_driver
+from pool_actors import pid_of, until
+
+import kvpool.client.connection
+import kvpool.client.lane
+import kvpool.client.pool
+from kvpool import CachePool, ModelSpec, PoolStatistics, delete, encode_block_id
+from kvpool.actors.protocol import host_identity
+from kvpool.errors import PoolBusyError, PoolNotFoundError, PoolUnavailableError, ProtocolError
+from kvpool.presets import create_deepseek_ocr_cache_pool, create_vista_cache_pool
+
+
+async def test_a_pool_outlives_its_creator(local_ray):
+    name, address = f"t{os.getpid()}-detached", ray.get_runtime_context().gcs_address
+    made = await run_driver(
+        """
+        import asyncio, sys
+        import numpy as np
+        from kvpool import CachePool, ModelSpec, encode_block_id
+
+        async def main():
+            async with await CachePool.create(name=sys.argv[1], devices="host:1x2MiB", page_size="64KiB") as pool:
+                model = await pool.model(ModelSpec("m", block_bytes=4096))
+                hashes = [encode_block_id(number) for number in range(10)]
+                print("stored", await model.put_blocks(hashes, np.full((10, 4096), 42, np.uint8)))
+        asyncio.run(main())
+        """,
+        name,
+        ray_address=address,
+    )
+    assert made == "stored 10\n"
+
+    # By the blocking client, from a driver that knows nothing of the first.
+    found = await run_driver(
+        """
+        import sys
+        import numpy as np
+        from kvpool import ModelSpec, encode_block_id
+        from kvpool.sync import CachePool, delete
+
+        hashes = [encode_block_id(number) for number in range(12)]
+        with CachePool.connect(sys.argv[1]) as pool:
+            model = pool.model(ModelSpec("m", block_bytes=4096))
+            with model.match_prefix(hashes) as hit:
+                print("hit", len(hit), sorted({int(value) for block in hit.numpy() for value in np.unique(block)}))
+            with model.new_blocks(hashes) as new:
+                for block in new.numpy():
+                    block[:] = 43
+                del block
+                new.seal()
+            print("stored", new.stored, "of which new", new.num_blocks)
+            with pool.request_cache("m", size="64KiB") as cache:
+                cache.tensor("uint8", (4,)).fill_(9)
+                cache.seal("whole")
+                print("sealed", cache.sealed, cache.info()["sealed"])
+            print("keys", pool.stats().keys, "leases", pool.leases())
+        delete(sys.argv[1])
+        """,
+        name,
+        ray_address=address,
+    )
+    assert found.splitlines() == [
+        "hit 10 [42]",
+        "stored 12 of which new 2",
+        "sealed True True",
+        "keys 13 leases []",
+    ]
+    with pytest.raises(PoolNotFoundError):
+        await CachePool.connect(name)
+
+
+def builtin(value):
+    """Whether a value is made of nothing but built-in types."""
+    if isinstance(value, dict):
+        return type(value) is dict and all(builtin(item) for pair in value.items() for item in pair)
+    if isinstance(value, (list, tuple)):
+        return type(value) in (list, tuple) and all(map(builtin, value))
+    return type(value) in (int, float, str, bytes, bool, type(None))
+
+
+async def test_the_bare_handle_speaks_builtin_types(pool):
+    actor = ray.get_actor(pool.name, namespace="kvpool")
+    client = {"protocol": 1, "id": "bare", "tenant": "default", "host": host_identity(), "token": ""}
+    hashes = encode_block_id(1) + encode_block_id(2)
+    spec = ModelSpec("m", block_bytes=4096).to_wire()
+    assert builtin(spec)
+
+    async def answer(method, *arguments):
+        value = await getattr(actor, method).remote(*arguments)
+        assert builtin(value), f"{method} returned {value!r}"
+        return value
+
+    assert (await answer("connect", client))["reachable"] == [0]
+    _, model = await answer("register_model", "bare", spec)
+    ((_, cache_id, device, size_bytes, _, _),) = await answer(
+        "request_caches", "bare", [(1, model, 4096, 4096, 0.0, None)]
+    )
+    assert (device, size_bytes) == (0, 4096)
+    ((_, resident, ids, _, _),) = await answer("request_blocks", "bare", [(2, model, hashes, None, None)])
+    assert (resident, len(ids)) == (0, 2)
+    await answer("seal", "bare", [(3, model, ids, [encode_block_id(1), encode_block_id(2)], None)])
+    ((_, found, _, _),) = await answer("look_up", "bare", [(4, model, hashes, None)])
+    assert found == ids
+    ((refused, kind, *_),) = await answer("request_caches", "bare", [(5, model, 1 << 40, 1 << 40, 0.0, None)])
+    assert (refused, kind) == ("error", "InvalidSizeError")
+    assert (await answer("describe_caches", "bare", [cache_id]))[0]["leases"] == 1
+    assert await answer("leases") == {"bare": 4096 + 2 * 4096}
+    for method in ("describe", "start", "statistics", "trim"):
+        await answer(method)
+    assert PoolStatistics.from_dict(await answer("statistics")).total("live_bytes") == 3 * 4096
+    await answer("grants", "bare", 0, 0.0)
+    await answer("release", "bare", [(6, [cache_id], None), (7, ids, None)])
+    await answer("disconnect", "bare")
+
+
+async def test_delete_refuses_or_drains_while_leases_are_held(pool, start_process):
+    process = await start_process(pool)
+    await process.request(1, 4096, 1)
+    held = await pool.request_cache("m", size=4096)
+    for drain_s in (None, 0.1):
+        with pytest.raises(PoolBusyError, match=process.client_id):
+            await delete(pool.name, drain_s=drain_s)
+    with pytest.raises(PoolBusyError, match=process.client_id) as busy:
+        await pool.delete()
+    assert busy.value.details["leases"][process.client_id] == 4096
+    # Nothing has changed: this connection and its lease are as before, and memory is given out.
+    held.numpy("uint8", (4,))[:] = 1
+    async with await pool.request_cache("m", size=4096):
+        await held.release()
+
+    deleting = asyncio.create_task(delete(pool.name, drain_s=30))
+    while True:  # while it drains, no more memory is given out
+        try:
+            async with await pool.request_cache("m", size=4096):
+                pass
+        except PoolBusyError:
+            break
+    assert not deleting.done()
+    await process.release()
+    await deleting
+    with pytest.raises(PoolNotFoundError):
+        await CachePool.connect(pool.name)
+
+
+async def test_another_protocol_version_is_told_when_connecting(pool, monkeypatch):
+    actor = pool.actor
+    described = await actor.connect.remote({"protocol": 99, "id": "new", "future": True})
+    assert described == await actor.describe.remote()  # nothing else: the newcomer decides by "protocol"
+    assert (await pool.stats()).clients == 1
+
+    monkeypatch.setattr(kvpool.client.connection, "PROTOCOL_VERSION", 99)
+    monkeypatch.setattr(kvpool.client.pool, "PROTOCOL_VERSION", 99)
+    with pytest.raises(ProtocolError, match="speaks protocol 1, this process 99"):
+        await CachePool.connect(pool.name)
+    with pytest.raises(ProtocolError, match="speaks protocol 1, this process 99"):
+        await CachePool.create(name=pool.name, devices="host:1x4MiB")
+    assert (await pool.stats()).clients == 1
+
+
+async def test_a_host_without_a_device_is_told_when_connecting(pool, monkeypatch):
+    monkeypatch.setenv("KVPOOL_HOST", "elsewhere")
+    with pytest.raises(ProtocolError, match="no device on this host \\(elsewhere\\)"):
+        await CachePool.connect(pool.name)
+
+
+async def test_a_pool_that_does_not_answer_is_told_and_what_comes_late_is_given_back(pool, monkeypatch):
+    monkeypatch.setattr(kvpool.client.lane, "ANSWER_S", 0.3)
+    await pool.model("m")
+    pid = await pid_of(pool.actor)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(PoolUnavailableError, match="did not answer"):
+            await pool.request_cache("m", size="1MiB")
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+    async def given_back():
+        return (await pool.stats()).grants == 1 and await pool.actor.leases.remote() == {}
+
+    await until(given_back, "the late grant is given back")
+
+
+async def test_presets_say_what_they_run_on(local_ray):
+    for create, name, capacity_bytes, policy in (
+        (create_vista_cache_pool, "vista", 2 << 30, "size_aware_lru"),
+        (create_deepseek_ocr_cache_pool, "deepseek-ocr", 1 << 30, "lru"),
+    ):
+        async with await create(1, name=f"t{os.getpid()}-{name}") as pool:
+            stats = await pool.stats()
+            assert (stats.preset, stats.policy, stats.policy_requested) == (name, "lru", policy)
+            assert [(device.kind, device.capacity_bytes) for device in stats.devices] == [("host", capacity_bytes)]
+            await pool.delete()
