@@ -7,13 +7,13 @@ import re
 from pathlib import Path
 from typing import Annotated, Any
 
+import yaml  # type: ignore[import-untyped]
 from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
-    YamlConfigSettingsSource,
 )
 
 from kvpool.errors import ConfigError, InvalidSizeError
@@ -67,12 +67,12 @@ class PoolConfig(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Order the sources: arguments before environment before file."""
         file = Path(os.environ.get("KVPOOL_CONFIG", "kvpool.yaml"))
-        yaml: PydanticBaseSettingsSource = InitSettingsSource(settings_cls, {})
+        settings: dict[str, Any] = {}
         if file.is_file():
-            yaml = YamlConfigSettingsSource(settings_cls, yaml_file=file)
+            settings = _read(file)
         elif "KVPOOL_CONFIG" in os.environ:
             raise ConfigError(f"KVPOOL_CONFIG names {file}, which is not a file", asked=str(file))
-        return init_settings, env_settings, yaml
+        return init_settings, env_settings, InitSettingsSource(settings_cls, settings)
 
     def device_sizes_bytes(self) -> list[int]:
         """Return the bytes of each device, in order.
@@ -132,6 +132,16 @@ def load_config(**arguments: Any) -> PoolConfig:
     except InvalidSizeError as error:
         raise ConfigError(f"devices: {error}", **error.details) from None
     return config
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read {file}: {' '.join(str(error).split())}", asked=str(file)) from None
+    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
+        raise ConfigError(f"{file} must hold lines of 'key: value'; possible keys: {_possible()}", asked=str(file))
+    return settings
 
 
 def _possible() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from kvpool.cache.eviction import policy_names
@@ -20,12 +21,12 @@ _STANDS_IN = "lru"
 def preset_config(
     preset: str,
     num_gpus: int,
+    settings: Mapping[str, Any],
     *,
     instance_bytes: int,
     policy: str,
     gc_threshold: float,
     memory_per_device: int | str | None,
-    **settings: Any,
 ) -> PoolConfig:
     """Return the configuration of a preset.
 
@@ -35,6 +36,8 @@ def preset_config(
         Its name.
     num_gpus
         Number of devices.
+    settings
+        Other fields of :class:`~kvpool.PoolConfig`; they win over the preset's.
     instance_bytes
         What one instance of the model takes.
     policy
@@ -43,8 +46,6 @@ def preset_config(
         Share of memory in use above which eviction runs ahead.
     memory_per_device
         Bytes of a device; by default four instances.
-    **settings
-        Other fields of :class:`~kvpool.PoolConfig`.
 
     Raises
     ------
@@ -55,6 +56,8 @@ def preset_config(
         raise ConfigError(f"a pool needs at least one device, asked for num_gpus={num_gpus}", asked=num_gpus)
     size_bytes = parse_size(memory_per_device) if memory_per_device is not None else 4 * instance_bytes
     runs = policy if policy in policy_names() else _STANDS_IN
+    if "policy" in settings:  # somebody's choice, so nothing stands in for it
+        runs = policy = settings["policy"]
     if runs != policy:
         logger.warning("preset %s wants policy %s, which is not in this version: %s stands in", preset, policy, runs)
     logger.info("preset %s: %d devices of %s in host memory", preset, num_gpus, format_size(size_bytes))
@@ -109,11 +112,11 @@ def vista_config(num_gpus: int, *, memory_per_device: int | str | None = None, *
     return preset_config(
         "vista",
         num_gpus,
+        settings,
         instance_bytes=512 * MIB,
         policy="size_aware_lru",
         gc_threshold=0.8,
         memory_per_device=memory_per_device,
-        **settings,
     )
 
 
@@ -122,9 +125,9 @@ def deepseek_ocr_config(num_gpus: int, *, memory_per_device: int | str | None = 
     return preset_config(
         "deepseek-ocr",
         num_gpus,
+        settings,
         instance_bytes=256 * MIB,
         policy="lru",
         gc_threshold=0.7,
         memory_per_device=memory_per_device,
-        **settings,
     )

@@ -20,7 +20,7 @@ _UNITS = {
     "gb": 10**9,
     "tb": 10**12,
 }
-_TEXT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*")
+_TEXT = re.compile(r"\s*([0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([a-zA-Z]*)\s*")  # bounded: Python refuses 4,301 digits
 
 
 def parse_size(size: int | str) -> int:

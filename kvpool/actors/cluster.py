@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kvpool.actors.protocol import NAMESPACE
@@ -20,6 +20,9 @@ ActorLost = RayActorError
 _MOST_CONCURRENT = 20_000
 """Calls of one actor in flight at most. No call waits for memory, so this bounds long polls: one a client or device."""
 
+
+_END_S = 30.0
+"""How long the end of a killed actor may take, seconds."""
 
 _forked_from_ray = False
 
@@ -122,6 +125,11 @@ def make_worker(cls: type, *arguments: Any, num_cpus: float = 0) -> Any:
     return ray.remote(cls).options(num_cpus=num_cpus).remote(*arguments)
 
 
+def address() -> str:
+    """Return where other processes connect to this cluster (``RAY_ADDRESS``)."""
+    return str(ray.get_runtime_context().gcs_address)
+
+
 def node_ids() -> list[str]:
     """Return the ids of the nodes that are alive, this process's own first."""
     own = ray.get_runtime_context().get_node_id()
@@ -142,6 +150,28 @@ def object_get(reference: Any) -> Any:
 def kill(actor: Any) -> None:
     """Kill an actor for good."""
     ray.kill(actor, no_restart=True)
+
+
+async def end(actor: Any) -> None:
+    """Kill an actor for good, and return when it is dead: until then it may answer calls.
+
+    Raises
+    ------
+    PoolUnavailableError
+        If the cluster does not end it within 30 s.
+    """
+    kill(actor)
+    try:
+        async with asyncio.timeout(_END_S):
+            while True:
+                try:
+                    await actor.__ray_ready__.remote()
+                except ActorUnavailableError:
+                    continue  # its connection is gone, but the cluster has not declared it dead yet
+                except RayActorError:
+                    return
+    except TimeoutError:
+        raise PoolUnavailableError(f"the pool's actor was killed and still lives {_END_S:g} s later") from None
 
 
 async def call(method: Any, *arguments: Any, timeout_s: float | None = None) -> Any:

@@ -47,6 +47,11 @@ Place = tuple[int, tuple[tuple[int, int], ...], int]
 Operation = tuple[Any, ...]
 
 
+def _bytes(token: str) -> bytes:
+    """Return any text as bytes: ``compare_digest`` takes no text beyond ASCII, and a client may show what it likes."""
+    return token.encode("utf-8", "surrogatepass")
+
+
 @dataclass(slots=True)
 class _Client:
     tenant: str
@@ -98,7 +103,7 @@ class DeviceStore:
             If the client is not connected here or the token is not its own.
         """
         known = self._clients.get(client)
-        if known is None or not known.token or not hmac.compare_digest(known.token, token):
+        if known is None or not known.token or not hmac.compare_digest(_bytes(known.token), _bytes(token)):
             raise ProtocolError(f"client {client!r} is not connected to this device, or shows another's token")
         return known.tenant
 
@@ -162,6 +167,11 @@ class DeviceStore:
                 found = allocate(cache_id, size_bytes, tenant=tenant, max_size_bytes=max_size_bytes)
             except (CapacityError, BackendError) as error:  # the system may have less memory than was promised to us
                 return places, refused, error.details
+            except KvpoolError:  # an id that lives already, or a size that cannot be: nothing of this is done
+                for placed in ids[: len(places)]:
+                    del leases[placed]
+                    self._free(placed)
+                raise
             self._caches[cache_id] = CacheRecord(
                 cache_id, 0, tenant, size_bytes, max_size_bytes, found.offset, found.pages, leases=1
             )

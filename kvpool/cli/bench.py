@@ -46,6 +46,15 @@ def put_get(json_path: str | None) -> None:
     _report("512 MiB in blocks of 2 MiB", lambda: asyncio.run(benchmark.measure()), json_path)
 
 
+@bench.command()
+@_JSON
+def waiting(json_path: str | None) -> None:
+    """Time a release past 2,000 waiting requests, and the return of a killed client's memory."""
+    from kvpool.bench import waiting as benchmark
+
+    _report("memory that is waited for", lambda: asyncio.run(benchmark.measure()), json_path)
+
+
 def _report(title: str, run: Callable[[], dict[str, Any]], json_path: str | None) -> None:
     with working(f"measuring {title}"):
         result = run()

@@ -21,6 +21,7 @@ from kvpool.client.lease import Lease
 from kvpool.client.waiting import WaitingRequests
 from kvpool.errors import (
     CacheStateError,
+    DeviceLostError,
     ForkedHandleError,
     KvpoolError,
     PoolUnavailableError,
@@ -148,7 +149,7 @@ class Connection:
         return await call(method, *arguments, timeout_s=ANSWER_S)
 
     async def release(self, ids: Sequence[int]) -> None:
-        """End one lease on each id; raises the first error among the answers."""
+        """End one lease on each id; raises the first error among the answers. What is lost needs no release."""
         try:
             _, outcomes = await self.releases.ask((self.next_sequence(), list(ids), None))
         except StaleCacheError:  # a leased cache is gone only with its device; the others of these may lie elsewhere
@@ -156,7 +157,7 @@ class Connection:
                 await asyncio.gather(*(self.release([cache_id]) for cache_id in ids))
             return
         for outcome in outcomes:
-            if outcome is not True:
+            if outcome is not True and outcome[1] != DeviceLostError.__name__:
                 raise from_wire(outcome[1:])
 
     def release_soon(self, ids: Sequence[int]) -> None:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from kvpool.actors.cluster import call, ensure_ray, kill, start_local_ray
+from kvpool.actors.cluster import call, end, ensure_ray, kill, start_local_ray
 from kvpool.actors.pool_actor import find_pool, make_pool
 from kvpool.actors.protocol import PROTOCOL_VERSION
 from kvpool.cache.key import check_hash
@@ -317,7 +317,7 @@ class CachePool:
 async def delete_pool(actor: Any, drain_s: float | None, leaving: str | None = None) -> None:
     """End a pool by its actor's handle; see :meth:`CachePool.delete`."""
     await call(actor.delete, drain_s, leaving, timeout_s=(drain_s or 0.0) + _START_S)
-    kill(actor)
+    await end(actor)
 
 
 def _is_number(value: object, at_least: float) -> bool:

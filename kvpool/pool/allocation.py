@@ -50,6 +50,8 @@ class CacheRequest:
     ticket: Ticket | None = None
     shortages: dict[int, int] = field(default_factory=dict)
     """How often each device had less room than the books say, since the request was last tried anew."""
+    news: int = 0
+    """How often room had come free when it was last tried anew."""
 
 
 @dataclass(slots=True, eq=False)
@@ -106,8 +108,9 @@ class Allocations:
         self._ledger = ledger
         self.queue: TicketQueue[CacheRequest] = TicketQueue(queue_limit)
         self._queue_limit = queue_limit
-        self._room_changed = False
-        """Evicted, or given up again, since somebody was last tried: it may be enough for who is first in line."""
+        self._news = 0  # how often room came free so far
+        self._to_retry = False  # it came free in a decision on somebody else, and may be enough for who waits
+        self._first_to_retry = False
 
     # -- whole caches ---------------------------------------------------------------------------------------------
 
@@ -157,6 +160,8 @@ class Allocations:
 
     def _plan(self, request: CacheRequest, orders: _Orders, now: float) -> bool:
         """Find room for a request and write it into the orders; False if there is none now."""
+        if not request.shortages:
+            request.news = self._news
         found = self._find_room(request.client, request.size_bytes, request.max_size_bytes, request.shortages)
         if found is None:
             return False
@@ -200,6 +205,11 @@ class Allocations:
             if not self._plan(request, orders, now):
                 self._wait(request, now)
         self._send(orders)
+        if self.queue:
+            # Who is first in line may have passed this device over, because the books gave it to others, behind it.
+            first, _ = self.queue.head()
+            behind = [r for r in requests[len(places) :] if r.ticket is None or r.ticket > first]
+            self._first_to_retry |= bool(behind)
 
     def _deliver(self, request: CacheRequest, answer: Answer) -> None:
         if request.batch is None:
@@ -221,12 +231,13 @@ class Allocations:
         if self._ledger.clients.get(request.client.id) is not request.client:
             # It ended while the device looked for room. Nobody would take what comes, and others stand behind.
             self._deliver(request, ("error", *ProtocolError(f"client {request.client.id!r} is gone").to_wire()))
-            self._room_changed = True
+            self._to_retry = True
             return
         if request.ticket is not None:  # it waited before: its place in the line is kept
             self.queue.put_back(request.ticket, request, request.deadline)
+            self._to_retry |= request.news != self._news  # on a device, perhaps, that it had found short before
             return
-        self._room_changed = True
+        self._to_retry = True
         if request.deadline <= now:
             self._deliver(request, ("error", *self.capacity_error(request, "there is no room now").to_wire()))
             self._ledger.counters.refusals += 1
@@ -248,9 +259,13 @@ class Allocations:
             self._ledger.answer(batch, request.item, ("queued", request.ticket))
 
     def retry(self, now: float) -> None:
-        """Grant waiting requests, first come first served, as far as memory allows now."""
+        """Grant waiting requests, first come first served, as far as memory allows now. Call it when room came free."""
+        self._news += 1
+        self._try_waiting(now, self._queue_limit)
+
+    def _try_waiting(self, now: float, most: int) -> None:
         orders = _Orders()
-        while self.queue:
+        for _ in range(min(most, len(self.queue))):
             ticket, request = self.queue.head()
             if not self._plan(request, orders, now):
                 break
@@ -259,9 +274,10 @@ class Allocations:
 
     def follow_up(self, now: float) -> None:
         """Try who waits again if a decision on somebody else made room on the way. For the end of each event."""
-        while self._room_changed:
-            self._room_changed = False
-            self.retry(now)
+        while self._to_retry or self._first_to_retry:
+            most = self._queue_limit if self._to_retry else 1  # all of them would take each other's room in turns
+            self._to_retry = self._first_to_retry = False
+            self._try_waiting(now, most)
 
     def expire(self, now: float) -> None:
         """Answer the requests whose deadline has passed."""
@@ -394,7 +410,7 @@ class Allocations:
         self._ledger.counters.blocks_stored += kept
         answered = ("blocks", request.resident, request.ids[:kept], request.devices[:kept], request.places[:kept])
         self._ledger.answer(request.batch, request.item, answered)
-        self._room_changed |= kept < len(request.ids)
+        self._to_retry |= kept < len(request.ids)
 
     def _drop_block(self, request: BlocksRequest, position: int) -> None:
         """Give up a block behind one that found no room: it could never be hit."""
@@ -454,7 +470,9 @@ class Allocations:
             found_bytes += index.size_bytes[row]
             evicted.append(index.id_of(row))
             index.remove(row)
-        self._room_changed |= bool(evicted)  # also elsewhere: what was a parent on another device may go now
+        if evicted:
+            self._news += 1
+            self._to_retry = True  # room elsewhere, too: what sheltered a parent on another device is gone
         counters.evictions += len(evicted)
         counters.evicted_bytes += found_bytes
         device.evictions += len(evicted)

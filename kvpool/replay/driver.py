@@ -112,7 +112,7 @@ def pool_config(plan: ReplayPlan, unique: int) -> PoolConfig:
     """Return the configuration of the pool that a replay starts for itself.
 
     Without a size in ``devices``, the memory of all devices together is ``capacity`` of the ``unique`` blocks, rounded
-    up to whole pages, which are small enough to keep that rounding under half a percent.
+    up to whole pages, which are small enough to keep that rounding under half a percent; all those blocks fit.
     """
     settings: dict[str, Any] = {
         "name": f"replay-{os.getpid()}",
@@ -124,12 +124,16 @@ def pool_config(plan: ReplayPlan, unique: int) -> PoolConfig:
     if not 0 < plan.capacity <= 1:
         raise ConfigError(f"--capacity is a share of the unique blocks, above 0 and at most 1, not {plan.capacity}")
     count = len(load_config(devices=plan.devices).device_sizes_bytes())
-    device_bytes = -(-max(round(plan.capacity * unique), count) // count) * round_up(
-        plan.block_bytes, settings["min_block"]
-    )
-    page_bytes = 1 << max(12, (plan.block_bytes - 1).bit_length())
-    while page_bytes < 2 * MIB and 2 * page_bytes * 256 <= device_bytes:
-        page_bytes *= 2
+    taken_bytes = round_up(plan.block_bytes, settings["min_block"])
+    device_bytes = -(-max(round(plan.capacity * unique), count) // count) * taken_bytes
+    if taken_bytes & (taken_bytes - 1):
+        # In a page shared by such blocks the tail behind each would be too small for the next, so that as much as
+        # half the memory held nothing: each gets whole pages of its own.
+        page_bytes = taken_bytes & -taken_bytes
+    else:
+        page_bytes = max(4096, taken_bytes)
+        while page_bytes < 2 * MIB and 2 * page_bytes * 256 <= device_bytes:
+            page_bytes *= 2
     return load_config(devices=f"{plan.devices}x{round_up(device_bytes, page_bytes)}", page_size=page_bytes, **settings)
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from pool_harness import PAGE, keys_of
 from pool_model import PoolModel
+
+pytestmark = pytest.mark.timeout(400)  # to find the smallest example of a failure takes minutes
 
 TENANTS = {"ann": "a", "abe": "a", "bob": "b"}
 #: Blocks name all before them: two chains with a common beginning, and one alone.
@@ -211,4 +214,4 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 TestPoolMachine = PoolMachine.TestCase
-TestPoolMachine.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
+TestPoolMachine.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)

@@ -121,6 +121,34 @@ async def test_ids_that_are_not_ours(pool):
         await theirs.release()
 
 
+async def test_a_malformed_item_refuses_its_whole_batch(pool):
+    """Through the bare handle: a decision that broke off in the middle would leave the items before it half done."""
+    actor, client = pool.actor, pool.client_id
+    model = await pool.model(SPEC)
+    number, key = model.number, keys(1)[0]
+    async with await model.request_cache(4096) as cache:
+        before = await held(pool)
+        pinned = (await pool.stats()).total("pinned_bytes")
+        for method, good, wrong in (
+            ("request_caches", (1, number, 4096, 4096, 0.0, None), (1, number, "x", 4096, 0.0, None)),
+            ("request_caches", (1, number, 4096, 4096, 0.0, None), (1, number, 4096.5, 4097, 0.0, None)),
+            ("request_caches", (1, number, 4096, 4096, 0.0, None), (1, number, 4096, 4096, float("nan"), None)),
+            ("request_caches", (1, number, 4096, 4096, 0.0, None), (1, number)),
+            ("request_blocks", (1, number, key, None, None), (1, number, "text", None, None)),
+            ("request_blocks", (1, number, key, None, None), (1, number, key, 1.5, None)),
+            ("look_up", (1, number, key, None), (1, number, None, None)),
+            ("seal", (1, number, [cache.id], [key], None), (1, number, ["x"], [key], None)),
+            ("seal_and_release", (1, number, [cache.id], [key], None), (1, number, cache.id, key, None)),
+            ("release", (1, [cache.id], None), (1, [None], None)),
+            ("pin", (1, [cache.id], None), (1, cache.id, None)),
+        ):
+            answers = await getattr(actor, method).remote(client, [good, wrong])
+            assert [answer[:2] for answer in answers] == [("error", "InvalidRequestError")] * 2
+            assert "trace context" in answers[0][2]
+        assert await held(pool) == before
+        assert (await pool.stats()).total("pinned_bytes") == pinned
+
+
 async def test_sealed_caches(pool):
     async with await pool.request_cache("m", size=4096) as cache:
         await cache.seal("first")

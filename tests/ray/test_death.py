@@ -104,6 +104,29 @@ async def test_a_pool_whose_only_device_died_answers_at_once(pool):
             await CachePool.connect(pool.name)
 
 
+async def test_what_died_with_its_device_needs_no_release(pool):
+    first, second = [await pool.request_cache("m", size="64KiB") for _ in range(2)]
+    await kill_device(pool, 0)
+    await first.release()  # on its way while nobody has noticed
+    await until_lost(pool, 0)
+    await second.release()
+    assert pool.leases() == []
+
+
+async def test_a_connection_that_fails_half_way_leaves_nothing(make_pool, tmp_path):
+    pool = await make_pool("host:2x1MiB")
+    socket, away = pool._connection.devices[1]["socket_path"], str(tmp_path / "away")
+    os.rename(socket, away)
+    try:
+        before = footprint(os.getpid())
+        with pytest.raises(DeviceLostError, match="no owner serves pages"):
+            await CachePool.connect(pool.name)
+        assert footprint(os.getpid()) == before
+        assert (await pool.stats()).clients == 1
+    finally:
+        os.rename(away, socket)
+
+
 @pytest.mark.xfail(strict=True, reason="an arena whose pages are all mapped asks nobody whether its owner still lives")
 async def test_a_view_of_lost_memory_is_refused(pool):
     cache = await pool.request_cache("m", size="64KiB")

@@ -76,8 +76,11 @@ async def test_leaving_the_context_releases_also_after_an_error(pool):
 
 
 async def test_an_error_is_not_hidden_by_the_tensors_that_its_traceback_keeps(pool, caplog):
+    opened = []
+
     async def fail():
         async with await CachePool.connect(pool.name) as another:
+            opened.append(another)
             cache = await another.request_cache("m", size="64KiB")
             view = cache.numpy("uint8", (10,))
             await cache.release()
@@ -87,6 +90,7 @@ async def test_an_error_is_not_hidden_by_the_tensors_that_its_traceback_keeps(po
         await fail()
     assert "stays connected: 1 tensors" in caplog.text
     await until_leased(pool, 0)  # it did, so that the end of the tensor could be told
+    await opened.pop().close()
 
 
 async def test_a_pinned_cache_survives_its_leases_but_not_the_pool(make_pool):

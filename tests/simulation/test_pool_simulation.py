@@ -42,7 +42,9 @@ class Simulation:
 
     def __init__(self, seed: int) -> None:
         self.chance = random.Random(seed)
-        self.model = PoolModel(DEVICES, PAGES, queue_limit=50, placement=self.chance.choice(["least_loaded", "round_robin"]))
+        self.model = PoolModel(
+            DEVICES, PAGES, queue_limit=50, placement=self.chance.choice(["least_loaded", "round_robin"])
+        )
         self.trace: Iterator[TraceRequest] = iter(
             generate(seed, sessions=400, system_prompts=4, system_blocks=3, turn_blocks=2.0)
         )
@@ -156,7 +158,7 @@ class Simulation:
             self.be_born()
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, 1, 35, 44, 55, 142])  # each has found something
 def test_nothing_is_lost_or_mixed_up(seed: int) -> None:
     simulation = Simulation(seed)
     try:
@@ -168,6 +170,6 @@ def test_nothing_is_lost_or_mixed_up(seed: int) -> None:
         simulation.model.close()
     counters = simulation.model.pool.state.ledger.counters
     assert simulation.model.hits > 300  # else it showed nothing
-    assert simulation.model.grants > 100
+    assert simulation.model.grants > 40
     assert counters.evictions > 100
     assert counters.duplicates > 0

@@ -1,0 +1,161 @@
+"""Where settings come from, which win, and what is refused."""
+
+import pytest
+
+from kvpool.config import PoolConfig, load_config
+from kvpool.errors import ConfigError
+from kvpool.sizes import GIB, MIB
+
+
+@pytest.fixture(autouse=True)
+def _nothing_set(monkeypatch, tmp_path):
+    """Neither a file nor a variable of whoever runs the tests."""
+    import os
+
+    for name in list(os.environ):
+        if name.startswith("KVPOOL_"):
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+
+def write(tmp_path, text, name="kvpool.yaml"):
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_without_anything_there_are_defaults():
+    config = load_config()
+    assert (config.name, config.policy, config.placement) == ("kvpool", "lru", "least_loaded")
+    assert config.device_sizes_bytes() == [GIB]
+
+
+def test_arguments_win_over_the_environment_and_that_over_the_file(tmp_path, monkeypatch):
+    write(tmp_path, "devices: host:2\nmemory_per_device: 64MiB\ngc_threshold: 0.5\narena_factor: 4\n")
+    monkeypatch.setenv("KVPOOL_MEMORY_PER_DEVICE", "32MiB")
+    monkeypatch.setenv("KVPOOL_GC_THRESHOLD", "0.6")
+    config = load_config(gc_threshold=0.7)
+    assert config.device_sizes_bytes() == [32 * MIB] * 2
+    assert (config.gc_threshold, config.arena_factor) == (0.7, 4)
+
+
+def test_the_file_can_be_named(tmp_path, monkeypatch):
+    write(tmp_path, "name: here\n")
+    monkeypatch.setenv("KVPOOL_CONFIG", str(write(tmp_path, "name: there\n", "other.yaml")))
+    assert load_config().name == "there"
+
+
+def test_a_named_file_that_is_none_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("KVPOOL_CONFIG", str(tmp_path / "absent.yaml"))
+    with pytest.raises(ConfigError, match=r"absent\.yaml, which is not a file"):
+        load_config()
+
+
+def test_an_empty_file_says_nothing(tmp_path):
+    write(tmp_path, "# later\n")
+    assert load_config() == PoolConfig()
+
+
+@pytest.mark.parametrize("text", ["devices: [", "- 1\n- 2\n", "hello\n", "1: 2\n", "a: b: c\n", "\x00"])
+def test_a_file_that_is_not_keys_and_values_is_named(tmp_path, text):
+    write(tmp_path, text)
+    with pytest.raises(ConfigError, match=r"kvpool\.yaml") as caught:
+        load_config()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "kvpool.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"kvpool\.yaml"):
+        load_config()
+
+
+@pytest.mark.parametrize("source", ["file", "environment", "argument"])
+def test_an_unknown_key_is_refused_wherever_it_comes_from(tmp_path, monkeypatch, source):
+    arguments = {}
+    if source == "file":
+        write(tmp_path, "pagesize: 1MiB\n")
+    elif source == "environment":
+        monkeypatch.setenv("KVPOOL_PAGESIZE", "1MiB")
+    else:
+        arguments["pagesize"] = "1MiB"
+    with pytest.raises(ConfigError, match="(?i)pagesize") as caught:
+        load_config(**arguments)
+    for name in PoolConfig.model_fields:
+        assert name in str(caught.value), "it says what is possible"
+
+
+def test_variables_of_other_parts_are_no_settings(monkeypatch):
+    monkeypatch.setenv("KVPOOL_TRACES", "/somewhere")
+    monkeypatch.setenv("KVPOOL_HOST", "node-1")
+    assert load_config().name == "kvpool"
+
+
+BAD = [
+    ("name", "a/b"),
+    ("name", ""),
+    ("devices", "gpu:2"),
+    ("devices", "host:0"),
+    ("devices", "host:2x"),
+    ("devices", "host:2x0"),
+    ("devices", "host:2xmuch"),
+    ("memory_per_device", "-1MiB"),
+    ("page_size", "0"),
+    ("min_block", "some"),
+    ("arena_factor", "0"),
+    ("reserve", "1.5"),
+    ("gc_threshold", "0"),
+    ("gc_threshold", "nan"),
+    ("queue_limit", "0"),
+    ("timeout_s", "-1"),
+    ("timeout_s", "soon"),
+]
+
+
+@pytest.mark.parametrize("source", ["file", "environment", "argument"])
+@pytest.mark.parametrize(("key", "value"), BAD, ids=lambda text: text or "empty")
+def test_a_bad_value_is_named_with_its_key(tmp_path, monkeypatch, source, key, value):
+    arguments = {}
+    if source == "file":
+        write(tmp_path, f'{key}: "{value}"\n')
+    elif source == "environment":
+        monkeypatch.setenv(f"KVPOOL_{key.upper()}", value)
+    else:
+        arguments[key] = value
+    with pytest.raises(ConfigError) as caught:
+        load_config(**arguments)
+    assert key in str(caught.value)
+    if value not in ("", "host:2x"):
+        assert value.removeprefix("host:2x") in str(caught.value)
+
+
+def test_a_config_does_not_change():
+    with pytest.raises(ValueError, match="frozen"):
+        load_config().policy = "other"
+
+
+@pytest.mark.parametrize(
+    ("devices", "sizes"),
+    [("host:1", [GIB]), ("host:3", [GIB] * 3), ("host:2x300MiB", [300 * MIB] * 2), ("host:1x4096", [4096])],
+)
+def test_devices_are_a_number_and_perhaps_a_size(devices, sizes):
+    assert load_config(devices=devices).device_sizes_bytes() == sizes
+
+
+@pytest.mark.parametrize(
+    ("capacity", "granularity", "page"),
+    [
+        (64 * MIB, 4096, 2 * MIB),
+        (16 * GIB, 4096, 2 * MIB),
+        (16 * GIB + 8192, 4096, 4 * MIB),
+        (64 * MIB, 8 * MIB, 8 * MIB),
+        (141 * GIB, 2 * MIB, 32 * MIB),
+        (1, 1, 2 * MIB),
+    ],
+)
+def test_a_page_is_a_share_of_the_device_but_never_tiny(capacity, granularity, page):
+    assert load_config().page_size_bytes(capacity, granularity) == page
+
+
+def test_a_page_size_that_was_given_is_taken():
+    assert load_config(page_size="64KiB").page_size_bytes(141 * GIB, 4096) == 65536
