@@ -16,6 +16,9 @@ from kvpool.errors import InvalidRequestError
 
 HASH_BYTES = 16
 
+MOST_HASHES = 1 << 16
+"""Hashes of one request at most (a bound on the work that one item can ask for)."""
+
 BlockHash: TypeAlias = bytes
 """Chained content hash of a block: 16 bytes, independent of the process that computed it."""
 
@@ -130,3 +133,19 @@ def fingerprint_digest(identity: Mapping[str, Any]) -> str:
     except (TypeError, ValueError) as error:
         raise InvalidRequestError(f"what identifies a model must be numbers, text and lists: {error}") from error
     return blake2b(canonical.encode("ascii"), digest_size=HASH_BYTES).hexdigest()
+
+
+def split_hashes(joined: bytes) -> list[bytes]:
+    """Return the 16-byte hashes that a message carries joined.
+
+    Raises
+    ------
+    InvalidRequestError
+        If they are not whole, or too many.
+    """
+    count, rest = divmod(len(joined), HASH_BYTES)
+    if rest or not 0 < count <= MOST_HASHES:
+        raise InvalidRequestError(
+            f"hashes come as {HASH_BYTES} bytes each, 1 to {MOST_HASHES} of them; got {len(joined)} bytes"
+        )
+    return [joined[start : start + HASH_BYTES] for start in range(0, len(joined), HASH_BYTES)]

@@ -17,7 +17,7 @@ _INLINE_BYTES = 1 << 18
 _FIRST_BYTES = 64 << 20
 _LAST_BYTES = 16 << 20
 """The first part is small, so that copying begins soon, and the last one is, so that little is sealed after it. In
-between one call to the pool takes less time than the copy of the part before it. (Sizes from `kvpool bench put-get`.)"""
+between one call to the pool takes less time than the copy of the part before it. (`kvpool bench put-get`)"""
 
 NewBlocksOf = Callable[[Sequence[bytes], bytes | int | None], Awaitable[NewBlocks]]
 

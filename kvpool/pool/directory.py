@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from kvpool.cache.key import check_hash
+from kvpool.cache.key import check_hash, split_hashes
 from kvpool.cache.store import FREED, RELEASED
 from kvpool.errors import CacheStateError, InvalidRequestError, SealedError, UnknownCacheError
-from kvpool.pool.allocation import split_hashes
 from kvpool.pool.fanout import Fanout, nothing_more
 from kvpool.pool.instructions import Batch
 from kvpool.pool.leases import Leases

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvpool.cache.index import CacheIndex
-from kvpool.errors import InvalidRequestError, ProtocolError, UnknownCacheError, ensure
+from kvpool.errors import InvalidRequestError, KvpoolError, ProtocolError, UnknownCacheError, ensure
 from kvpool.pool.instructions import Batch, BatchDone, Continuation, Instruction, Send
 from kvpool.pool.placement import make_placement
 from kvpool.sizes import round_up
@@ -117,6 +117,17 @@ class Ledger:
         batch.put(item, answer)
         if not batch.open_items:
             self.out.append(BatchDone(batch))
+
+    def refuse(self, batch: Batch, item: int, error: KvpoolError) -> None:
+        """Answer an item with an error, and count it."""
+        self.counters.refusals += 1
+        self.count_error(error)
+        self.answer(batch, item, ("error", *error.to_wire()))
+
+    def count_error(self, error: KvpoolError) -> None:
+        """Count an error by its class."""
+        name = type(error).__name__
+        self.counters.errors[name] = self.counters.errors.get(name, 0) + 1
 
     def free_bytes(self, device: Device) -> int:
         """Return what can still be allocated on a device without evicting; -1 if it is lost."""

@@ -13,6 +13,7 @@ from typing import Any
 from kvpool.cache.key import fingerprint
 from kvpool.errors import InvariantError, KvpoolError, ProtocolError
 from kvpool.pool.allocation import Allocations
+from kvpool.pool.blocks import BlockAllocations
 from kvpool.pool.directory import Directory
 from kvpool.pool.fanout import Fanout
 from kvpool.pool.instructions import (
@@ -34,8 +35,9 @@ from kvpool.pool.instructions import (
     Tick,
     TicketsCancelled,
 )
-from kvpool.pool.leases import Leases
+from kvpool.pool.leases import PINNER, Leases
 from kvpool.pool.ledger import Client, Device, Ledger, Model
+from kvpool.pool.room import Room
 
 
 class PoolState:
@@ -56,7 +58,9 @@ class PoolState:
         self.policy_name = policy
         self.placement_name = placement
         self.ledger = Ledger(policy, placement)
-        self.allocations = Allocations(self.ledger, queue_limit)
+        room = Room(self.ledger)
+        self.allocations = Allocations(self.ledger, room, queue_limit)
+        self.blocks = BlockAllocations(self.ledger, room)
         fanout = Fanout(self.ledger)
         self.leases = Leases(self.ledger, fanout, self.allocations.retry)
         self.directory = Directory(self.ledger, fanout, self.leases)
@@ -79,8 +83,8 @@ class PoolState:
             If it is connected already, or no device is on its host.
         """
         ledger = self.ledger
-        if client in ledger.clients:
-            raise ProtocolError(f"client {client!r} is connected already")
+        if client in ledger.clients or client.startswith(PINNER):
+            raise ProtocolError(f"client {client!r} is connected already, or its name is not for clients")
         reachable = [d.number for d in ledger.devices if d.host == host and d.lost is None]
         if not reachable:
             hosts = sorted({device.host for device in ledger.devices if device.lost is None})
@@ -142,7 +146,7 @@ class PoolState:
             case PrefixesLookedUp():
                 self.directory.look_up(event.batch, event.client, event.items, now)
             case BlocksRequested():
-                self.allocations.request_blocks(event.batch, event.client, event.items, now)
+                self.blocks.request_blocks(event.batch, event.client, event.items, now)
             case SealRequested():
                 self.directory.seal(event.batch, event.client, event.items, event.finish, now)
             case ReleaseRequested():

@@ -1,5 +1,7 @@
 """Where settings come from, which win, and what is refused."""
 
+import os
+
 import pytest
 
 from kvpool.config import PoolConfig, load_config
@@ -10,8 +12,6 @@ from kvpool.sizes import GIB, MIB
 @pytest.fixture(autouse=True)
 def _nothing_set(monkeypatch, tmp_path):
     """Neither a file nor a variable of whoever runs the tests."""
-    import os
-
     for name in list(os.environ):
         if name.startswith("KVPOOL_"):
             monkeypatch.delenv(name)

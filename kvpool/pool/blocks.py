@@ -1,0 +1,155 @@
+"""New blocks of a chain: as many as fit, from its front on, beside those that are in the pool already."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from kvpool.cache.key import split_hashes
+from kvpool.errors import InvalidRequestError, KvpoolError, ParentNotResidentError
+from kvpool.pool.fanout import nothing_more
+from kvpool.pool.instructions import Answer, Batch
+from kvpool.pool.ledger import Client, Ledger, Model
+from kvpool.pool.requests import BlocksRequest
+from kvpool.pool.room import Room
+
+_MOST_SHORTAGES = 3
+"""How often more is evicted on a device that had less room than the books say. Blocks never wait for memory."""
+
+
+class BlockAllocations:
+    """Decides on requests for new blocks.
+
+    Parameters
+    ----------
+    ledger
+        The pool's books.
+    room
+        Finds it.
+    """
+
+    def __init__(self, ledger: Ledger, room: Room) -> None:
+        self._ledger = ledger
+        self._room = room
+
+    def request_blocks(self, batch: Batch, client_id: str, items: Sequence[tuple[Any, ...]], now: float) -> None:
+        """Decide on batches of new blocks; each stores as much of its chain as fits."""
+        client = self._ledger.client(client_id)
+        for item, (sequence, model, hashes, parent, _trace) in enumerate(items):
+            try:
+                self._request_chain(
+                    batch, item, client, sequence, self._ledger.model(client, model), hashes, parent, now
+                )
+            except KvpoolError as error:
+                self._ledger.refuse(batch, item, error)
+
+    def _request_chain(
+        self,
+        batch: Batch,
+        item: int,
+        client: Client,
+        sequence: int,
+        model: Model,
+        joined: bytes,
+        parent: bytes | int | None,
+        now: float,
+    ) -> None:
+        index = self._ledger.index
+        hashes = split_hashes(joined)
+        if model.block_bytes is None:
+            raise InvalidRequestError(
+                f"model {model.name!r} was registered without a block size: give ModelSpec block_shape and dtype, or "
+                "block_bytes"
+            )
+        parent_row = self._parent_row(client, model, parent)
+        resident = index.match(model.space, hashes)
+        previous = resident[-1] if resident else parent_row
+        request = BlocksRequest(client, sequence, model, batch, item, len(resident), [], [], [])
+        # The resident run is pinned while victims are chosen, so that making room never cuts the chain in front of
+        # the new blocks; a new block then protects its parent as a resident child.
+        guard = resident if resident or parent_row < 0 else [parent_row]
+        index.pin(guard, now=now)
+        positions: dict[int, list[int]] = {}
+        evictions: dict[int, list[int]] = {}
+        for position in range(len(hashes) - len(resident)):
+            found = self._room.find(client, model.block_bytes, model.block_bytes, {})
+            if found is None:
+                break
+            device, evict = found
+            footprint = device.footprint_bytes(model.block_bytes, model.block_bytes)
+            previous = self._ledger.add(client, model.space, footprint, device.number, previous, now)
+            request.ids.append(index.id_of(previous))
+            request.devices.append(device.number)
+            request.places.append(None)
+            positions.setdefault(device.number, []).append(position)
+            evictions.setdefault(device.number, []).extend(evict)
+        index.unpin(guard[::-1], now=now)
+        if not request.ids:
+            self._ledger.answer(batch, item, ("blocks", len(resident), [], [], []))
+            return
+        for number, wanted in positions.items():
+            self._ask_blocks(request, number, wanted, evictions[number], 0)
+
+    def _parent_row(self, client: Client, model: Model, parent: bytes | int | None) -> int:
+        """Return the row of a parent: -1 for a root, a hash, or the id of a block that ``client`` is writing."""
+        if parent is None:
+            return -1
+        ledger = self._ledger
+        if isinstance(parent, int):
+            row = ledger.row(client, parent)
+            if ledger.index.space_of(row) == model.space:
+                return row
+        else:
+            row = ledger.index.find(model.space, parent)
+            if row >= 0:
+                return row
+        name = parent if isinstance(parent, int) else parent.hex()
+        raise ParentNotResidentError(
+            f"parent {name} of new blocks is not in the pool: store the chain from its root, or from the end of the "
+            "prefix that match_prefix finds",
+            parent=name,
+        )
+
+    def _ask_blocks(
+        self, request: BlocksRequest, number: int, positions: list[int], evict: list[int], attempts: int
+    ) -> None:
+        ids = [request.ids[position] for position in positions]
+        size_bytes = request.model.block_bytes
+        client = request.client
+        operation = ("allocate", client.id, request.sequence, client.tenant, ids, size_bytes, size_bytes, evict)
+        request.open_operations += 1
+        self._ledger.send(number, operation, partial(self._blocks_placed, request, number, positions, attempts))
+
+    def _blocks_placed(
+        self, request: BlocksRequest, number: int, positions: list[int], attempts: int, answer: Answer, now: float
+    ) -> None:
+        request.open_operations -= 1
+        if answer[0] != "error":
+            places, _refused, shortage = answer
+            for position, place in zip(positions, places, strict=False):
+                request.places[position] = place
+            missing = positions[len(places) :]
+            if shortage is not None and missing and attempts < _MOST_SHORTAGES:
+                device = self._ledger.devices[number]
+                need_bytes = request.model.block_bytes or 0
+                evict = self._room.evict(device, len(missing) * need_bytes << attempts)
+                if evict:
+                    self._ask_blocks(request, number, missing, evict, attempts + 1)
+        if request.open_operations:
+            return
+        kept = request.places.index(None) if None in request.places else len(request.places)
+        for position in range(len(request.ids) - 1, kept - 1, -1):
+            self._drop_block(request, position)
+        self._ledger.counters.blocks_stored += kept
+        answered = ("blocks", request.resident, request.ids[:kept], request.devices[:kept], request.places[:kept])
+        self._ledger.answer(request.batch, request.item, answered)
+        self._room.changed |= kept < len(request.ids)
+
+    def _drop_block(self, request: BlocksRequest, position: int) -> None:
+        """Give up a block behind one that found no room: it could never be hit."""
+        cache_id = request.ids[position]
+        if request.places[position] is not None:
+            operation = ("release", request.client.id, request.sequence, [cache_id])
+            self._ledger.send(request.devices[position], operation, nothing_more)
+        self._ledger.forget(cache_id)

@@ -1,0 +1,111 @@
+"""Room for new caches: on which device, and what goes there for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from kvpool.errors import CapacityError
+from kvpool.pool.ledger import Client, Device, Ledger
+from kvpool.pool.requests import CacheRequest
+from kvpool.sizes import format_size
+
+_MOST_SHORTAGES = 5
+"""After so many answers that a device is short, a request stops evicting there until it is tried anew."""
+
+
+class Room:
+    """Places and evicts, by the books.
+
+    Parameters
+    ----------
+    ledger
+        The pool's books.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self.news = 0
+        """How often room came free so far."""
+        self.changed = False
+        """It came free in a decision on somebody else, and may be enough for who waits."""
+
+    def find(
+        self, client: Client, size_bytes: int, max_size_bytes: int, shortages: Mapping[int, int]
+    ) -> tuple[Device, list[int]] | None:
+        """Return a device with room and the ids evicted there for it, or None.
+
+        ``shortages`` tells how often each device had less room than the books say. Such a device is not believed:
+        others come first, then room is made there by eviction, twice as much each time, within bounds: what is short
+        may be zombies that are about to go, and evicting more would not free them.
+        """
+        ledger = self._ledger
+        devices = [ledger.devices[number] for number in client.devices]
+        fitting = []
+        for device in devices:
+            free_bytes = ledger.free_bytes(device)
+            fits = free_bytes >= device.footprint_bytes(size_bytes, max_size_bytes)
+            fitting.append(free_bytes if fits and device.number not in shortages else -1)
+        chosen = ledger.placement.choose(fitting, size_bytes)
+        if chosen >= 0:
+            return devices[chosen], []
+        worth_least = ledger.policy.victim()
+        if worth_least < 0:
+            return None
+        first = ledger.index.device[worth_least]
+        for device in sorted(devices, key=lambda device: device.number != first):
+            if device.lost is not None:
+                continue
+            need_bytes = device.footprint_bytes(size_bytes, max_size_bytes)
+            times = shortages.get(device.number, 0)
+            if times > _MOST_SHORTAGES:
+                continue
+            short_bytes = need_bytes << times if times else need_bytes - max(ledger.free_bytes(device), 0)
+            if not times and ledger.index.evictable_bytes[device.number] < short_bytes:
+                continue
+            evicted = self.evict(device, short_bytes)
+            if evicted:
+                return device, evicted
+        return None
+
+    def evict(self, device: Device, short_bytes: int) -> list[int]:
+        """Take the caches worth least off a device's books until ``short_bytes`` are found; returns their ids."""
+        ledger = self._ledger
+        index, counters = ledger.index, ledger.counters
+        evicted: list[int] = []
+        found_bytes = 0
+        while found_bytes < short_bytes:
+            row = next(iter(ledger.policy.victims(device.number)), -1)
+            if row < 0:
+                break
+            found_bytes += index.size_bytes[row]
+            evicted.append(index.id_of(row))
+            index.remove(row)
+        if evicted:
+            self.news += 1
+            self.changed = True  # elsewhere, too: what sheltered a parent on another device is gone
+        counters.evictions += len(evicted)
+        counters.evicted_bytes += found_bytes
+        device.evictions += len(evicted)
+        return evicted
+
+    def capacity_error(self, request: CacheRequest, why: str) -> CapacityError:
+        """Return the error that explains with all figures why a request was not met."""
+        ledger = self._ledger
+        devices = [ledger.devices[n] for n in request.client.devices if ledger.devices[n].lost is None]
+        free = {device.number: max(ledger.free_bytes(device), 0) for device in devices}
+        evictable = {device.number: ledger.index.evictable_bytes[device.number] for device in devices}
+        pinned = {d.number: ledger.index.resident_bytes[d.number] - evictable[d.number] for d in devices}
+        zombie_bytes = sum(device.zombie_bytes for device in devices)
+        largest = max((free[number] + evictable[number] for number in free), default=0)
+        return CapacityError(
+            f"asked for {format_size(request.size_bytes)} and {why}: {format_size(sum(free.values()))} free and "
+            f"{format_size(sum(evictable.values()))} evictable on {len(devices)} devices, "
+            f"{format_size(sum(pinned.values()))} pinned by leases, {format_size(zombie_bytes)} zombie; at most "
+            f"{format_size(largest)} would have fitted: release leases, wait longer (timeout), or add memory",
+            asked_bytes=request.size_bytes,
+            free_bytes=sum(free.values()),
+            evictable_bytes=sum(evictable.values()),
+            pinned_bytes=sum(pinned.values()),
+            zombie_bytes=zombie_bytes,
+            largest_bytes=largest,
+        )

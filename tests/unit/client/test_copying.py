@@ -1,0 +1,143 @@
+"""Where blocks are read from, and how they are copied."""
+
+import ctypes
+
+import numpy as np
+import pytest
+import torch
+
+from kvpool.client import copying
+from kvpool.client.copying import copy_blocks, source_addresses
+from kvpool.client.model import ModelSpec
+from kvpool.errors import TensorMismatchError
+
+SPEC = ModelSpec("m", dtype="float32", block_shape=(2, 3))
+BLOCK = 24
+
+
+def read(addresses):
+    """The blocks at these addresses, as numbers."""
+    return [np.frombuffer(ctypes.string_at(address, BLOCK), dtype=np.float32).tolist() for address in addresses]
+
+
+def numbers(block):
+    return [float(n) for n in np.asarray(block).ravel()]
+
+
+@pytest.mark.parametrize("make", [torch.tensor, lambda blocks: np.array(blocks)], ids=["torch", "numpy"])
+class TestSources:
+    def values(self, make, count=3):
+        return make(np.arange(6 * count, dtype=np.float32).reshape(count, 2, 3))
+
+    def test_one_tensor_is_read_in_place_block_by_block(self, make):
+        whole = self.values(make)
+        addresses, kept = source_addresses(SPEC, whole, 3)
+        first = whole.data_ptr() if hasattr(whole, "data_ptr") else whole.ctypes.data
+        assert addresses == [first, first + BLOCK, first + 2 * BLOCK]
+        assert kept[0] is whole or hasattr(whole, "data_ptr")
+
+    def test_a_list_of_blocks_is_read_in_place(self, make):
+        blocks = list(self.values(make))[::-1]
+        addresses, kept = source_addresses(SPEC, blocks, 3)
+        assert read(addresses) == [numbers(block) for block in blocks]
+        assert len(kept) == 3
+        assert addresses[0] - addresses[1] == BLOCK
+
+    def test_what_is_not_contiguous_is_copied_and_the_copy_kept(self, make):
+        whole = self.values(make, 6)[::2]
+        turned = [block.swapaxes(0, 1) for block in make(np.arange(18, dtype=np.float32).reshape(3, 3, 2))]
+        for source in (whole, turned):
+            addresses, kept = source_addresses(SPEC, source, 3)
+            assert read(addresses) == [numbers(block) for block in source]
+            assert kept
+
+    @pytest.mark.parametrize("count", [2, 4])
+    def test_as_many_blocks_as_hashes(self, make, count):
+        for source in (self.values(make), list(self.values(make))):
+            with pytest.raises(TensorMismatchError, match=f"{count} hashes need {count} blocks, got 3"):
+                source_addresses(SPEC, source, count)
+
+    def test_shape_and_dtype_must_be_the_models(self, make):
+        for bad in (
+            make(np.zeros((3, 3, 2), dtype=np.float32)),
+            make(np.zeros((3, 6), dtype=np.float32)),
+            make(np.zeros((3, 2, 3), dtype=np.float64)),
+            make(np.zeros((3, 2, 3), dtype=np.int32)),
+        ):
+            for source in (bad, list(bad)):
+                with pytest.raises(TensorMismatchError, match=r"has blocks of float32\[2, 3\], got \w+\[") as caught:
+                    source_addresses(SPEC, source, 3)
+                assert str(bad.dtype).removeprefix("torch.") in caught.value.details["asked"]
+
+    def test_one_bad_block_among_good_ones_is_found(self, make):
+        blocks = [*self.values(make), make(np.zeros((2, 2), dtype=np.float32))]
+        with pytest.raises(TensorMismatchError, match=r"got float32\[2, 2\]"):
+            source_addresses(SPEC, blocks, 4)
+
+
+def test_bfloat16_blocks_are_read_in_place():
+    spec = ModelSpec("m", dtype=torch.bfloat16, block_shape=(4,))
+    whole = torch.arange(8, dtype=torch.bfloat16).reshape(2, 4)
+    assert source_addresses(spec, whole, 2)[0] == [whole.data_ptr(), whole.data_ptr() + 8]
+
+
+def test_blocks_of_bytes_are_byte_arrays():
+    spec = ModelSpec("m", block_bytes=16)
+    whole = np.arange(32, dtype=np.uint8).reshape(2, 16)
+    assert source_addresses(spec, whole, 2)[0] == [whole.ctypes.data, whole.ctypes.data + 16]
+
+
+@pytest.mark.parametrize("blocks", [[b"x" * BLOCK], [None], [[1.0] * 6], "x"])
+def test_anything_else_is_no_block(blocks):
+    with pytest.raises(TensorMismatchError, match="torch tensors or numpy arrays in host memory"):
+        source_addresses(SPEC, blocks, 1)
+
+
+def test_a_tensor_elsewhere_is_named():
+    with pytest.raises(TensorMismatchError, match="this one is on meta"):
+        source_addresses(SPEC, torch.zeros((1, 2, 3), device="meta"), 1)
+
+
+# -- copying ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copies(monkeypatch):
+    """The copies made: (blocks from the destination's start, from the source's start, bytes)."""
+    made = []
+
+    def move(destination, source, size_bytes):
+        made.append((destination, source, size_bytes))
+        return real(destination, source, size_bytes)
+
+    real = ctypes.memmove
+    monkeypatch.setattr(copying.ctypes, "memmove", move)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("destinations", "sources", "expected"),
+    [
+        ([0, 1, 2, 3], [4, 5, 6, 7], [(0, 4, 4)]),
+        ([0, 1, 4, 5], [0, 1, 2, 3], [(0, 0, 2), (4, 2, 2)]),
+        ([0, 1, 2, 3], [0, 1, 5, 6], [(0, 0, 2), (2, 5, 2)]),
+        ([3, 2, 1], [3, 2, 1], [(3, 3, 1), (2, 2, 1), (1, 1, 1)]),
+        ([0, 2, 4], [0, 2, 4], [(0, 0, 1), (2, 2, 1), (4, 4, 1)]),
+        ([5], [2], [(5, 2, 1)]),
+        ([], [], []),
+    ],
+)
+def test_neighbours_on_both_sides_are_copied_in_one_go(copies, destinations, sources, expected):
+    there, here = np.zeros(8 * BLOCK, dtype=np.uint8), np.random.default_rng(1).integers(1, 255, 8 * BLOCK, np.uint8)
+    copy_blocks(
+        [there.ctypes.data + at * BLOCK for at in destinations],
+        [here.ctypes.data + at * BLOCK for at in sources],
+        BLOCK,
+    )
+    assert copies == [
+        (there.ctypes.data + to * BLOCK, here.ctypes.data + at * BLOCK, count * BLOCK) for to, at, count in expected
+    ]
+    want = np.zeros_like(there)
+    for to, at in zip(destinations, sources, strict=True):
+        want[to * BLOCK : (to + 1) * BLOCK] = here[at * BLOCK : (at + 1) * BLOCK]
+    assert (there == want).all(), "and nothing else is touched"
