@@ -125,11 +125,6 @@ class NewBlocks(LeasedBlocks):
         """How many leading hashes are in the pool once these blocks are sealed."""
         return self.resident + len(self._ids)
 
-    @property
-    def last_id(self) -> int:
-        """Id of the last new block: the parent of blocks that are to follow it before it is sealed."""
-        return self._ids[-1]
-
     async def __aenter__(self) -> NewBlocks:
         return self
 

@@ -16,7 +16,7 @@ from kvpool.client.cache import VirtualKVCache
 from kvpool.client.connection import Connection
 from kvpool.client.copying import source_addresses
 from kvpool.client.model import ModelSpec, join_hashes
-from kvpool.client.putting import Put
+from kvpool.client.putting import fill
 from kvpool.config import PoolConfig, load_config
 from kvpool.errors import (
     CacheStateError,
@@ -121,13 +121,12 @@ class Model:
             If ``parent`` is not in the pool.
         """
         sources, keep = source_addresses(self.spec, tensors, len(hashes))
-        join_hashes(hashes)  # refuses malformed ones before anything is stored
-        _check_parent(parent)
-        stored = await Put(self._new_blocks, hashes, sources, self.spec.block_size_bytes or 0).run(parent)
+        blocks = await self._new_blocks(hashes, parent)
+        await fill(blocks, sources[blocks.resident : blocks.stored], self.spec.block_size_bytes or 0)
         del keep
-        return stored
+        return blocks.stored
 
-    async def _new_blocks(self, hashes: Sequence[bytes], parent: bytes | int | None) -> NewBlocks:
+    async def _new_blocks(self, hashes: Sequence[bytes], parent: bytes | None) -> NewBlocks:
         answer = await self._connection.ask(self._connection.blocks, self.number, join_hashes(hashes), parent)
         blocks = NewBlocks(self._connection, self.spec, self.number, hashes, answer)
         await blocks.map()

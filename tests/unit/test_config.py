@@ -79,7 +79,7 @@ def test_an_unknown_key_is_refused_wherever_it_comes_from(tmp_path, monkeypatch,
         monkeypatch.setenv("KVPOOL_PAGESIZE", "1MiB")
     else:
         arguments["pagesize"] = "1MiB"
-    with pytest.raises(ConfigError, match="(?i)pagesize") as caught:
+    with pytest.raises(ConfigError, match=r"(?i)pagesize") as caught:
         load_config(**arguments)
     for name in PoolConfig.model_fields:
         assert name in str(caught.value), "it says what is possible"

@@ -54,6 +54,16 @@ def test_memory_and_other_settings_can_be_given(memory: int | str) -> None:
     assert (config.name, config.gc_threshold, config.preset) == ("mine", 0.5, "vista")
 
 
+@pytest.mark.parametrize("policy", ["lru", "unknown"])
+def test_a_policy_that_somebody_chose_is_taken_and_nothing_stands_in_for_it(
+    policy: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An unknown one is refused when the pool is made, with the names of those there are."""
+    config = vista_config(1, policy=policy)
+    assert config.policy == config.policy_requested == policy
+    assert "stands in" not in caplog.text
+
+
 @pytest.mark.parametrize("make", [vista_config, deepseek_ocr_config])
 def test_a_pool_of_no_device_is_refused(make) -> None:
     for number in (0, -1):

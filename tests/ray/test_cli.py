@@ -1,0 +1,228 @@
+"""``kvpool`` as people and programs call it, against a running cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import ray
+from click.testing import CliRunner
+
+from kvpool import CachePool
+from kvpool.actors.cluster import pool_names
+from kvpool.cli import main
+from kvpool.client import delete
+from kvpool.workload import generate, unique_blocks
+
+MIB = 1 << 20
+BLOCK_BYTES = 8192
+
+
+RAY_LOG = re.compile(r"\d{4}-\d\d-\d\d [\d:,]+\t(INFO|WARNING) ")
+
+
+class Answer(NamedTuple):
+    """What a command printed; ``stderr`` without the log lines of Ray itself."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+Cli = Callable[..., Awaitable[Answer]]
+
+
+@pytest.fixture
+async def cli(tmp_path: Path) -> Cli:
+    """Call the command line in a process of its own, which finds the cluster of this test session."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("KVPOOL_")}
+    environment["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+
+    async def call(*arguments: object, code: int = 0) -> Answer:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", "from kvpool.cli import main; main()", *(str(each) for each in arguments),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path, env=environment,
+        )  # fmt: skip
+        async with asyncio.timeout(90):
+            printed, complaints = await process.communicate()
+        own = [line for line in complaints.decode().splitlines(keepends=True) if not RAY_LOG.match(line)]
+        answer = Answer(process.returncode or 0, printed.decode(), "".join(own))
+        assert answer.code == code, answer.stderr
+        assert "Traceback" not in answer.stderr
+        return answer
+
+    return call
+
+
+@pytest.fixture
+async def name() -> Any:
+    """The name of a pool that this test may start; deleted if it did not do so itself."""
+    own = f"cli-{os.getpid()}"
+    yield own
+    if own in pool_names():
+        await delete(own)
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("trace") / "small.jsonl"
+    lines = [
+        json.dumps(
+            {
+                "timestamp": request.timestamp_ms,
+                "input_length": request.input_length,
+                "output_length": request.output_length,
+                "hash_ids": request.hash_ids,
+            }
+        )
+        for request in requests()
+    ]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def requests() -> list[Any]:
+    return generate(3, sessions=40)
+
+
+def simulated_ratio(trace: Path, blocks: int) -> float:
+    result = CliRunner().invoke(main, ["simulate", str(trace), "--capacity", str(blocks), "--json", "-"])
+    return float(json.loads(result.stdout)["rows"][0]["prefix_hit_ratio"])
+
+
+# -- start, status, stop ----------------------------------------------------------------------------------------------
+
+
+async def test_a_pool_is_started_shown_and_stopped(cli: Cli, name: str) -> None:
+    answer = await cli("start", "--name", name, "--devices", "host:2x4MiB", "--placement", "round_robin", "--json", "-")
+    started = json.loads(answer.stdout)
+    assert (started["name"], started["placement"], started["policy"]) == (name, "round_robin", "lru")
+    assert [device["capacity_bytes"] for device in started["devices"]] == [4 * MIB] * 2
+
+    async with await CachePool.connect(name) as pool, await pool.request_cache("m", size="1MiB"):
+        status = json.loads((await cli("status", "--name", name, "--json", "-")).stdout)
+        assert sum(device["live_bytes"] for device in status["devices"]) == MIB
+        assert (status["clients"], status["models"]) == (1, {"m": 1})
+        table = (await cli("status", "--name", name)).stdout
+        for text in (f"pool {name} (lru; placement round_robin)", "4 MiB", "1 MiB", "1 clients, 0 keys"):
+            assert text in table
+        refused = await cli("stop", "--name", name, code=2)
+        assert refused.stderr.startswith("kvpool: ")
+        assert name in pool_names()
+
+    assert (await cli("stop", "--name", name)).stdout == f"pool {name} is deleted\n"
+    assert name not in pool_names()
+
+
+async def test_starting_the_same_pool_again_joins_it_and_another_of_its_name_is_refused(cli: Cli, name: str) -> None:
+    await cli("start", "--name", name, "--devices", "host:1x4MiB")
+    await cli("start", "--name", name, "--devices", "host:1x4MiB")
+    refused = await cli("start", "--name", name, "--devices", "host:2x4MiB", code=2)
+    assert refused.stderr.startswith("kvpool: ")
+    assert name in refused.stderr
+    status = json.loads((await cli("status", "--name", name, "--json", "-")).stdout)
+    assert len(status["devices"]) == 1
+
+
+async def test_a_preset_may_be_given_another_size_and_policy(cli: Cli, name: str) -> None:
+    answer = await cli(
+        "start", "--name", name, "--preset", "vista", "--num-gpus", 2, "--memory-per-device", "4MiB", "--policy", "lru"
+    )
+    assert f"pool {name} (lru; placement least_loaded)" in answer.stdout
+    status = json.loads((await cli("status", "--name", name, "--json", "-")).stdout)
+    assert (status["preset"], status["policy_requested"]) == ("vista", "lru")
+    assert [device["capacity_bytes"] for device in status["devices"]] == [4 * MIB] * 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("status", "--name", "absent"), "no pool named 'absent' is running in this cluster"),
+        (("stop", "--name", "absent"), "no pool named 'absent' is running in this cluster"),
+        (("start", "--devices", "gpu:2"), "devices='gpu:2' is not understood"),
+        (("start", "--name", "x", "--devices", "host:1x4MiB", "--policy", "optimal"), "'optimal'"),
+        (("start", "--name", "x", "--devices", "host:1x4MiB", "--placement", "nearest"), "'nearest'"),
+        (("start", "--preset", "vista", "--num-gpus", "0"), "asked for num_gpus=0"),
+        (("replay", "absent.jsonl"), "there is no trace file absent.jsonl"),
+        (("replay", "--capacity", "2"), "--capacity is a share"),
+        (("replay", "--speed", "3x"), "--speed is one of max, 1x, 10x, not '3x'"),
+        (("replay", "--block-bytes", "12"), "--block-bytes must be a positive multiple of 8"),
+        (("replay", "--pool", "absent"), "no pool named 'absent' is running in this cluster"),
+        (("replay", "--out", "/proc/nowhere"), "--out /proc/nowhere: cannot write there"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+async def test_bad_input_is_one_clear_line(cli: Cli, arguments: tuple[str, ...], message: str) -> None:
+    before = pool_names()
+    answer = await cli(*arguments, code=2)
+    assert answer.stdout == ""
+    assert message in answer.stderr
+    assert answer.stderr.startswith("kvpool: ")
+    assert answer.stderr.count("\n") == 1
+    assert pool_names() == before
+
+
+# -- replay -----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_replay_hits_what_simulate_says_and_every_byte_is_right(cli: Cli, trace: Path, tmp_path: Path) -> None:
+    before = pool_names()
+    answer = await cli(
+        "replay", trace, "--capacity", "0.2", "--block-bytes", BLOCK_BYTES, "--out", tmp_path / "out", "--json", "-"
+    )
+    figures = json.loads(answer.stdout)
+    blocks = [len(request.hash_ids) for request in requests()]
+    assert (figures["requests"], figures["blocks"]) == (len(blocks), sum(blocks))
+    assert figures["wrong_bytes"] == 0
+    assert figures["verified_bytes"] == figures["blocks_hit"] * BLOCK_BYTES > 0
+    assert figures["evictions"] > 0
+    assert 0 < figures["peak_memory_bytes"] <= figures["capacity_bytes"]
+    capacity_blocks = round(0.2 * unique_blocks(requests()))
+    assert figures["prefix_hit_ratio"] == pytest.approx(simulated_ratio(trace, capacity_blocks), abs=0.02)
+    assert json.loads((tmp_path / "out" / "replay.json").read_text(encoding="utf-8")) == figures
+    assert (tmp_path / "out" / "replay.png").read_bytes().startswith(b"\x89PNG")
+    assert "wrote" in answer.stderr
+    assert pool_names() == before
+
+
+async def test_a_replay_on_devices_of_a_given_size_ends_with_a_table(cli: Cli, trace: Path) -> None:
+    answer = await cli("replay", trace, "--devices", "host:2x4MiB", "--block-bytes", BLOCK_BYTES, "--limit", 60)
+    lines = answer.stdout.splitlines()
+    assert "replay of small.jsonl" in lines[0]
+    table = dict((cell.strip() for cell in line.strip("│ ").split("│")) for line in lines if line.startswith("│"))
+    assert table["wrong bytes"] == "0"
+    assert table["requests"] == "60"
+    assert table["peak memory"].endswith("of 8 MiB")
+    assert not table["verified bytes"].startswith("0 ")
+
+
+async def test_a_replay_uses_a_running_pool_and_leaves_it_running(cli: Cli, trace: Path, name: str) -> None:
+    await cli("start", "--name", name, "--devices", "host:1x4MiB")
+    command = ("replay", trace, "--pool", name, "--block-bytes", 4096, "--limit", 30, "--json", "-")
+    first, second = [json.loads((await cli(*command)).stdout) for _ in range(2)]
+    assert first["wrong_bytes"] == second["wrong_bytes"] == 0
+    assert second["prefix_hit_ratio"] > first["prefix_hit_ratio"], "the second finds what the first has stored"
+    assert first["capacity_bytes"] == 4 * MIB
+    status = json.loads((await cli("status", "--name", name, "--json", "-")).stdout)
+    assert status["blocks_hit"] == first["blocks_hit"] + second["blocks_hit"]
+    assert (status["clients"], sum(device["pinned_bytes"] for device in status["devices"])) == (0, 0)
+
+
+# -- help -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["alloc", "concurrency", "put-get"])
+def test_each_benchmark_explains_itself(command: str) -> None:
+    runner = CliRunner()
+    assert command in runner.invoke(main, ["bench", "--help"]).stdout
+    result = runner.invoke(main, ["bench", command, "--help"])
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "--json FILE" in result.stdout
