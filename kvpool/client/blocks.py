@@ -60,6 +60,8 @@ class LeasedBlocks:
         """Return where each block begins in this process's memory. Valid while the lease is held."""
         self._lease.check_held()
         arenas = self._connection.arenas
+        for device in set(self._devices):
+            arenas[device].ensure([], self.access)  # mapped already; raises if the device is lost
         return [
             arenas[device].address(place[0], self.access)
             for device, place in zip(self._devices, self._places, strict=True)

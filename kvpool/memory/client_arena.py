@@ -135,6 +135,8 @@ class ClientArena:
         try:
             self._check_usable()
             self._base(access)
+            if not self._connection.live:  # also when all is mapped: a dead owner's pages are lost, and it says so
+                self._reconnect()
             try:
                 self._request(pages, access, deadline)
             except DeviceLostError:

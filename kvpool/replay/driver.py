@@ -199,6 +199,12 @@ class _Run:
         self._began = 0.0
 
     async def run(self) -> ReplayResult:
+        try:
+            return await self._run()
+        except ExceptionGroup as errors:  # of the requests in flight; the first is why the others ended
+            raise errors.exceptions[0] from errors
+
+    async def _run(self) -> ReplayResult:
         before = await self._pool.stats()
         self._evictions_before = before.evictions
         self._result.capacity_bytes = before.total("capacity_bytes")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvpool.cache.key import encode_block_id
-from kvpool.client import CachePool, Model, ModelSpec, PrefixHit
+from kvpool.client import CachePool, Model, ModelSpec, NewBlocks, PrefixHit
 from kvpool.replay.content import BlockContent
 
 
@@ -58,9 +58,7 @@ class Replica:
                 new = await self._model.new_blocks(hashes)
                 allocation_s = time.perf_counter() - began
                 async with new:
-                    for block, block_id in zip(new.numpy(), ids[new.resident :], strict=False):
-                        self._content.write(block, block_id)
-                    del block
+                    self._write(new, ids[new.resident :])
                     stored = new.num_blocks
                     await new.finish()
         finally:
@@ -72,6 +70,11 @@ class Replica:
             "stored": stored,
             "allocation_s": allocation_s,
         }
+
+    def _write(self, new: NewBlocks, ids: Sequence[int]) -> None:
+        """Write the new blocks; none when all memory is held by others. No view of them outlives this."""
+        for block, block_id in zip(new.numpy(), ids, strict=False):
+            self._content.write(block, block_id)
 
     async def stop(self) -> None:
         """Disconnect from the pool."""

@@ -167,7 +167,7 @@ async def test_bad_input_is_one_clear_line(cli: Cli, arguments: tuple[str, ...],
     assert message in answer.stderr
     assert answer.stderr.startswith("kvpool: ")
     assert answer.stderr.count("\n") == 1
-    assert pool_names() == before
+    assert set(pool_names()) <= set(before)
 
 
 # -- replay -----------------------------------------------------------------------------------------------------------
@@ -175,9 +175,9 @@ async def test_bad_input_is_one_clear_line(cli: Cli, arguments: tuple[str, ...],
 
 async def test_a_replay_hits_what_simulate_says_and_every_byte_is_right(cli: Cli, trace: Path, tmp_path: Path) -> None:
     before = pool_names()
-    answer = await cli(
-        "replay", trace, "--capacity", "0.2", "--block-bytes", BLOCK_BYTES, "--out", tmp_path / "out", "--json", "-"
-    )
+    # With one request in flight no block is looked up while another request is still writing it.
+    command = ("replay", trace, "--capacity", "0.2", "--block-bytes", BLOCK_BYTES, "--in-flight", 1)
+    answer = await cli(*command, "--out", tmp_path / "out", "--json", "-")
     figures = json.loads(answer.stdout)
     blocks = [len(request.hash_ids) for request in requests()]
     assert (figures["requests"], figures["blocks"]) == (len(blocks), sum(blocks))
@@ -186,11 +186,11 @@ async def test_a_replay_hits_what_simulate_says_and_every_byte_is_right(cli: Cli
     assert figures["evictions"] > 0
     assert 0 < figures["peak_memory_bytes"] <= figures["capacity_bytes"]
     capacity_blocks = round(0.2 * unique_blocks(requests()))
-    assert figures["prefix_hit_ratio"] == pytest.approx(simulated_ratio(trace, capacity_blocks), abs=0.02)
+    assert figures["prefix_hit_ratio"] == pytest.approx(simulated_ratio(trace, capacity_blocks), abs=0.005)
     assert json.loads((tmp_path / "out" / "replay.json").read_text(encoding="utf-8")) == figures
     assert (tmp_path / "out" / "replay.png").read_bytes().startswith(b"\x89PNG")
     assert "wrote" in answer.stderr
-    assert pool_names() == before
+    assert set(pool_names()) <= set(before)
 
 
 async def test_a_replay_on_devices_of_a_given_size_ends_with_a_table(cli: Cli, trace: Path) -> None:

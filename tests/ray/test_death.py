@@ -127,7 +127,6 @@ async def test_a_connection_that_fails_half_way_leaves_nothing(make_pool, tmp_pa
         os.rename(away, socket)
 
 
-@pytest.mark.xfail(strict=True, reason="an arena whose pages are all mapped asks nobody whether its owner still lives")
 async def test_a_view_of_lost_memory_is_refused(pool):
     cache = await pool.request_cache("m", size="64KiB")
     cache.numpy("uint8", (10,))[:] = 1
@@ -138,6 +137,17 @@ async def test_a_view_of_lost_memory_is_refused(pool):
             cache.numpy("uint8", (10,))
     finally:
         await cache.release()
+
+
+async def test_blocks_of_lost_memory_are_not_opened(pool):
+    model = await pool.model(BLOCKS)
+    new = await model.new_blocks([encode_block_id(1)])
+    device = new._devices[0]
+    await kill_device(pool, device)
+    await until(lambda: not pool._connection.arenas[device]._connection.live, "the client notices")
+    with pytest.raises(DeviceLostError):
+        new.numpy()
+    await new.release()
 
 
 async def test_a_pool_deleted_by_another_leaves_nothing_here(pool):

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from time import monotonic, sleep
 
 from kvpool.workload import generate
 
@@ -44,13 +45,38 @@ def started_with(mark: str) -> dict[int, str]:
 def test_the_demo_replays_a_trace_prints_the_figures_and_stops_its_ray(tmp_path: Path) -> None:
     trace = tmp_path / "small.jsonl"
     requests = write_trace(trace)
-    mark = f"KVPOOL_DEMO_TEST={tmp_path}"
+    mark = f"KVPOOL_HOST=demo-{tmp_path}"  # any variable would do that kvpool does not refuse
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "KVPOOL_"))}
-    with (tmp_path / "log").open("w+", encoding="utf-8") as log:
-        demo = subprocess.Popen(
-            [sys.executable, str(DEMO), str(trace)],
-            cwd=tmp_path,
-            env=clean,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
+    variable, _, value = mark.partition("=")
+    done = subprocess.run(
+        [sys.executable, str(DEMO), str(trace)],
+        cwd=tmp_path,
+        env=clean | {variable: value},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    printed = done.stdout
+    table = {cells[0].strip(): cells[1].strip() for cells in rows_of(printed)}
+    assert table["wrong bytes"] == "0"
+    assert table["requests"] == str(requests)
+    assert "replay of small.jsonl" in printed
+    figures = json.loads((tmp_path / "demo-out" / "replay.json").read_text(encoding="utf-8"))
+    assert figures["requests"] == requests
+    assert figures["wrong_bytes"] == 0
+    assert figures["verified_bytes"] > 0
+    assert (tmp_path / "demo-out" / "replay.png").read_bytes().startswith(b"\x89PNG")
+
+    assert printed.rstrip().endswith("demo: Ray is stopped")
+    deadline_s = monotonic() + 20
+    while (left := started_with(mark)) and monotonic() < deadline_s:
+        sleep(0.1)  # killed processes are reaped in their own time
+    assert left == {}
+
+
+def rows_of(printed: str) -> list[list[str]]:
+    lines = (line for line in printed.splitlines() if line.startswith("│"))
+    return [line.strip("│ ").split("│") for line in lines]
