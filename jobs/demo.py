@@ -30,12 +30,18 @@ def main() -> int:
 
     print("demo: starting Ray ...", flush=True)
     context = ray.init(
-        include_dashboard=True, dashboard_host="127.0.0.1", dashboard_port=_free_port(), log_to_driver=False
+        address="local",
+        include_dashboard=True,
+        dashboard_host="127.0.0.1",
+        dashboard_port=_free_port(),
+        log_to_driver=False,
     )
     try:
         print(f"demo: dashboard at http://{context.dashboard_url}", flush=True)
         trace = ["--trace", str(Path(sys.argv[1]).resolve())] if sys.argv[1:] and sys.argv[1] else []
-        job = ["python", "replay_trace.py", *trace, "--capacity", "0.05", "--out", str(OUT.resolve())]
+        # Where several Rays run on one machine, Ray 2.60 gives a job the address of any of them.
+        job = ["env", f"RAY_ADDRESS={context.address_info['gcs_address']}"]
+        job += ["python", "replay_trace.py", *trace, "--capacity", "0.05", "--out", str(OUT.resolve())]
         command = [ray_command, "job", "submit", "--address", f"http://{context.dashboard_url}"]
         command += ["--working-dir", str(JOBS), "--", *job]
         print("demo:", " ".join(command), flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,6 +19,8 @@ from kvpool.config import PoolConfig
 from kvpool.errors import ConfigError
 from kvpool.memory.host import HostBackend
 from kvpool.pool.instructions import Send
+
+logger = logging.getLogger("kvpool.pool")
 
 _POLL_S = 30.0
 """How long a long poll of a device waits at most, seconds."""
@@ -147,4 +150,8 @@ class Fleet:
                 self._lost(number, [], str(error))
                 return
             for event in events:
-                self._happened(number, event)
+                try:
+                    self._happened(number, event)
+                except Exception:
+                    # A bug in a decision must not end the watch: the next client's death would go unseen.
+                    logger.exception("device %d told %s, which could not be handled", number, event)

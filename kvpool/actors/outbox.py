@@ -42,15 +42,22 @@ class Outbox:
         """Add an operation; it leaves at once, or with the next batch."""
         self._pending.append(send)
         if self._task is None:
-            self._task = asyncio.get_running_loop().create_task(self._run())
+            self._start()
+
+    def _start(self) -> None:
+        self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def _run(self) -> None:
-        while self._pending:
-            sent, self._pending = self._pending, []
-            try:
-                answers, zombies = await self._actor.apply.remote([send.operation for send in sent])
-            except ActorLost as error:
-                self._lost(sent, str(error))
-            else:
-                self._answered(sent, answers, zombies)
-        self._task = None
+        try:
+            while self._pending:
+                sent, self._pending = self._pending, []
+                try:
+                    answers, zombies = await self._actor.apply.remote([send.operation for send in sent])
+                except ActorLost as error:
+                    self._lost(sent, str(error))
+                else:
+                    self._answered(sent, answers, zombies)
+        finally:
+            self._task = None  # also after a bug in a decision: what comes next must not wait for ever
+            if self._pending:
+                self._start()

@@ -20,7 +20,7 @@ import time
 from typing import Any
 
 from kvpool.actors.cluster import find_actor, make_actor
-from kvpool.actors.fleet import Fleet
+from kvpool.actors.executor import Executor
 from kvpool.actors.grants import GrantStream
 from kvpool.actors.protocol import (
     BLOCKS_ITEM,
@@ -29,28 +29,16 @@ from kvpool.actors.protocol import (
     PREFIX_ITEM,
     PROTOCOL_VERSION,
     SEAL_ITEM,
-    check_items,
 )
 from kvpool.config import PoolConfig
-from kvpool.errors import DeviceLostError, KvpoolError, PoolBusyError
+from kvpool.errors import KvpoolError, PoolBusyError
 from kvpool.pool.instructions import (
-    Batch,
-    BatchDone,
     BlocksRequested,
     CachesRequested,
-    ClientGone,
-    DeviceAnswered,
-    DeviceFreed,
-    DeviceLost,
-    Event,
-    Grant,
-    Instruction,
     PinRequested,
     PrefixesLookedUp,
     ReleaseRequested,
     SealRequested,
-    Send,
-    Tick,
     TicketsCancelled,
 )
 from kvpool.pool.leases import PINNER
@@ -74,12 +62,9 @@ class PoolActor:
         self._state = PoolState(
             self._config.name, self._config.policy, self._config.placement, self._config.queue_limit
         )
-        self._fleet = Fleet(self._device_answered, self._device_told, self._device_lost)
+        self._executor = Executor(self._state)
+        self._fleet = self._executor.fleet
         self._described: list[dict[str, Any]] = []
-        self._done: dict[Batch, asyncio.Future[list[Any]]] = {}
-        self._grants: dict[str, GrantStream] = {}
-        self._timer: asyncio.TimerHandle | None = None
-        self._timer_due = 0.0
         self._draining = False
         self._started: asyncio.Task[None] | None = None
 
@@ -173,16 +158,16 @@ class PoolActor:
             )
         except KvpoolError as error:
             return {"error": error.to_wire()}
-        self._grants[known.id] = GrantStream()
-        await self._finish(batch, instructions)
+        self._executor.grants[known.id] = GrantStream()
+        await self._executor.finish(batch, instructions)
         return described | {"reachable": known.devices}
 
     async def disconnect(self, client: str) -> None:
         """End all leases of a client that leaves."""
         batch, instructions = self._state.disconnect(client)
-        self._grants.pop(client, None)
+        self._executor.grants.pop(client, None)
         if batch.size:
-            await self._finish(batch, instructions)
+            await self._executor.finish(batch, instructions)
 
     async def register_model(self, client: str, spec: dict[str, Any]) -> Any:
         """Return ``("model", number)`` for a model's ``name``, ``identity``, ``block_bytes`` and ``limit_bytes``."""
@@ -196,45 +181,45 @@ class PoolActor:
         if self._draining:
             error = PoolBusyError(f"pool {self._config.name!r} is being deleted and gives out no more memory")
             return [("error", *error.to_wire())] * len(items)
-        return await self._submit(CachesRequested, CACHE_ITEM, client, items)
+        return await self._executor.submit(CachesRequested, CACHE_ITEM, client, items)
 
     async def look_up(self, client: str, items: list[Any]) -> list[Any]:
         """Find and lease prefixes: ``("hit", ids, devices, places)``."""
-        return await self._submit(PrefixesLookedUp, PREFIX_ITEM, client, items)
+        return await self._executor.submit(PrefixesLookedUp, PREFIX_ITEM, client, items)
 
     async def request_blocks(self, client: str, items: list[Any]) -> list[Any]:
         """Ask for new blocks: ``("blocks", already resident, ids, devices, places)``, as many as fit."""
-        return await self._submit(BlocksRequested, BLOCKS_ITEM, client, items)
+        return await self._executor.submit(BlocksRequested, BLOCKS_ITEM, client, items)
 
     async def seal(self, client: str, items: list[Any]) -> list[Any]:
         """Seal caches: ``("sealed", [True, "duplicate" or an error for each id])``."""
-        return await self._submit(SealRequested, SEAL_ITEM, client, items, False)
+        return await self._executor.submit(SealRequested, SEAL_ITEM, client, items, False)
 
     async def seal_and_release(self, client: str, items: list[Any]) -> list[Any]:
         """Seal caches and end the client's lease on each, in one step."""
-        return await self._submit(SealRequested, SEAL_ITEM, client, items, True)
+        return await self._executor.submit(SealRequested, SEAL_ITEM, client, items, True)
 
     async def release(self, client: str, items: list[Any]) -> list[Any]:
         """End leases: ``("released", [True or an error for each id])``."""
-        return await self._submit(ReleaseRequested, LEASE_ITEM, client, items)
+        return await self._executor.submit(ReleaseRequested, LEASE_ITEM, client, items)
 
     async def pin(self, client: str, items: list[Any]) -> list[Any]:
         """Hold sealed caches beyond their leases, by the tenant's word."""
-        return await self._submit(PinRequested, LEASE_ITEM, client, items, True)
+        return await self._executor.submit(PinRequested, LEASE_ITEM, client, items, True)
 
     async def unpin(self, client: str, items: list[Any]) -> list[Any]:
         """Stop holding pinned caches."""
-        return await self._submit(PinRequested, LEASE_ITEM, client, items, False)
+        return await self._executor.submit(PinRequested, LEASE_ITEM, client, items, False)
 
     async def cancel(self, client: str, tickets: list[int]) -> list[int]:
         """Stop waiting; returns those of the tickets that still waited. The others' outcomes are on their way."""
         waiting = [ticket for ticket in tickets if ticket in self._state.allocations.queue]
-        self._decide(TicketsCancelled(client, waiting))
+        self._executor.decide(TicketsCancelled(client, waiting))
         return waiting
 
     async def grants(self, client: str, seen: int, wait_s: float) -> tuple[int, list[Any]]:
         """Return the outcomes of waiting requests after number ``seen`` (long poll of at most ``wait_s``)."""
-        stream = self._grants.get(client)
+        stream = self._executor.grants.get(client)
         return await stream.poll(seen, wait_s) if stream else (seen, [])
 
     async def describe_caches(self, client: str, ids: list[int]) -> list[Any]:
@@ -280,78 +265,6 @@ class PoolActor:
 
     def _alive(self) -> list[int]:
         return [device.number for device in self._state.ledger.devices if device.lost is None]
-
-    def _device_answered(self, number: int, sent: list[Send], answers: list[Any], zombies: tuple[int, int]) -> None:
-        self._decide(DeviceAnswered(number, sent, answers, zombies))
-
-    def _device_told(self, number: int, event: tuple[Any, ...]) -> None:
-        match event:
-            case ("gone", client, ended, freed):
-                self._grants.pop(client, None)
-                self._decide(ClientGone(client, number, ended, freed))
-            case ("freed", zombies):
-                self._decide(DeviceFreed(number, zombies))
-
-    def _device_lost(self, number: int, sent: list[Send], reason: str) -> None:
-        device = self._state.ledger.devices[number]
-        if device.lost is None:
-            logger.error("device %s of pool %s is lost: %s", device.name, self._config.name, reason)
-            self._decide(DeviceLost(number, reason))
-        error = DeviceLostError(f"device {device.name} is gone with all that was only there: {reason}")
-        self._carry_out(self._state.fail_operations(sent, error, time.monotonic()))
-
-    async def _submit(self, event: Any, fields: dict[str, Any], client: str, items: list[Any], *more: Any) -> list[Any]:
-        if not items:
-            return []
-        batch = Batch(len(items))
-        now = time.monotonic()
-        try:
-            check_items(items, fields)
-            instructions = self._state.handle(event(batch, client, items, *more), now)
-        except KvpoolError as error:
-            return [("error", *error.to_wire())] * len(items)
-        return await self._finish(batch, instructions)
-
-    async def _finish(self, batch: Batch, instructions: list[Instruction]) -> list[Any]:
-        future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
-        self._done[batch] = future
-        self._carry_out(instructions)
-        return await future
-
-    def _decide(self, event: Event) -> None:
-        self._carry_out(self._state.handle(event, time.monotonic()))
-
-    def _carry_out(self, instructions: list[Instruction]) -> None:
-        for instruction in instructions:
-            match instruction:
-                case Send():
-                    self._fleet.put(instruction)
-                case BatchDone():
-                    future = self._done.pop(instruction.batch)
-                    if not future.cancelled():
-                        future.set_result(instruction.batch.answers)
-                case Grant():
-                    stream = self._grants.get(instruction.client)
-                    if stream is not None:
-                        stream.put(instruction.ticket, instruction.answer)
-        self._set_timer()
-
-    def _set_timer(self) -> None:
-        deadline = self._state.next_deadline()
-        if self._timer is not None:
-            if deadline is not None and self._timer_due <= deadline:
-                return
-            self._timer.cancel()
-            self._timer = None
-        if deadline is not None:
-            # The loop's clock is time.monotonic(), the clock of all decisions. (Ray's uvloop does not say when a timer
-            # is due that was due at once, so that is kept here.)
-            self._timer_due = deadline
-            self._timer = asyncio.get_running_loop().call_at(deadline, self._tick)
-
-    def _tick(self) -> None:
-        self._timer = None
-        self._decide(Tick())
 
 
 def find_pool(name: str) -> Any:

@@ -1,0 +1,125 @@
+"""Carries out what the pool's state decides: operations to devices, answers to callers, grants to those who wait."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+from kvpool.actors.fleet import Fleet
+from kvpool.actors.grants import GrantStream
+from kvpool.actors.protocol import check_items
+from kvpool.errors import DeviceLostError, KvpoolError
+from kvpool.pool.instructions import (
+    Batch,
+    BatchDone,
+    ClientGone,
+    DeviceAnswered,
+    DeviceFreed,
+    DeviceLost,
+    Event,
+    Grant,
+    Instruction,
+    Send,
+    Tick,
+)
+from kvpool.pool.state import PoolState
+
+logger = logging.getLogger("kvpool.pool")
+
+
+class Executor:
+    """The pool's state in an event loop, with the devices that carry out its instructions.
+
+    Parameters
+    ----------
+    state
+        Whose decisions are carried out, one at a time.
+    """
+
+    def __init__(self, state: PoolState) -> None:
+        self._state = state
+        self.fleet = Fleet(self._device_answered, self._device_told, self._device_lost)
+        self.grants: dict[str, GrantStream] = {}
+        self._done: dict[Batch, asyncio.Future[list[Any]]] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_due = 0.0
+
+    def _device_answered(self, number: int, sent: list[Send], answers: list[Any], zombies: tuple[int, int]) -> None:
+        self.decide(DeviceAnswered(number, sent, answers, zombies))
+
+    def _device_told(self, number: int, event: tuple[Any, ...]) -> None:
+        match event:
+            case ("gone", client, ended, freed):
+                self.grants.pop(client, None)
+                self.decide(ClientGone(client, number, ended, freed))
+            case ("freed", zombies):
+                self.decide(DeviceFreed(number, zombies))
+
+    def _device_lost(self, number: int, sent: list[Send], reason: str) -> None:
+        device = self._state.ledger.devices[number]
+        if device.lost is None:
+            logger.error("device %s of pool %s is lost: %s", device.name, self._state.name, reason)
+            self.decide(DeviceLost(number, reason))
+        error = DeviceLostError(f"device {device.name} is gone with all that was only there: {reason}")
+        self._carry_out(self._state.fail_operations(sent, error, time.monotonic()))
+
+    async def submit(self, event: Any, fields: dict[str, Any], client: str, items: list[Any], *more: Any) -> list[Any]:
+        """Decide on a batch of items of one client; returns an answer for each.
+
+        ``event`` is the class of the event, ``more`` what it takes beyond the items; ``fields`` describes an item.
+        """
+        if not items:
+            return []
+        batch = Batch(len(items))
+        now = time.monotonic()
+        try:
+            check_items(items, fields)
+            instructions = self._state.handle(event(batch, client, items, *more), now)
+        except KvpoolError as error:
+            return [("error", *error.to_wire())] * len(items)
+        return await self.finish(batch, instructions)
+
+    async def finish(self, batch: Batch, instructions: list[Instruction]) -> list[Any]:
+        """Carry instructions out and wait until ``batch`` has all its answers."""
+        future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+        self._done[batch] = future
+        self._carry_out(instructions)
+        return await future
+
+    def decide(self, event: Event) -> None:
+        """Decide on an event, now, and carry out what follows."""
+        self._carry_out(self._state.handle(event, time.monotonic()))
+
+    def _carry_out(self, instructions: list[Instruction]) -> None:
+        for instruction in instructions:
+            match instruction:
+                case Send():
+                    self.fleet.put(instruction)
+                case BatchDone():
+                    future = self._done.pop(instruction.batch)
+                    if not future.cancelled():
+                        future.set_result(instruction.batch.answers)
+                case Grant():
+                    stream = self.grants.get(instruction.client)
+                    if stream is not None:
+                        stream.put(instruction.ticket, instruction.answer)
+        self._set_timer()
+
+    def _set_timer(self) -> None:
+        deadline = self._state.next_deadline()
+        if self._timer is not None:
+            if deadline is not None and self._timer_due <= deadline:
+                return
+            self._timer.cancel()
+            self._timer = None
+        if deadline is not None:
+            # The loop's clock is time.monotonic(), the clock of all decisions. (Ray's uvloop does not say when a timer
+            # is due that was due at once, so that is kept here.)
+            self._timer_due = deadline
+            self._timer = asyncio.get_running_loop().call_at(deadline, self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        self.decide(Tick())
