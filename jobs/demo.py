@@ -10,10 +10,13 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 JOBS = Path(__file__).resolve().parent
 OUT = Path("demo-out")
+_START_S = 60.0
 
 
 def main() -> int:
@@ -26,29 +29,46 @@ def main() -> int:
     subprocess.run([ray_command, "get-auth-token", "--generate"], check=True, stdout=subprocess.DEVNULL)
     # The job's entry point is looked up in the PATH that the cluster was started with.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    import ray
+    os.environ["RAY_AUTH_MODE"] = "token"  # what ray.init() sets: the cluster asks for the token, its clients show it
+    os.environ.pop("RAY_ADDRESS", None)
+    # Every port and the folder are its own, so that it runs beside other Rays: with ray.init() the agent that takes
+    # jobs would have a fixed port, and a job would be given the address of any Ray on the machine.
+    ports = {name: _free_port() for name in ("port", "dashboard-port", "dashboard-agent-listen-port")}
+    dashboard = f"http://127.0.0.1:{ports['dashboard-port']}"
+    with tempfile.TemporaryDirectory(prefix="kvpool-demo-", ignore_cleanup_errors=True) as folder:
+        start = [ray_command, "start", "--head", "--block", "--disable-usage-stats", "--temp-dir", folder]
+        start += ["--node-ip-address", "127.0.0.1", "--ray-client-server-port", str(_free_port())]
+        start += [f"--{name}={port}" for name, port in ports.items()]
+        print("demo: starting Ray ...", flush=True)
+        cluster = subprocess.Popen(start, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            if not _answers(ports["dashboard-port"], cluster):
+                print(f"demo: Ray did not start; its logs are in {folder}, try: {' '.join(start)}", file=sys.stderr)
+                return 2
+            print(f"demo: dashboard at {dashboard}", flush=True)
+            trace = ["--trace", str(Path(sys.argv[1]).resolve())] if sys.argv[1:] and sys.argv[1] else []
+            job = ["env", f"RAY_ADDRESS=127.0.0.1:{ports['port']}", "python", "replay_trace.py", *trace]
+            job += ["--capacity", "0.05", "--out", str(OUT.resolve())]
+            command = [ray_command, "job", "submit", "--address", dashboard, "--working-dir", str(JOBS), "--", *job]
+            print("demo:", " ".join(command), flush=True)
+            return subprocess.run(command, check=False).returncode
+        finally:
+            cluster.terminate()
+            cluster.wait()
+            print("demo: Ray is stopped", flush=True)
 
-    print("demo: starting Ray ...", flush=True)
-    context = ray.init(
-        address="local",
-        include_dashboard=True,
-        dashboard_host="127.0.0.1",
-        dashboard_port=_free_port(),
-        log_to_driver=False,
-    )
-    try:
-        print(f"demo: dashboard at http://{context.dashboard_url}", flush=True)
-        trace = ["--trace", str(Path(sys.argv[1]).resolve())] if sys.argv[1:] and sys.argv[1] else []
-        # Where several Rays run on one machine, Ray 2.60 gives a job the address of any of them.
-        job = ["env", f"RAY_ADDRESS={context.address_info['gcs_address']}"]
-        job += ["python", "replay_trace.py", *trace, "--capacity", "0.05", "--out", str(OUT.resolve())]
-        command = [ray_command, "job", "submit", "--address", f"http://{context.dashboard_url}"]
-        command += ["--working-dir", str(JOBS), "--", *job]
-        print("demo:", " ".join(command), flush=True)
-        return subprocess.run(command, check=False).returncode
-    finally:
-        ray.shutdown()
-        print("demo: Ray is stopped", flush=True)
+
+def _answers(port: int, cluster: subprocess.Popen[bytes]) -> bool:
+    """Wait until something listens on the port; False when Ray ends before, or after a minute."""
+    deadline = time.monotonic() + _START_S
+    while cluster.poll() is None and time.monotonic() < deadline:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1.0).close()
+        except OSError:
+            time.sleep(0.1)
+        else:
+            return True
+    return False
 
 
 def _free_port() -> int:

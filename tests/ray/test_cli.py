@@ -204,9 +204,7 @@ async def test_a_replay_on_devices_of_a_given_size_ends_with_a_table(cli: Cli, t
     assert not table["verified bytes"].startswith("0 ")
 
 
-async def test_requests_that_take_all_memory_leave_nothing_to_the_next_and_that_is_no_error(
-    cli: Cli, trace: Path
-) -> None:
+async def test_when_requests_in_flight_hold_all_memory_the_next_stores_nothing(cli: Cli, trace: Path) -> None:
     command = ("replay", trace, "--devices", "host:1x2MiB", "--limit", 60, "--in-flight", 6, "--json", "-")
     figures = json.loads((await cli(*command)).stdout)
     assert (figures["requests"], figures["wrong_bytes"], figures["capacity_bytes"]) == (60, 0, 2 * MIB)
