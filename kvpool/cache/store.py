@@ -87,11 +87,12 @@ class DeviceStore:
     def apply(self, operations: Sequence[Operation]) -> list[Any]:
         """Carry the operations out in order; one that fails answers with its error and does no more than evict."""
         answers: list[Any] = []
-        for operation in operations:
-            try:
-                answers.append(self._handlers[operation[0]](*operation[1:]))
-            except KvpoolError as error:
-                answers.append(("error", *error.to_wire()))
+        with self.allocator.change():
+            for operation in operations:
+                try:
+                    answers.append(self._handlers[operation[0]](*operation[1:]))
+                except KvpoolError as error:
+                    answers.append(("error", *error.to_wire()))
         return answers
 
     def authorize(self, client: str, token: str) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from kvpool.errors import (
     AddressSpaceError,
     BackendError,
@@ -72,6 +75,7 @@ class GPUMemoryAllocator:
         self._waiting: set[int] = set()
         self._live: dict[int, Allocation] = {}
         self._live_bytes = 0
+        self._changes = 0  # blocks of change() under way
         self._highest_id = -1
         self._page_shift = page_size_bytes.bit_length() - 1
         self._table = PageTable(backend, capacity_pages, page_size_bytes, arena_pages)
@@ -188,7 +192,7 @@ class GPUMemoryAllocator:
             raise self._not_live(cache_id) from None
 
     def free(self, cache_id: int) -> None:
-        """Free a cache; its pages stay warm unless others live in them. Then :meth:`poll`, if anyone waits.
+        """Free a cache; its pages stay warm, within the reserve's bound. Then :meth:`poll`, if anyone waits.
 
         Raises
         ------
@@ -206,6 +210,23 @@ class GPUMemoryAllocator:
             self._shared.free(allocation.tenant, allocation.offset)
         else:
             self._ranges.put(allocation.offset >> self._page_shift)
+        if not self._changes:
+            self._ranges.bound()
+
+    @contextmanager
+    def change(self) -> Iterator[None]:
+        """Hold the reserve to its bound only at the end of the block: what is freed in it is warm for who comes next.
+
+        (Else evicting more than the bound for one large allocation would first give the memory back to the system,
+        and wait for all clients to unmap it.)
+        """
+        self._changes += 1
+        try:
+            yield
+        finally:
+            self._changes -= 1
+            if not self._changes:
+                self._ranges.bound()
 
     def trim(self, tenant: str | None = None) -> int:
         """Give warm pages back, of ``tenant`` or of all. Returns the bytes free by that; what clients map follows."""
@@ -259,11 +280,10 @@ class GPUMemoryAllocator:
 
     def _allocate(self, request: Request) -> Allocation:
         cache_id, tenant, size_bytes, maximum_bytes = request
-        while (place := self._place(tenant, size_bytes, maximum_bytes)) is None:
-            victim = None if self._victims is None else self._victims.next_victim()
-            if victim is None:
-                raise self._full(request)
-            self.free(victim)
+        place = self._place(tenant, size_bytes, maximum_bytes)
+        if place is None:
+            with self.change():
+                place = self._place_by_eviction(request)
         offset, pages = place
         allocation = Allocation(cache_id, tenant, offset, size_bytes, maximum_bytes, ((0, size_bytes),), pages)
         self._live[cache_id] = allocation
@@ -271,6 +291,14 @@ class GPUMemoryAllocator:
         if cache_id > self._highest_id:
             self._highest_id = cache_id
         return allocation
+
+    def _place_by_eviction(self, request: Request) -> Place:
+        while self._victims is not None and (victim := self._victims.next_victim()) is not None:
+            self.free(victim)
+            place = self._place(request.tenant, request.size_bytes, request.max_size_bytes)
+            if place is not None:
+                return place
+        raise self._full(request)
 
     def _place(self, tenant: str, size_bytes: int, maximum_bytes: int) -> Place | None:
         """Return offset and pages, or ``None`` if there is no room."""

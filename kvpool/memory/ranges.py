@@ -56,10 +56,13 @@ class RangeAllocator:
         return taken
 
     def put(self, index: int) -> None:
-        """Take the range at ``index`` back: nothing lives in it any more. It stays warm, as far as the bound goes."""
+        """Take the range at ``index`` back: nothing lives in it any more. It stays warm, see :meth:`bound`."""
         shape, unused = self.in_use.pop(index)
         self.table.rest(unused.pages)
         self._reserve.put(shape, unused)
+
+    def bound(self) -> None:
+        """Give the oldest warm ranges back to the system, as far as they are above the reserve's bound."""
         while self._reserve.pages > self.reserve_pages:
             self._trim_oldest(None)
 

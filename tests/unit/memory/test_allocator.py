@@ -207,6 +207,35 @@ def test_the_reserve_is_bounded_and_the_oldest_leaves_first(make: Callable[..., 
     assert allocator.usage().free_bytes == 6 * PAGE
 
 
+def test_what_is_freed_within_a_change_is_warm_for_who_comes_next(make: Callable[..., GPUMemoryAllocator]) -> None:
+    """The bound must not send pages away that the same change needs: a client maps them, so they would be zombies."""
+    allocator = make(reserve_bytes=PAGE)
+    for cache_id in range(PAGES):
+        where = allocator.allocate(cache_id, PAGE)
+        os.close(allocator.export("client", "default", *where.pages[0]))
+    with allocator.change():
+        for cache_id in range(PAGES):
+            allocator.free(cache_id)
+        for cache_id in range(100, 100 + PAGES - 3):
+            allocator.allocate(cache_id, PAGE)
+        assert allocator.usage().zombie_bytes == 0
+    assert allocator.usage().reserve_bytes == PAGE
+    assert allocator.usage().zombie_bytes == 2 * PAGE
+    allocator.check()
+
+
+def test_an_eviction_above_the_bound_makes_room_at_once(make: Callable[..., GPUMemoryAllocator]) -> None:
+    victims = Victims()
+    allocator = make(reserve_bytes=PAGE, victims=victims)
+    for cache_id in range(PAGES):
+        where = allocator.allocate(cache_id, PAGE)
+        os.close(allocator.export("client", "default", *where.pages[0]))
+        victims.order.append(cache_id)
+    assert len(allocator.allocate(100, (PAGES - 1) * PAGE).pages) == PAGES - 1
+    assert allocator.usage().zombie_bytes == 0
+    allocator.check()
+
+
 def test_trim_gives_back_what_one_or_all_keep_warm(make: Callable[..., GPUMemoryAllocator]) -> None:
     allocator = make()
     for i, tenant in enumerate("aab"):
