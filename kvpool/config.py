@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml  # type: ignore[import-untyped]
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -21,9 +21,19 @@ from kvpool.sizes import MIB, parse_size
 
 _PREFIX = "KVPOOL_"
 _ELSEWHERE = {"KVPOOL_TRACES", "KVPOOL_CONFIG", "KVPOOL_HOST"}  # read by other parts, not settings of a pool
+MOST_DEVICES = 1024
 _DEVICES = re.compile(r"host:([1-9][0-9]*)(?:x(.+))?")
 
 SizeBytes = Annotated[int, BeforeValidator(parse_size)]
+
+
+def _power_of_two(size_bytes: int) -> int:
+    if size_bytes & (size_bytes - 1):
+        raise ValueError(f"must be a power of two of bytes, not {size_bytes}")
+    return size_bytes
+
+
+PowerOfTwoBytes = Annotated[int, BeforeValidator(parse_size), AfterValidator(_power_of_two)]
 
 
 class PoolConfig(BaseSettings):
@@ -41,8 +51,10 @@ class PoolConfig(BaseSettings):
     )
     devices: str = Field("host:1", description="'host:4' or 'host:4x512MiB': number and size of host-memory devices")
     memory_per_device: SizeBytes = Field(1024 * MIB, description="bytes of a device whose spec names no size")
-    page_size: SizeBytes | None = Field(None, description="bytes of a page; by default from the device's capacity")
-    min_block: SizeBytes = Field(4096, description="smallest range of addresses handed out, bytes")
+    page_size: PowerOfTwoBytes | None = Field(
+        None, description="bytes of a page; by default from the device's capacity"
+    )
+    min_block: PowerOfTwoBytes = Field(4096, description="smallest range of addresses handed out, bytes")
     arena_factor: int = Field(8, ge=1, le=1024, description="reserved addresses of a device, times its memory")
     reserve: float = Field(0.5, ge=0.0, le=1.0, description="share of a device that may be kept as warm pages")
     policy: str = Field("lru", description="eviction policy")
@@ -51,7 +63,9 @@ class PoolConfig(BaseSettings):
         0.8, gt=0.0, le=1.0, description="share of memory in use above which eviction runs ahead"
     )
     queue_limit: int = Field(10_000, ge=1, description="most requests that may wait for memory")
-    timeout_s: float = Field(30.0, gt=0.0, description="how long a request waits for memory unless it says otherwise")
+    timeout_s: float = Field(
+        30.0, gt=0.0, allow_inf_nan=False, description="how long a request waits for memory unless it says otherwise"
+    )
     socket_dir: Path | None = Field(None, description="folder of the device sockets; by default a private one in /tmp")
     preset: str | None = Field(None, description="name of the preset this config came from, for the statistics")
     policy_requested: str | None = Field(None, description="the policy a preset names, when another stands in for it")
@@ -86,6 +100,10 @@ class PoolConfig(BaseSettings):
         if match is None:
             raise ConfigError(
                 f"devices={self.devices!r} is not understood: write 'host:2' or 'host:2x512MiB'", asked=self.devices
+            )
+        if int(match.group(1)) > MOST_DEVICES:
+            raise ConfigError(
+                f"devices={self.devices!r}: a pool has at most {MOST_DEVICES} devices", asked=self.devices
             )
         size_bytes = parse_size(match.group(2)) if match.group(2) else self.memory_per_device
         return [size_bytes] * int(match.group(1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Callable
 from typing import Any
@@ -58,7 +59,12 @@ def ensure_ray(*, start: Callable[[], Any] | None = None) -> None:
     if ray.is_initialized():
         return
     try:
-        ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), namespace=NAMESPACE, log_to_driver=False)
+        ray.init(
+            address=os.environ.get("RAY_ADDRESS", "auto"),
+            namespace=NAMESPACE,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
     except ConnectionError as error:
         if start is None:
             raise PoolNotFoundError(
@@ -70,7 +76,7 @@ def ensure_ray(*, start: Callable[[], Any] | None = None) -> None:
 
 def start_local_ray() -> None:
     """Start a Ray of this process alone."""
-    ray.init(namespace=NAMESPACE, include_dashboard=False, log_to_driver=False)
+    ray.init(namespace=NAMESPACE, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
 
 
 def find_actor(name: str) -> Any:

@@ -56,6 +56,8 @@ class ModelSpec:
             raise InvalidRequestError(f"model {self.name!r}: dtype and block_shape come together")
         if self.block_shape is not None and self.block_bytes is not None:
             raise InvalidRequestError(f"model {self.name!r}: give dtype and block_shape, or block_bytes, not both")
+        if self.block_shape is not None:
+            object.__setattr__(self, "block_shape", tuple(self.block_shape))
         if self.block_shape is not None and not all(isinstance(n, int) and n > 0 for n in self.block_shape):
             raise InvalidRequestError(f"model {self.name!r}: block_shape={self.block_shape} must be positive integers")
 

@@ -142,6 +142,7 @@ class BlockAllocations:
         for position in range(len(request.ids) - 1, kept - 1, -1):
             self._drop_block(request, position)
         self._ledger.counters.blocks_stored += kept
+        request.model.caches += kept
         answered = ("blocks", request.resident, request.ids[:kept], request.devices[:kept], request.places[:kept])
         self._ledger.answer(request.batch, request.item, answered)
         self._room.changed |= kept < len(request.ids)

@@ -41,7 +41,10 @@ class DeviceStatistics:
 
 @dataclass(frozen=True, slots=True)
 class PoolStatistics:
-    """A whole pool: its policies, its devices, and totals since it began."""
+    """A whole pool: its policies, its devices, and totals since it began.
+
+    ``models`` counts, by name, the caches and blocks that models were given.
+    """
 
     name: str
     policy: str

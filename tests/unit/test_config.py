@@ -159,3 +159,13 @@ def test_a_page_is_a_share_of_the_device_but_never_tiny(capacity, granularity, p
 
 def test_a_page_size_that_was_given_is_taken():
     assert load_config(page_size="64KiB").page_size_bytes(141 * GIB, 4096) == 65536
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"page_size": 3}, {"min_block": "3KiB"}, {"timeout_s": float("inf")}, {"devices": "host:99999999999"}],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_values_that_could_only_fail_later_are_refused_now(setting):
+    with pytest.raises(ConfigError, match=next(iter(setting))):
+        load_config(**setting)
