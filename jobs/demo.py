@@ -21,6 +21,12 @@ _START_S = 60.0
 
 def main() -> int:
     """Start Ray, submit the job, print its output, stop Ray; returns the job's exit status."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        return 0
+    if sys.argv[1:] and sys.argv[1] and not Path(sys.argv[1]).is_file():
+        print(f"demo: there is no file {sys.argv[1]}", file=sys.stderr)
+        return 2
     ray_command = shutil.which("ray", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
     if ray_command is None:
         print("demo: the 'ray' command is not installed beside this Python: run 'make install'", file=sys.stderr)

@@ -16,6 +16,7 @@ import asyncio
 import os
 import threading
 from collections.abc import Callable, Coroutine, Sequence
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvpool import client
@@ -127,6 +128,10 @@ class PrefixHit:
     def __len__(self) -> int:
         return len(self._hit)
 
+    def addresses(self) -> list[int]:
+        """See :meth:`kvpool.PrefixHit.addresses`."""
+        return self._hit.addresses()
+
     def tensors(self) -> list[torch.Tensor]:
         """See :meth:`kvpool.PrefixHit.tensors`."""
         return self._hit.tensors()
@@ -170,6 +175,15 @@ class NewBlocks:
     def __len__(self) -> int:
         return len(self._blocks)
 
+    @property
+    def hashes(self) -> list[bytes]:
+        """Hashes of the new blocks, in their order."""
+        return self._blocks.hashes
+
+    def addresses(self) -> list[int]:
+        """See :meth:`kvpool.NewBlocks.addresses`."""
+        return self._blocks.addresses()
+
     def tensors(self) -> list[torch.Tensor]:
         """See :meth:`kvpool.NewBlocks.tensors`."""
         return self._blocks.tensors()
@@ -181,6 +195,10 @@ class NewBlocks:
     def seal(self) -> None:
         """See :meth:`kvpool.NewBlocks.seal`."""
         _run(self._blocks.seal)
+
+    def finish(self) -> None:
+        """See :meth:`kvpool.NewBlocks.finish`."""
+        _run(self._blocks.finish)
 
     def release(self) -> None:
         """See :meth:`kvpool.NewBlocks.release`."""
@@ -274,7 +292,11 @@ class CachePool:
 
     def leases(self) -> list[dict[str, Any]]:
         """See :meth:`kvpool.CachePool.leases`."""
-        return self._pool.leases()
+
+        async def leases() -> list[dict[str, Any]]:
+            return self._pool.leases()  # on the loop's thread, which adds to them
+
+        return _run(leases)
 
     def delete(self, *, drain_s: float | None = None) -> None:
         """See :meth:`kvpool.CachePool.delete`."""
@@ -287,8 +309,10 @@ class CachePool:
     def __enter__(self) -> CachePool:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, raised: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        _run(self._pool.__aexit__, kind, raised, traceback)
 
 
 def delete(name: str = "kvpool", *, drain_s: float | None = None) -> None:

@@ -48,7 +48,9 @@ class LocalPool:
             allocator = GPUMemoryAllocator(HostBackend(), pages * page_bytes, page_bytes)
             self.stores.append(DeviceStore(allocator))
             self.outboxes.append(deque())
-            self.state.add_device(f"host-{number}", "here", pages * page_bytes, page_bytes, 4096)
+            self.state.add_device(
+                f"host-{number}", "here", pages * page_bytes, page_bytes, 4096, 8 * pages * page_bytes
+            )
 
     def close(self) -> None:
         for store in self.stores:
@@ -82,7 +84,7 @@ class LocalPool:
         return self._last_stamp
 
     def settle(self) -> None:
-        while any([self.step(device) for device in range(len(self.stores))]):
+        while sum(self.step(device) for device in range(len(self.stores))):
             pass
 
     def handle(self, event) -> None:

@@ -292,7 +292,8 @@ class PoolModel:
                 i in sure and self.made[i].asked == (process.tenant, model, k) for i, k in zip(ids, keys, strict=True)
             )
             assert _error(answer, CacheStateError, InvalidRequestError), answer
-            assert not mine or not self._is_here(process, ids)
+            of_size = all(self.made[i].size_bytes == BLOCK_BYTES[model] for i in ids if i in self.made)
+            assert not mine or not of_size or not self._is_here(process, ids), "only a block's size can have a key"
             return
         for cache_id, key, outcome in zip(ids, keys, answer[1], strict=True):
             made = self.made[cache_id]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections.abc import Callable
@@ -75,8 +76,25 @@ def ensure_ray(*, start: Callable[[], Any] | None = None) -> None:
 
 
 def start_local_ray() -> None:
-    """Start a Ray of this process alone."""
-    ray.init(namespace=NAMESPACE, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+    """Start a Ray of this process alone, whatever else runs on this machine."""
+    ray.init(
+        address="local",
+        namespace=NAMESPACE,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+    )
+
+
+def ensure_own_ray() -> None:
+    """Connect to the cluster that ``RAY_ADDRESS`` names (as in a job), or start a Ray of this process alone.
+
+    For work that brings its own pool: it must not land in any cluster that happens to run on this machine.
+    """
+    if "RAY_ADDRESS" in os.environ or ray.is_initialized():
+        ensure_ray()
+    else:
+        start_local_ray()
 
 
 def find_actor(name: str) -> Any:
@@ -104,23 +122,41 @@ def pool_names() -> list[str]:
     return sorted(actor["name"] for actor in named if actor["namespace"] == NAMESPACE and "/" not in actor["name"])
 
 
-def make_actor(cls: type, name: str, *arguments: Any, node: str | None = None) -> Any:
-    """Start (or find) a detached, named actor that takes no CPU or GPU from the models.
+def actors_below(prefix: str) -> list[Any]:
+    """Return the handles of the actors whose names start with ``prefix``."""
+    named = ray.util.list_named_actors(all_namespaces=True)
+    found = []
+    for name in [actor["name"] for actor in named if actor["namespace"] == NAMESPACE]:
+        if name.startswith(prefix):
+            with contextlib.suppress(ValueError):  # it died since it was listed
+                found.append(ray.get_actor(name, namespace=NAMESPACE))
+    return found
+
+
+def join_actor(cls: type, name: str, *arguments: Any) -> Any:
+    """Start a detached, named actor that takes no CPU or GPU from the models, or find the one that runs."""
+    return _start_actor(cls, name, arguments, get_if_exists=True)
+
+
+def make_actor(cls: type, name: str, *arguments: Any, node: str) -> Any:
+    """Start a detached, named actor that takes no CPU or GPU from the models; none of that name may run.
 
     ``node``: id of the node it must live and die with.
     """
-    strategy = NodeAffinitySchedulingStrategy(node, soft=False) if node else "DEFAULT"
+    return _start_actor(cls, name, arguments, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
+
+
+def _start_actor(cls: type, name: str, arguments: tuple[Any, ...], **options: Any) -> Any:
     return (
         ray.remote(cls)
         .options(
             name=name,
             namespace=NAMESPACE,
             lifetime="detached",
-            get_if_exists=True,
             num_cpus=0,
             num_gpus=0,
             max_concurrency=_MOST_CONCURRENT,
-            scheduling_strategy=strategy,
+            **options,
         )
         .remote(*arguments)
     )
@@ -156,6 +192,11 @@ def object_get(reference: Any) -> Any:
 def kill(actor: Any) -> None:
     """Kill an actor for good."""
     ray.kill(actor, no_restart=True)
+
+
+def end_self(after_s: float) -> None:
+    """Kill the actor that calls this, ``after_s`` from now: what it answers until then still arrives."""
+    asyncio.get_running_loop().call_later(after_s, kill, ray.get_runtime_context().current_actor)
 
 
 async def end(actor: Any) -> None:

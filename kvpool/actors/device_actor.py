@@ -15,8 +15,10 @@ from typing import Any
 
 from kvpool.actors.protocol import host_identity
 from kvpool.cache.store import DeviceStore, Operation
+from kvpool.errors import ProtocolError
 from kvpool.memory.allocator import GPUMemoryAllocator
 from kvpool.memory.host import HostBackend
+from kvpool.memory.limits import require_memory
 from kvpool.memory.page_server import PageServer
 
 logger = logging.getLogger("kvpool.device")
@@ -35,6 +37,8 @@ class DeviceActor:
         Where clients fetch pages.
     epoch
         Incarnation of this actor.
+    beside_bytes
+        Capacity of the pool's other devices on the same node, which are promised the same memory.
     """
 
     def __init__(
@@ -48,11 +52,14 @@ class DeviceActor:
         reserve_bytes: int,
         socket_path: str,
         epoch: int,
+        beside_bytes: int = 0,
     ) -> None:
         self._pool, self._name, self._epoch = pool, name, epoch
         self._capacity_bytes, self._page_bytes, self._arena_bytes = capacity_bytes, page_bytes, arena_bytes
         self._min_block_bytes, self._reserve_bytes = min_block_bytes, reserve_bytes
+        self._beside_bytes = beside_bytes
         self._socket_path = Path(socket_path)
+        self._started = False
         self._allocator: GPUMemoryAllocator
         self._store: DeviceStore
         self._server: PageServer
@@ -68,9 +75,16 @@ class DeviceActor:
         ------
         SystemLimitError
             If this system's limits do not allow so many pages or so much memory.
+        ProtocolError
+            If it has been started before.
         """
+        if self._started:
+            raise ProtocolError(f"device {self._name} of pool {self._pool!r} is started already: it serves one pool")
+        self._started = True
         backend = HostBackend()
         pages = self._capacity_bytes // self._page_bytes
+        # Memory is taken as it is used, so what the devices started before were promised still counts as free.
+        require_memory(pages + self._beside_bytes // self._page_bytes, self._page_bytes, backend.mem_info())
         backend.probe(pages=pages, mapped_pages=pages, page_size_bytes=self._page_bytes)
         self._allocator = GPUMemoryAllocator(
             backend,

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kvpool.actors.cluster import ActorLost, kill, make_actor, node_ids
+from kvpool.actors.cluster import ActorLost, actors_below, end, kill, make_actor, node_ids
 from kvpool.actors.device_actor import DeviceActor
 from kvpool.actors.outbox import Outbox
 from kvpool.actors.protocol import NAMESPACE
@@ -24,6 +24,12 @@ logger = logging.getLogger("kvpool.pool")
 
 _POLL_S = 30.0
 """How long a long poll of a device waits at most, seconds."""
+
+_ANSWER_S = 10.0
+"""How long a device may take to answer a question, seconds; it is left out of what is told then."""
+
+_PAUSE_S = 1.0
+"""How long to wait after a long poll that failed, seconds, before the next."""
 
 
 class Fleet:
@@ -52,6 +58,7 @@ class Fleet:
         self._sockets: dict[int, Path] = {}
         self._outboxes: dict[int, Outbox] = {}
         self._watchers: set[asyncio.Task[None]] = set()
+        self._killed: set[int] = set()
 
     async def start(self, config: PoolConfig) -> list[dict[str, Any]]:
         """Start the devices that ``config`` names, spread over the nodes; returns what each says of itself.
@@ -67,7 +74,10 @@ class Fleet:
         epoch = time.time_ns() // 1_000_000
         granularity_bytes = HostBackend().granularity()
         folder = config.socket_dir or Path(tempfile.gettempdir()) / f"kvpool-{config.name}-{epoch:x}"
-        described = []
+        prefix = f"{NAMESPACE}/{config.name}/"
+        await self._end_orphans(prefix)
+        described: list[dict[str, Any]] = []
+        promised_bytes = dict.fromkeys(nodes, 0)
         try:
             for number, size_bytes in enumerate(config.device_sizes_bytes()):
                 page_bytes = config.page_size_bytes(size_bytes, granularity_bytes)
@@ -78,13 +88,15 @@ class Fleet:
                         "the device larger or the page smaller"
                     )
                 self._sockets[number] = folder / f"{number}.sock"
+                node = nodes[number % len(nodes)]
                 actor = self._actors[number] = make_actor(
-                    DeviceActor, f"{NAMESPACE}/{config.name}/host-{number}",
+                    DeviceActor, f"{prefix}host-{number}",
                     config.name, f"host-{number}", capacity_bytes, page_bytes, config.min_block,
                     capacity_bytes * config.arena_factor, int(capacity_bytes * config.reserve),
-                    str(self._sockets[number]), epoch,
-                    node=nodes[number % len(nodes)],
+                    str(self._sockets[number]), epoch, promised_bytes[node],
+                    node=node,
                 )  # fmt: skip
+                promised_bytes[node] += capacity_bytes
                 described.append(await actor.start.remote())
         except BaseException:
             await self.end(list(range(len(described))))
@@ -107,9 +119,9 @@ class Fleet:
         return await future
 
     async def ask(self, numbers: list[int], method: str) -> dict[int, Any]:
-        """Call a method without arguments on several devices; those that are gone are left out."""
+        """Call a method without arguments on several devices; those that are gone, or do not answer, are left out."""
         reports = await asyncio.gather(
-            *(getattr(self._actors[number], method).remote() for number in numbers), return_exceptions=True
+            *(_ask(self._actors[number], method) for number in numbers), return_exceptions=True
         )
         return {
             number: report
@@ -121,22 +133,41 @@ class Fleet:
         """Let these devices give their memory back, and end all."""
         for watcher in self._watchers:
             watcher.cancel()
+        closed: dict[int, Any] = {}
+        try:
+            closed = await self.ask(numbers, "shutdown")
+        finally:
+            for actor in self._actors.values():
+                kill(actor)
         for number, path in self._sockets.items():
-            if number not in numbers:  # it died, or did not start, and left its socket (if it ran on this host)
+            if number not in closed:  # it died, hangs or did not start, and left its socket (if it ran on this host)
                 path.unlink(missing_ok=True)
-        await self.ask(numbers, "shutdown")
-        for actor in self._actors.values():
-            kill(actor)
         for folder in {path.parent for path in self._sockets.values()}:
             with contextlib.suppress(OSError):  # the last device took it along, or it is not empty: not ours alone
                 folder.rmdir()
+
+    async def _end_orphans(self, prefix: str) -> None:
+        """End the devices of an earlier pool of this name, whose pool actor died without them."""
+        orphans = actors_below(prefix)
+        if orphans:
+            logger.warning("ending %d devices whose pool actor is gone (%s…)", len(orphans), prefix)
+        # Asked first, so that they take their sockets along; those that do not answer are killed all the same.
+        await asyncio.gather(*(_ask(orphan, "shutdown") for orphan in orphans), return_exceptions=True)
+        await asyncio.gather(*(end(orphan) for orphan in orphans))
+
+    def _device_lost(self, number: int, sent: list[Send], reason: str) -> None:
+        if number not in self._killed:
+            self._killed.add(number)
+            # It may only have been out of reach: given up by the pool, it must not keep memory and socket for ever.
+            kill(self._actors[number])
+        self._lost(number, sent, reason)
 
     def _outbox(self, number: int, actor: Any) -> Outbox:
         def answered(sent: list[Send], answers: list[Any], zombies: tuple[int, int]) -> None:
             self._answered(number, sent, answers, zombies)
 
         def lost(sent: list[Send], reason: str) -> None:
-            self._lost(number, sent, reason)
+            self._device_lost(number, sent, reason)
 
         return Outbox(actor, answered, lost)
 
@@ -147,11 +178,21 @@ class Fleet:
             try:
                 seen, events = await actor.events.remote(seen, _POLL_S)
             except ActorLost as error:
-                self._lost(number, [], str(error))
+                self._device_lost(number, [], str(error))
                 return
+            except Exception:
+                # Whatever it was, the watch goes on: without it the next client's death would go unseen.
+                logger.exception("device %d could not be asked for events", number)
+                await asyncio.sleep(_PAUSE_S)
+                continue
             for event in events:
                 try:
                     self._happened(number, event)
                 except Exception:
                     # A bug in a decision must not end the watch: the next client's death would go unseen.
                     logger.exception("device %d told %s, which could not be handled", number, event)
+
+
+async def _ask(actor: Any, method: str) -> Any:
+    async with asyncio.timeout(_ANSWER_S):
+        return await getattr(actor, method).remote()

@@ -19,7 +19,8 @@ import logging
 import time
 from typing import Any
 
-from kvpool.actors.cluster import find_actor, make_actor
+from kvpool.actors.cluster import end_self, find_actor, join_actor
+from kvpool.actors.drain import check_drain_time, drain
 from kvpool.actors.executor import Executor
 from kvpool.actors.grants import GrantStream
 from kvpool.actors.protocol import (
@@ -31,7 +32,7 @@ from kvpool.actors.protocol import (
     SEAL_ITEM,
 )
 from kvpool.config import PoolConfig
-from kvpool.errors import KvpoolError, PoolBusyError
+from kvpool.errors import KvpoolError, PoolBusyError, PoolNotFoundError
 from kvpool.pool.instructions import (
     BlocksRequested,
     CachesRequested,
@@ -41,11 +42,13 @@ from kvpool.pool.instructions import (
     SealRequested,
     TicketsCancelled,
 )
-from kvpool.pool.leases import PINNER
 from kvpool.pool.state import PoolState
 from kvpool.pool.statistics import collect
 
 logger = logging.getLogger("kvpool.pool")
+
+_LINGER_S = 1.0
+"""How long a deleted pool's actor lives on, seconds: its answer must arrive. Usually the caller kills it before."""
 
 
 class PoolActor:
@@ -66,12 +69,14 @@ class PoolActor:
         self._fleet = self._executor.fleet
         self._described: list[dict[str, Any]] = []
         self._draining = False
+        self._ended = False
         self._started: asyncio.Task[None] | None = None
 
     # -- the pool as a whole --------------------------------------------------------------------------------------
 
     async def start(self) -> dict[str, Any]:
         """Start the devices, once; returns :meth:`describe`."""
+        self._check_not_ended()
         if self._started is None:
             self._started = asyncio.create_task(self._start())
         await self._started
@@ -105,7 +110,7 @@ class PoolActor:
         return sum(size_bytes for size_bytes in given if isinstance(size_bytes, int))
 
     async def delete(self, drain_s: float | None = None, leaving: str | None = None) -> None:
-        """End the devices. The caller kills this actor afterwards.
+        """End the devices. This actor ends itself shortly afterwards, if the caller does not kill it before.
 
         Parameters
         ----------
@@ -117,28 +122,26 @@ class PoolActor:
         Raises
         ------
         PoolBusyError
-            If clients hold leases, at once or at the deadline; the pool goes on as before.
+            If clients hold leases, at once or at the deadline; the pool goes on as before. Also while another
+            delete() drains.
+        InvalidRequestError
+            If ``drain_s`` is no time.
         """
+        self._check_not_ended()
+        check_drain_time(drain_s)
+        if self._draining:
+            raise self._busy()
         self._draining = True
         try:
-            deadline = time.monotonic() + (drain_s or 0.0)
-            while held := {
-                client: size_bytes
-                for client, size_bytes in (await self.leases()).items()
-                if client != leaving and not client.startswith(PINNER)
-            }:
-                if time.monotonic() >= deadline:
-                    who = ", ".join(f"{client}: {size} bytes" for client, size in sorted(held.items())[:8])
-                    raise PoolBusyError(
-                        f"pool {self._config.name!r} is in use by {len(held)} clients ({who}): release the leases, or "
-                        "give delete() a longer time to drain",
-                        leases=held,
-                    )
-                await asyncio.sleep(min(0.05, max(deadline - time.monotonic(), 0.0)))
-        except PoolBusyError:
+            await drain(self._config.name, self.leases, drain_s or 0.0, leaving)
+        except BaseException:
             self._draining = False
             raise
-        await self._fleet.end(self._alive())
+        self._ended = True
+        try:
+            await self._fleet.end(self._alive())
+        finally:
+            end_self(_LINGER_S)  # also when the caller is gone by now: what is left of the pool must not hold its name
 
     # -- clients --------------------------------------------------------------------------------------------------
 
@@ -148,10 +151,15 @@ class PoolActor:
         ``client``: ``protocol``, ``id``, ``tenant``, ``host`` and the ``token`` it will show to the page servers.
         An error is returned as ``{"error": (class, message, details)}``.
         """
-        await self.start()
-        described = await self.describe()
+        try:
+            self._check_not_ended()
+        except KvpoolError as error:
+            return {"error": error.to_wire()}
+        described = await self.start()
         if client["protocol"] != PROTOCOL_VERSION:
             return described
+        if self._draining:
+            return {"error": self._busy().to_wire()}
         try:
             known, batch, instructions = self._state.connect(
                 client["id"], client["tenant"], client["host"], client["token"]
@@ -178,18 +186,15 @@ class PoolActor:
 
     async def request_caches(self, client: str, items: list[Any]) -> list[Any]:
         """Ask for caches: ``("granted", id, device, size, max_size, place)``, ``("queued", ticket)`` or an error."""
-        if self._draining:
-            error = PoolBusyError(f"pool {self._config.name!r} is being deleted and gives out no more memory")
-            return [("error", *error.to_wire())] * len(items)
-        return await self._executor.submit(CachesRequested, CACHE_ITEM, client, items)
+        return await self._lease(CachesRequested, CACHE_ITEM, client, items)
 
     async def look_up(self, client: str, items: list[Any]) -> list[Any]:
         """Find and lease prefixes: ``("hit", ids, devices, places)``."""
-        return await self._executor.submit(PrefixesLookedUp, PREFIX_ITEM, client, items)
+        return await self._lease(PrefixesLookedUp, PREFIX_ITEM, client, items)
 
     async def request_blocks(self, client: str, items: list[Any]) -> list[Any]:
         """Ask for new blocks: ``("blocks", already resident, ids, devices, places)``, as many as fit."""
-        return await self._executor.submit(BlocksRequested, BLOCKS_ITEM, client, items)
+        return await self._lease(BlocksRequested, BLOCKS_ITEM, client, items)
 
     async def seal(self, client: str, items: list[Any]) -> list[Any]:
         """Seal caches: ``("sealed", [True, "duplicate" or an error for each id])``."""
@@ -258,10 +263,25 @@ class PoolActor:
                 device["capacity_bytes"],
                 device["page_bytes"],
                 device["min_block_bytes"],
+                device["arena_bytes"],
             )
         logger.info("pool %s started: %s", self._config.name, self._described)
         gc.collect()
         gc.freeze()
+
+    async def _lease(self, event: Any, fields: dict[str, Any], client: str, items: list[Any]) -> list[Any]:
+        """Submit what takes new leases, unless the pool is being deleted."""
+        if self._draining:
+            return [("error", *self._busy().to_wire())] * len(items)
+        return await self._executor.submit(event, fields, client, items)
+
+    def _busy(self) -> PoolBusyError:
+        return PoolBusyError(f"pool {self._config.name!r} is being deleted and gives out no more memory")
+
+    def _check_not_ended(self) -> None:
+        if self._ended:
+            name = self._config.name
+            raise PoolNotFoundError(f"pool {name!r} has been deleted: its name is free in a moment", asked=name)
 
     def _alive(self) -> list[int]:
         return [device.number for device in self._state.ledger.devices if device.lost is None]
@@ -274,4 +294,4 @@ def find_pool(name: str) -> Any:
 
 def make_pool(config: PoolConfig) -> Any:
     """Start the pool actor of that name, or find the one that runs."""
-    return make_actor(PoolActor, config.name, config.model_dump(mode="json"))
+    return join_actor(PoolActor, config.name, config.model_dump(mode="json"))

@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from kvpool.actors.cluster import call, ensure_ray, kill, make_worker, start_local_ray
+from kvpool.actors.cluster import call, ensure_own_ray, kill, make_worker
 from kvpool.bench.rows import median, quantile, row
 from kvpool.client import CachePool, Model
 
@@ -28,7 +28,7 @@ class NoOp:
 
 async def measure() -> dict[str, Any]:
     """Run the benchmark on a pool of its own; returns ``{"bench": ..., "rows": [...]}``."""
-    ensure_ray(start=start_local_ray)
+    ensure_own_ray()
     async with await CachePool.create(name=f"bench-{os.getpid()}", devices="host:1x256MiB") as pool:
         floor = make_worker(NoOp)
         try:

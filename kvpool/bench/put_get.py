@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from kvpool.actors.cluster import ensure_ray, object_get, object_put, start_local_ray
+from kvpool.actors.cluster import ensure_own_ray, object_get, object_put
 from kvpool.bench.rows import median, row
 from kvpool.cache.key import encode_block_id
 from kvpool.client import CachePool, Model, ModelSpec
@@ -24,7 +24,7 @@ _GIB = 1 << 30
 
 async def measure() -> dict[str, Any]:
     """Run the benchmark on a pool of its own; returns ``{"bench": ..., "rows": [...]}``."""
-    ensure_ray(start=start_local_ray)
+    ensure_own_ray()
     async with await CachePool.create(name=f"bench-{os.getpid()}", devices="host:1x1GiB") as pool:
         try:
             model = await pool.model(ModelSpec("bench", block_bytes=BLOCK_BYTES))

@@ -8,7 +8,7 @@ import sys
 import time
 from typing import Any
 
-from kvpool.actors.cluster import address, call, ensure_ray, kill, make_worker, start_local_ray
+from kvpool.actors.cluster import address, call, ensure_own_ray, kill, make_worker
 from kvpool.bench.concurrency import NoOp
 from kvpool.bench.rows import median, row
 from kvpool.client import CachePool, Model, VirtualKVCache
@@ -35,7 +35,7 @@ async def hold(name: str) -> None:
 
 async def measure() -> dict[str, Any]:
     """Run the benchmark on a pool of its own; returns ``{"bench": ..., "rows": [...]}``."""
-    ensure_ray(start=start_local_ray)
+    ensure_own_ray()
     pool = await CachePool.create(
         name=f"bench-{os.getpid()}", devices=f"host:1x{CAPACITY_BYTES}", page_size=SIZE_BYTES, reserve=1.0
     )

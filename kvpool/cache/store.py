@@ -167,7 +167,8 @@ class DeviceStore:
             try:
                 found = allocate(cache_id, size_bytes, tenant=tenant, max_size_bytes=max_size_bytes)
             except (CapacityError, BackendError) as error:  # the system may have less memory than was promised to us
-                return places, refused, error.details
+                name, message, details = error.to_wire()
+                return places, refused, {"class": name, "message": message, "details": details}
             except KvpoolError:  # an id that lives already, or a size that cannot be: nothing of this is done
                 for placed in ids[: len(places)]:
                     del leases[placed]

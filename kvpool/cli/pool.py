@@ -48,12 +48,16 @@ def start(preset: str | None, num_gpus: int, json_path: str | None, **settings: 
 @click.command()
 @_NAME
 @click.option("--drain", "drain_s", type=float, help="Wait up to so many seconds for leases to end.")
-def stop(name: str, drain_s: float | None) -> None:
+@_JSON
+def stop(name: str, drain_s: float | None, json_path: str | None) -> None:
     """Delete a pool and give its memory back. Refuses while clients hold leases."""
     from kvpool.client import delete
 
     asyncio.run(delete(name, drain_s=drain_s))
-    click.echo(f"pool {name} is deleted")
+    if json_path is not None:
+        write_json(json_path, {"deleted": name})
+    else:
+        click.echo(f"pool {name} is deleted")
 
 
 @click.command()

@@ -2,7 +2,8 @@
 
 from kvpool.client.blocks import NewBlocks, PrefixHit
 from kvpool.client.cache import VirtualKVCache
-from kvpool.client.model import ModelSpec
-from kvpool.client.pool import CachePool, Model, delete
+from kvpool.client.model import Model
+from kvpool.client.pool import CachePool, delete
+from kvpool.client.spec import ModelSpec
 
 __all__ = ["CachePool", "Model", "ModelSpec", "NewBlocks", "PrefixHit", "VirtualKVCache", "delete"]

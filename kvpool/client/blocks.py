@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from kvpool.client.connection import Connection
 from kvpool.client.lane import Lane
 from kvpool.client.lease import Lease
-from kvpool.client.model import ModelSpec
+from kvpool.client.spec import ModelSpec
 from kvpool.client.view import open_view
-from kvpool.errors import KvpoolError, from_wire
+from kvpool.errors import KvpoolError, PoolUnavailableError, from_wire
 from kvpool.memory.backend import Access
 from kvpool.memory.dlpack import MappedTensorSource, as_numpy, as_torch
 
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 class LeasedBlocks:
     """Leased blocks of one model, in the order of their chain. Leaving the context releases them."""
-
-    access = Access.READ
 
     def __init__(
         self,
@@ -39,6 +37,11 @@ class LeasedBlocks:
         self._places = list(places)
         self._block_bytes = spec.block_size_bytes or 0
         self._lease = Lease(connection, ids, self._block_bytes * len(ids))
+
+    @property
+    def access(self) -> Access:
+        """What this process may do with the blocks."""
+        return Access.READ
 
     @property
     def num_blocks(self) -> int:
@@ -59,12 +62,15 @@ class LeasedBlocks:
     def addresses(self) -> list[int]:
         """Return where each block begins in this process's memory. Valid while the lease is held."""
         self._lease.check_held()
-        arenas = self._connection.arenas
-        for device in set(self._devices):
-            arenas[device].ensure([], self.access)  # mapped already; raises if the device is lost
+        arenas, access = self._connection.arenas, self.access
+        wanted: dict[int, dict[tuple[int, int], None]] = {}
+        for device, place in zip(self._devices, self._places, strict=True):
+            wanted.setdefault(device, {}).update(dict.fromkeys(place[1]))
+        for device, pages in wanted.items():
+            # Mapped already, but for the read-only view of blocks that were sealed here; raises if the device is lost.
+            arenas[device].ensure(list(pages), access)
         return [
-            arenas[device].address(place[0], self.access)
-            for device, place in zip(self._devices, self._places, strict=True)
+            arenas[device].address(place[0], access) for device, place in zip(self._devices, self._places, strict=True)
         ]
 
     def tensors(self) -> list[torch.Tensor]:
@@ -76,8 +82,8 @@ class LeasedBlocks:
         return [as_numpy(view) for view in self._views()]
 
     def _views(self) -> list[MappedTensorSource]:
-        shape, dtype = self._spec.shape, self._spec.block_dtype
-        return [open_view(self._lease, address, shape, dtype, self.access) for address in self.addresses()]
+        shape, dtype, access = self._spec.shape, self._spec.block_dtype, self.access
+        return [open_view(self._lease, address, shape, dtype, access) for address in self.addresses()]
 
     async def release(self) -> None:
         """End the lease, now or when the last tensor over the blocks is gone.
@@ -105,8 +111,6 @@ class PrefixHit(LeasedBlocks):
 class NewBlocks(LeasedBlocks):
     """New blocks to be written and sealed. Unsealed at release or death: they never were."""
 
-    access = Access.READ_WRITE
-
     def __init__(
         self,
         connection: Connection,
@@ -121,6 +125,12 @@ class NewBlocks(LeasedBlocks):
         """How many of the hashes were in the pool already; the new blocks are those of the hashes after them."""
         self.hashes = list(hashes[resident : resident + len(ids)])
         self._model = model
+        self._sealed = False
+
+    @property
+    def access(self) -> Access:
+        """Writable until the blocks are sealed, read-only from then on (views that are open stay as they are)."""
+        return Access.READ if self._sealed else Access.READ_WRITE
 
     @property
     def stored(self) -> int:
@@ -131,19 +141,36 @@ class NewBlocks(LeasedBlocks):
         return self
 
     async def seal(self) -> None:
-        """Make the blocks immutable and visible to all. What another client stored meanwhile stays in their place."""
-        if self._ids:
-            _check(await self._ask(self._connection.seals))
+        """Make the blocks immutable and visible to all. What another client stored meanwhile stays in their place.
+
+        New views are read-only from then on, also when the call is cancelled: the pool may have sealed them already.
+        """
+        if not self._ids:
+            return
+        before, self._sealed = self._sealed, True
+        try:
+            outcomes = await self._ask(self._connection.seals)
+        except PoolUnavailableError:
+            raise  # whether they were sealed is not known
+        except KvpoolError:
+            self._sealed = before
+            raise
+        if not any(map(_stored, outcomes)):
+            self._sealed = before
+        _check(outcomes)
 
     async def finish(self) -> None:
         """:meth:`seal` and :meth:`release` in one call to the pool."""
         if not self._ids:
             return
+        self._connection.check_loop()
         if not self._lease.release_by_word():  # views are alive: the lease ends with the last of them
             await self.seal()
             return
         try:
             outcomes = await self._ask(self._connection.finishes)
+        except PoolUnavailableError:
+            raise  # whether it released them is not known; a second release could end another lease on them
         except KvpoolError:
             self._connection.release_soon(self._ids)  # a call that is refused has released nothing
             raise
@@ -154,7 +181,11 @@ class NewBlocks(LeasedBlocks):
         return outcomes
 
 
+def _stored(outcome: Any) -> bool:
+    return outcome is True or outcome == "duplicate"
+
+
 def _check(outcomes: Any) -> None:
     for outcome in outcomes:
-        if outcome is not True and outcome != "duplicate":
+        if not _stored(outcome):
             raise from_wire(outcome[1:])

@@ -9,15 +9,26 @@ from typing import TYPE_CHECKING, Any
 from kvpool.cache.record import CacheBlock, blocks_of
 from kvpool.client.connection import Connection
 from kvpool.client.lease import Lease
-from kvpool.client.model import content_hash
+from kvpool.client.spec import content_hash
 from kvpool.client.view import open_view
-from kvpool.errors import CacheStateError, SealedError, TensorMismatchError, from_wire
+from kvpool.errors import (
+    CacheStateError,
+    KvpoolError,
+    PoolUnavailableError,
+    SealedError,
+    TensorMismatchError,
+    from_wire,
+)
 from kvpool.memory.backend import Access
 from kvpool.memory.dlpack import MappedTensorSource, as_numpy, as_torch, dtype_name, tensor_bytes
 
 if TYPE_CHECKING:
     import numpy
     import torch
+
+
+_MOST_ROUNDS = 3
+"""How often a key that another cache has is asked for before :meth:`VirtualKVCache.seal` gives up."""
 
 
 class VirtualKVCache:
@@ -36,6 +47,7 @@ class VirtualKVCache:
         self.max_size_bytes: int = max_size_bytes
         self.sealed = False
         self.key: bytes | None = None
+        self._seal_answered = False
         self.last_accessed = time.time()
         """When this handle last opened a view of the memory (seconds since 1970)."""
         self.access_count = 0
@@ -145,20 +157,38 @@ class VirtualKVCache:
         ------
         SealedError
             If it is sealed already with another key.
+        CacheStateError
+            If the cache that was sealed first under the key cannot be had here: it lies where this process cannot map
+            it, or is evicted and sealed anew again and again.
         """
         self._lease.check_held()
         hashed = content_hash(key) if key is not None else None
-        if self.sealed and hashed == self.key:
+        if self._seal_answered and hashed == self.key:
             return
-        while True:
-            _, (outcome,) = await self._connection.ask(self._connection.seals, self._model, [self.id], [hashed])
+        # Before the call: when it is cancelled, the pool may have sealed the cache already.
+        before, self.sealed = self.sealed, True
+        try:
+            await self._seal(hashed)
+        except PoolUnavailableError:
+            raise  # whether it was sealed is not known
+        except KvpoolError:
+            self.sealed = before
+            raise
+
+    async def _seal(self, key: bytes | None) -> None:
+        for _ in range(_MOST_ROUNDS):
+            _, (outcome,) = await self._connection.ask(self._connection.seals, self._model, [self.id], [key])
             if outcome is True:
-                break
+                self.key, self._seal_answered = key, True
+                return
             if outcome != "duplicate":
                 raise from_wire(outcome[1:])
-            if hashed is not None and await self._change_over(hashed):
-                break
-        self.sealed, self.key = True, hashed
+            if key is not None and await self._change_over(key):
+                return
+        raise CacheStateError(
+            f"cache {self.id} could not be sealed: another cache has its key, and was not found {_MOST_ROUNDS} times "
+            "over. It lies where this process cannot map it, or keeps vanishing: seal it with another key, or with none"
+        )
 
     async def _change_over(self, key: bytes) -> bool:
         """Take the cache that was sealed first under ``key``; False if it is gone again."""
@@ -167,8 +197,9 @@ class VirtualKVCache:
             return False
         own = self._lease
         self._take(ids[0], devices[0], places[0])
+        self.key, self._seal_answered = key, True
         if own.release_by_word():
-            await self._connection.release(own.ids)
+            self._connection.release_soon(own.ids)
         return True
 
     async def info(self) -> dict[str, Any]:

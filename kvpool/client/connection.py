@@ -63,6 +63,7 @@ class Connection:
         self.pins = Lane(actor.pin, client, self._abandoned)
         self.unpins = Lane(actor.unpin, client, self._abandoned)
         self.arenas: dict[int, ClientArena] = {}
+        self._probe()
         try:
             for number in self.reachable:
                 device = self.devices[number]
@@ -73,7 +74,7 @@ class Connection:
                     token,
                     device["arena_bytes"],
                     device["page_bytes"],
-                    -(-device["capacity_bytes"] // device["page_bytes"]),
+                    _pages(device),
                 )
         except BaseException:
             for arena in self.arenas.values():
@@ -116,6 +117,16 @@ class Connection:
             await call(actor.disconnect, client, timeout_s=ANSWER_S)
             raise
 
+    def _probe(self) -> None:
+        """Check the limits of this process for all its devices together; each arena knows of its own pages only."""
+        devices = [self.devices[number] for number in self.reachable]
+        if devices:
+            HostBackend().probe(
+                pages=0,
+                mapped_pages=2 * sum(_pages(device) for device in devices),  # two views
+                page_size_bytes=max(device["page_bytes"] for device in devices),
+            )
+
     def check_usable(self) -> None:
         """Raise unless this connection can be used here: not in a forked child, not after :meth:`close`."""
         if os.getpid() != self._pid:
@@ -126,6 +137,19 @@ class Connection:
         if self._closed:
             raise CacheStateError("this connection to the pool is closed: connect again")
 
+    def check_loop(self) -> None:
+        """Raise unless :meth:`check_usable` and running on the event loop that this connection belongs to."""
+        self.check_usable()
+        if asyncio.get_running_loop() is not self.loop:
+            raise CacheStateError(
+                "this connection to the pool belongs to another event loop: connect in this one, or use kvpool.sync"
+            )
+
+    @property
+    def closed(self) -> bool:
+        """Whether the connection has ended, and every lease with it."""
+        return self._closed
+
     def next_sequence(self) -> int:
         """Return a number that tells this client's requests apart."""
         return next(self._sequence)
@@ -134,18 +158,18 @@ class Connection:
 
     async def request_cache(self, model: int, size_bytes: int, max_size_bytes: int, timeout_s: float) -> Any:
         """Ask for a cache and wait for memory up to ``timeout_s``; returns the ``granted`` answer."""
-        self.check_usable()
+        self.check_loop()
         answer = await self.caches.ask((self.next_sequence(), model, size_bytes, max_size_bytes, timeout_s, None))
         return answer if answer[0] == "granted" else await self._waiting.wait(answer[1])
 
     async def ask(self, lane: Lane, *content: Any) -> Any:
         """Submit one item to a lane and return its answer."""
-        self.check_usable()
+        self.check_loop()
         return await lane.ask((self.next_sequence(), *content, None))
 
     async def call(self, method: Any, *arguments: Any) -> Any:
         """Call a method of the pool actor that is not merged."""
-        self.check_usable()
+        self.check_loop()
         return await call(method, *arguments, timeout_s=ANSWER_S)
 
     async def release(self, ids: Sequence[int]) -> None:
@@ -220,9 +244,22 @@ class Connection:
         """
         if self._closed or os.getpid() != self._pid:
             return
+        self.check_loop()
         self.check_no_views()
-        for lane in (self.caches, self.prefixes, self.blocks, self.seals, self.finishes, self.releases):
+        for lane in (
+            self.caches,
+            self.prefixes,
+            self.blocks,
+            self.seals,
+            self.finishes,
+            self.pins,
+            self.unpins,
+            self.releases,
+        ):
             await lane.drain()
+        if self._closed:
+            return  # by another close() meanwhile
+        self.check_no_views()  # others went on while the lanes drained
         self._closed = True
         self._waiting.close()
         try:
@@ -241,3 +278,7 @@ class Connection:
                 "closing would unmap it under them: drop them (del) first",
                 views=views,
             )
+
+
+def _pages(device: dict[str, Any]) -> int:
+    return -(-int(device["capacity_bytes"]) // int(device["page_bytes"]))

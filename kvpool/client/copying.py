@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Sequence
 from typing import Any
 
-from kvpool.client.model import ModelSpec
+from kvpool.client.spec import ModelSpec
 from kvpool.errors import TensorMismatchError
 from kvpool.memory.dlpack import dtype_name
 
@@ -62,7 +62,8 @@ def _contiguous(block: Any) -> Any:
     if hasattr(block, "data_ptr"):
         if block.device.type != "cpu":
             raise TensorMismatchError(f"blocks must be in host memory, this one is on {block.device}")
-        return block.contiguous()
+        # A conjugated or negated view keeps the bytes of what it was made of.
+        return block.resolve_conj().resolve_neg().contiguous()
     if hasattr(block, "ctypes"):
         return block if block.flags.c_contiguous else block.copy(order="C")
     return None

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import Any
 
 from kvpool.actors.cluster import call
-from kvpool.errors import PoolUnavailableError, from_wire
+from kvpool.errors import PoolUnavailableError, ProtocolError, from_wire
+
+logger = logging.getLogger("kvpool.client")
 
 ANSWER_S = 60.0
 """How long the pool may take to answer a call, seconds. No call waits for memory, so this only tells a hang."""
@@ -50,7 +53,7 @@ class Lane:
         except asyncio.CancelledError:
             # The caller may be cancelled between the coming of the answer and its own next turn.
             if future.done() and not future.cancelled() and future.exception() is None:
-                self._abandoned(future.result())
+                self._give_back(future.result())
             raise
 
     def submit(self, item: tuple[Any, ...]) -> asyncio.Future[Any]:
@@ -91,13 +94,22 @@ class Lane:
             return
         finally:
             timer.cancel()
+        if len(answers) != len(sent):
+            _fail(sent, ProtocolError(f"the pool answered {len(sent)} items by {len(answers)}: restart it"))
+            return
         for (_, future), answer in zip(sent, answers, strict=True):
             if future.done():
-                self._abandoned(answer)
+                self._give_back(answer)
             elif answer[0] == "error":
                 future.set_exception(from_wire(answer[1:]))
             else:
                 future.set_result(answer)
+
+    def _give_back(self, answer: Any) -> None:
+        try:
+            self._abandoned(answer)
+        except Exception:  # the answers behind this one must reach their callers
+            logger.exception("giving back what came too late: %.200r", answer)
 
     def _give_up(self, task: asyncio.Task[None] | None, sent: list[tuple[Any, asyncio.Future[Any]]]) -> None:
         """Tell the callers that the pool does not answer. The call stays open: what it grants late is given back."""

@@ -68,6 +68,7 @@ class Lease:
         DoubleReleaseError
             If it was released before.
         """
+        self._connection.check_loop()
         if self.release_by_word():
             await self._connection.release(self.ids)
 
@@ -91,7 +92,7 @@ class Lease:
             raise
 
     def __del__(self) -> None:
-        if not self.released and self.ids:
+        if not self.released and self.ids and not self._connection.closed:
             warnings.warn(
                 f"a lease on {len(self.ids)} caches was dropped without release(): use 'async with'",
                 ResourceWarning,

@@ -1,135 +1,124 @@
-"""A model that uses the pool: what makes its bytes differ, and what a block of it looks like."""
+"""A model that is registered with a pool: caches and blocks in its own namespace."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Any
 
-from kvpool.cache.key import HASH_BYTES
+from kvpool.cache.key import check_hash
+from kvpool.client.blocks import NewBlocks, PrefixHit
+from kvpool.client.cache import VirtualKVCache
+from kvpool.client.connection import Connection
+from kvpool.client.copying import source_addresses
+from kvpool.client.putting import fill
+from kvpool.client.spec import ModelSpec, join_hashes
 from kvpool.errors import InvalidRequestError
-from kvpool.memory.dlpack import dtype_name, tensor_bytes
 from kvpool.sizes import parse_size
 
 
-@dataclass(frozen=True)
-class ModelSpec:
-    """Names a model once: everything that makes its bytes differ, the shape of a block, its limit.
+class Model:
+    """A registered model: asks for caches and blocks in its own namespace. Made by :meth:`CachePool.model`."""
 
-    Parameters
-    ----------
-    name
-        Of the model.
-    revision, adapter
-        Of its weights.
-    shard_rank, shard_world
-        Which part of a sharded model this process runs.
-    layout
-        Free text that tells memory layouts apart.
-    dtype, block_shape
-        Of one block; or
-    block_bytes
-        its size alone, when blocks are plain bytes. With neither, the model can use whole caches only.
-    tokens_per_block
-        How many tokens a block stands for.
-    limit
-        Largest cache the model may ask for, bytes or text.
-    """
-
-    name: str
-    revision: str = ""
-    adapter: str = ""
-    shard_rank: int = 0
-    shard_world: int = 1
-    layout: str = ""
-    dtype: Any = None
-    block_shape: tuple[int, ...] | None = None
-    block_bytes: int | str | None = None
-    tokens_per_block: int = 0
-    limit: int | str | None = None
-
-    def __post_init__(self) -> None:
-        if not self.name:
-            raise InvalidRequestError("a model needs a name")
-        if (self.dtype is None) != (self.block_shape is None):
-            raise InvalidRequestError(f"model {self.name!r}: dtype and block_shape come together")
-        if self.block_shape is not None and self.block_bytes is not None:
-            raise InvalidRequestError(f"model {self.name!r}: give dtype and block_shape, or block_bytes, not both")
-        if self.block_shape is not None:
-            object.__setattr__(self, "block_shape", tuple(self.block_shape))
-        if self.block_shape is not None and not all(isinstance(n, int) and n > 0 for n in self.block_shape):
-            raise InvalidRequestError(f"model {self.name!r}: block_shape={self.block_shape} must be positive integers")
+    def __init__(self, connection: Connection, spec: ModelSpec, number: int) -> None:
+        self.spec = spec
+        self.number = number
+        self._connection = connection
 
     @property
-    def block_dtype(self) -> str:
-        """Name of the dtype of a block's elements; ``"uint8"`` when blocks are bytes."""
-        return dtype_name(self.dtype) if self.dtype is not None else "uint8"
+    def name(self) -> str:
+        """The model's name."""
+        return self.spec.name
 
-    @property
-    def block_size_bytes(self) -> int | None:
-        """Bytes of one block, or None when the model has no blocks."""
-        if self.block_shape is not None:
-            return tensor_bytes(self.block_shape, self.block_dtype)
-        return parse_size(self.block_bytes) if self.block_bytes is not None else None
+    async def request_cache(
+        self, size: int | str, *, max_size: int | str | None = None, timeout_s: float | None = None
+    ) -> VirtualKVCache:
+        """Lease a new cache of ``size`` (bytes or text), waiting for memory if need be.
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of one block's tensor.
+        Parameters
+        ----------
+        max_size
+            Reserve addresses up to this size.
+        timeout_s
+            How long to wait for memory, seconds; by default the pool's ``timeout_s``. 0 does not wait.
 
         Raises
         ------
-        InvalidRequestError
-            If the model has no blocks.
+        InvalidSizeError, LimitError
+            If it could never be granted.
+        CapacityError
+            If there is no room in time.
         """
-        if self.block_shape is not None:
-            return self.block_shape
-        size_bytes = self.block_size_bytes
-        if size_bytes is None:
-            raise InvalidRequestError(
-                f"model {self.name!r} has no blocks: give its ModelSpec a dtype and block_shape, or block_bytes"
-            )
-        return (size_bytes,)
+        size_bytes = parse_size(size)
+        if timeout_s is not None and not is_number(timeout_s, at_least=0):
+            raise InvalidRequestError(f"timeout_s is how many seconds to wait, 0 or more, not {timeout_s!r}")
+        max_size_bytes = parse_size(max_size) if max_size is not None else size_bytes
+        wait_s = self._connection.config["timeout_s"] if timeout_s is None else timeout_s
+        granted = await self._connection.request_cache(self.number, size_bytes, max_size_bytes, wait_s)
+        cache = VirtualKVCache(self._connection, self.number, self.name, granted)
+        await cache.map()
+        return cache
 
-    def to_wire(self) -> dict[str, Any]:
-        """Return the built-in types by which the pool registers the model."""
-        identity = {
-            "model": self.name,
-            "revision": self.revision,
-            "adapter": self.adapter,
-            "shard_rank": self.shard_rank,
-            "shard_world": self.shard_world,
-            "dtype": self.block_dtype,
-            "layout": self.layout,
-            "block_shape": list(self.shape) if self.block_size_bytes is not None else [],
-            "tokens_per_block": self.tokens_per_block,
-        }
-        limit_bytes = parse_size(self.limit) if self.limit is not None else None
-        return {
-            "name": self.name,
-            "identity": identity,
-            "block_bytes": self.block_size_bytes,
-            "limit_bytes": limit_bytes,
-        }
+    async def match_prefix(self, hashes: Sequence[bytes]) -> PrefixHit:
+        """Find and lease the longest run of leading ``hashes`` that is in the pool; empty if there is none."""
+        _, ids, devices, places = await self._connection.ask(
+            self._connection.prefixes, self.number, join_hashes(hashes)
+        )
+        hit = PrefixHit(self._connection, self.spec, ids, devices, places)
+        await hit.map()
+        return hit
+
+    async def new_blocks(self, hashes: Sequence[bytes], *, parent: bytes | None = None) -> NewBlocks:
+        """Lease new blocks for those of a chain's ``hashes`` that are not in the pool, as many as fit.
+
+        Write into their tensors, then ``seal()``. ``parent`` is the hash in front of the first; None: a root.
+
+        Raises
+        ------
+        ParentNotResidentError
+            If ``parent`` is not in the pool.
+        """
+        _ = self.spec.shape  # a model without blocks is told so before the pool is asked
+        _check_parent(parent)
+        return await self._new_blocks(hashes, parent)
+
+    async def put_blocks(self, hashes: Sequence[bytes], tensors: Any, *, parent: bytes | None = None) -> int:
+        """Store blocks with one copy; returns how many leading hashes are in the pool now.
+
+        Parameters
+        ----------
+        hashes
+            Of the blocks, in the order of their chain.
+        tensors
+            The blocks: a sequence of tensors or arrays, or one with the blocks in its first dimension.
+        parent
+            Hash in front of the first block; None: a root.
+
+        Raises
+        ------
+        TensorMismatchError
+            If number, shape or dtype do not fit the model.
+        ParentNotResidentError
+            If ``parent`` is not in the pool.
+        """
+        sources, keep = source_addresses(self.spec, tensors, len(hashes))
+        blocks = await self._new_blocks(hashes, parent)
+        await fill(blocks, sources[blocks.resident : blocks.stored], self.spec.block_size_bytes or 0)
+        del keep
+        return blocks.stored
+
+    async def _new_blocks(self, hashes: Sequence[bytes], parent: bytes | None) -> NewBlocks:
+        answer = await self._connection.ask(self._connection.blocks, self.number, join_hashes(hashes), parent)
+        blocks = NewBlocks(self._connection, self.spec, self.number, hashes, answer)
+        await blocks.map()
+        return blocks
 
 
-def content_hash(key: bytes | str) -> bytes:
-    """Return the 16-byte hash of a key: 16 bytes as they are, anything else hashed (BLAKE2b)."""
-    if isinstance(key, bytes) and len(key) == HASH_BYTES:
-        return key
-    if not isinstance(key, (bytes, str)) or not key:
-        raise InvalidRequestError(f"a key is text or bytes, and not empty; got {key!r}")
-    return blake2b(key.encode() if isinstance(key, str) else key, digest_size=HASH_BYTES).digest()
+def is_number(value: object, at_least: float) -> bool:
+    """Return whether a value is a finite number, not below ``at_least``."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and at_least <= value < math.inf
 
 
-def join_hashes(hashes: Sequence[bytes]) -> bytes:
-    """Return block hashes as one message field.
-
-    Raises
-    ------
-    InvalidRequestError
-        If one is not 16 bytes, or there is none.
-    """
-    if not hashes or any(not isinstance(h, bytes) or len(h) != HASH_BYTES for h in hashes):
-        raise InvalidRequestError(f"block hashes are {HASH_BYTES} bytes each, at least one; see kvpool.encode_block_id")
-    return b"".join(hashes)
+def _check_parent(parent: bytes | None) -> None:
+    if parent is not None:
+        check_hash(parent)

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Sequence
 from typing import Any
 
 from kvpool.actors.cluster import call, end, ensure_ray, kill, start_local_ray
 from kvpool.actors.pool_actor import find_pool, make_pool
 from kvpool.actors.protocol import PROTOCOL_VERSION
-from kvpool.cache.key import check_hash
-from kvpool.client.blocks import NewBlocks, PrefixHit
 from kvpool.client.cache import VirtualKVCache
 from kvpool.client.connection import Connection
-from kvpool.client.copying import source_addresses
-from kvpool.client.model import ModelSpec, join_hashes
-from kvpool.client.putting import fill
+from kvpool.client.model import Model, is_number
+from kvpool.client.spec import ModelSpec
 from kvpool.config import PoolConfig, load_config
 from kvpool.errors import (
     CacheStateError,
-    InvalidRequestError,
+    ConfigError,
     InvalidSizeError,
     KvpoolError,
     PoolExistsError,
@@ -29,108 +24,11 @@ from kvpool.errors import (
 )
 from kvpool.pool.state import PoolState
 from kvpool.pool.statistics import PoolStatistics
-from kvpool.sizes import MIB, parse_size
+from kvpool.sizes import MIB
 
 logger = logging.getLogger("kvpool.client")
 
 _START_S = 120.0
-
-
-class Model:
-    """A registered model: asks for caches and blocks in its own namespace. Made by :meth:`CachePool.model`."""
-
-    def __init__(self, connection: Connection, spec: ModelSpec, number: int) -> None:
-        self.spec = spec
-        self.number = number
-        self._connection = connection
-
-    @property
-    def name(self) -> str:
-        """The model's name."""
-        return self.spec.name
-
-    async def request_cache(
-        self, size: int | str, *, max_size: int | str | None = None, timeout_s: float | None = None
-    ) -> VirtualKVCache:
-        """Lease a new cache of ``size`` (bytes or text), waiting for memory if need be.
-
-        Parameters
-        ----------
-        max_size
-            Reserve addresses up to this size.
-        timeout_s
-            How long to wait for memory, seconds; by default the pool's ``timeout_s``. 0 does not wait.
-
-        Raises
-        ------
-        InvalidSizeError, LimitError
-            If it could never be granted.
-        CapacityError
-            If there is no room in time.
-        """
-        size_bytes = parse_size(size)
-        if timeout_s is not None and not _is_number(timeout_s, at_least=0):
-            raise InvalidRequestError(f"timeout_s is how many seconds to wait, 0 or more, not {timeout_s!r}")
-        max_size_bytes = parse_size(max_size) if max_size is not None else size_bytes
-        wait_s = self._connection.config["timeout_s"] if timeout_s is None else timeout_s
-        granted = await self._connection.request_cache(self.number, size_bytes, max_size_bytes, wait_s)
-        cache = VirtualKVCache(self._connection, self.number, self.name, granted)
-        await cache.map()
-        return cache
-
-    async def match_prefix(self, hashes: Sequence[bytes]) -> PrefixHit:
-        """Find and lease the longest run of leading ``hashes`` that is in the pool; empty if there is none."""
-        _, ids, devices, places = await self._connection.ask(
-            self._connection.prefixes, self.number, join_hashes(hashes)
-        )
-        hit = PrefixHit(self._connection, self.spec, ids, devices, places)
-        await hit.map()
-        return hit
-
-    async def new_blocks(self, hashes: Sequence[bytes], *, parent: bytes | None = None) -> NewBlocks:
-        """Lease new blocks for those of a chain's ``hashes`` that are not in the pool, as many as fit.
-
-        Write into their tensors, then ``seal()``. ``parent`` is the hash in front of the first; None: a root.
-
-        Raises
-        ------
-        ParentNotResidentError
-            If ``parent`` is not in the pool.
-        """
-        _ = self.spec.shape  # a model without blocks is told so before the pool is asked
-        _check_parent(parent)
-        return await self._new_blocks(hashes, parent)
-
-    async def put_blocks(self, hashes: Sequence[bytes], tensors: Any, *, parent: bytes | None = None) -> int:
-        """Store blocks with one copy; returns how many leading hashes are in the pool now.
-
-        Parameters
-        ----------
-        hashes
-            Of the blocks, in the order of their chain.
-        tensors
-            The blocks: a sequence of tensors or arrays, or one with the blocks in its first dimension.
-        parent
-            Hash in front of the first block; None: a root.
-
-        Raises
-        ------
-        TensorMismatchError
-            If number, shape or dtype do not fit the model.
-        ParentNotResidentError
-            If ``parent`` is not in the pool.
-        """
-        sources, keep = source_addresses(self.spec, tensors, len(hashes))
-        blocks = await self._new_blocks(hashes, parent)
-        await fill(blocks, sources[blocks.resident : blocks.stored], self.spec.block_size_bytes or 0)
-        del keep
-        return blocks.stored
-
-    async def _new_blocks(self, hashes: Sequence[bytes], parent: bytes | None) -> NewBlocks:
-        answer = await self._connection.ask(self._connection.blocks, self.number, join_hashes(hashes), parent)
-        blocks = NewBlocks(self._connection, self.spec, self.number, hashes, answer)
-        await blocks.map()
-        return blocks
 
 
 class CachePool:
@@ -160,12 +58,17 @@ class CachePool:
         Raises
         ------
         ConfigError, UnknownPolicyError
-            If the configuration cannot be used.
+            If the configuration cannot be used, or both ``config`` and ``settings`` are given.
         PoolExistsError
             If a pool of that name runs with another configuration.
         SystemLimitError
             If a limit of the system is too low for it.
         """
+        if config is not None and settings:
+            raise ConfigError(
+                f"asked for a config and for {', '.join(sorted(settings))} beside it: give a whole config, or fields of "
+                "one"
+            )
         config = config if config is not None else load_config(**settings)
         PoolState(config.name, config.policy, config.placement, config.queue_limit)  # refuses unknown names here
         ensure_ray(start=start_local_ray)
@@ -248,7 +151,7 @@ class CachePool:
         """
         model = await self.model(model_name)
         if size is None:
-            if not _is_number(size_mb, at_least=1 / MIB):
+            if not is_number(size_mb, at_least=1 / MIB):
                 raise InvalidSizeError(f"give size_mb, a positive number of MiB, or size; asked for {size_mb!r}")
             size = round((size_mb or 0) * MIB)
         return await model.request_cache(size, timeout_s=timeout_s)
@@ -317,15 +220,6 @@ async def delete_pool(actor: Any, drain_s: float | None, leaving: str | None = N
     """End a pool by its actor's handle; see :meth:`CachePool.delete`."""
     await call(actor.delete, drain_s, leaving, timeout_s=(drain_s or 0.0) + _START_S)
     await end(actor)
-
-
-def _is_number(value: object, at_least: float) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and at_least <= value < math.inf
-
-
-def _check_parent(parent: bytes | None) -> None:
-    if parent is not None:
-        check_hash(parent)
 
 
 async def delete(name: str = "kvpool", *, drain_s: float | None = None) -> None:

@@ -30,10 +30,15 @@ async def fill(blocks: NewBlocks, sources: Sequence[int], block_bytes: int) -> N
 
 
 async def _in_thread(destinations: Sequence[int], sources: Sequence[int], block_bytes: int) -> None:
-    """Copy in a thread, and wait for its end even when cancelled: it writes into leased memory."""
-    running = asyncio.ensure_future(asyncio.to_thread(copy_blocks, destinations, sources, block_bytes))
-    try:
-        await asyncio.shield(running)
-    except asyncio.CancelledError:
-        await asyncio.wait([running])
-        raise
+    """Copy in a thread, and wait for its end even when cancelled, however often: it writes into leased memory."""
+    # No task, which the end of asyncio.run() would cancel while its thread goes on.
+    running = asyncio.get_running_loop().run_in_executor(None, copy_blocks, destinations, sources, block_bytes)
+    cancelled: asyncio.CancelledError | None = None
+    while not running.done():
+        try:
+            await asyncio.wait([running])
+        except asyncio.CancelledError as error:
+            cancelled = error  # also a second time: the lease must not end under the thread
+    if cancelled is not None:
+        raise cancelled
+    running.result()

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from kvpool.errors import (
+    AddressSpaceError,
     InvalidRequestError,
     InvalidSizeError,
     KvpoolError,
@@ -80,21 +81,27 @@ class Allocations:
                 f"a cache needs 0 < size <= max_size, asked for size={size_bytes}, max_size={max_size_bytes}",
                 asked_bytes=size_bytes,
             )
-        if model.limit_bytes is not None and size_bytes > model.limit_bytes:
+        if model.limit_bytes is not None and max_size_bytes > model.limit_bytes:
             raise LimitError(
-                f"asked for {format_size(size_bytes)}, but model {model.name!r} may have at most "
+                f"asked for {format_size(max_size_bytes)}, but model {model.name!r} may have at most "
                 f"{format_size(model.limit_bytes)}: ask for less, or register the model with a higher limit",
-                asked_bytes=size_bytes,
+                asked_bytes=max_size_bytes,
                 limit_bytes=model.limit_bytes,
             )
-        devices = [self._ledger.devices[number] for number in request.client.devices]
-        largest = max((device.capacity_bytes for device in devices if device.lost is None), default=0)
+        devices = self._ledger.usable(request.client)
+        largest = max(device.capacity_bytes for device in devices)
         if size_bytes > largest:
             raise InvalidSizeError(
                 f"asked for {format_size(size_bytes)}, but the largest device that this process can use has "
                 f"{format_size(largest)}: ask for less, or start the pool with larger devices",
                 asked_bytes=size_bytes,
                 largest_bytes=largest,
+            )
+        if not any(device.can_grow_to(size_bytes, max_size_bytes) for device in devices):
+            raise InvalidSizeError(
+                f"asked for addresses to grow to {format_size(max_size_bytes)}, but the devices reserve at most "
+                f"{format_size(max(device.arena_bytes for device in devices))}: ask for less, or raise arena_factor",
+                asked_bytes=max_size_bytes,
             )
 
     def _plan(self, request: CacheRequest, orders: Orders, now: float) -> bool:
@@ -106,8 +113,9 @@ class Allocations:
             return False
         device, evict = found
         index = self._ledger.index
-        footprint_bytes = device.footprint_bytes(request.size_bytes, request.max_size_bytes)
-        row = self._ledger.add(request.client, request.model.space, footprint_bytes, device.number, -1, now)
+        row = self._ledger.add(
+            request.client, request.model.space, device, request.size_bytes, request.max_size_bytes, -1, now
+        )
         orders.put(device.number, evict, index.id_of(row), request)
         return True
 
@@ -138,6 +146,11 @@ class Allocations:
             return
         for cache_id in ids[len(places) :]:
             self._ledger.forget(cache_id)
+        if shortage.get("class") == AddressSpaceError.__name__:  # evicting would free memory, which is not short
+            for request in requests[len(places) :]:
+                self._deliver_error(request, AddressSpaceError(shortage["message"], **shortage["details"]))
+            self._room.changed = True
+            return
         orders = Orders()
         for request in requests[len(places) :]:
             request.shortages[device] = request.shortages.get(device, 0) + 1

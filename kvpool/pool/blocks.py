@@ -7,12 +7,13 @@ from functools import partial
 from typing import Any
 
 from kvpool.cache.key import split_hashes
-from kvpool.errors import InvalidRequestError, KvpoolError, ParentNotResidentError
+from kvpool.errors import AddressSpaceError, InvalidRequestError, InvalidSizeError, KvpoolError, ParentNotResidentError
 from kvpool.pool.fanout import nothing_more
 from kvpool.pool.instructions import Answer, Batch
 from kvpool.pool.ledger import Client, Ledger, Model
 from kvpool.pool.requests import BlocksRequest
 from kvpool.pool.room import Room
+from kvpool.sizes import format_size
 
 _MOST_SHORTAGES = 3
 """How often more is evicted on a device that had less room than the books say. Blocks never wait for memory."""
@@ -62,6 +63,14 @@ class BlockAllocations:
                 f"model {model.name!r} was registered without a block size: give ModelSpec block_shape and dtype, or "
                 "block_bytes"
             )
+        largest = max(device.capacity_bytes for device in self._ledger.usable(client))
+        if model.block_bytes > largest:
+            raise InvalidSizeError(
+                f"a block of model {model.name!r} has {format_size(model.block_bytes)}, but the largest device of "
+                f"this host has {format_size(largest)}: start the pool with larger devices",
+                asked_bytes=model.block_bytes,
+                largest_bytes=largest,
+            )
         parent_row = self._parent_row(client, model, parent)
         resident = index.match(model.space, hashes)
         previous = resident[-1] if resident else parent_row
@@ -77,8 +86,9 @@ class BlockAllocations:
             if found is None:
                 break
             device, evict = found
-            footprint = device.footprint_bytes(model.block_bytes, model.block_bytes)
-            previous = self._ledger.add(client, model.space, footprint, device.number, previous, now)
+            previous = self._ledger.add(
+                client, model.space, device, model.block_bytes, model.block_bytes, previous, now
+            )
             request.ids.append(index.id_of(previous))
             request.devices.append(device.number)
             request.places.append(None)
@@ -130,7 +140,12 @@ class BlockAllocations:
             for position, place in zip(positions, places, strict=False):
                 request.places[position] = place
             missing = positions[len(places) :]
-            if shortage is not None and missing and attempts < _MOST_SHORTAGES:
+            if (
+                shortage is not None
+                and missing
+                and attempts < _MOST_SHORTAGES
+                and shortage["class"] != AddressSpaceError.__name__
+            ):
                 device = self._ledger.devices[number]
                 need_bytes = request.model.block_bytes or 0
                 evict = self._room.evict(device, len(missing) * need_bytes << attempts)

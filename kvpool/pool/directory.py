@@ -17,7 +17,7 @@ from kvpool.errors import CacheStateError, InvalidRequestError, SealedError, Unk
 from kvpool.pool.fanout import Fanout, nothing_more
 from kvpool.pool.instructions import Batch
 from kvpool.pool.leases import Leases
-from kvpool.pool.ledger import Client, Ledger
+from kvpool.pool.ledger import Client, Ledger, Model
 
 
 class Directory:
@@ -110,7 +110,7 @@ class Directory:
             )
         rows = [ledger.row(client, cache_id) for cache_id in ids]
         for cache_id, row, key in zip(ids, rows, hashes, strict=True):
-            self._check_sealable(client, model.space, cache_id, row, key)
+            self._check_sealable(client, model, cache_id, row, key)
         outcomes: list[Any] = [True] * len(ids)
         keys: list[bytes | None] = [None] * len(ids)
         fresh: list[int] = []
@@ -146,7 +146,7 @@ class Directory:
                 now,
             )
 
-    def _check_sealable(self, client: Client, space: int, cache_id: int, row: int, key: bytes | None) -> None:
+    def _check_sealable(self, client: Client, model: Model, cache_id: int, row: int, key: bytes | None) -> None:
         index = self._ledger.index
         if key is not None:
             check_hash(key)
@@ -160,8 +160,25 @@ class Directory:
                 )
         elif self._ledger.writers[cache_id] != client.id:
             raise UnknownCacheError(f"cache {cache_id} is being written by another client", cache_id=cache_id)
-        if key is not None and index.space_of(row) != space:
+        if key is None:
+            return
+        if index.space_of(row) != model.space:
             raise CacheStateError(f"cache {cache_id} was made for another model: seal it through that one")
+        # Who looks a key up takes the size from the model, or from its own cache of that key: it must be the same.
+        size_bytes = index.asked_bytes[row]
+        if model.block_bytes is not None and size_bytes != model.block_bytes:
+            raise SealedError(
+                f"cache {cache_id} has {size_bytes} bytes, but model {model.name!r} has blocks of {model.block_bytes}: "
+                "only caches of that size can have a key in it",
+                cache_id=cache_id,
+            )
+        elder = index.find(model.space, key)
+        if elder >= 0 and index.asked_bytes[elder] != size_bytes:
+            raise SealedError(
+                f"key {key.hex()} is that of a cache of {index.asked_bytes[elder]} bytes already; cache {cache_id} has "
+                f"{size_bytes}: the same key means the same bytes",
+                cache_id=cache_id,
+            )
 
     def _sealed(
         self,

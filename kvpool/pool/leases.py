@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from kvpool.cache.store import FREED, RELEASED
-from kvpool.errors import KvpoolError, NotSealedError
+from kvpool.errors import CacheStateError, KvpoolError, NotSealedError
 from kvpool.pool.fanout import Fanout, nothing_more
 from kvpool.pool.instructions import Batch
 from kvpool.pool.ledger import Client, Ledger
@@ -124,6 +124,9 @@ class Leases:
         rows = [ledger.row(client, cache_id) for cache_id in ids]
         pinner = PINNER + client.tenant
         if not held:
+            for cache_id, row in zip(ids, rows, strict=True):
+                if (pinner, index.device[row]) not in self._pinners:
+                    raise CacheStateError(f"cache {cache_id} is not pinned", cache_id=cache_id)
             finish = partial(self._unpinned, batch, item)
             self.release_ids(Client(pinner, client.tenant, client.host, []), sequence, ids, finish, now)
             return

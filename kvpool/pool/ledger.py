@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvpool.cache.index import CacheIndex
-from kvpool.errors import InvalidRequestError, KvpoolError, ProtocolError, UnknownCacheError, ensure
+from kvpool.errors import DeviceLostError, InvalidRequestError, KvpoolError, ProtocolError, UnknownCacheError, ensure
 from kvpool.pool.instructions import Batch, BatchDone, Continuation, Instruction, Send
 from kvpool.pool.placement import make_placement
 from kvpool.sizes import round_up
@@ -22,6 +22,7 @@ class Device:
     capacity_bytes: int
     page_bytes: int
     min_block_bytes: int
+    arena_bytes: int
     zombie_bytes: int = 0
     zombie_stamp: int = 0
     lost: str | None = None
@@ -37,6 +38,12 @@ class Device:
         if max_size_bytes > size_bytes:
             return max(self.min_block_bytes, 1 << (max_size_bytes - 1).bit_length())
         return round_up(size_bytes, self.min_block_bytes)
+
+    def can_grow_to(self, size_bytes: int, max_size_bytes: int) -> bool:
+        """Whether the addresses for ``max_size_bytes`` exist: a growing cache takes a power of two of them."""
+        if max_size_bytes == size_bytes:
+            return size_bytes <= self.capacity_bytes
+        return 1 << (max_size_bytes - 1).bit_length() <= 1 << (self.arena_bytes.bit_length() - 1)
 
     def note_zombies(self, zombies: tuple[int, int]) -> None:
         """Take in ``(stamp, zombie bytes)`` unless a newer figure has come already."""
@@ -135,6 +142,19 @@ class Ledger:
             return -1
         return device.capacity_bytes - device.zombie_bytes - self.index.resident_bytes[device.number]
 
+    def usable(self, client: Client) -> list[Device]:
+        """Return the devices that a client can map and that live.
+
+        Raises
+        ------
+        DeviceLostError
+            If all of them are lost.
+        """
+        usable = [self.devices[number] for number in client.devices if self.devices[number].lost is None]
+        if not usable:
+            raise DeviceLostError("all devices of this host are lost: delete the pool and start it again")
+        return usable
+
     def client(self, client: str) -> Client:
         """Return a connected client, or raise :class:`~kvpool.errors.ProtocolError`."""
         found = self.clients.get(client)
@@ -187,9 +207,20 @@ class Ledger:
             raise UnknownCacheError(f"there is no cache {cache_id} in tenant {client.tenant!r}", cache_id=cache_id)
         return row
 
-    def add(self, client: Client, space: int, footprint_bytes: int, device: int, parent_row: int, now: float) -> int:
+    def add(
+        self,
+        client: Client,
+        space: int,
+        device: Device,
+        size_bytes: int,
+        max_size_bytes: int,
+        parent_row: int,
+        now: float,
+    ) -> int:
         """Enter a cache that ``client`` will write; returns its row."""
-        row = self.index.add(space, footprint_bytes, device, parent_row, now=now)
+        footprint_bytes = device.footprint_bytes(size_bytes, max_size_bytes)
+        row = self.index.add(space, footprint_bytes, device.number, parent_row, now=now)
+        self.index.asked_bytes[row] = size_bytes
         self.writers[self.index.id_of(row)] = client.id
         return row
 

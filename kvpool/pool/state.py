@@ -65,9 +65,11 @@ class PoolState:
         self.leases = Leases(self.ledger, fanout, self.allocations.retry)
         self.directory = Directory(self.ledger, fanout, self.leases)
 
-    def add_device(self, name: str, host: str, capacity_bytes: int, page_bytes: int, min_block_bytes: int) -> Device:
+    def add_device(
+        self, name: str, host: str, capacity_bytes: int, page_bytes: int, min_block_bytes: int, arena_bytes: int
+    ) -> Device:
         """Enter a device into the books; clients that connect from now on can be given its memory."""
-        device = Device(len(self.ledger.devices), name, host, capacity_bytes, page_bytes, min_block_bytes)
+        device = Device(len(self.ledger.devices), name, host, capacity_bytes, page_bytes, min_block_bytes, arena_bytes)
         self.ledger.devices.append(device)
         self.ledger.index.add_device(device.number)
         return device

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvpool.actors.cluster import call, ensure_ray, kill, make_worker, start_local_ray
+from kvpool.actors.cluster import call, ensure_own_ray, ensure_ray, kill, make_worker
 from kvpool.client import CachePool
 from kvpool.config import PoolConfig, load_config
 from kvpool.errors import ConfigError, InvalidRequestError
@@ -159,7 +159,10 @@ async def replay(
         )
     BlockContent(plan.block_bytes)
     config = pool_config(plan, unique_blocks(requests)) if plan.pool is None else None
-    ensure_ray(start=start_local_ray)
+    if config:
+        ensure_own_ray()
+    else:
+        ensure_ray()
     pool = await (CachePool.create(config) if config else CachePool.connect(plan.pool or ""))
     replicas: list[Any] = []
     try:

@@ -10,8 +10,12 @@ import pytest
 import ray
 from footprint import Footprint, footprint, state
 from pool_actors import device_actors, kill_device, pid_of, until, until_lost, until_waiting
+from ray.exceptions import ActorUnavailableError
 
+import kvpool.actors.fleet
 from kvpool import CachePool, ModelSpec, delete, encode_block_id
+from kvpool.actors.cluster import call
+from kvpool.actors.fleet import Fleet
 from kvpool.errors import (
     DeviceLostError,
     InvalidSizeError,
@@ -178,6 +182,64 @@ async def test_a_killed_pool_actor_is_told_to_those_who_wait(pool):
         ray.kill(device)
     first.pop().result()._lease.released = True  # it is gone: nobody is left to release it to
     waiting.clear()
+
+
+async def test_a_pool_is_made_again_after_its_actor_was_killed(make_pool):
+    settings = {"devices": "host:2x1MiB"}
+    first = await make_pool(**settings)
+    orphans = device_actors(first)
+    pids = await asyncio.gather(*map(pid_of, orphans))
+    ray.kill(first.actor)
+    second = await make_pool(name=first.name, **settings)
+    assert [state(pid) for pid in pids if state(pid) not in ("gone", "Z")] == []
+    async with await second.request_cache("m", size="1MiB"), await second.request_cache("m", size="1MiB"):
+        pass
+
+
+async def test_a_device_is_started_once(pool):
+    (device,) = device_actors(pool)
+    with pytest.raises(ProtocolError, match="started already"):
+        await call(device.start)
+    async with await pool.request_cache("m", size="1MiB"):
+        pass
+
+
+async def test_a_device_that_hangs_is_left_out_and_ended(make_pool, monkeypatch):
+    pool = await make_pool("host:2x1MiB")
+    hung, sound = device_actors(pool)
+    pid = await pid_of(hung)
+    fleet = Fleet(*[lambda *_: None] * 3)
+    fleet._actors = {0: hung, 1: sound}
+    monkeypatch.setattr(kvpool.actors.fleet, "_ANSWER_S", 0.3)
+    os.kill(pid, signal.SIGSTOP)
+    assert await fleet.ask([0, 1], "leases") == {1: {}}
+    await fleet.end([0, 1])
+    await until(lambda: state(pid) in ("gone", "Z"), "the end of the device that hangs")
+
+
+async def test_a_device_out_of_reach_is_killed_when_it_is_given_up(pool):
+    class Unreachable:
+        """A device whose connection has failed while its process lives."""
+
+        def __init__(self, actor):
+            self._actor, self.events = actor, self
+            self._failures = [RuntimeError("something else"), ActorUnavailableError("no connection", None)]
+
+        def __getattr__(self, name):
+            return getattr(self._actor, name)
+
+        async def remote(self, *_):
+            raise self._failures.pop(0)
+
+    (device,) = device_actors(pool)
+    pid = await pid_of(device)
+    lost = []
+    fleet = Fleet(lambda *_: None, lambda *_: None, lambda *told: lost.append(told))
+    fleet._actors = {0: device}
+    await fleet._watch(0, Unreachable(device))  # goes on after the first failure, which tells nothing of the device
+    assert [(number, sent) for number, sent, _ in lost] == [(0, [])]
+    await until(lambda: state(pid) in ("gone", "Z"), "the end of the device")
+    await until_lost(pool, 0)
 
 
 def keys(ids):

@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 
+import numpy as np
 import pytest
 import ray
 from driver import run_driver
@@ -13,8 +14,17 @@ import kvpool.client.connection
 import kvpool.client.lane
 import kvpool.client.pool
 from kvpool import CachePool, ModelSpec, PoolStatistics, delete, encode_block_id
+from kvpool.actors.cluster import call, pool_names
 from kvpool.actors.protocol import host_identity
-from kvpool.errors import PoolBusyError, PoolNotFoundError, PoolUnavailableError, ProtocolError
+from kvpool.errors import (
+    InvalidRequestError,
+    PoolBusyError,
+    PoolNotFoundError,
+    PoolUnavailableError,
+    ProtocolError,
+    SystemLimitError,
+)
+from kvpool.memory.limits import memory_info
 from kvpool.presets import create_deepseek_ocr_cache_pool, create_vista_cache_pool
 
 
@@ -133,6 +143,8 @@ async def test_delete_refuses_or_drains_while_leases_are_held(pool, start_proces
     assert busy.value.details["leases"][process.client_id] == 4096
     # Nothing has changed: this connection and its lease are as before, and memory is given out.
     held.numpy("uint8", (4,))[:] = 1
+    model = await pool.model(ModelSpec("blocks", block_bytes=4096))
+    assert await model.put_blocks([encode_block_id(1)], np.ones((1, 4096), np.uint8)) == 1
     async with await pool.request_cache("m", size=4096):
         await held.release()
 
@@ -143,11 +155,48 @@ async def test_delete_refuses_or_drains_while_leases_are_held(pool, start_proces
                 pass
         except PoolBusyError:
             break
+    for ask in (
+        lambda: model.match_prefix([encode_block_id(1)]),
+        lambda: model.new_blocks([encode_block_id(2)]),
+        lambda: CachePool.connect(pool.name),
+        lambda: delete(pool.name, drain_s=30),
+    ):
+        with pytest.raises(PoolBusyError, match="being deleted"):
+            await ask()
     assert not deleting.done()
     await process.release()
     await deleting
     with pytest.raises(PoolNotFoundError):
         await CachePool.connect(pool.name)
+
+
+@pytest.mark.parametrize("drain_s", [-1, float("nan"), float("inf"), "soon", True])
+async def test_a_drain_time_that_is_none_changes_nothing(pool, drain_s):
+    with pytest.raises(InvalidRequestError, match="drain_s"):
+        await call(pool.actor.delete, drain_s)
+    async with await pool.request_cache("m", size=4096):
+        pass
+
+
+async def test_a_deleted_pool_frees_its_name_when_nobody_kills_its_actor(pool):
+    await pool.actor.delete.remote()
+    with pytest.raises(PoolNotFoundError, match="has been deleted"):
+        await call(pool.actor.start)
+    with pytest.raises(PoolNotFoundError):
+        await CachePool.connect(pool.name)
+    await until(lambda: pool.name not in pool_names(), "the pool actor ends itself")
+    again = await CachePool.create(name=pool.name, devices="host:1x1MiB", page_size="64KiB")
+    await again.delete()
+
+
+async def test_devices_of_one_node_are_promised_its_memory_in_sum(local_ray):
+    each_mib = int(0.6 * memory_info().free_bytes) >> 20
+    name = f"t{os.getpid()}-sum"
+    with pytest.raises(SystemLimitError, match="free"):
+        await CachePool.create(name=name, devices=f"host:2x{each_mib}MiB", page_size="64MiB")
+    await until(lambda: name not in pool_names(), "the pool is gone")
+    async with await CachePool.create(name=name, devices=f"host:1x{each_mib}MiB", page_size="64MiB") as pool:
+        await pool.delete()
 
 
 async def test_another_protocol_version_is_told_when_connecting(pool, monkeypatch):

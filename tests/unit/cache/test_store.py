@@ -68,7 +68,7 @@ def test_allocate_places_in_order_and_leases_each_to_the_client(store):
 def test_what_does_not_fit_is_left_out_with_the_figures_of_the_shortage(store):
     places, refused, shortage = allocate(store, [1, 2, 3, 4, 5, 6])
     assert (len(places), refused) == (PAGES, [])
-    assert (shortage["asked_bytes"], shortage["free_bytes"]) == (PAGE, 0)
+    assert (shortage["details"]["asked_bytes"], shortage["details"]["free_bytes"]) == (PAGE, 0)
     assert store.caches == PAGES
     store.allocator.check()
 

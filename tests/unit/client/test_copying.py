@@ -8,7 +8,7 @@ import torch
 
 from kvpool.client import copying
 from kvpool.client.copying import copy_blocks, source_addresses
-from kvpool.client.model import ModelSpec
+from kvpool.client.spec import ModelSpec
 from kvpool.errors import TensorMismatchError
 
 SPEC = ModelSpec("m", dtype="float32", block_shape=(2, 3))

@@ -145,7 +145,7 @@ def test_a_seal_names_each_cache_once_and_each_key_for_one(pool):
 
 
 def test_a_small_cache_that_may_grow_takes_its_whole_range():
-    device = Device(0, "d", "here", 4 * PAGE, PAGE, 4096)
+    device = Device(0, "d", "here", 4 * PAGE, PAGE, 4096, 32 * PAGE)
     assert device.footprint_bytes(5000, 5000) == 8192  # the tail of the block goes back
     assert device.footprint_bytes(5000, PAGE - 1) == PAGE  # addresses in shared pages are memory
     assert device.footprint_bytes(100, 101) == 4096

@@ -6,7 +6,10 @@ import pytest
 from pool_harness import PAGE, LocalPool, hashes, keys_of
 
 from kvpool.errors import (
+    AddressSpaceError,
+    CacheStateError,
     CapacityError,
+    DeviceLostError,
     InvalidRequestError,
     InvalidSizeError,
     LimitError,
@@ -423,3 +426,55 @@ def test_blocks_do_not_follow_anothers_or_a_gone_block(pool):
     pool.release(first)
     assert isinstance(error_of(blocks_behind(pool, first[-1], [9])), StaleCacheError)
     assert pool.live_bytes() == 0
+
+
+def test_a_key_means_one_size(pool):
+    """Whoever finds a key takes the size from its own side: another size would be other caches' bytes."""
+    whole = pool.request(8192)[1]
+    assert isinstance(error_of(pool.seal([whole], keys_of([1]))), SealedError)  # the model's blocks have 4096
+    plain = pool.model(name="plain", block_bytes=None)
+    small, large, same = (pool.request(size, model=plain)[1] for size in (4096, 8192, 4096))
+    assert pool.seal([small], keys_of([1]), model=plain) == ("sealed", [True])
+    assert isinstance(error_of(pool.seal([large], keys_of([1]), model=plain)), SealedError)
+    assert pool.seal([same], keys_of([1]), model=plain) == ("sealed", ["duplicate"])
+    pool.release([whole, small, large, same])
+
+
+def test_addresses_that_do_not_exist_are_refused_before_anything_goes(pool):
+    pool.put(range(64))
+    error = error_of(pool.request(PAGE, max_size=1000 * PAGE))
+    assert isinstance(error, InvalidSizeError)
+    assert pool.state.ledger.counters.evictions == 0
+
+
+def test_growing_beyond_the_models_limit_is_refused(pool):
+    number = pool.model(name="small", limit_bytes=1000)
+    assert isinstance(error_of(pool.request(500, max_size=1001, model=number)), LimitError)
+
+
+def test_out_of_addresses_evicts_nothing(pool):
+    """The arena is eight times the memory: caches that may grow use it up long before the memory."""
+    growing = [pool.request(1, max_size=16 * PAGE)[1] for _ in range(2)]
+    pool.put(range(16))
+    before = pool.state.ledger.counters.evictions
+    error = error_of(pool.request(4096, max_size=16 * PAGE))
+    assert isinstance(error, AddressSpaceError)
+    assert pool.state.ledger.counters.evictions == before
+    pool.release(growing)
+
+
+def test_a_block_larger_than_any_device_is_refused(pool):
+    number = pool.model(name="huge", block_bytes=5 * PAGE)
+    assert isinstance(error_of(pool.blocks([1], model=number)), InvalidSizeError)
+
+
+def test_only_what_is_pinned_is_unpinned(pool):
+    pool.put([1])
+    ids = pool.look_up([1])[1]
+    assert isinstance(error_of(pool.pin(ids, False)), CacheStateError)
+    pool.release(ids)
+
+
+def test_without_a_device_the_loss_is_named(pool):
+    pool.handle(DeviceLost(0, "killed"))
+    assert isinstance(error_of(pool.request(PAGE)), DeviceLostError)

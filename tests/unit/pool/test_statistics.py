@@ -59,7 +59,7 @@ def test_what_happened_is_counted(pool):
     assert (stats.blocks_stored, stats.keys) == (8, 8)
     assert (stats.requests, stats.grants, stats.refusals, stats.waiting) == (3, 1, 1, 1)
     assert stats.errors == {"InvalidSizeError": 1}
-    assert stats.models == {"m": 1}
+    assert stats.models == {"m": 9}  # a cache and eight blocks
     assert stats.clients == 1
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvpool.client.model import ModelSpec, content_hash, join_hashes
+from kvpool.client.spec import ModelSpec, content_hash, join_hashes
 from kvpool.errors import InvalidRequestError, InvalidSizeError, TensorMismatchError
 
 OCR = ModelSpec("ocr", dtype=torch.bfloat16, block_shape=(12, 2, 16, 10, 128))
