@@ -16,7 +16,6 @@ import asyncio
 import os
 import threading
 from collections.abc import Callable, Coroutine, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvpool import client
@@ -114,53 +113,56 @@ class VirtualKVCache:
         _run(self._cache.__aexit__, *exception)
 
 
-class PrefixHit:
-    """Blocking form of :class:`kvpool.PrefixHit`."""
+class _LeasedBlocks:
+    """What found and new blocks have in common."""
 
-    def __init__(self, hit: client.PrefixHit) -> None:
-        self._hit = hit
+    def __init__(self, blocks: client.PrefixHit | client.NewBlocks) -> None:
+        self._leased = blocks
 
     @property
     def num_blocks(self) -> int:
-        """How many blocks were found."""
-        return self._hit.num_blocks
+        """How many blocks are leased."""
+        return self._leased.num_blocks
 
     def __len__(self) -> int:
-        return len(self._hit)
+        return len(self._leased)
 
     def addresses(self) -> list[int]:
-        """See :meth:`kvpool.PrefixHit.addresses`."""
-        return self._hit.addresses()
+        """See :meth:`kvpool.NewBlocks.addresses`."""
+        return self._leased.addresses()
 
     def tensors(self) -> list[torch.Tensor]:
-        """See :meth:`kvpool.PrefixHit.tensors`."""
-        return self._hit.tensors()
+        """See :meth:`kvpool.NewBlocks.tensors`."""
+        return self._leased.tensors()
 
     def numpy(self) -> list[numpy.ndarray[Any, Any]]:
-        """See :meth:`kvpool.PrefixHit.numpy`."""
-        return self._hit.numpy()
+        """See :meth:`kvpool.NewBlocks.numpy`."""
+        return self._leased.numpy()
 
     def release(self) -> None:
-        """See :meth:`kvpool.PrefixHit.release`."""
-        _run(self._hit.release)
+        """See :meth:`kvpool.NewBlocks.release`."""
+        _run(self._leased.release)
+
+    def __exit__(self, *exception: object) -> None:
+        _run(self._leased.__aexit__, *exception)
+
+
+class PrefixHit(_LeasedBlocks):
+    """Blocking form of :class:`kvpool.PrefixHit`."""
+
+    def __init__(self, hit: client.PrefixHit) -> None:
+        super().__init__(hit)
 
     def __enter__(self) -> PrefixHit:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        _run(self._hit.__aexit__, *exception)
 
-
-class NewBlocks:
+class NewBlocks(_LeasedBlocks):
     """Blocking form of :class:`kvpool.NewBlocks`."""
 
     def __init__(self, blocks: client.NewBlocks) -> None:
+        super().__init__(blocks)
         self._blocks = blocks
-
-    @property
-    def num_blocks(self) -> int:
-        """How many new blocks were leased."""
-        return self._blocks.num_blocks
 
     @property
     def resident(self) -> int:
@@ -172,25 +174,10 @@ class NewBlocks:
         """How many leading hashes are in the pool once these blocks are sealed."""
         return self._blocks.stored
 
-    def __len__(self) -> int:
-        return len(self._blocks)
-
     @property
     def hashes(self) -> list[bytes]:
         """Hashes of the new blocks, in their order."""
         return self._blocks.hashes
-
-    def addresses(self) -> list[int]:
-        """See :meth:`kvpool.NewBlocks.addresses`."""
-        return self._blocks.addresses()
-
-    def tensors(self) -> list[torch.Tensor]:
-        """See :meth:`kvpool.NewBlocks.tensors`."""
-        return self._blocks.tensors()
-
-    def numpy(self) -> list[numpy.ndarray[Any, Any]]:
-        """See :meth:`kvpool.NewBlocks.numpy`."""
-        return self._blocks.numpy()
 
     def seal(self) -> None:
         """See :meth:`kvpool.NewBlocks.seal`."""
@@ -200,15 +187,8 @@ class NewBlocks:
         """See :meth:`kvpool.NewBlocks.finish`."""
         _run(self._blocks.finish)
 
-    def release(self) -> None:
-        """See :meth:`kvpool.NewBlocks.release`."""
-        _run(self._blocks.release)
-
     def __enter__(self) -> NewBlocks:
         return self
-
-    def __exit__(self, *exception: object) -> None:
-        _run(self._blocks.__aexit__, *exception)
 
 
 class Model:
@@ -309,10 +289,8 @@ class CachePool:
     def __enter__(self) -> CachePool:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, raised: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        _run(self._pool.__aexit__, kind, raised, traceback)
+    def __exit__(self, *exception: object) -> None:
+        _run(self._pool.__aexit__, *exception)
 
 
 def delete(name: str = "kvpool", *, drain_s: float | None = None) -> None:

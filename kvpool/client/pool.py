@@ -66,8 +66,8 @@ class CachePool:
         """
         if config is not None and settings:
             raise ConfigError(
-                f"asked for a config and for {', '.join(sorted(settings))} beside it: give a whole config, or fields of "
-                "one"
+                f"asked for a config and for {', '.join(sorted(settings))} beside it: give a whole config, or "
+                "fields of one"
             )
         config = config if config is not None else load_config(**settings)
         PoolState(config.name, config.policy, config.placement, config.queue_limit)  # refuses unknown names here

@@ -2,13 +2,16 @@
 
 import asyncio
 import gc
+import warnings
 
 import numpy as np
 import pytest
 from pool_actors import until_leased
 
-from kvpool import CachePool, ModelSpec, encode_block_id
-from kvpool.errors import CacheStateError, DoubleReleaseError
+import kvpool.client.connection
+from kvpool import Access, CachePool, ModelSpec, encode_block_id
+from kvpool.config import load_config
+from kvpool.errors import CacheStateError, ConfigError, DoubleReleaseError, SealedError, SystemLimitError
 
 
 async def leased_bytes(pool):
@@ -61,7 +64,10 @@ async def test_close_refuses_while_tensors_are_alive(pool):
         await another.stats()
     with pytest.raises(CacheStateError, match="closed"):
         cache.numpy("uint8", (10,))
-    cache._lease.released = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        del cache  # its lease ended with the connection: nothing to warn of
+        gc.collect()
 
 
 async def test_leaving_the_context_releases_also_after_an_error(pool):
@@ -138,3 +144,118 @@ async def test_a_cancelled_put_leaves_no_lease(pool):
         put.cancel()
         await asyncio.gather(put, return_exceptions=True)
     await until_leased(pool, 0)
+
+
+async def test_new_blocks_are_read_only_once_they_are_sealed(pool):
+    model = await pool.model(ModelSpec("m", block_bytes=4096))
+    async with await model.new_blocks([encode_block_id(number) for number in range(3)]) as new:
+        for number, block in enumerate(new.numpy()):
+            assert block.flags.writeable
+            block[:] = number
+        del block
+        written_at = new.addresses()
+        await new.seal()
+        sealed = new.numpy()
+        assert [block.flags.writeable for block in sealed] == [False] * 3
+        assert [np.unique(block).tolist() for block in sealed] == [[0], [1], [2]]
+        assert not set(written_at) & set(new.addresses())  # the other view of the same memory
+        del sealed
+
+
+@pytest.mark.parametrize("turns", range(4))
+async def test_a_cache_whose_sealing_was_cancelled_is_read_only_and_can_be_sealed_again(pool, turns):
+    async with await pool.request_cache("m", size=4096) as cache:
+        sealing = asyncio.create_task(cache.seal("key"))
+        for _ in range(1 + turns):
+            await asyncio.sleep(0)
+        sealing.cancel()
+        await asyncio.gather(sealing, return_exceptions=True)
+        with pytest.raises(SealedError):
+            cache.numpy("uint8", (1,), access=Access.READ_WRITE)
+        await cache.seal("key")
+        assert (await cache.info())["sealed"]
+
+
+async def test_a_cache_whose_sealing_was_refused_stays_writable(pool):
+    async with await pool.request_cache("m", size=4096) as first, await pool.request_cache("m", size=8192) as second:
+        await first.seal("key")
+        with pytest.raises(SealedError):  # the same key means the same bytes
+            await second.seal("key")
+        second.numpy("uint8", (8192,))[:] = 1
+        await second.seal("another key")
+
+
+async def test_a_key_whose_cache_is_never_found_is_given_up(pool, monkeypatch):
+    async with await pool.request_cache("m", size=4096) as first, await pool.request_cache("m", size=4096) as second:
+        await first.seal("key")
+
+        async def nothing(_item):
+            return "hit", [], [], []
+
+        monkeypatch.setattr(pool._connection.prefixes, "ask", nothing)
+        with pytest.raises(CacheStateError, match="keeps vanishing"):
+            async with asyncio.timeout(10):
+                await second.seal("key")
+        assert not second.sealed
+
+
+async def test_a_connection_is_used_on_its_own_event_loop(pool):
+    cache = await pool.request_cache("m", size=4096)
+
+    async def elsewhere():
+        cache.numpy("uint8", (1,))[:] = 1  # memory is the process's
+        for use in (cache.release, cache.seal, cache.info, pool.stats, pool.close):
+            with pytest.raises(CacheStateError, match="another event loop"):
+                await use()
+
+    await asyncio.to_thread(asyncio.run, elsewhere())
+    await cache.release()
+    assert await leased_bytes(pool) == 0
+
+
+async def test_closing_looks_for_tensors_again_when_the_last_calls_are_answered(pool):
+    async with await CachePool.connect(pool.name) as another:
+        views = []
+
+        async def ask():
+            cache = await another.request_cache("m", size=4096)
+            views.append((cache, cache.numpy("uint8", (1,))))
+
+        await another.model("m")
+        asking = asyncio.create_task(ask())
+        await asyncio.sleep(0)
+        drained = another._connection.releases.drain
+
+        async def drain():
+            await asking
+            await drained()
+
+        another._connection.releases.drain = drain
+        with pytest.raises(CacheStateError, match="1 tensors"):
+            await another.close()
+        cache, _ = views.pop()
+        del _
+        await cache.release()
+        assert await leased_bytes(another) == 0
+
+
+async def test_limits_are_checked_for_all_devices_together(make_pool, monkeypatch):
+    pool = await make_pool(devices="host:2x2MiB")  # 32 pages each, in two views
+    asked = []
+
+    class Backend(kvpool.client.connection.HostBackend):
+        def probe(self, *, pages, mapped_pages, page_size_bytes):
+            asked.append(mapped_pages)
+            if mapped_pages > 100:
+                raise SystemLimitError("max_map_count")
+
+    monkeypatch.setattr(kvpool.client.connection, "HostBackend", Backend)
+    with pytest.raises(SystemLimitError):
+        await CachePool.connect(pool.name)
+    assert asked == [128]
+    assert (await pool.stats()).clients == 1
+
+
+async def test_a_config_and_fields_beside_it_are_refused(pool):
+    with pytest.raises(ConfigError, match="devices, page_size"):
+        await CachePool.create(load_config(name=pool.name), page_size="64KiB", devices="host:1x2MiB")

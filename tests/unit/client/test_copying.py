@@ -141,3 +141,12 @@ def test_neighbours_on_both_sides_are_copied_in_one_go(copies, destinations, sou
     for to, at in zip(destinations, sources, strict=True):
         want[to * BLOCK : (to + 1) * BLOCK] = here[at * BLOCK : (at + 1) * BLOCK]
     assert (there == want).all(), "and nothing else is touched"
+
+
+def test_lazily_negated_and_conjugated_tensors_are_stored_as_what_they_mean():
+    numbers_ = torch.complex(torch.ones(6), torch.arange(6, dtype=torch.float32)).reshape(1, 2, 3)
+    negated = numbers_.conj().imag  # a view with the negative bit: its memory has the positive numbers
+    assert negated.is_neg()
+    addresses, kept = source_addresses(SPEC, negated, 1)
+    assert read(addresses) == [[-0.0, -1, -2, -3, -4, -5]]
+    assert kept

@@ -1,0 +1,56 @@
+"""The blocking client, beside the asynchronous one that the fixtures use."""
+
+import asyncio
+import logging
+
+import numpy as np
+import pytest
+
+from kvpool import ModelSpec, encode_block_id, sync
+
+SPEC = ModelSpec("m", block_bytes=4096)
+HASHES = [encode_block_id(number) for number in range(3)]
+
+
+async def test_new_blocks_are_written_finished_and_found(pool):
+    def work():
+        with sync.CachePool.connect(pool.name) as blocking:
+            model = blocking.model(SPEC)
+            with model.new_blocks(HASHES) as new:
+                assert (new.hashes, len(new), len(set(new.addresses()))) == (HASHES, 3, 3)
+                assert [lease["size_bytes"] for lease in blocking.leases()] == [3 * 4096]
+                for number, block in enumerate(new.numpy()):
+                    block[:] = number
+                del block
+                new.finish()
+                assert blocking.leases() == []
+            with model.match_prefix(HASHES) as hit:
+                assert [np.unique(block).tolist() for block in hit.numpy()] == [[0], [1], [2]]
+
+    await asyncio.to_thread(work)
+
+
+async def test_leaving_by_an_error_does_not_hide_it_behind_live_tensors(pool, caplog):
+    opened = []
+
+    def fail():
+        with sync.CachePool.connect(pool.name) as blocking:
+            opened.append(blocking)
+            cache = blocking.request_cache("m", size=4096)
+            view = cache.numpy("uint8", (10,))
+            cache.release()
+            raise ZeroDivisionError(view.shape)
+
+    with caplog.at_level(logging.WARNING), pytest.raises(ZeroDivisionError):
+        await asyncio.to_thread(fail)
+    assert "stays connected: 1 tensors" in caplog.text
+    await asyncio.to_thread(opened.pop().close)
+
+
+async def test_tensors_are_opened_also_under_an_event_loop_of_the_callers(pool):
+    """As in a notebook, whose cells run on a loop of their own."""
+    blocking = await asyncio.to_thread(sync.CachePool.connect, pool.name)
+    cache = blocking.request_cache("m", size=4096)
+    cache.numpy("uint8", (4096,))[:] = 1
+    cache.release()
+    blocking.close()
