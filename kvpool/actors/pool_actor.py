@@ -32,7 +32,7 @@ from kvpool.actors.protocol import (
     SEAL_ITEM,
 )
 from kvpool.config import PoolConfig
-from kvpool.errors import KvpoolError, PoolBusyError, PoolNotFoundError
+from kvpool.errors import KvpoolError, PoolBusyError, PoolNotFoundError, ProtocolError
 from kvpool.pool.instructions import (
     BlocksRequested,
     CachesRequested,
@@ -225,7 +225,9 @@ class PoolActor:
     async def grants(self, client: str, seen: int, wait_s: float) -> tuple[int, list[Any]]:
         """Return the outcomes of waiting requests after number ``seen`` (long poll of at most ``wait_s``)."""
         stream = self._executor.grants.get(client)
-        return await stream.poll(seen, wait_s) if stream else (seen, [])
+        if stream is None:
+            raise ProtocolError(f"client {client!r} is not connected to this pool (any more): connect again")
+        return await stream.poll(seen, wait_s)
 
     async def describe_caches(self, client: str, ids: list[int]) -> list[Any]:
         """Return for each id a dict of what the pool knows of it, or an error."""

@@ -79,7 +79,6 @@ class Model:
             If ``parent`` is not in the pool.
         """
         _ = self.spec.shape  # a model without blocks is told so before the pool is asked
-        _check_parent(parent)
         return await self._new_blocks(hashes, parent)
 
     async def put_blocks(self, hashes: Sequence[bytes], tensors: Any, *, parent: bytes | None = None) -> int:
@@ -108,6 +107,7 @@ class Model:
         return blocks.stored
 
     async def _new_blocks(self, hashes: Sequence[bytes], parent: bytes | None) -> NewBlocks:
+        _check_parent(parent)
         answer = await self._connection.ask(self._connection.blocks, self.number, join_hashes(hashes), parent)
         blocks = NewBlocks(self._connection, self.spec, self.number, hashes, answer)
         await blocks.map()
