@@ -59,9 +59,7 @@ class PoolConfig(BaseSettings):
     reserve: float = Field(0.5, ge=0.0, le=1.0, description="share of a device that may be kept as warm pages")
     policy: str = Field("lru", description="eviction policy")
     placement: str = Field("least_loaded", description="which device a new cache goes to")
-    gc_threshold: float = Field(
-        0.8, gt=0.0, le=1.0, description="share of memory in use above which eviction runs ahead"
-    )
+    gc_threshold: float = Field(0.8, gt=0.0, le=1.0, description="kept for eviction ahead of need, not in this version")
     queue_limit: int = Field(10_000, ge=1, description="most requests that may wait for memory")
     timeout_s: float = Field(
         30.0, gt=0.0, allow_inf_nan=False, description="how long a request waits for memory unless it says otherwise"
