@@ -6,7 +6,6 @@ the pool through :meth:`DeviceActor.events` what happened here: a client died, z
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import gc
 import logging
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kvpool.actors.protocol import host_identity
+from kvpool.actors.stream import Stream
 from kvpool.cache.store import DeviceStore, Operation
 from kvpool.errors import ProtocolError
 from kvpool.memory.allocator import GPUMemoryAllocator
@@ -63,10 +63,8 @@ class DeviceActor:
         self._allocator: GPUMemoryAllocator
         self._store: DeviceStore
         self._server: PageServer
-        self._events: list[tuple[Any, ...]] = []
-        self._first_event = 1
+        self._events = Stream()
         self._stamp = 0
-        self._news = asyncio.Event()
 
     async def start(self) -> dict[str, Any]:
         """Reserve the arena and open the socket; return what clients and the pool must know of this device.
@@ -125,16 +123,7 @@ class DeviceActor:
         Events are ``("gone", client, ended ids, freed ids)`` and ``("freed", (stamp, zombie bytes))``. Those up to
         ``seen`` are forgotten: the pool has them.
         """
-        del self._events[: max(0, seen - self._first_event + 1)]
-        self._first_event = max(self._first_event, seen + 1)
-        if not self._events:
-            self._news.clear()
-            try:
-                async with asyncio.timeout(wait_s):
-                    await self._news.wait()
-            except TimeoutError:
-                return seen, []
-        return self._first_event + len(self._events) - 1, list(self._events)
+        return await self._events.poll(seen, wait_s)
 
     async def memory(self) -> dict[str, int]:
         """Return the bytes of this device: live, backed, reserve, zombie, free, largest; and the number of caches."""
@@ -196,5 +185,4 @@ class DeviceActor:
         return self._stamp, self._allocator.usage().zombie_bytes
 
     def _tell(self, event: tuple[Any, ...]) -> None:
-        self._events.append(event)
-        self._news.set()
+        self._events.put(event)

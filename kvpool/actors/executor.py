@@ -8,8 +8,8 @@ import time
 from typing import Any
 
 from kvpool.actors.fleet import Fleet
-from kvpool.actors.grants import GrantStream
 from kvpool.actors.protocol import check_items
+from kvpool.actors.stream import Stream
 from kvpool.errors import DeviceLostError, KvpoolError
 from kvpool.pool.instructions import (
     Batch,
@@ -41,7 +41,7 @@ class Executor:
     def __init__(self, state: PoolState) -> None:
         self._state = state
         self.fleet = Fleet(self._device_answered, self._device_told, self._device_lost)
-        self.grants: dict[str, GrantStream] = {}
+        self.grants: dict[str, Stream] = {}
         self._done: dict[Batch, asyncio.Future[list[Any]]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due = 0.0
@@ -104,7 +104,7 @@ class Executor:
                 case Grant():
                     stream = self.grants.get(instruction.client)
                     if stream is not None:
-                        stream.put(instruction.ticket, instruction.answer)
+                        stream.put((instruction.ticket, instruction.answer))
         self._set_timer()
 
     def _set_timer(self) -> None:

@@ -22,7 +22,6 @@ from typing import Any
 from kvpool.actors.cluster import end_self, find_actor, join_actor
 from kvpool.actors.drain import check_drain_time, drain
 from kvpool.actors.executor import Executor
-from kvpool.actors.grants import GrantStream
 from kvpool.actors.protocol import (
     BLOCKS_ITEM,
     CACHE_ITEM,
@@ -31,6 +30,7 @@ from kvpool.actors.protocol import (
     PROTOCOL_VERSION,
     SEAL_ITEM,
 )
+from kvpool.actors.stream import Stream
 from kvpool.config import PoolConfig
 from kvpool.errors import KvpoolError, PoolBusyError, PoolNotFoundError, ProtocolError
 from kvpool.pool.instructions import (
@@ -166,7 +166,7 @@ class PoolActor:
             )
         except KvpoolError as error:
             return {"error": error.to_wire()}
-        self._executor.grants[known.id] = GrantStream()
+        self._executor.grants[known.id] = Stream()
         await self._executor.finish(batch, instructions)
         return described | {"reachable": known.devices}
 

@@ -1,6 +1,7 @@
 """The blocking client, beside the asynchronous one that the fixtures use."""
 
 import asyncio
+import gc
 import logging
 
 import numpy as np
@@ -44,6 +45,7 @@ async def test_leaving_by_an_error_does_not_hide_it_behind_live_tensors(pool, ca
     with caplog.at_level(logging.WARNING), pytest.raises(ZeroDivisionError):
         await asyncio.to_thread(fail)
     assert "stays connected: 1 tensors" in caplog.text
+    gc.collect()  # the error's traceback held the frame, and the frame the tensor
     await asyncio.to_thread(opened.pop().close)
 
 
