@@ -18,7 +18,7 @@ NAMESPACE = "kvpool"
 
 CACHE_ITEM = {"sequence": int, "model": int, "size": int, "max_size": int, "timeout_s": (int, float)}
 PREFIX_ITEM = {"sequence": int, "model": int, "hashes": bytes}
-BLOCKS_ITEM = {"sequence": int, "model": int, "hashes": bytes, "parent": (bytes, int, type(None))}
+BLOCKS_ITEM = {"sequence": int, "model": int, "hashes": bytes, "parent": (bytes, type(None))}
 SEAL_ITEM = {"sequence": int, "model": int, "ids": (list, tuple), "keys": (list, tuple)}
 LEASE_ITEM = {"sequence": int, "ids": (list, tuple)}
 """The fields of a request's items, each followed by the trace context (None in this version)."""

@@ -53,7 +53,7 @@ class BlockAllocations:
         sequence: int,
         model: Model,
         joined: bytes,
-        parent: bytes | int | None,
+        parent: bytes | None,
         now: float,
     ) -> None:
         index = self._ledger.index
@@ -71,7 +71,7 @@ class BlockAllocations:
                 asked_bytes=model.block_bytes,
                 largest_bytes=largest,
             )
-        parent_row = self._parent_row(client, model, parent)
+        parent_row = self._parent_row(model, parent)
         resident = index.match(model.space, hashes)
         previous = resident[-1] if resident else parent_row
         request = BlocksRequest(client, sequence, model, batch, item, len(resident), [], [], [])
@@ -101,25 +101,18 @@ class BlockAllocations:
         for number, wanted in positions.items():
             self._ask_blocks(request, number, wanted, evictions[number], 0)
 
-    def _parent_row(self, client: Client, model: Model, parent: bytes | int | None) -> int:
-        """Return the row of a parent: -1 for a root, a hash, or the id of a block that ``client`` is writing."""
+    def _parent_row(self, model: Model, parent: bytes | None) -> int:
+        """Return the row of a parent, -1 for a root."""
         if parent is None:
             return -1
-        ledger = self._ledger
-        if isinstance(parent, int):
-            row = ledger.row(client, parent)
-            if ledger.index.space_of(row) == model.space:
-                return row
-        else:
-            row = ledger.index.find(model.space, parent)
-            if row >= 0:
-                return row
-        name = parent if isinstance(parent, int) else parent.hex()
-        raise ParentNotResidentError(
-            f"parent {name} of new blocks is not in the pool: store the chain from its root, or from the end of the "
-            "prefix that match_prefix finds",
-            parent=name,
-        )
+        row = self._ledger.index.find(model.space, parent)
+        if row < 0:
+            raise ParentNotResidentError(
+                f"parent {parent.hex()} of new blocks is not in the pool: store the chain from its root, or from the "
+                "end of the prefix that match_prefix finds",
+                parent=parent.hex(),
+            )
+        return row
 
     def _ask_blocks(
         self, request: BlocksRequest, number: int, positions: list[int], evict: list[int], attempts: int

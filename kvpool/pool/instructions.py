@@ -42,7 +42,7 @@ class CachesRequested(NamedTuple):
 class BlocksRequested(NamedTuple):
     """Items: ``(sequence, model, hashes, parent, trace)``; hashes are 16 bytes each, joined.
 
-    The parent is a hash, the id of a block that the same client is writing, or None.
+    The parent is a hash, or None for a root.
     """
 
     batch: Batch

@@ -403,31 +403,6 @@ def test_nobody_connects_as_the_holder_of_pins(pool):
         pool.connect("pin:default")
 
 
-def blocks_behind(pool, parent, ids, client="c", model=0):
-    return pool.ask(BlocksRequested, client, [(1, model, hashes(ids), parent, None)])[0]
-
-
-def test_blocks_can_follow_a_block_that_is_still_being_written(pool):
-    first = pool.blocks(range(3))[2]
-    second = blocks_behind(pool, first[-1], range(3, 6))[2]
-    pool.seal(first, keys_of(range(3)), finish=True)
-    pool.put(range(100, 161))  # needs all the room there is: the chain's front has resident children, so it stays
-    pool.seal(second, keys_of(range(3, 6)), finish=True)
-    hit = pool.look_up(range(6))
-    assert hit[1] == first + second
-    pool.release(hit[1])
-
-
-def test_blocks_do_not_follow_anothers_or_a_gone_block(pool):
-    pool.connect("b", tenant="other")
-    number = pool.model("b")
-    first = pool.blocks(range(3))[2]
-    assert isinstance(error_of(blocks_behind(pool, first[-1], [9], client="b", model=number)), UnknownCacheError)
-    pool.release(first)
-    assert isinstance(error_of(blocks_behind(pool, first[-1], [9])), StaleCacheError)
-    assert pool.live_bytes() == 0
-
-
 def test_a_key_means_one_size(pool):
     """Whoever finds a key takes the size from its own side: another size would be other caches' bytes."""
     whole = pool.request(8192)[1]
