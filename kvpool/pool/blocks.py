@@ -81,25 +81,26 @@ class BlockAllocations:
         index.pin(guard, now=now)
         positions: dict[int, list[int]] = {}
         evictions: dict[int, list[int]] = {}
-        for position in range(len(hashes) - len(resident)):
-            found = self._room.find(client, model.block_bytes, model.block_bytes, {})
+        wanted = len(hashes) - len(resident)
+        while len(request.ids) < wanted:
+            first = len(request.ids)
+            found = self._room.find_run(client, model.block_bytes, wanted - first)
             if found is None:
                 break
-            device, evict = found
-            previous = self._ledger.add(
-                client, model.space, device, model.block_bytes, model.block_bytes, previous, now
-            )
-            request.ids.append(index.id_of(previous))
-            request.devices.append(device.number)
-            request.places.append(None)
-            positions.setdefault(device.number, []).append(position)
+            device, count, evict = found
+            rows = self._ledger.add_chain(client, model.space, device, model.block_bytes, count, previous, now)
+            previous = rows[-1]
+            request.ids.extend(map(index.id_of, rows))
+            request.devices.extend([device.number] * count)
+            request.places.extend([None] * count)
+            positions.setdefault(device.number, []).extend(range(first, first + count))
             evictions.setdefault(device.number, []).extend(evict)
         index.unpin(guard[::-1], now=now)
         if not request.ids:
             self._ledger.answer(batch, item, ("blocks", len(resident), [], [], []))
             return
-        for number, wanted in positions.items():
-            self._ask_blocks(request, number, wanted, evictions[number], 0)
+        for number, there in positions.items():
+            self._ask_blocks(request, number, there, evictions[number], 0)
 
     def _parent_row(self, model: Model, parent: bytes | None) -> int:
         """Return the row of a parent, -1 for a root."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -220,9 +221,23 @@ class Ledger:
         """Enter a cache that ``client`` will write; returns its row."""
         footprint_bytes = device.footprint_bytes(size_bytes, max_size_bytes)
         row = self.index.add(space, footprint_bytes, device.number, parent_row, now=now)
-        self.index.asked_bytes[row] = size_bytes
-        self.writers[self.index.id_of(row)] = client.id
+        self._enter(client, [row], size_bytes)
         return row
+
+    def add_chain(
+        self, client: Client, space: int, device: Device, size_bytes: int, count: int, parent_row: int, now: float
+    ) -> list[int]:
+        """Enter ``count`` blocks that ``client`` will write, each the parent of the next; returns their rows."""
+        footprint_bytes = device.footprint_bytes(size_bytes, size_bytes)
+        rows = self.index.add_chain(space, footprint_bytes, device.number, count, parent_row, now=now)
+        self._enter(client, rows, size_bytes)
+        return rows
+
+    def _enter(self, client: Client, rows: Sequence[int], size_bytes: int) -> None:
+        index, writers = self.index, self.writers
+        for row in rows:
+            index.asked_bytes[row] = size_bytes
+            writers[index.id_of(row)] = client.id
 
     def forget(self, cache_id: int) -> None:
         """Take a cache off the books, unless it is off already (its client's death may have been first)."""

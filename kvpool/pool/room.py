@@ -67,19 +67,40 @@ class Room:
                 return device, evicted
         return None
 
+    def find_run(self, client: Client, size_bytes: int, count: int) -> tuple[Device, int, list[int]] | None:
+        """Return where the first of ``count`` caches of one size go: a device, how many, the ids evicted for it.
+
+        The same as :meth:`find` for one after the other, but where there is only one device it is decided at once.
+        """
+        if len(client.devices) > 1:
+            found = self.find(client, size_bytes, size_bytes, {})
+            return None if found is None else (found[0], 1, found[1])
+        ledger = self._ledger
+        device = ledger.devices[client.devices[0]]
+        need_bytes = device.footprint_bytes(size_bytes, size_bytes)
+        free_bytes = max(ledger.free_bytes(device), 0)
+        evicted: list[int] = []
+        if free_bytes < need_bytes:
+            if ledger.index.evictable_bytes[device.number] < need_bytes - free_bytes:
+                return None
+            evicted = self.evict(device, count * need_bytes - free_bytes)
+            free_bytes = ledger.free_bytes(device)
+        fitting = min(count, free_bytes // need_bytes)
+        return (device, fitting, evicted) if fitting > 0 else None
+
     def evict(self, device: Device, short_bytes: int) -> list[int]:
         """Take the caches worth least off a device's books until ``short_bytes`` are found; returns their ids."""
         ledger = self._ledger
         index, counters = ledger.index, ledger.counters
-        evicted: list[int] = []
+        rows: list[int] = []
         found_bytes = 0
-        while found_bytes < short_bytes:
-            row = next(iter(ledger.policy.victims(device.number)), -1)
-            if row < 0:
+        for row in ledger.policy.victims(device.number):
+            if found_bytes >= short_bytes:
                 break
             found_bytes += index.size_bytes[row]
-            evicted.append(index.id_of(row))
-            index.remove(row)
+            rows.append(row)
+        evicted = [index.id_of(row) for row in rows]
+        index.remove_all(rows)
         if evicted:
             self.news += 1
             self.changed = True  # elsewhere, too: what sheltered a parent on another device is gone

@@ -166,6 +166,16 @@ def test_a_chain_is_stored_found_and_evicted_tail_first(pool):
     assert pool.state.ledger.counters.evictions == 6
 
 
+def test_a_chain_evicts_no_more_than_it_needs_all_at_once(pool):
+    pool.put(range(60))  # of 64
+    pool.put(range(100, 110))
+    assert pool.state.ledger.counters.evictions == 6
+    _, ids, _, _ = pool.look_up(range(60))
+    assert len(ids) == 54
+    assert len(pool.look_up(range(100, 110))[1]) == 10
+    assert len(pool.blocks(range(200, 210))[2]) == 0  # what is leased now leaves no room, and nothing goes for it
+
+
 def test_leased_blocks_are_never_evicted(pool):
     pool.put(range(64))
     hit = pool.look_up(range(64))
