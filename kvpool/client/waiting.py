@@ -99,7 +99,8 @@ class WaitingRequests:
         self._early.clear()
 
     def _start_polling(self) -> None:
-        if self._poller is None and not self._closed:
+        # A task that is cancelled before its first step never comes to its own end.
+        if (self._poller is None or self._poller.done()) and not self._closed:
             self._poller = asyncio.get_running_loop().create_task(self._poll())
 
     async def _poll(self) -> None:

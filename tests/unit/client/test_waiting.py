@@ -91,6 +91,19 @@ async def test_tickets_of_a_failed_poll_are_given_up_and_their_late_grants_given
     assert len(actor.grants.calls) == 2  # and polling has ended
 
 
+async def test_a_poll_that_was_cancelled_before_it_began_is_begun_anew(waiting):
+    requests, actor, abandoned = waiting
+    caller = asyncio.create_task(requests.wait(1))
+    await asyncio.sleep(0)
+    requests._poller.cancel()
+    await turns()
+    caller.cancel()
+    await actor.cancel.answer([])  # it is granted already
+    await actor.grants.answer((1, [(1, granted(11))]))
+    await turns()
+    assert abandoned == [granted(11)]
+
+
 async def test_polling_ends_when_it_fails_for_given_up_tickets_only(waiting):
     requests, actor, abandoned = waiting
     caller = asyncio.create_task(requests.wait(1))
