@@ -6,6 +6,7 @@ import ctypes
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from kvpool.actors.cluster import ensure_own_ray, object_get, object_put
 from kvpool.bench.rows import median, row
 from kvpool.cache.key import encode_block_id
 from kvpool.client import CachePool, Model, ModelSpec
+from kvpool.client.putting import threads_for
 from kvpool.sizes import MIB
 
 BLOCK_BYTES = 2 * MIB
@@ -40,12 +42,14 @@ async def _rows(model: Model) -> list[dict[str, Any]]:
     put: list[float] = []
     copied: list[float] = []
     copied_whole: list[float] = []
+    copied_threads: list[float] = []
     got: list[float] = []
     read: list[float] = []
     read_private: list[float] = []
     ray_put: list[float] = []
     ray_read: list[float] = []
     tensors: list[float] = []
+    threads = threads_for(source.nbytes)
     # The device holds two rounds of blocks. From the third on a put evicts the oldest and takes over its warm pages.
     for number in range(2 + _ROUNDS):
         hashes = [encode_block_id(number * BLOCKS + block) for block in range(BLOCKS)]
@@ -57,6 +61,7 @@ async def _rows(model: Model) -> list[dict[str, Any]]:
             raise RuntimeError(f"{stored} of {BLOCKS} blocks were stored")
         copied.append(_seconds(lambda: _copy(private, source, BLOCK_BYTES)))
         copied_whole.append(_seconds(lambda: _copy(private, source, source.nbytes)))
+        copied_threads.append(_seconds(lambda: _copy_in_threads(private, source, threads)))
 
         began = time.perf_counter()
         async with await model.match_prefix(hashes) as hit:
@@ -83,6 +88,12 @@ async def _rows(model: Model) -> list[dict[str, Any]]:
     return [
         row("put, beside memcpy of each block", size_gib / median(put), "GiB/s", size_gib / median(copied)),
         row("put, beside one memcpy of all", size_gib / median(put), "GiB/s", size_gib / median(copied_whole)),
+        row(
+            f"put, beside memcpy by {threads} threads, as it copies itself",
+            size_gib / median(put),
+            "GiB/s",
+            size_gib / median(copied_threads),
+        ),
         row("put, beside ray.put", size_gib / median(put), "GiB/s", size_gib / median(ray_put)),
         row("zero-copy get of 256 blocks", 1000 * median(got), "ms"),
         row(
@@ -106,6 +117,14 @@ def _copy(destination: np.ndarray[Any, Any], source: np.ndarray[Any, Any], step_
     to, start = destination.ctypes.data, source.ctypes.data
     for offset in range(0, source.nbytes, step_bytes):
         ctypes.memmove(to + offset, start + offset, step_bytes)
+
+
+def _copy_in_threads(destination: np.ndarray[Any, Any], source: np.ndarray[Any, Any], threads: int) -> None:
+    shares = [
+        (to, of, of.nbytes) for to, of in zip(*(np.array_split(a, threads) for a in (destination, source)), strict=True)
+    ]
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda share: _copy(*share), shares))
 
 
 def _read(blocks: list[Any]) -> int:

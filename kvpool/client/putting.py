@@ -33,11 +33,12 @@ async def fill(blocks: NewBlocks, sources: Sequence[int], block_bytes: int) -> N
         if size_bytes <= _INLINE_BYTES:
             copy_blocks(destinations, sources, block_bytes)
         else:
-            await _in_threads(destinations, sources, block_bytes, _threads_for(size_bytes))
+            await _in_threads(destinations, sources, block_bytes, threads_for(size_bytes))
         await blocks.finish()
 
 
-def _threads_for(size_bytes: int) -> int:
+def threads_for(size_bytes: int) -> int:
+    """Return how many threads copy so many bytes."""
     return max(1, min(_MOST_THREADS, len(os.sched_getaffinity(0)), size_bytes // _THREAD_BYTES))
 
 

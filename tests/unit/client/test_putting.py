@@ -75,7 +75,7 @@ async def test_a_copy_that_fails_is_told(monkeypatch):
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 4, 7])
 async def test_threads_share_the_blocks_and_leave_none_out(monkeypatch, threads):
-    monkeypatch.setattr(putting, "_threads_for", lambda size_bytes: threads)
+    monkeypatch.setattr(putting, "threads_for", lambda size_bytes: threads)
     block_bytes = putting._INLINE_BYTES
     source = np.random.default_rng(threads).integers(0, 255, (7, block_bytes), dtype=np.uint8)
     target = np.zeros_like(source)
@@ -87,7 +87,7 @@ async def test_threads_share_the_blocks_and_leave_none_out(monkeypatch, threads)
 
 
 async def test_memory_is_not_released_while_one_of_several_copies_runs(monkeypatch):
-    monkeypatch.setattr(putting, "_threads_for", lambda size_bytes: 2)
+    monkeypatch.setattr(putting, "threads_for", lambda size_bytes: 2)
     events, failed, end = [], threading.Event(), threading.Event()
 
     def copy(destinations, *_):
@@ -108,6 +108,6 @@ async def test_memory_is_not_released_while_one_of_several_copies_runs(monkeypat
 
 
 def test_a_second_thread_needs_enough_to_copy():
-    assert putting._threads_for(1) == putting._threads_for(2 * putting._THREAD_BYTES - 1) == 1
-    most = putting._threads_for(1 << 40)
+    assert putting.threads_for(1) == putting.threads_for(2 * putting._THREAD_BYTES - 1) == 1
+    most = putting.threads_for(1 << 40)
     assert 1 <= most <= putting._MOST_THREADS
