@@ -12,6 +12,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from kvpool.actors.priority import run_at_normal_priority
 from kvpool.actors.protocol import host_identity
 from kvpool.actors.stream import Stream
 from kvpool.cache.store import DeviceStore, Operation
@@ -79,6 +80,7 @@ class DeviceActor:
         if self._started:
             raise ProtocolError(f"device {self._name} of pool {self._pool!r} is started already: it serves one pool")
         self._started = True
+        run_at_normal_priority()
         backend = HostBackend()
         pages = self._capacity_bytes // self._page_bytes
         # Memory is taken as it is used, so what the devices started before were promised still counts as free.

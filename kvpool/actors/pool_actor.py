@@ -22,6 +22,7 @@ from typing import Any
 from kvpool.actors.cluster import end_self, find_actor, join_actor
 from kvpool.actors.drain import check_drain_time, drain
 from kvpool.actors.executor import Executor
+from kvpool.actors.priority import run_at_normal_priority
 from kvpool.actors.protocol import (
     BLOCKS_ITEM,
     CACHE_ITEM,
@@ -257,6 +258,7 @@ class PoolActor:
     # -- carrying out ---------------------------------------------------------------------------------------------
 
     async def _start(self) -> None:
+        run_at_normal_priority()
         self._described = await self._fleet.start(self._config)
         for device in self._described:
             self._state.add_device(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import ray
 from driver import run_driver
-from pool_actors import pid_of, until
+from pool_actors import device_actors, pid_of, until
 
 import kvpool.client.connection
 import kvpool.client.lane
@@ -247,3 +247,10 @@ async def test_presets_say_what_they_run_on(local_ray):
             assert (stats.preset, stats.policy, stats.policy_requested) == (name, "lru", policy)
             assert [(device.kind, device.capacity_bytes) for device in stats.devices] == [("host", capacity_bytes)]
             await pool.delete()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may lower the niceness that Ray gives its workers")
+async def test_actors_run_at_the_priority_of_ordinary_programs(pool):
+    pids = [await pid_of(actor) for actor in (pool.actor, *device_actors(pool))]
+    threads = [int(task) for pid in pids for task in os.listdir(f"/proc/{pid}/task")]
+    assert {os.getpriority(os.PRIO_PROCESS, thread) for thread in threads} == {0}
