@@ -19,6 +19,7 @@ import logging
 import time
 from typing import Any
 
+from kvpool import __version__
 from kvpool.actors.cluster import end_self, find_actor, join_actor
 from kvpool.actors.drain import check_drain_time, drain
 from kvpool.actors.executor import Executor
@@ -83,9 +84,10 @@ class PoolActor:
         return await self.describe()
 
     async def describe(self) -> dict[str, Any]:
-        """Return protocol version, config and devices of this pool."""
+        """Return protocol and version, config and devices of this pool."""
         return {
             "protocol": PROTOCOL_VERSION,
+            "version": __version__,
             "config": self._config.model_dump(mode="json"),
             "devices": self._described,
         }
