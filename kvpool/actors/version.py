@@ -1,10 +1,10 @@
 """Pools of other versions: recognized, and what to do about them.
 
-Ray keeps running the code that an actor was started with, so a pool goes on as it was while newer versions are installed
-around it. What must mean the same in every version, because it is used before versions are compared or to end a pool
-of another one:
+Ray keeps running the code that an actor was started with, so a pool goes on as it was while newer versions are
+installed around it. What must mean the same in every version, because it is used before versions are compared or to
+end a pool of another one:
 
-- ``describe()`` answers a dict with ``protocol`` (int), ``config`` (dict) and, since there is a protocol 2, ``version``;
+- ``describe()`` answers a dict with ``protocol`` (int), ``config`` (dict) and (the first version did not) ``version``;
 - ``leases()`` answers the bytes that each client holds;
 - ``delete(drain_s)`` refuses new leases, waits for those there are, and ends the pool.
 """
