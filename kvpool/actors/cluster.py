@@ -179,6 +179,22 @@ def node_ids() -> list[str]:
     return sorted(alive, key=lambda node: node != own)
 
 
+def node_addresses() -> dict[str, str]:
+    """Return the addresses of the nodes that are alive, by their ids."""
+    return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+
+
+async def run_on(node: str, function: Callable[..., Any], *arguments: Any, timeout_s: float) -> Any:
+    """Run a function once in a process of a node, and return its result; raises what it, or Ray, raised."""
+    options = {
+        "num_cpus": 0,
+        "max_retries": 0,
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
+    }
+    async with asyncio.timeout(timeout_s):
+        return await ray.remote(function).options(**options).remote(*arguments)
+
+
 def object_put(value: Any) -> Any:
     """Copy a value into Ray's object store; returns its reference."""
     return ray.put(value)

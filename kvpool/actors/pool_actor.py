@@ -19,7 +19,6 @@ import logging
 import time
 from typing import Any
 
-from kvpool import __version__
 from kvpool.actors.cluster import end_self, find_actor, join_actor
 from kvpool.actors.drain import check_drain_time, drain
 from kvpool.actors.executor import Executor
@@ -45,6 +44,7 @@ from kvpool.pool.instructions import (
 )
 from kvpool.pool.state import PoolState
 from kvpool.pool.statistics import collect
+from kvpool.version import __version__
 
 logger = logging.getLogger("kvpool.pool")
 

@@ -67,7 +67,7 @@ def stop(name: str, drain_s: float | None, json_path: str | None) -> None:
 def status(name: str, json_path: str | None) -> None:
     """Show what a pool holds and did."""
     from kvpool.actors.cluster import call, ensure_ray, find_actor
-    from kvpool.actors.version import protocol_difference
+    from kvpool.actors.compatibility import protocol_difference
     from kvpool.pool.statistics import PoolStatistics
 
     async def run() -> None:

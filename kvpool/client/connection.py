@@ -14,9 +14,9 @@ from typing import Any
 from weakref import WeakSet
 
 from kvpool.actors.cluster import call, ensure_ray
+from kvpool.actors.compatibility import check_protocol
 from kvpool.actors.pool_actor import find_pool
 from kvpool.actors.protocol import PROTOCOL_VERSION, host_identity
-from kvpool.actors.version import check_protocol
 from kvpool.client.lane import ANSWER_S, Lane
 from kvpool.client.lease import Lease
 from kvpool.client.waiting import WaitingRequests

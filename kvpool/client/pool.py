@@ -6,8 +6,8 @@ import logging
 from typing import Any
 
 from kvpool.actors.cluster import call, end, ensure_ray, kill, start_local_ray
+from kvpool.actors.compatibility import check_protocol
 from kvpool.actors.pool_actor import find_pool, make_pool
-from kvpool.actors.version import check_protocol
 from kvpool.client.cache import VirtualKVCache
 from kvpool.client.connection import Connection
 from kvpool.client.model import Model, is_number

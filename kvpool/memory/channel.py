@@ -201,8 +201,8 @@ def peer(channel: socket.socket) -> Peer:
             pidfd = os.pidfd_open(pid)
         except OSError as failure:
             raise ProtocolError(
-                f"the owner cannot watch the client process {pid}, and would not see it die: {failure.strerror}. Run both "
-                "in one PID namespace (hostPID, shareProcessNamespace), or on Linux 6.5 or newer",
+                f"the owner cannot watch the client process {pid} and would not see it die: {failure.strerror}. Run "
+                "both in one PID namespace (hostPID, shareProcessNamespace), or on Linux 6.5 or newer",
                 pid=pid,
             ) from failure
     return Peer(pid, uid, pidfd)

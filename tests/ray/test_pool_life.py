@@ -10,7 +10,7 @@ import ray
 from driver import run_driver
 from pool_actors import pid_of, until
 
-import kvpool.actors.version
+import kvpool.actors.compatibility
 import kvpool.client.lane
 from kvpool import CachePool, ModelSpec, PoolStatistics, delete, encode_block_id
 from kvpool.actors.cluster import call, pool_names
@@ -204,7 +204,7 @@ async def test_another_protocol_version_is_told_when_connecting(pool, monkeypatc
     assert described == await actor.describe.remote()  # nothing else: the newcomer decides by "protocol"
     assert (await pool.stats()).clients == 1
 
-    monkeypatch.setattr(kvpool.actors.version, "PROTOCOL_VERSION", 99)
+    monkeypatch.setattr(kvpool.actors.compatibility, "PROTOCOL_VERSION", 99)
     with pytest.raises(ProtocolError, match=f"with protocol {PROTOCOL_VERSION}, this process kvpool .* protocol 99"):
         await CachePool.connect(pool.name)
     with pytest.raises(ProtocolError, match=f"with protocol {PROTOCOL_VERSION}, this process kvpool .* protocol 99"):

@@ -92,7 +92,7 @@ def older_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(Path(kvpool.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
     for file, pattern, text in (
         ("actors/protocol.py", r"^PROTOCOL_VERSION = \d+", f"PROTOCOL_VERSION = {OLDER}"),
-        ("__init__.py", r'^__version__ = ".*"', '__version__ = "0.0.9"'),
+        ("version.py", r'^__version__ = ".*"', '__version__ = "0.0.9"'),
     ):
         source, count = re.subn(pattern, text, (package / file).read_text(), flags=re.MULTILINE)
         assert count == 1

@@ -14,10 +14,10 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-from kvpool import __version__
 from kvpool.actors.protocol import PROTOCOL_VERSION
 from kvpool.config import PoolConfig
 from kvpool.errors import ProtocolError
+from kvpool.version import __version__
 
 _DRAIN_S = 60
 

@@ -5,8 +5,8 @@ import shlex
 import pytest
 
 from kvpool import __version__
+from kvpool.actors.compatibility import check_protocol, protocol_difference, restart_commands
 from kvpool.actors.protocol import PROTOCOL_VERSION
-from kvpool.actors.version import check_protocol, protocol_difference, restart_commands
 from kvpool.config import PoolConfig, load_config
 from kvpool.errors import ProtocolError, from_wire
 from kvpool.pool.statistics import PoolStatistics
