@@ -13,7 +13,7 @@ from kvpool.errors import InvalidRequestError
 PROTOCOL_VERSION = 1
 """Goes up with every change of a message. ``connect`` compares it: Ray keeps running an old job's actor code.
 
-``describe``, ``leases`` and ``delete`` are called across versions: see :mod:`kvpool.actors.compatibility` before a change.
+``describe``, ``leases`` and ``delete`` are called across versions: :mod:`kvpool.actors.compatibility` says how.
 """
 
 NAMESPACE = "kvpool"

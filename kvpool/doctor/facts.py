@@ -71,6 +71,7 @@ def gather(sockets: list[Path], *, proc: Path = Path("/proc"), shm: Path = Path(
     proc, shm
         Where the system tells of its memory, and where Ray's object store lies.
     """
+    socket_errors = [_error_of(partial(_try_socket, path)) for path in sockets]
     return Facts(
         host=host_identity(),
         versions={"kvpool": __version__, "python": platform.python_version(), **_installed("ray", "torch")},
@@ -82,8 +83,12 @@ def gather(sockets: list[Path], *, proc: Path = Path("/proc"), shm: Path = Path(
         nvidia_present=Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidiactl").exists(),
         page_error=_error_of(_try_page),
         peer_error=_error_of(_try_peer),
-        socket_errors=[error for path in sockets if (error := _error_of(partial(_try_socket, path)))],
-        left_behind=[str(path) for path in sockets if socket_path.is_left_behind(path)],
+        socket_errors=[error for error in socket_errors if error],
+        left_behind=[
+            str(path)
+            for path, error in zip(sockets, socket_errors, strict=True)
+            if error is None and socket_path.is_left_behind(path)
+        ],
     )
 
 
