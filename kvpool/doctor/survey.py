@@ -8,10 +8,11 @@ from __future__ import annotations
 import asyncio
 import os
 import pickle
+import socket
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from kvpool.doctor.facts import Facts, gather, greet
 from kvpool.errors import KvpoolError, PoolNotFoundError
 
 _SURVEY_S = 90.0
+_KNOCK_S = 5.0
 _NODE_S = 40.0
 _POOL_S = 15.0
 
@@ -73,17 +75,23 @@ def survey(sockets: list[Path]) -> Survey:
             last = next((line for line in reversed(printed.splitlines()) if line.strip()), "it printed nothing")
             return Survey(error=f"Ray ended the process that asked: {last.strip()}")
         found: Survey = pickle.loads(answer.read_bytes())
+        if found.error is not None and "InvalidAuthToken" in printed:  # which Ray tells its log alone
+            return replace(found, error=f"{found.error}: the authentication token is missing or not the cluster's")
         return found
 
 
 async def _survey(sockets: list[Path]) -> Survey:
     from kvpool.actors.cluster import ensure_ray, node_addresses, pool_names
 
+    named = os.environ.get("RAY_ADDRESS", "auto")
     try:
+        _knock(named)
         ensure_ray()
     except PoolNotFoundError as error:
-        named = os.environ.get("RAY_ADDRESS")
-        return Survey(error=f"RAY_ADDRESS={named}: {error.__cause__}") if named else Survey(absent=True)
+        absent = "Could not find any running Ray instance" in str(error.__cause__)
+        return Survey(absent=True) if absent else Survey(error=str(error.__cause__))
+    except OSError as error:
+        return Survey(error=f"nobody answers at RAY_ADDRESS={named}: {error}")
     except Exception as error:  # noqa: BLE001 - whatever Ray refuses a client with is the finding
         return Survey(error=" ".join(f"{type(error).__name__}: {error}".split()))
     addresses = node_addresses()
@@ -91,6 +99,13 @@ async def _survey(sockets: list[Path]) -> Survey:
     names = [f"node {address} ({node[:8]})" for node, address in addresses.items()]
     pools = await asyncio.gather(*(_ask_pool(name) for name in pool_names()))
     return Survey(nodes=dict(zip(names, facts, strict=True)), pools=list(pools))
+
+
+def _knock(address: str) -> None:
+    """Raise OSError if nobody listens at ``HOST:PORT``: Ray itself would try for over a minute."""
+    host, _, port = address.rpartition(":")
+    if port.isdigit() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_S).close()
 
 
 async def _ask_node(node: str, sockets: list[Path]) -> Facts | str:

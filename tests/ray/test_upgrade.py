@@ -118,7 +118,7 @@ def cli(pool: OlderPool, command: str, code: int = 0) -> str:
         env={**os.environ, "RAY_ADDRESS": pool.address},
     )  # fmt: skip
     assert done.returncode == code, done.stderr
-    return done.stdout if code == 0 else done.stderr
+    return done.stdout
 
 
 @pytest.fixture
@@ -177,3 +177,11 @@ async def test_an_older_pool_is_drained_and_restarted_by_the_commands_of_the_mes
         assert (pool.config["devices"], pool.config["page_size"]) == ("host:1x2MiB", 65536)
         assert (await pool.actor.describe.remote())["version"] == kvpool.__version__
         await pool.delete()
+
+
+async def test_the_doctor_says_that_a_pool_is_older(older: OlderPool) -> None:
+    command = f"kvpool doctor --name {older.name} --devices host:1x16MiB --json -"
+    rows = json.loads(await asyncio.to_thread(cli, older, command, 1))["rows"]
+    [row] = [row for row in rows if row["result"] == "failed"]
+    assert (row["check"], row["where"]) == ("pool", f"pool {older.name}")
+    assert f"'kvpool stop --name {older.name} --drain 60', then 'KVPOOL_DEVICES=" in row["mend"]
