@@ -53,15 +53,20 @@ def one(rows: Rows, check: str, where: str = "") -> dict[str, Any]:
     return row
 
 
-def failed(rows: Rows) -> list[tuple[str, str]]:
-    return [(row["check"], row["where"]) for row in rows if row["result"] == "failed"]
+def failed(rows: Rows, pool: CachePool | None = None) -> list[tuple[str, str]]:
+    """Return what failed, but for pools that are not ours: any program of this machine may start one in our Ray."""
+    return [
+        (row["check"], row["where"])
+        for row in rows
+        if row["result"] == "failed" and (row["check"] != "pool" or (pool and row["where"] == f"pool {pool.name}"))
+    ]
 
 
 async def test_nodes_and_pools_are_looked_at(doctor: Doctor, pool: CachePool) -> None:
     rows = await doctor("--devices", "host:1x16MiB")
-    assert failed(rows) == []
-    assert one(rows, "cluster")["found"] == "1 nodes, 1 pools"
-    assert one(rows, "pool")["where"] == f"pool {pool.name}"
+    assert failed(rows, pool) == []
+    assert one(rows, "cluster")["found"].startswith("1 nodes, ")
+    assert one(rows, "pool", pool.name)["result"] == "ok"
     node = {row["check"] for row in rows if row["where"].startswith("node ")}
     assert {"nofile", "max_map_count", "memory", "sockets", "shm", "versions", "pages", "peer", "driver"} <= node
     assert (await pool.stats()).clients == 1  # it was no client
@@ -102,8 +107,8 @@ async def test_a_process_that_does_not_share_the_socket_folder(doctor: Doctor, p
     if await tried.wait():
         pytest.skip("mounts of one's own are not allowed here")
     rows = await doctor("--devices", "host:1x16MiB", wrapper=wrapper)
-    assert failed(rows) == [("pool", f"pool {pool.name}")]
-    assert "docs/containers.md" in one(rows, "pool")["mend"]
+    assert failed(rows, pool) == [("pool", f"pool {pool.name}")]
+    assert "docs/containers.md" in one(rows, "pool", pool.name)["mend"]
 
 
 async def test_a_pool_that_is_stopped_is_told_within_the_deadline(

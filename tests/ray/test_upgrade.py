@@ -182,6 +182,6 @@ async def test_an_older_pool_is_drained_and_restarted_by_the_commands_of_the_mes
 async def test_the_doctor_says_that_a_pool_is_older(older: OlderPool) -> None:
     command = f"kvpool doctor --name {older.name} --devices host:1x16MiB --json -"
     rows = json.loads(await asyncio.to_thread(cli, older, command, 1))["rows"]
-    [row] = [row for row in rows if row["result"] == "failed"]
-    assert (row["check"], row["where"]) == ("pool", f"pool {older.name}")
+    [row] = [row for row in rows if row["where"] == f"pool {older.name}"]
+    assert (row["check"], row["result"]) == ("pool", "failed")
     assert f"'kvpool stop --name {older.name} --drain 60', then 'KVPOOL_DEVICES=" in row["mend"]
