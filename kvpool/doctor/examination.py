@@ -41,18 +41,19 @@ def examine(config: PoolConfig, ask: Callable[[list[Path]], Survey] = survey) ->
     sockets = list(plan_host(config, granularity_bytes).sockets)
     token = check_token(find_token(dict(os.environ), Path.home()), HERE)
     facts, found = gather(sockets), ask(sockets)
-    nodes = len(found.nodes)
     running = any(pool.name == config.name and not pool.error for pool in found.pools)
-    plan = plan_host(config, granularity_bytes, hosts=max(nodes, 1), running=running)
+    plan = plan_host(config, granularity_bytes, hosts=max(len(found.hosts), 1), running=running)
     findings = [token, check_cluster(found)]
-    if nodes:
+    if found.nodes:
         # A client runs here; the devices do not, so their limits are not this process's.
         findings += [check_versions(facts, HERE), check_torch(facts, HERE), check_pages(facts, HERE)]
         findings += [check_max_map_count(facts, plan, HERE)]
     else:
         findings += check_host(facts, plan, HERE, ray_runs=False)
     for name, there in found.nodes.items():
-        if isinstance(there, Facts):
+        if isinstance(there, Facts) and name not in found.hosts:  # a head without work: it may hold the pool actor
+            findings.append(check_versions(there, name, facts.versions))
+        elif isinstance(there, Facts):
             findings += check_host(there, plan, name, ray_runs=True, others=facts.versions)
         else:
             mend = f"install kvpool {__version__} on every node, for the Python that runs Ray there"

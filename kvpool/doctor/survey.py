@@ -38,7 +38,8 @@ class Pool:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """A cluster. ``nodes`` holds each node's facts by its name, or the text of what went wrong there.
+    """A cluster. ``nodes`` holds each node's facts by its name, or the text of what went wrong there; ``hosts`` names
+    those that get devices.
 
     ``absent``: there is none. ``error``: there is one, or is said to be, and it cannot be asked.
     """
@@ -46,6 +47,7 @@ class Survey:
     absent: bool = False
     error: str | None = None
     nodes: dict[str, Facts | str] = field(default_factory=dict)
+    hosts: frozenset[str] = frozenset()
     pools: list[Pool] = field(default_factory=list)
 
 
@@ -81,7 +83,7 @@ def survey(sockets: list[Path]) -> Survey:
 
 
 async def _survey(sockets: list[Path]) -> Survey:
-    from kvpool.actors.cluster import ensure_ray, node_addresses, pool_names
+    from kvpool.actors.cluster import ensure_ray, node_addresses, node_ids, pool_names
 
     named = os.environ.get("RAY_ADDRESS", "auto")
     try:
@@ -96,9 +98,10 @@ async def _survey(sockets: list[Path]) -> Survey:
         return Survey(error=" ".join(f"{type(error).__name__}: {error}".split()))
     addresses = node_addresses()
     facts = await asyncio.gather(*(_ask_node(node, sockets) for node in addresses))
-    names = [f"node {address} ({node[:8]})" for node, address in addresses.items()]
+    names = {node: f"node {address} ({node[:8]})" for node, address in addresses.items()}
+    hosts = frozenset(names[node] for node in node_ids() if node in names)
     pools = await asyncio.gather(*(_ask_pool(name) for name in pool_names()))
-    return Survey(nodes=dict(zip(names, facts, strict=True)), pools=list(pools))
+    return Survey(nodes=dict(zip(names.values(), facts, strict=True)), hosts=hosts, pools=list(pools))
 
 
 def _knock(address: str) -> None:

@@ -147,7 +147,7 @@ def test_a_node_must_have_the_versions_that_are_here(name: str, version: str) ->
     ("survey", "result", "mend"),
     [
         (Survey(absent=True), OK, ""),
-        (Survey(nodes={"n": HEALTHY}), OK, ""),
+        (Survey(nodes={"n": HEALTHY}, hosts=frozenset("n")), OK, ""),
         (Survey(error="the cluster did not answer within 90 s"), FAILED, "RAY_ADDRESS"),
         (Survey(error="RuntimeError: Version mismatch: the cluster runs 3.10"), FAILED, "Python and Ray"),
         (Survey(error="AuthenticationError: no token was found"), FAILED, "RAY_AUTH_MODE=token"),

@@ -40,7 +40,7 @@ async def test_what_need_not_be_shared(owner, start_client, flags, script):
 
 async def test_the_socket_folder_must_be_shared(owner, start_client):
     folder = Path(owner.path).parent
-    with pytest.raises(RuntimeError, match="no owner serves pages at .*: No such file or directory"):
+    with pytest.raises(RuntimeError, match=r"no owner serves pages at .*: No such file or directory"):
         await start_client("a", wrapper=namespaces("-m", script=f"mount -t tmpfs none {folder}"))
     assert owner.connected == []
 
@@ -50,6 +50,6 @@ async def test_the_user_must_be_the_same(owner, start_client):
         pytest.skip("only root becomes another user")
     if shutil.which("setpriv") is None:
         pytest.skip("no setpriv")
-    with pytest.raises(RuntimeError, match="no owner serves pages at .*: Permission denied"):
+    with pytest.raises(RuntimeError, match=r"no owner serves pages at .*: Permission denied"):
         await start_client("a", wrapper=("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"))
     assert owner.connected == []
