@@ -5,7 +5,7 @@ Start with :class:`CachePool`; the blocking form of everything is in :mod:`kvpoo
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from kvpool.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from kvpool.cache.key import encode_block_id

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import yaml  # type: ignore[import-untyped]
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
@@ -31,6 +32,18 @@ def _power_of_two(size_bytes: int) -> int:
     if size_bytes & (size_bytes - 1):
         raise ValueError(f"must be a power of two of bytes, not {size_bytes}")
     return size_bytes
+
+
+class DevicePlan(NamedTuple):
+    """What a device will be: memory to hand out at most, a whole number of pages."""
+
+    capacity_bytes: int
+    page_bytes: int
+
+    @property
+    def pages(self) -> int:
+        """Number of its pages."""
+        return self.capacity_bytes // self.page_bytes
 
 
 PowerOfTwoBytes = Annotated[int, BeforeValidator(parse_size), AfterValidator(_power_of_two)]
@@ -120,6 +133,30 @@ class PoolConfig(BaseSettings):
             return self.page_size
         share = 1 << (max(capacity_bytes // 8192, 1) - 1).bit_length()
         return max(2 * MIB, granularity_bytes, share)
+
+    def device_plans(self, granularity_bytes: int) -> list[DevicePlan]:
+        """Return what each device will be, in order.
+
+        Raises
+        ------
+        ConfigError
+            If a device is smaller than a page.
+        """
+        plans = []
+        for size_bytes in self.device_sizes_bytes():
+            page_bytes = self.page_size_bytes(size_bytes, granularity_bytes)
+            plans.append(DevicePlan(size_bytes - size_bytes % page_bytes, page_bytes))
+            if not plans[-1].capacity_bytes:
+                raise ConfigError(
+                    f"a device of {size_bytes} bytes is smaller than one page ({page_bytes} bytes): make the device "
+                    "larger or the page smaller"
+                )
+        return plans
+
+    def socket_path(self, number: int, epoch: int) -> Path:
+        """Return where a device listens. ``epoch`` tells the private folders of one name's pools apart."""
+        folder = self.socket_dir or Path(tempfile.gettempdir()) / f"kvpool-{self.name}-{epoch:x}"
+        return folder / f"{number}.sock"
 
 
 def load_config(**arguments: Any) -> PoolConfig:

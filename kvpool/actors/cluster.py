@@ -173,10 +173,31 @@ def address() -> str:
 
 
 def node_ids() -> list[str]:
-    """Return the ids of the nodes that are alive, this process's own first."""
+    """Return the ids of the nodes on which models can run, this process's own first.
+
+    A node without CPUs and GPUs (a head that is to do no work) is left out: who could use a device there? If all are
+    such, all count.
+    """
     own = ray.get_runtime_context().get_node_id()
-    alive = sorted(node["NodeID"] for node in ray.nodes() if node["Alive"])
-    return sorted(alive, key=lambda node: node != own)
+    alive = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+    working = [node for node, has in alive.items() if has.get("CPU") or has.get("GPU")]
+    return sorted(working or alive, key=lambda node: (node != own, node))
+
+
+def node_addresses() -> dict[str, str]:
+    """Return the addresses of the nodes that are alive, by their ids."""
+    return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+
+
+async def run_on(node: str, function: Callable[..., Any], *arguments: Any, timeout_s: float) -> Any:
+    """Run a function once in a process of a node, and return its result; raises what it, or Ray, raised."""
+    options = {
+        "num_cpus": 0,
+        "max_retries": 0,
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
+    }
+    async with asyncio.timeout(timeout_s):
+        return await ray.remote(function).options(**options).remote(*arguments)
 
 
 def object_put(value: Any) -> Any:

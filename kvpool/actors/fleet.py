@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,6 @@ from kvpool.actors.device_actor import DeviceActor
 from kvpool.actors.outbox import Outbox
 from kvpool.actors.protocol import NAMESPACE
 from kvpool.config import PoolConfig
-from kvpool.errors import ConfigError
 from kvpool.memory.host import HostBackend
 from kvpool.pool.instructions import Send
 
@@ -72,22 +70,14 @@ class Fleet:
         """
         nodes = node_ids()
         epoch = time.time_ns() // 1_000_000
-        granularity_bytes = HostBackend().granularity()
-        folder = config.socket_dir or Path(tempfile.gettempdir()) / f"kvpool-{config.name}-{epoch:x}"
+        plans = config.device_plans(HostBackend().granularity())
         prefix = f"{NAMESPACE}/{config.name}/"
         await self._end_orphans(prefix)
         described: list[dict[str, Any]] = []
         promised_bytes = dict.fromkeys(nodes, 0)
         try:
-            for number, size_bytes in enumerate(config.device_sizes_bytes()):
-                page_bytes = config.page_size_bytes(size_bytes, granularity_bytes)
-                capacity_bytes = size_bytes - size_bytes % page_bytes
-                if not capacity_bytes:
-                    raise ConfigError(
-                        f"a device of {size_bytes} bytes is smaller than one page ({page_bytes} bytes): make "
-                        "the device larger or the page smaller"
-                    )
-                self._sockets[number] = folder / f"{number}.sock"
+            for number, (capacity_bytes, page_bytes) in enumerate(plans):
+                self._sockets[number] = config.socket_path(number, epoch)
                 node = nodes[number % len(nodes)]
                 actor = self._actors[number] = make_actor(
                     DeviceActor, f"{prefix}host-{number}",

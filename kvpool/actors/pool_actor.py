@@ -45,6 +45,7 @@ from kvpool.pool.instructions import (
 )
 from kvpool.pool.state import PoolState
 from kvpool.pool.statistics import collect
+from kvpool.version import __version__
 
 logger = logging.getLogger("kvpool.pool")
 
@@ -84,9 +85,10 @@ class PoolActor:
         return await self.describe()
 
     async def describe(self) -> dict[str, Any]:
-        """Return protocol version, config and devices of this pool."""
+        """Return protocol and version, config and devices of this pool."""
         return {
             "protocol": PROTOCOL_VERSION,
+            "version": __version__,
             "config": self._config.model_dump(mode="json"),
             "devices": self._described,
         }

@@ -11,7 +11,10 @@ from typing import Any
 from kvpool.errors import InvalidRequestError
 
 PROTOCOL_VERSION = 1
-"""Goes up with every change of a message. ``connect`` compares it: Ray keeps running an old job's actor code."""
+"""Goes up with every change of a message. ``connect`` compares it: Ray keeps running an old job's actor code.
+
+``describe``, ``leases`` and ``delete`` are called across versions: :mod:`kvpool.actors.compatibility` says how.
+"""
 
 NAMESPACE = "kvpool"
 """The Ray namespace of all pools and devices."""

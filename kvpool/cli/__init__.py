@@ -11,13 +11,14 @@ from typing import Any
 
 import click
 
-from kvpool import __version__
 from kvpool.errors import KvpoolError, ensure
+from kvpool.version import __version__
 
 EXIT_ERROR = 2
 
 _COMMANDS = {
     "bench": ("kvpool.cli.bench:bench", "Measure, beside something measured in the same run."),
+    "doctor": ("kvpool.cli.doctor:doctor", "Say what is wrong with this system and how to mend it."),
     "replay": ("kvpool.cli.replay:replay", "Replay a trace against a pool and verify every hit."),
     "start": ("kvpool.cli.pool:start", "Start a pool in the running Ray cluster."),
     "status": ("kvpool.cli.pool:status", "Show what a pool holds and did."),

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from kvpool.cli.output import print_rows, write_json
+from kvpool.errors import KvpoolError
 from kvpool.sizes import format_size
 
 _JSON = click.option("--json", "json_path", metavar="FILE", help="Write JSON to FILE ('-': standard output) instead.")
@@ -66,13 +67,29 @@ def stop(name: str, drain_s: float | None, json_path: str | None) -> None:
 def status(name: str, json_path: str | None) -> None:
     """Show what a pool holds and did."""
     from kvpool.actors.cluster import call, ensure_ray, find_actor
+    from kvpool.actors.compatibility import protocol_difference
     from kvpool.pool.statistics import PoolStatistics
 
-    async def run() -> Any:
+    async def run() -> None:
         ensure_ray()
-        return PoolStatistics.from_dict(await call(find_actor(name).statistics, timeout_s=30.0))
+        actor = find_actor(name)
+        other = protocol_difference(name, await call(actor.describe, timeout_s=30.0))
+        if other is None:
+            _show(PoolStatistics.from_dict(await call(actor.statistics, timeout_s=30.0)), json_path)
+        else:
+            _show_other_version(name, other, await call(actor.leases, timeout_s=30.0), json_path)
 
-    _show(asyncio.run(run()), json_path)
+    asyncio.run(run())
+
+
+def _show_other_version(name: str, other: KvpoolError, leases: dict[str, int], json_path: str | None) -> None:
+    """Show what a pool of another version can still be asked, and how to replace it."""
+    if json_path is not None:
+        write_json(json_path, {"name": name, **other.details, "leases": leases})
+        return
+    rows = [{"client": client, "leased": format_size(size_bytes)} for client, size_bytes in sorted(leases.items())]
+    print_rows(f"pool {name}, of another version", rows)
+    click.echo(other.message)
 
 
 def _show(stats: Any, json_path: str | None) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from weakref import WeakSet
 
 from kvpool.actors.cluster import call, ensure_ray
+from kvpool.actors.compatibility import check_protocol
 from kvpool.actors.pool_actor import find_pool
 from kvpool.actors.protocol import PROTOCOL_VERSION, host_identity
 from kvpool.client.lane import ANSWER_S, Lane
@@ -25,7 +26,6 @@ from kvpool.errors import (
     ForkedHandleError,
     KvpoolError,
     PoolUnavailableError,
-    ProtocolError,
     StaleCacheError,
     from_wire,
 )
@@ -96,6 +96,8 @@ class Connection:
         """
         ensure_ray()
         actor = find_pool(name)
+        # Asked first: any version answers this, while another version's connect() may not even take our arguments.
+        check_protocol(name, await call(actor.describe, timeout_s=ANSWER_S))
         client, token = f"{os.getpid()}-{uuid.uuid4().hex[:12]}", secrets.token_hex(16)
         described = await call(
             actor.connect,
@@ -104,13 +106,6 @@ class Connection:
         )
         if "error" in described:
             raise from_wire(described["error"])
-        if described["protocol"] != PROTOCOL_VERSION:
-            raise ProtocolError(
-                f"pool {name!r} speaks protocol {described['protocol']}, this process {PROTOCOL_VERSION}: stop the "
-                "pool with the version that started it and start it again, or install that version here",
-                pool=described["protocol"],
-                client=PROTOCOL_VERSION,
-            )
         try:
             return cls(actor, client, token, described)
         except BaseException:

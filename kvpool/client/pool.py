@@ -6,8 +6,8 @@ import logging
 from typing import Any
 
 from kvpool.actors.cluster import call, end, ensure_ray, kill, start_local_ray
+from kvpool.actors.compatibility import check_protocol
 from kvpool.actors.pool_actor import find_pool, make_pool
-from kvpool.actors.protocol import PROTOCOL_VERSION
 from kvpool.client.cache import VirtualKVCache
 from kvpool.client.connection import Connection
 from kvpool.client.model import Model, is_number
@@ -61,6 +61,8 @@ class CachePool:
             If the configuration cannot be used, or both ``config`` and ``settings`` are given.
         PoolExistsError
             If a pool of that name runs with another configuration.
+        ProtocolError
+            If it was started by another version of kvpool: says how to drain and restart it.
         SystemLimitError
             If a limit of the system is too low for it.
         """
@@ -73,6 +75,7 @@ class CachePool:
         PoolState(config.name, config.policy, config.placement, config.queue_limit)  # refuses unknown names here
         ensure_ray(start=start_local_ray)
         actor = make_pool(config)
+        check_protocol(config.name, await call(actor.describe, timeout_s=_START_S))
         try:
             running = await call(actor.start, timeout_s=_START_S)
         except PoolUnavailableError:
@@ -81,7 +84,7 @@ class CachePool:
             kill(actor)  # it could not start, so there is nothing in it
             raise
         wanted = config.model_dump(mode="json")
-        if running["protocol"] == PROTOCOL_VERSION and running["config"] != wanted:
+        if running["config"] != wanted:
             differing = {k: (running["config"].get(k), v) for k, v in wanted.items() if running["config"].get(k) != v}
             text = ", ".join(f"{key}: runs with {has!r}, asked for {asks!r}" for key, (has, asks) in differing.items())
             raise PoolExistsError(
@@ -100,7 +103,7 @@ class CachePool:
         PoolNotFoundError
             If none of that name runs.
         ProtocolError
-            If it was started by another version of kvpool.
+            If it was started by another version of kvpool: says how to drain and restart it.
         """
         return cls(await Connection.open(name, tenant))
 
@@ -218,7 +221,9 @@ class CachePool:
 
 async def delete_pool(actor: Any, drain_s: float | None, leaving: str | None = None) -> None:
     """End a pool by its actor's handle; see :meth:`CachePool.delete`."""
-    await call(actor.delete, drain_s, leaving, timeout_s=(drain_s or 0.0) + _START_S)
+    # Only what every version's delete() takes, unless there is more to say.
+    arguments = (drain_s,) if leaving is None else (drain_s, leaving)
+    await call(actor.delete, *arguments, timeout_s=(drain_s or 0.0) + _START_S)
     await end(actor)
 
 

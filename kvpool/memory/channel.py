@@ -200,7 +200,11 @@ def peer(channel: socket.socket) -> Peer:
         try:
             pidfd = os.pidfd_open(pid)
         except OSError as failure:
-            raise ProtocolError(f"cannot watch the client process {pid}: {failure.strerror}", pid=pid) from failure
+            raise ProtocolError(
+                f"the owner cannot watch the client process {pid} and would not see it die: {failure.strerror}. Run "
+                "both in one PID namespace (hostPID, shareProcessNamespace), or on Linux 6.5 or newer",
+                pid=pid,
+            ) from failure
     return Peer(pid, uid, pidfd)
 
 

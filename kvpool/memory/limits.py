@@ -6,6 +6,7 @@ import os
 import resource
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from kvpool.errors import SystemLimitError
 from kvpool.memory.backend import MemoryInfo
@@ -17,6 +18,31 @@ _SPARE_DESCRIPTORS = 256
 _SPARE_MAPPINGS = 2048
 
 
+class DescriptorLimits(NamedTuple):
+    """Files that a process has open and may have open: ``soft`` may be raised up to ``hard``; -1 is no limit."""
+
+    opened: int
+    soft: int
+    hard: int
+
+
+class MappingLimits(NamedTuple):
+    """Mappings that a process has, and ``vm.max_map_count``."""
+
+    mapped: int
+    limit: int
+
+
+def descriptor_limits() -> DescriptorLimits:
+    """Return those of this process."""
+    return DescriptorLimits(len(os.listdir("/proc/self/fd")), *resource.getrlimit(resource.RLIMIT_NOFILE))
+
+
+def mapping_limits() -> MappingLimits:
+    """Return those of this process."""
+    return MappingLimits(count_mappings(), int(Path("/proc/sys/vm/max_map_count").read_text()))
+
+
 def require_descriptors(pages: int) -> None:
     """Make sure that this process can keep ``pages`` more descriptors open, raising its soft limit when needed.
 
@@ -25,20 +51,26 @@ def require_descriptors(pages: int) -> None:
     SystemLimitError
         If the hard limit of open files is too low.
     """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = len(os.listdir("/proc/self/fd")) + pages + _SPARE_DESCRIPTORS
-    if soft == resource.RLIM_INFINITY or needed <= soft:
-        return
+    limits = descriptor_limits()
+    needed = check_descriptors(pages, limits)
+    if limits.soft != resource.RLIM_INFINITY and needed > limits.soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, limits.hard))
+
+
+def check_descriptors(pages: int, limits: DescriptorLimits) -> int:
+    """Return how many files must be open at once for ``pages`` more; raises as :func:`require_descriptors` does."""
+    needed = limits.opened + pages + _SPARE_DESCRIPTORS
+    hard = limits.hard
     if hard != resource.RLIM_INFINITY and needed > hard:
         raise SystemLimitError(
             f"{pages} pages need {needed} open files (one a page), but this process may open at most {hard}: raise "
             f"nofile (ulimit -n {needed}, LimitNOFILE=, or --ulimit nofile={needed}), or configure larger pages",
             limit="nofile",
             needed=needed,
-            soft=soft,
-            hard=hard,
+            soft=limits.soft,
+            hard=limits.hard,
         )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    return needed
 
 
 def require_mappings(mapped_pages: int) -> None:
@@ -51,8 +83,13 @@ def require_mappings(mapped_pages: int) -> None:
     SystemLimitError
         If ``vm.max_map_count`` is too low.
     """
-    limit = int(Path("/proc/sys/vm/max_map_count").read_text())
-    needed = count_mappings() + 2 * mapped_pages + _SPARE_MAPPINGS
+    check_mappings(mapped_pages, mapping_limits())
+
+
+def check_mappings(mapped_pages: int, limits: MappingLimits) -> int:
+    """Return how many mappings ``mapped_pages`` more may need; raises as :func:`require_mappings` does."""
+    mapped, limit = limits
+    needed = mapped + 2 * mapped_pages + _SPARE_MAPPINGS
     if needed > limit:
         raise SystemLimitError(
             f"{mapped_pages} mapped pages need up to {needed} mappings, but vm.max_map_count is {limit}: raise it "
@@ -61,6 +98,7 @@ def require_mappings(mapped_pages: int) -> None:
             needed=needed,
             max_map_count=limit,
         )
+    return needed
 
 
 def require_memory(pages: int, page_size_bytes: int, available: MemoryInfo) -> None:
@@ -90,11 +128,11 @@ def count_mappings() -> int:
         return sum(1 for _ in maps)
 
 
-def memory_info() -> MemoryInfo:
+def memory_info(proc: Path = Path("/proc")) -> MemoryInfo:
     """Return the memory this process may use: the system's, or its control group's where that is less."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    fields = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines())
     total, free = (int(fields[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
-    for limit_bytes, used_bytes in _control_group_limits(Path("/proc/self")):
+    for limit_bytes, used_bytes in _control_group_limits(proc / "self"):
         total = min(total, limit_bytes)
         free = min(free, limit_bytes - used_bytes)
     return MemoryInfo(max(free, 0), total)

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import errno
+import contextlib
 import functools
 import logging
 import os
 import secrets
 import socket
-import stat
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
 from kvpool.errors import ConfigError, InvalidRequestError, PoolBusyError, ProtocolError, StaleCacheError
-from kvpool.memory import channel
+from kvpool.memory import channel, socket_path
 from kvpool.memory.page_connection import PageConnection
 
 MAX_CLIENTS = 1024
 
-_MAX_PATH_BYTES = 107  # sun_path
 _HELLO_TIMEOUT_S = 10.0
 _RETRY_S = 0.05
 
@@ -83,8 +81,7 @@ class PageServer:
         on_gone: Callable[[str], None],
         on_connected: Callable[[str], None] | None = None,
     ) -> None:
-        if len(os.fsencode(path)) > _MAX_PATH_BYTES:
-            raise ConfigError(f"the socket path {path} is longer than {_MAX_PATH_BYTES} bytes: use a shorter folder")
+        socket_path.check_length(path)
         self.path = path
         self.instance = secrets.token_hex(8)
         self._source = source
@@ -105,7 +102,8 @@ class PageServer:
             If the folder is open to others, or another server listens there.
         """
         self._loop = asyncio.get_running_loop()
-        self._prepare_path()
+        socket_path.prepare_folder(self.path.parent)
+        socket_path.clear(self.path)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         try:
             listener.bind(str(self.path))
@@ -152,19 +150,6 @@ class PageServer:
         if client.connection is not None:
             client.connection.ask_back(new)
 
-    def _prepare_path(self) -> None:
-        folder = self.path.parent
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.stat()
-        if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
-            raise ConfigError(f"the folder {folder} of the page socket must be ours alone: chmod 0700, or name another")
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK) as attempt:
-            code = attempt.connect_ex(str(self.path))
-        if code == errno.ECONNREFUSED:
-            self.path.unlink()  # left behind by an owner that was killed
-        elif code != errno.ENOENT:
-            raise ConfigError(f"another server listens at {self.path}: give each device its own socket")
-
     def _listen_again(self) -> None:
         if self._listener is not None:
             self._loop.add_reader(self._listener.fileno(), self._accept)
@@ -187,6 +172,8 @@ class PageServer:
             peer = channel.peer(accepted)
         except ProtocolError as failure:
             _log.warning("refused a client at %s: %s", self.path, failure)
+            with contextlib.suppress(OSError):  # it is gone, perhaps: that is one reason for which it is refused
+                accepted.send(channel.encode("error", error=failure.to_wire()))
             accepted.close()
             return
         connection = PageConnection(self._loop, accepted, peer, self._handle, self._closed)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from kvpool.errors import ProtocolError
+
 if TYPE_CHECKING:
     from kvpool.pool.state import PoolState
 
@@ -102,7 +104,22 @@ class PoolStatistics:
 
     @classmethod
     def from_dict(cls, figures: dict[str, Any]) -> PoolStatistics:
-        """Return the statistics that :meth:`to_dict` described."""
+        """Return the statistics that :meth:`to_dict` described. Figures that this version does not know are left out.
+
+        Raises
+        ------
+        ProtocolError
+            If figures are missing: they come from a pool of another version.
+        """
+        missing = cls.__dataclass_fields__.keys() - figures.keys()
+        for device in figures.get("devices", ()):
+            missing |= {f"devices.{name}" for name in DeviceStatistics.__dataclass_fields__.keys() - device.keys()}
+        if missing:
+            raise ProtocolError(
+                f"the statistics lack {', '.join(sorted(missing))}: the pool runs another version of kvpool. Drain it "
+                f"('kvpool stop --name {figures.get('name', 'NAME')} --drain 60') and start it again with this one",
+                missing=sorted(missing),
+            )
         own = {name: figures[name] for name in cls.__dataclass_fields__}
         fields = DeviceStatistics.__dataclass_fields__
         own["devices"] = tuple(DeviceStatistics(**{name: d[name] for name in fields}) for d in figures["devices"])

@@ -169,3 +169,11 @@ def test_a_page_size_that_was_given_is_taken():
 def test_values_that_could_only_fail_later_are_refused_now(setting):
     with pytest.raises(ConfigError, match=next(iter(setting))):
         load_config(**setting)
+
+
+def test_devices_are_planned_in_whole_pages_and_none_smaller_than_one() -> None:
+    config = load_config(devices="host:2x5MiB")
+    assert config.device_plans(4096) == [(4 * MIB, 2 * MIB)] * 2
+    assert config.device_plans(4096)[0].pages == 2
+    with pytest.raises(ConfigError, match="smaller than one page"):
+        load_config(devices="host:1x1MiB").device_plans(4096)

@@ -7,7 +7,7 @@ import hmac
 import json
 import os
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +183,9 @@ async def start_client(owner: Owner) -> AsyncIterator[Callable[..., Any]]:
     """Start a client process: ``await start_client("a")``; its arena has 10,000 pages."""
     started: list[ClientProcess] = []
 
-    async def start(client_id: str, capacity_pages: int = 10_000, nofile: int = 0) -> ClientProcess:
+    async def start(
+        client_id: str, capacity_pages: int = 10_000, nofile: int = 0, wrapper: Sequence[str] = ()
+    ) -> ClientProcess:
         settings = {
             "socket_path": str(owner.path),
             "client_id": client_id,
@@ -193,6 +195,7 @@ async def start_client(owner: Owner) -> AsyncIterator[Callable[..., Any]]:
             "capacity_pages": capacity_pages,
         }
         process = await asyncio.create_subprocess_exec(
+            *wrapper,
             sys.executable,
             str(Path(__file__).with_name("arena_client.py")),
             json.dumps(settings),

@@ -216,6 +216,20 @@ async def test_process_of_another_user_is_refused(owner, talk, monkeypatch: pyte
     assert "may not connect" in answer["error"][1]
 
 
+async def test_process_that_cannot_be_watched_is_told_so(owner, talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Linux before 6.5, when the client lives in a PID namespace that the owner does not see."""
+
+    def unseen(accepted: socket.socket) -> channel.Peer:
+        raise ProtocolError("the owner cannot watch the client process 0")
+
+    monkeypatch.setattr(channel, "peer", unseen)
+    talker = talk()
+    answer = await talker.hear()
+    assert answer["kind"] == "error"
+    assert "cannot watch" in answer["error"][1]
+    assert await talker.hear() is None
+
+
 @pytest.mark.parametrize(
     ("kind", "fields"),
     [
