@@ -65,7 +65,7 @@ class TinyModel(nn.Module):
     @torch.inference_mode()
     def embed(self, text: bytes) -> Tensor:
         """Return the embeddings of a text's tokens, ``(tokens, width)``."""
-        embedded: Tensor = self.embedding(torch.tensor(list(text)))
+        embedded: Tensor = self.embedding(torch.tensor(list(text), dtype=torch.long))
         return embedded
 
     @torch.inference_mode()
@@ -109,7 +109,7 @@ class _Layer(nn.Module):
         key, value = torch.cat([*past, own], dim=1).transpose(1, 2)
         seen = torch.ones(tokens, key.shape[1], dtype=torch.bool).tril(key.shape[1] - tokens)
         attended = nn.functional.scaled_dot_product_attention(query.transpose(0, 1), key, value, attn_mask=seen)
-        x = x + self.out(attended.transpose(0, 1).reshape(tokens, -1))
+        x = x + self.out(attended.transpose(0, 1).flatten(1))
         return x + self.mlp(x), own
 
 
