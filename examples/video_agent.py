@@ -27,7 +27,7 @@ import kvpool
 from examples.tiny_model import TinyModel, block_hashes
 from kvpool import CachePool, Model, PrefixHit
 
-AGENTS = ("visual", "audio", "context", "safety")
+AGENTS = ("visual", "audio", "context")
 FRAMES = 12
 FRAME_PIXELS = 32
 PATCH_PIXELS = 8

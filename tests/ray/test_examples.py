@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,15 @@ from kvpool.workload import generate
 
 TOP = Path(__file__).parents[2]
 NOTEBOOK = TOP / "notebooks" / "explore.ipynb"
+
+
+@pytest.fixture
+def _one_thread() -> Iterator[None]:
+    """As the examples set it: for models as small as theirs, a second thread costs more than it gives."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -70,11 +80,11 @@ async def test_each_example_brings_its_own_pool_and_takes_it_along(environment: 
         ("visual", 0, blocks, "yes"),
         ("audio", blocks, 0, "yes"),
         ("context", blocks, 0, "yes"),
-        ("safety", blocks, 0, "yes"),
     ]
     assert pool_names() == before
 
 
+@pytest.mark.usefixtures("_one_thread")
 async def test_pages_outlive_the_program_that_read_them(make_pool: Pools, capsys: pytest.CaptureFixture[str]) -> None:
     pool = await make_pool("host:1x16MiB")
     assert await rag_memory.answer_questions(pool)
@@ -85,6 +95,7 @@ async def test_pages_outlive_the_program_that_read_them(make_pool: Pools, capsys
     await until_leased(pool, 0)
 
 
+@pytest.mark.usefixtures("_one_thread")
 async def test_pages_that_found_no_room_are_read_and_used_all_the_same(
     make_pool: Pools, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -95,6 +106,7 @@ async def test_pages_that_found_no_room_are_read_and_used_all_the_same(
     await until_leased(pool, 0)
 
 
+@pytest.mark.usefixtures("_one_thread")
 async def test_agents_that_compute_the_prompt_in_the_same_moment_keep_one_copy(make_pool: Pools) -> None:
     pool = await make_pool("host:1x16MiB")
     network = TinyModel()
@@ -143,7 +155,7 @@ async def test_the_notebook_starts_a_pool_or_joins_one(
         execute(environment, EXPLORE_POOL=running.name, EXPLORE_TRACE=str(tmp_path / "small.jsonl")),
     )
     assert f"started pool {own}" in started
-    assert "400 requests" in started
+    assert "300 requests" in started
     assert " 0 wrong bytes" in started
     assert len(plots) == 1
     assert own not in pool_names()
