@@ -30,8 +30,8 @@ from kvpool.errors import CapacityError
 class Prompt(BaseModel):
     """What a client posts."""
 
-    document: str = Field(min_length=1, max_length=50_000)
-    question: str = Field("", max_length=5_000)
+    document: str = Field(min_length=1, max_length=4_000)
+    question: str = Field("", max_length=500)
     max_tokens: int = Field(32, ge=1, le=16_384)
 
 
@@ -137,7 +137,7 @@ class Settings(BaseModel):
     """Arguments of ``serve run``."""
 
     pool: str = "serve-app"
-    devices: str = "host:2x64MiB"
+    devices: str = "host:2x128MiB"  # a device holds the longest prompt and answer that are allowed
     wait_s: float = 10.0  # for memory, before a client is told to come back later
 
 
