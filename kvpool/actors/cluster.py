@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable
+from contextvars import Context
 from typing import Any
 
 import ray
@@ -242,6 +243,16 @@ async def end(actor: Any) -> None:
         raise PoolUnavailableError(f"the pool's actor was killed and still lives {_END_S:g} s later") from None
 
 
+def submit(method: Any, *arguments: Any) -> Any:
+    """Call an actor's method; returns the reference of its result.
+
+    The call is no child of the Ray task that makes it. Ray cancels a task (of a Serve request whose client went away,
+    say) together with its children, and ours carry what other tasks asked for, too: the answers would be lost, and
+    with them the leases that they name.
+    """
+    return Context().run(method.remote, *arguments)  # Ray knows the task that runs by a context variable
+
+
 async def call(method: Any, *arguments: Any, timeout_s: float | None = None) -> Any:
     """Call an actor's method and await its result.
 
@@ -252,7 +263,7 @@ async def call(method: Any, *arguments: Any, timeout_s: float | None = None) -> 
     """
     try:
         async with asyncio.timeout(timeout_s):
-            return await method.remote(*arguments)
+            return await submit(method, *arguments)
     except TimeoutError:
         raise PoolUnavailableError(f"the pool did not answer within {timeout_s:g} s: is its node overloaded?") from None
     except RayActorError as error:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kvpool.actors.cluster import ActorLost, actors_below, end, kill, make_actor, node_ids
+from kvpool.actors.cluster import ActorLost, actors_below, end, kill, make_actor, node_ids, submit
 from kvpool.actors.device_actor import DeviceActor
 from kvpool.actors.outbox import Outbox
 from kvpool.actors.protocol import NAMESPACE
@@ -87,7 +87,7 @@ class Fleet:
                     node=node,
                 )  # fmt: skip
                 promised_bytes[node] += capacity_bytes
-                described.append(await actor.start.remote())
+                described.append(await submit(actor.start))
         except BaseException:
             await self.end(list(range(len(described))))
             raise
@@ -166,7 +166,7 @@ class Fleet:
         seen = 0
         while True:
             try:
-                seen, events = await actor.events.remote(seen, _POLL_S)
+                seen, events = await submit(actor.events, seen, _POLL_S)
             except ActorLost as error:
                 self._device_lost(number, [], str(error))
                 return
@@ -185,4 +185,4 @@ class Fleet:
 
 async def _ask(actor: Any, method: str) -> Any:
     async with asyncio.timeout(_ANSWER_S):
-        return await getattr(actor, method).remote()
+        return await submit(getattr(actor, method))

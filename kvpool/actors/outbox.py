@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from kvpool.actors.cluster import ActorLost
+from kvpool.actors.cluster import ActorLost, submit
 from kvpool.pool.instructions import Send
 
 
@@ -52,7 +52,7 @@ class Outbox:
             while self._pending:
                 sent, self._pending = self._pending, []
                 try:
-                    answers, zombies = await self._actor.apply.remote([send.operation for send in sent])
+                    answers, zombies = await submit(self._actor.apply, [send.operation for send in sent])
                 except ActorLost as error:
                     self._lost(sent, str(error))
                 else:

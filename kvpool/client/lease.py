@@ -45,11 +45,20 @@ class Lease:
         """Raise unless the leased memory may be used here and now."""
         self._connection.check_usable()
         if self.released:
-            raise CacheStateError("this cache was released: look it up or ask for it again")
+            raise _released()
 
     def view_opened(self) -> None:
-        """Count a tensor over the leased memory."""
+        """Count a tensor over the leased memory.
+
+        Raises
+        ------
+        CacheStateError
+            If it was released: a thread that opens tensors may have been overtaken by the event loop's release since
+            :meth:`check_held`, and the memory may be another's by now.
+        """
         with self._lock:
+            if self.released:
+                raise _released()
             self.views += 1
 
     def view_closed(self) -> None:
@@ -99,3 +108,7 @@ class Lease:
                 stacklevel=2,
             )
             self._connection.release_soon(self.ids)
+
+
+def _released() -> CacheStateError:
+    return CacheStateError("this cache was released: look it up or ask for it again")

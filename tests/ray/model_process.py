@@ -62,6 +62,18 @@ class ModelProcess:
         """Ask for more caches, without waiting for them."""
         self.waiting += [asyncio.create_task(self.model.request_cache(size_bytes)) for _ in range(count)]
 
+    async def ask_until_cancelled(self, size_bytes: int) -> None:
+        """Ask for one more cache, without waiting for it, and run until this call is cancelled."""
+        await self.ask_for_more(1, size_bytes)
+        await asyncio.Event().wait()
+
+    async def take_what_was_asked_for(self) -> int:
+        """Wait for the caches that were asked for; returns how many were granted."""
+        asked, self.waiting = self.waiting, []
+        granted = await asyncio.gather(*asked)
+        self.caches += granted
+        return len(granted)
+
     async def release(self) -> None:
         """Release all that is leased."""
         held, self.caches, self.leased, self.tensors = self.caches + self.leased, [], [], []
