@@ -52,7 +52,12 @@ class Outbox:
             while self._pending:
                 sent, self._pending = self._pending, []
                 try:
-                    answers, zombies = await self._actor.apply.remote([send.operation for send in sent])
+                    operations = [send.operation for send in sent]
+                    if any(send.traces for send in sent):
+                        traces = [tuple(trace.carrier for trace in send.traces) for send in sent]
+                        answers, zombies = await self._actor.apply.remote(operations, traces)
+                    else:
+                        answers, zombies = await self._actor.apply.remote(operations)
                 except ActorLost as error:
                     self._lost(sent, str(error))
                 else:

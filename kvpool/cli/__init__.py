@@ -12,7 +12,8 @@ from typing import Any
 import click
 
 from kvpool import __version__
-from kvpool.errors import KvpoolError, ensure
+from kvpool.errors import ConfigError, KvpoolError, ensure
+from kvpool.telemetry.sdk import set_up_command_line
 
 EXIT_ERROR = 2
 
@@ -71,3 +72,7 @@ class LazyGroup(click.Group):
 @click.version_option(__version__, prog_name="kvpool")
 def main() -> None:
     """One elastic pool of KV-cache memory for many models on a Ray cluster."""
+    try:
+        set_up_command_line()
+    except ConfigError as error:
+        click.echo(f"kvpool: not traced: {error}", err=True)
