@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("kvpool.device")
 
-_FLUSH_S = 5.0
+_FLUSH_S = 2.0
 """How long the last spans may take to leave when the device ends, seconds."""
 
 

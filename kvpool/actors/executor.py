@@ -113,8 +113,7 @@ class Executor:
         batch = Batch(len(items))
         with self._telemetry.batch(method, items) as spans:
             try:
-                with spans.current():
-                    instructions = self._state.handle(event(batch, client, spans.items, *more), now)
+                instructions = self._state.handle(event(batch, client, spans.items, *more), now)
             except KvpoolError as error:
                 answers: list[Any] = [("error", *error.to_wire())] * len(items)
             else:

@@ -46,7 +46,7 @@ def _by_model(figure: str, snapshot: PoolSnapshot) -> Iterator[Reading]:
 
 
 def _evictions(snapshot: PoolSnapshot) -> Iterator[Reading]:
-    for reason, count in snapshot.statistics.evictions_by_reason.items():
+    for reason, count in {"capacity": 0, **snapshot.statistics.evictions_by_reason}.items():
         yield count, {"reason": reason, "policy": snapshot.statistics.policy}
 
 

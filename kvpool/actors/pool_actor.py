@@ -150,8 +150,7 @@ class PoolActor:
             raise
         self._ended = True
         try:
-            await self._fleet.end(self._alive())
-            await self._telemetry.close()
+            await asyncio.gather(self._fleet.end(self._alive()), self._telemetry.close())
         finally:
             end_self(_LINGER_S)  # also when the caller is gone by now: what is left of the pool must not hold its name
 

@@ -32,7 +32,7 @@ logger = logging.getLogger("kvpool.pool")
 _FRESH_S = 1.0
 """Age of the figures that exporters read, seconds, at most (a device that hangs has none)."""
 
-_CLOSE_S = 5.0
+_CLOSE_S = 2.0
 """How long the last spans and metrics may take to leave when the pool ends, seconds."""
 
 _GRANTED = ("granted", "blocks")
@@ -77,7 +77,7 @@ class PoolTelemetry:
 
     def batch(self, method: str, items: Sequence[tuple[Any, ...]]) -> BatchSpans | NoSpans:
         """Return the spans of an RPC, to be entered."""
-        return NoSpans(items) if self._spans is None else BatchSpans(self._tracer, method, items)
+        return NoSpans(method, items) if self._spans is None else BatchSpans(self._tracer, method, items)
 
     def answered(
         self, method: str, items: Sequence[tuple[Any, ...]], answers: Sequence[Answer], duration_s: float
@@ -136,8 +136,10 @@ class PoolTelemetry:
         """Keep the figures fresh from now on; ``memory`` asks a device for its report, None if it has no answer."""
         if self._meters is None:
             return
-        self._loops = [asyncio.create_task(self._follow(number, memory)) for number in numbers]
-        self._loops.append(asyncio.create_task(self._count()))
+        for loop in (*(self._follow(number, memory) for number in numbers), self._count()):
+            task = asyncio.create_task(loop)
+            task.add_done_callback(_ended)
+            self._loops.append(task)
 
     async def _follow(self, number: int, memory: Callable[[int], Any]) -> None:
         while self._state.ledger.devices[number].lost is None:
@@ -174,6 +176,12 @@ class PoolTelemetry:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_CLOSE_S):
                 await asyncio.gather(*(asyncio.to_thread(shut_down, provider) for provider in providers))
+
+
+def _ended(loop: asyncio.Task[None]) -> None:
+    error = None if loop.cancelled() else loop.exception()
+    if error is not None:
+        logger.error("some metrics of this pool stand still from now on", exc_info=error)
 
 
 def _evicts(operation: tuple[Any, ...]) -> bool:

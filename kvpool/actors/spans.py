@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -17,8 +16,6 @@ from kvpool.actors.protocol import errors_of
 from kvpool.errors import BackendError
 from kvpool.telemetry.calls import fail
 from kvpool.telemetry.context import Carrier, extract, inject
-
-logger = logging.getLogger("kvpool.device")
 
 
 class ItemSpan:
@@ -55,6 +52,7 @@ class BatchSpans:
     """
 
     def __init__(self, tracer: Tracer, method: str, items: Sequence[tuple[Any, ...]]) -> None:
+        self._method = method
         self._spans: dict[Carrier | None, ItemSpan] = {}
         self.items: list[tuple[Any, ...]] = []
         """The items with their spans in place of their trace contexts."""
@@ -71,20 +69,12 @@ class BatchSpans:
             span.items += 1
             self.items.append((*item[:-1], span))
 
-    @contextmanager
-    def current(self) -> Iterator[None]:
-        """Let what is logged in the block carry the ids of the (first) trace. Not for code that awaits."""
-        token = attach(next(iter(self._spans.values())).context)
-        try:
-            yield
-        finally:
-            detach(token)
-
     def answered(self, answers: Sequence[Any]) -> None:
-        """Let the spans tell of the errors among the answers."""
+        """Let spans and log tell of the errors among the answers."""
         for item, answer in zip(self.items, answers, strict=True):
             for error_type, message, _ in errors_of(answer):
                 fail(item[-1].span, error_type, message)
+                _log("kvpool.pool", logging.INFO, item[-1].context, self._method, error_type, message)
 
     def __enter__(self) -> BatchSpans:
         return self
@@ -102,17 +92,16 @@ class BatchSpans:
 class NoSpans:
     """Stands in for :class:`BatchSpans` where nothing is traced: no item has a trace."""
 
-    def __init__(self, items: Sequence[tuple[Any, ...]]) -> None:
+    def __init__(self, method: str, items: Sequence[tuple[Any, ...]]) -> None:
+        self._method = method
         traced = any(item[-1] is not None for item in items)
         self.items = [(*item[:-1], None) for item in items] if traced else items
 
-    @contextmanager
-    def current(self) -> Iterator[None]:
-        """Change nothing."""
-        yield
-
     def answered(self, answers: Sequence[Any]) -> None:
-        """Note nothing."""
+        """Let the log tell of the errors among the answers."""
+        for answer in answers:
+            for error_type, message, _ in errors_of(answer):
+                _log("kvpool.pool", logging.INFO, None, self._method, error_type, message)
 
     def __enter__(self) -> NoSpans:
         return self
@@ -163,7 +152,9 @@ class OperationSpans:
             if current is None:
                 current = trace.set_span_in_context(span, parent)
         if error is not None:
-            _log(self._device, operation, error, current)
+            # What a client did wrong is told to the client; that the system has less memory than promised is news.
+            level = logging.WARNING if error[0] == BackendError.__name__ else logging.INFO
+            _log("kvpool.device", level, current, f"{self._device}: {operation[0]}", *error)
         self._began_ns = ended_ns
 
     def _attributes(self, operation: tuple[Any, ...]) -> dict[str, str | int]:
@@ -191,12 +182,13 @@ def _failure(answer: Any) -> tuple[str, str] | None:
             return None
 
 
-def _log(device: str, operation: tuple[Any, ...], error: tuple[str, str], current: Context | None) -> None:
-    token = attach(current) if current is not None else None
+def _log(logger: str, level: int, context: Context | None, what: str, error_type: str, message: str) -> None:
+    """Log an error, with the ids of the span in ``context``."""
+    if not logging.getLogger(logger).isEnabledFor(level):
+        return
+    token = attach(context) if context is not None else None
     try:
-        # What a client did wrong is told to the client; that the system has less memory than promised is news here.
-        level = logging.WARNING if error[0] == BackendError.__name__ else logging.INFO
-        logger.log(level, "device %s: %s failed: %s: %s", device, operation[0], *error)
+        logging.getLogger(logger).log(level, "%s failed: %s: %s", what, error_type, message)
     finally:
         if token is not None:
             detach(token)

@@ -27,7 +27,7 @@ _PREFIX = "OTEL_"
 _OTLP = {"http/protobuf": "otlp_proto_http", "grpc": "otlp_proto_grpc"}
 """Value of OTEL_EXPORTER_OTLP_PROTOCOL to the name under which the exporter is installed."""
 
-_FLUSH_MS = 3000
+_FLUSH_MS = 2000
 """How long the last spans and metrics may take to leave, milliseconds."""
 
 
@@ -103,7 +103,7 @@ def meter_provider(instance: str, **attributes: str) -> MeterProvider | None:
 
 
 def shut_down(provider: TracerProvider | MeterProvider) -> None:
-    """Let what was recorded leave, within about 3 s, and stop exporting. Blocks: call it off an event loop."""
+    """Let what was recorded leave, within about 2 s, and stop exporting. Blocks: call it off an event loop."""
     provider.force_flush(_FLUSH_MS)
     provider.shutdown()
 
@@ -195,7 +195,10 @@ def _prometheus_reader() -> Any:
             server.server_close()
             super().shutdown(timeout_millis, **kwargs)
 
-    return Reader(registry=registry, resource_attribute_filter=lambda name: name == "kvpool.pool")
+    # All metrics are of one scope; that of several pools' metrics is told by the label kvpool_pool.
+    return Reader(
+        registry=registry, scope_info_enabled=False, resource_attribute_filter=lambda name: name == "kvpool.pool"
+    )
 
 
 def _resource(instance: str, attributes: Mapping[str, str]) -> Resource:
