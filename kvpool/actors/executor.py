@@ -9,7 +9,7 @@ from typing import Any
 
 from kvpool.actors.fleet import Fleet
 from kvpool.actors.pool_telemetry import PoolTelemetry
-from kvpool.actors.protocol import check_items
+from kvpool.actors.protocol import check_items, errors_of
 from kvpool.actors.stream import Stream
 from kvpool.errors import DeviceLostError, KvpoolError
 from kvpool.pool.instructions import (
@@ -118,7 +118,7 @@ class Executor:
                 answers: list[Any] = [("error", *error.to_wire())] * len(items)
             else:
                 answers = await self.finish(batch, instructions)
-            spans.answered(answers)
+            spans.failed(errors_of(answers))
             return answers
 
     async def finish(self, batch: Batch, instructions: list[Instruction]) -> list[Any]:

@@ -35,6 +35,7 @@ _FRESH_S = 1.0
 _CLOSE_S = 2.0
 """How long the last spans and metrics may take to leave when the pool ends, seconds."""
 
+_ALLOCATING = ("request_caches", "request_blocks")
 _GRANTED = ("granted", "blocks")
 
 _Provider = TypeVar("_Provider", "TracerProvider | None", "MeterProvider | None")
@@ -86,19 +87,14 @@ class PoolTelemetry:
 
         One allocation time is recorded for each model, not for each item: they are all answered together.
         """
-        granted: set[int] = set()
-        for item, answer in zip(items, answers, strict=True):
-            if answer[0] in _GRANTED:
-                granted.add(item[1])
-            else:
-                self._count_errors(answer)
-        if self._meters is not None:
+        if self._meters is None:
+            return
+        for _, (error_type, *_) in errors_of(answers):
+            self._errors[error_type] = self._errors.get(error_type, 0) + 1
+        if method in _ALLOCATING:
+            granted = {item[1] for item, answer in zip(items, answers, strict=True) if answer[0] in _GRANTED}
             for model in granted:
                 self._metrics.allocated(self._state.ledger.models[model].name, duration_s)
-
-    def _count_errors(self, answer: Answer) -> None:
-        for error_type, *_ in errors_of(answer):
-            self._errors[error_type] = self._errors.get(error_type, 0) + 1
 
     def timed(self, send: Send, now: float) -> Send:
         """Return the operation, with its time taken if it evicts."""

@@ -51,13 +51,21 @@ def check_items(items: Sequence[Any], fields: dict[str, Any]) -> None:
         carrier = item[-1]
 
 
-def errors_of(answer: Any) -> list[tuple[str, str, dict[str, Any]]]:
-    """Return the errors in a pool's answer to one item, as :meth:`KvpoolError.to_wire` describes them."""
-    if answer[0] == "error":
-        return [answer[1:]]
-    if answer[0] in ("sealed", "released"):
-        return [outcome[1:] for outcome in answer[1] if isinstance(outcome, tuple)]
-    return []
+def errors_of(answers: Sequence[Any]) -> list[tuple[int, tuple[str, str, dict[str, Any]]]]:
+    """Return the errors in a pool's answers (:meth:`KvpoolError.to_wire`), each with the number of its item.
+
+    An answer may hold several: one for each cache that could not be sealed or released.
+    """
+    found = []
+    for item, answer in enumerate(answers):
+        kind = answer[0]
+        if kind == "error":
+            found.append((item, answer[1:]))
+        elif kind in ("released", "sealed"):
+            for outcome in answer[1]:
+                if outcome is not True and isinstance(outcome, tuple):
+                    found.append((item, outcome[1:]))
+    return found
 
 
 def host_identity() -> str:

@@ -12,10 +12,12 @@ from opentelemetry import trace
 from opentelemetry.context import Context, attach, detach
 from opentelemetry.trace import Span, SpanKind, Tracer
 
-from kvpool.actors.protocol import errors_of
 from kvpool.errors import BackendError
 from kvpool.telemetry.calls import fail
 from kvpool.telemetry.context import Carrier, extract, inject
+
+Error = tuple[str, str, dict[str, Any]]
+"""As :meth:`kvpool.errors.KvpoolError.to_wire` describes it."""
 
 
 class ItemSpan:
@@ -59,7 +61,7 @@ class BatchSpans:
         carrier: Carrier | None = None
         span: ItemSpan | None = None
         for item in items:
-            if span is None or item[-1] is not carrier:
+            if span is None or item[-1] is not carrier:  # those that share a span carry the very same one
                 carrier = item[-1]
                 span = self._spans.get(carrier)
                 if span is None:
@@ -69,12 +71,12 @@ class BatchSpans:
             span.items += 1
             self.items.append((*item[:-1], span))
 
-    def answered(self, answers: Sequence[Any]) -> None:
-        """Let spans and log tell of the errors among the answers."""
-        for item, answer in zip(self.items, answers, strict=True):
-            for error_type, message, _ in errors_of(answer):
-                fail(item[-1].span, error_type, message)
-                _log("kvpool.pool", logging.INFO, item[-1].context, self._method, error_type, message)
+    def failed(self, errors: Sequence[tuple[int, Error]]) -> None:
+        """Let spans and log tell of errors, each with the number of its item."""
+        for item, (error_type, message, _) in errors:
+            span = self.items[item][-1]
+            fail(span.span, error_type, message)
+            _log("kvpool.pool", logging.INFO, span.context, self._method, error_type, message)
 
     def __enter__(self) -> BatchSpans:
         return self
@@ -97,11 +99,10 @@ class NoSpans:
         traced = any(item[-1] is not None for item in items)
         self.items = [(*item[:-1], None) for item in items] if traced else items
 
-    def answered(self, answers: Sequence[Any]) -> None:
-        """Let the log tell of the errors among the answers."""
-        for answer in answers:
-            for error_type, message, _ in errors_of(answer):
-                _log("kvpool.pool", logging.INFO, None, self._method, error_type, message)
+    def failed(self, errors: Sequence[tuple[int, Error]]) -> None:
+        """Let the log tell of errors."""
+        for _, (error_type, message, _) in errors:
+            _log("kvpool.pool", logging.INFO, None, self._method, error_type, message)
 
     def __enter__(self) -> NoSpans:
         return self

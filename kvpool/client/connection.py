@@ -171,7 +171,7 @@ class Connection:
         with span as trace:
             answer = await lane.ask((self.next_sequence(), *content), trace)
             if trace is not None:
-                note_errors(span, answer)
+                note_errors(span, [answer])
             return answer
 
     async def call(self, method: Any, *arguments: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from kvpool.actors.cluster import call
@@ -115,9 +115,11 @@ class Lane:
                 return
             finally:
                 timer.cancel()
-            for (_, trace, future), answer in zip(sent, answers, strict=True):
-                if trace is None:
-                    note_errors(span, answer)
+            if shared is not None:
+                note_errors(
+                    span, [answer for (_, trace, _), answer in zip(sent, answers, strict=True) if trace is None]
+                )
+            for (_, _, future), answer in zip(sent, answers, strict=True):
                 if future.done():
                     self._give_back(answer)
                 elif answer[0] == "error":
@@ -140,9 +142,9 @@ class Lane:
             self._landed(task)
 
 
-def note_errors(span: ClientCall | UntracedCall, answer: Any) -> None:
-    """Let a span tell of the errors within an answer."""
-    for error in errors_of(answer):
+def note_errors(span: ClientCall | UntracedCall, answers: Sequence[Any]) -> None:
+    """Let a span tell of the errors within answers."""
+    for _, error in errors_of(answers):
         span.fail(from_wire(error))
 
 

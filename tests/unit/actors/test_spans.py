@@ -7,6 +7,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from kvpool.actors.protocol import errors_of
 from kvpool.actors.spans import BatchSpans, NoSpans, OperationSpans
 from kvpool.errors import BackendError, LimitError, UnknownCacheError
 from kvpool.telemetry import logs
@@ -58,7 +59,7 @@ def test_items_of_one_trace_share_a_span(tracer, finished):
         traces = [item[-1] for item in spans.items]
         assert len(set(traces)) == 3
         assert (traces[0], traces[1]) == (traces[2], traces[4])
-        spans.answered([("released", [True])] * 5)
+        spans.failed(errors_of([("released", [True])] * 5))
     found = by_trace(finished)
     assert len(found) == 3
     assert {trace: [span.attributes["kvpool.items"] for span in found[trace]] for trace in (1, 2)} == {1: [2], 2: [1]}
@@ -69,7 +70,9 @@ def test_items_of_one_trace_share_a_span(tracer, finished):
 def test_an_error_is_in_the_span_of_its_item_alone(tracer, finished):
     refused, unknown = LimitError("too much").to_wire(), UnknownCacheError("none").to_wire()
     with BatchSpans(tracer, "seal", [("a", carrier(1)), ("b", carrier(2)), ("c", carrier(3))]) as spans:
-        spans.answered([("error", *refused), ("sealed", [True, "duplicate"]), ("sealed", [True, ("error", *unknown)])])
+        spans.failed(
+            errors_of([("error", *refused), ("sealed", [True, "duplicate"]), ("sealed", [True, ("error", *unknown)])])
+        )
     types = {trace: span.attributes.get("error.type") for trace, (span,) in by_trace(finished).items()}
     assert types == {1: "LimitError", 2: None, 3: "UnknownCacheError"}
 
@@ -78,8 +81,8 @@ def test_what_the_pool_refuses_is_logged_within_its_span(tracer, caplog):
     error = ("error", *LimitError("too much").to_wire())
     with caplog.at_level(logging.INFO, "kvpool.pool"):
         with BatchSpans(tracer, "seal", [("a", carrier(1)), ("b", carrier(2))]) as spans:
-            spans.answered([("sealed", [True]), error])
-        NoSpans("seal", [("a", None)]).answered([error])
+            spans.failed(errors_of([("sealed", [True]), error]))
+        NoSpans("seal", [("a", None)]).failed(errors_of([error]))
     assert traces_of(caplog) == [2, 0]
     assert caplog.messages == ["seal failed: LimitError: too much"] * 2
 
