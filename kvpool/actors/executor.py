@@ -96,7 +96,7 @@ class Executor:
         if not items:
             return []
         now = time.monotonic()
-        method = _METHODS[event, *more]
+        method = _METHODS.get((event, *more), event.__name__)
         answers: list[Any]
         try:
             check_items(items, fields)
