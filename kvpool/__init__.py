@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kvpool.memory.backend import Access
     from kvpool.pool.statistics import PoolStatistics
     from kvpool.presets import create_deepseek_ocr_cache_pool, create_vista_cache_pool
+    from kvpool.telemetry.application import record_metric
 
 _HOMES = {
     "Access": "kvpool.memory.backend",
@@ -32,6 +33,7 @@ _HOMES = {
     "delete": "kvpool.client",
     "encode_block_id": "kvpool.cache.key",
     "load_config": "kvpool.config",
+    "record_metric": "kvpool.telemetry.application",
 }
 
 __all__ = [
@@ -50,6 +52,7 @@ __all__ = [
     "delete",
     "encode_block_id",
     "load_config",
+    "record_metric",
 ]
 
 

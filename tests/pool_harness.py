@@ -148,6 +148,7 @@ class LocalPool:
         self.state.check()
         for store in self.stores:
             store.allocator.check()
+            assert store.lease_count == sum(record.leases for record in store._caches.values())
 
     def live_bytes(self) -> int:
         return sum(store.allocator.usage().live_bytes for store in self.stores)

@@ -6,23 +6,38 @@ the pool through :meth:`DeviceActor.events` what happened here: a client died, z
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from opentelemetry.trace import NoOpTracerProvider
 
 from kvpool.actors.priority import run_at_normal_priority
 from kvpool.actors.protocol import host_identity
+from kvpool.actors.spans import OperationSpans
 from kvpool.actors.stream import Stream
 from kvpool.cache.store import DeviceStore, Operation
-from kvpool.errors import ProtocolError
+from kvpool.errors import ConfigError, ProtocolError
 from kvpool.memory.allocator import GPUMemoryAllocator
 from kvpool.memory.host import HostBackend
 from kvpool.memory.limits import require_memory
 from kvpool.memory.page_server import PageServer
+from kvpool.telemetry.calls import SCOPE
+from kvpool.telemetry.context import Carrier
+from kvpool.telemetry.logs import carry_trace_ids, print_trace_ids
+from kvpool.telemetry.sdk import adopt, shut_down, tracer_provider
+from kvpool.version import __version__
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
 
 logger = logging.getLogger("kvpool.device")
+
+_FLUSH_S = 2.0
+"""How long the last spans may take to leave when the device ends, seconds."""
 
 
 class DeviceActor:
@@ -40,6 +55,8 @@ class DeviceActor:
         Incarnation of this actor.
     beside_bytes
         Capacity of the pool's other devices on the same node, which are promised the same memory.
+    environment
+        Variables that this process takes over: ``OTEL_*`` of the process that created the pool.
     """
 
     def __init__(
@@ -54,13 +71,19 @@ class DeviceActor:
         socket_path: str,
         epoch: int,
         beside_bytes: int = 0,
+        environment: dict[str, str] | None = None,
     ) -> None:
+        adopt(environment or {})
+        carry_trace_ids()
+        print_trace_ids()
         self._pool, self._name, self._epoch = pool, name, epoch
         self._capacity_bytes, self._page_bytes, self._arena_bytes = capacity_bytes, page_bytes, arena_bytes
         self._min_block_bytes, self._reserve_bytes = min_block_bytes, reserve_bytes
         self._beside_bytes = beside_bytes
         self._socket_path = Path(socket_path)
         self._started = False
+        self._provider = self._make_provider()
+        self._tracer = (self._provider or NoOpTracerProvider()).get_tracer(SCOPE, __version__)
         self._allocator: GPUMemoryAllocator
         self._store: DeviceStore
         self._server: PageServer
@@ -110,12 +133,22 @@ class DeviceActor:
             "min_block_bytes": self._min_block_bytes,
         }
 
-    async def apply(self, operations: list[Operation]) -> tuple[list[Any], tuple[int, int]]:
+    def _make_provider(self) -> TracerProvider | None:
+        try:
+            return tracer_provider(f"{self._pool}/{self._name}", **{"kvpool.pool": self._pool})
+        except ConfigError as error:
+            logger.warning("device %s of pool %s goes on without: %s", self._name, self._pool, error)
+            return None
+
+    async def apply(
+        self, operations: list[Operation], traces: list[tuple[Carrier, ...]] | None = None
+    ) -> tuple[list[Any], tuple[int, int]]:
         """Carry out a batch of operations in order; returns the answers and ``(stamp, bytes of zombie pages)``.
 
+        ``traces`` has for each operation the contexts of the traces that it belongs to.
         The stamp orders these figures: the answer and an event may overtake each other on their way to the pool.
         """
-        answers = self._store.apply(operations)
+        answers = self._store.apply(operations, OperationSpans(self._tracer, self._name, traces).done)
         self._request_drops()
         return answers, self._zombies()
 
@@ -128,7 +161,7 @@ class DeviceActor:
         return await self._events.poll(seen, wait_s)
 
     async def memory(self) -> dict[str, int]:
-        """Return the bytes of this device: live, backed, reserve, zombie, free, largest; and the number of caches."""
+        """Return this device's bytes (live, backed, reserve, zombie, free, largest), and its caches and leases."""
         usage = self._allocator.usage()
         return {
             "live": usage.live_bytes,
@@ -138,6 +171,7 @@ class DeviceActor:
             "free": usage.free_bytes,
             "largest": usage.largest_bytes,
             "caches": self._store.caches,
+            "leases": self._store.lease_count,
         }
 
     async def leases(self) -> dict[str, int]:
@@ -150,6 +184,10 @@ class DeviceActor:
         self._allocator.close()
         with contextlib.suppress(OSError):  # not empty while other devices of the pool still have their sockets in it
             self._socket_path.parent.rmdir()
+        if self._provider is not None:
+            with contextlib.suppress(TimeoutError):  # whoever should receive the last spans may be gone
+                async with asyncio.timeout(_FLUSH_S):
+                    await asyncio.to_thread(shut_down, self._provider)
 
     # -- what the page server asks of its source ------------------------------------------------------------------
 

@@ -8,12 +8,15 @@ import time
 from typing import Any
 
 from kvpool.actors.fleet import Fleet
-from kvpool.actors.protocol import check_items
+from kvpool.actors.pool_telemetry import PoolTelemetry
+from kvpool.actors.protocol import check_items, errors_of
 from kvpool.actors.stream import Stream
 from kvpool.errors import DeviceLostError, KvpoolError
 from kvpool.pool.instructions import (
     Batch,
     BatchDone,
+    BlocksRequested,
+    CachesRequested,
     ClientGone,
     DeviceAnswered,
     DeviceFreed,
@@ -21,12 +24,29 @@ from kvpool.pool.instructions import (
     Event,
     Grant,
     Instruction,
+    PinRequested,
+    PrefixesLookedUp,
+    ReleaseRequested,
+    SealRequested,
     Send,
     Tick,
+    Waited,
 )
 from kvpool.pool.state import PoolState
 
 logger = logging.getLogger("kvpool.pool")
+
+_METHODS: dict[tuple[Any, ...], str] = {
+    (CachesRequested,): "request_caches",
+    (PrefixesLookedUp,): "look_up",
+    (BlocksRequested,): "request_blocks",
+    (SealRequested, False): "seal",
+    (SealRequested, True): "seal_and_release",
+    (ReleaseRequested,): "release",
+    (PinRequested, True): "pin",
+    (PinRequested, False): "unpin",
+}
+"""What the client called, by the event that came of it."""
 
 
 class Executor:
@@ -36,10 +56,13 @@ class Executor:
     ----------
     state
         Whose decisions are carried out, one at a time.
+    telemetry
+        Told of what happens.
     """
 
-    def __init__(self, state: PoolState) -> None:
+    def __init__(self, state: PoolState, telemetry: PoolTelemetry) -> None:
         self._state = state
+        self._telemetry = telemetry
         self.fleet = Fleet(self._device_answered, self._device_told, self._device_lost)
         self.grants: dict[str, Stream] = {}
         self._done: dict[Batch, asyncio.Future[list[Any]]] = {}
@@ -72,14 +95,31 @@ class Executor:
         """
         if not items:
             return []
-        batch = Batch(len(items))
         now = time.monotonic()
+        method = _METHODS.get((event, *more), event.__name__)
+        answers: list[Any]
         try:
             check_items(items, fields)
-            instructions = self._state.handle(event(batch, client, items, *more), now)
         except KvpoolError as error:
-            return [("error", *error.to_wire())] * len(items)
-        return await self.finish(batch, instructions)
+            answers = [("error", *error.to_wire())] * len(items)
+        else:
+            answers = await self._submit(method, event, client, items, more, now)
+        self._telemetry.answered(method, items, answers, time.monotonic() - now)
+        return answers
+
+    async def _submit(
+        self, method: str, event: Any, client: str, items: list[Any], more: tuple[Any, ...], now: float
+    ) -> list[Any]:
+        batch = Batch(len(items))
+        with self._telemetry.batch(method, items) as spans:
+            try:
+                instructions = self._state.handle(event(batch, client, spans.items, *more), now)
+            except KvpoolError as error:
+                answers: list[Any] = [("error", *error.to_wire())] * len(items)
+            else:
+                answers = await self.finish(batch, instructions)
+            spans.failed(errors_of(answers))
+            return answers
 
     async def finish(self, batch: Batch, instructions: list[Instruction]) -> list[Any]:
         """Carry instructions out and wait until ``batch`` has all its answers."""
@@ -93,10 +133,11 @@ class Executor:
         self._carry_out(self._state.handle(event, time.monotonic()))
 
     def _carry_out(self, instructions: list[Instruction]) -> None:
+        now = time.monotonic()
         for instruction in instructions:
             match instruction:
                 case Send():
-                    self.fleet.put(instruction)
+                    self.fleet.put(self._telemetry.timed(instruction, now))
                 case BatchDone():
                     future = self._done.pop(instruction.batch)
                     if not future.cancelled():
@@ -105,6 +146,8 @@ class Executor:
                     stream = self.grants.get(instruction.client)
                     if stream is not None:
                         stream.put((instruction.ticket, instruction.answer))
+                case Waited():
+                    self._telemetry.waited(instruction, now)
         self._set_timer()
 
     def _set_timer(self) -> None:

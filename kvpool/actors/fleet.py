@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,10 @@ class Fleet:
         self._watchers: set[asyncio.Task[None]] = set()
         self._killed: set[int] = set()
 
-    async def start(self, config: PoolConfig) -> list[dict[str, Any]]:
+    async def start(self, config: PoolConfig, environment: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
         """Start the devices that ``config`` names, spread over the nodes; returns what each says of itself.
+
+        ``environment``: variables that their processes take over.
 
         Raises
         ------
@@ -83,7 +85,7 @@ class Fleet:
                     DeviceActor, f"{prefix}host-{number}",
                     config.name, f"host-{number}", capacity_bytes, page_bytes, config.min_block,
                     capacity_bytes * config.arena_factor, int(capacity_bytes * config.reserve),
-                    str(self._sockets[number]), epoch, promised_bytes[node],
+                    str(self._sockets[number]), epoch, promised_bytes[node], dict(environment or {}),
                     node=node,
                 )  # fmt: skip
                 promised_bytes[node] += capacity_bytes

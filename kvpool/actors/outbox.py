@@ -52,7 +52,12 @@ class Outbox:
             while self._pending:
                 sent, self._pending = self._pending, []
                 try:
-                    answers, zombies = await submit(self._actor.apply, [send.operation for send in sent])
+                    operations = [send.operation for send in sent]
+                    if any(send.traces for send in sent):
+                        traces = [tuple(trace.carrier for trace in send.traces) for send in sent]
+                        answers, zombies = await submit(self._actor.apply, operations, traces)
+                    else:
+                        answers, zombies = await submit(self._actor.apply, operations)
                 except ActorLost as error:
                     self._lost(sent, str(error))
                 else:

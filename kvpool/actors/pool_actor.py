@@ -22,6 +22,7 @@ from typing import Any
 from kvpool.actors.cluster import end_self, find_actor, join_actor
 from kvpool.actors.drain import check_drain_time, drain
 from kvpool.actors.executor import Executor
+from kvpool.actors.pool_telemetry import PoolTelemetry
 from kvpool.actors.priority import run_at_normal_priority
 from kvpool.actors.protocol import (
     BLOCKS_ITEM,
@@ -45,6 +46,8 @@ from kvpool.pool.instructions import (
 )
 from kvpool.pool.state import PoolState
 from kvpool.pool.statistics import collect
+from kvpool.telemetry.logs import carry_trace_ids, print_trace_ids
+from kvpool.telemetry.sdk import adopt, environment
 from kvpool.version import __version__
 
 logger = logging.getLogger("kvpool.pool")
@@ -60,14 +63,21 @@ class PoolActor:
     ----------
     config
         A :class:`~kvpool.config.PoolConfig` as built-in types.
+    environment
+        The ``OTEL_*`` variables of the process that creates the pool: this actor and its devices take them over.
     """
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], environment: dict[str, str] | None = None) -> None:
+        self._environment = environment or {}
+        adopt(self._environment)
+        carry_trace_ids()
+        print_trace_ids()
         self._config = PoolConfig(**config)
         self._state = PoolState(
             self._config.name, self._config.policy, self._config.placement, self._config.queue_limit
         )
-        self._executor = Executor(self._state)
+        self._telemetry = PoolTelemetry(self._state)
+        self._executor = Executor(self._state, self._telemetry)
         self._fleet = self._executor.fleet
         self._described: list[dict[str, Any]] = []
         self._draining = False
@@ -85,12 +95,13 @@ class PoolActor:
         return await self.describe()
 
     async def describe(self) -> dict[str, Any]:
-        """Return protocol and version, config and devices of this pool."""
+        """Return protocol and version, config and devices of this pool, and which telemetry it could not set up."""
         return {
             "protocol": PROTOCOL_VERSION,
             "version": __version__,
             "config": self._config.model_dump(mode="json"),
             "devices": self._described,
+            "telemetry_problems": self._telemetry.problems,
         }
 
     async def statistics(self) -> dict[str, Any]:
@@ -142,7 +153,7 @@ class PoolActor:
             raise
         self._ended = True
         try:
-            await self._fleet.end(self._alive())
+            await asyncio.gather(self._fleet.end(self._alive()), self._telemetry.close())
         finally:
             end_self(_LINGER_S)  # also when the caller is gone by now: what is left of the pool must not hold its name
 
@@ -261,7 +272,7 @@ class PoolActor:
 
     async def _start(self) -> None:
         run_at_normal_priority()
-        self._described = await self._fleet.start(self._config)
+        self._described = await self._fleet.start(self._config, self._environment)
         for device in self._described:
             self._state.add_device(
                 device["name"],
@@ -271,6 +282,7 @@ class PoolActor:
                 device["min_block_bytes"],
                 device["arena_bytes"],
             )
+        self._telemetry.follow(self._alive(), self._memory_of)
         logger.info("pool %s started: %s", self._config.name, self._described)
         gc.collect()
         gc.freeze()
@@ -289,6 +301,9 @@ class PoolActor:
             name = self._config.name
             raise PoolNotFoundError(f"pool {name!r} has been deleted: its name is free in a moment", asked=name)
 
+    async def _memory_of(self, number: int) -> dict[str, int] | None:
+        return (await self._fleet.ask([number], "memory")).get(number)
+
     def _alive(self) -> list[int]:
         return [device.number for device in self._state.ledger.devices if device.lost is None]
 
@@ -300,4 +315,4 @@ def find_pool(name: str) -> Any:
 
 def make_pool(config: PoolConfig) -> Any:
     """Start the pool actor of that name, or find the one that runs."""
-    return join_actor(PoolActor, config.name, config.model_dump(mode="json"))
+    return join_actor(PoolActor, config.name, config.model_dump(mode="json"), environment())

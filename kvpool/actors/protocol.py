@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from kvpool.errors import InvalidRequestError
+from kvpool.telemetry.context import is_carrier
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Goes up with every change of a message. ``connect`` compares it: Ray keeps running an old job's actor code.
 
 ``describe``, ``leases`` and ``delete`` are called across versions: :mod:`kvpool.actors.compatibility` says how.
@@ -24,7 +25,7 @@ PREFIX_ITEM = {"sequence": int, "model": int, "hashes": bytes}
 BLOCKS_ITEM = {"sequence": int, "model": int, "hashes": bytes, "parent": (bytes, type(None))}
 SEAL_ITEM = {"sequence": int, "model": int, "ids": (list, tuple), "keys": (list, tuple)}
 LEASE_ITEM = {"sequence": int, "ids": (list, tuple)}
-"""The fields of a request's items, each followed by the trace context (None in this version)."""
+"""The fields of a request's items, each followed by its trace context (:data:`Carrier`) or None."""
 
 
 def check_items(items: Sequence[Any], fields: dict[str, Any]) -> None:
@@ -38,6 +39,7 @@ def check_items(items: Sequence[Any], fields: dict[str, Any]) -> None:
     kinds = tuple(fields.values())
     timeout = list(fields).index("timeout_s") if "timeout_s" in fields else None
     ids = list(fields).index("ids") if "ids" in fields else None
+    carrier = None  # the items that share a span carry the very same one
     for item in items:
         if (
             not isinstance(item, (tuple, list))
@@ -45,9 +47,28 @@ def check_items(items: Sequence[Any], fields: dict[str, Any]) -> None:
             or not all(map(isinstance, item, kinds))
             or (timeout is not None and not item[timeout] < math.inf)
             or (ids is not None and not all(isinstance(cache_id, int) for cache_id in item[ids]))
+            or not (item[-1] is None or item[-1] is carrier or is_carrier(item[-1]))
         ):
             names = ", ".join([*fields, "trace context"])
             raise InvalidRequestError(f"an item of this batch is ({names}), not {item!r}: nothing of it was done")
+        carrier = item[-1]
+
+
+def errors_of(answers: Sequence[Any]) -> list[tuple[int, tuple[str, str, dict[str, Any]]]]:
+    """Return the errors in a pool's answers (:meth:`KvpoolError.to_wire`), each with the number of its item.
+
+    An answer may hold several: one for each cache that could not be sealed or released.
+    """
+    found = []
+    for item, answer in enumerate(answers):
+        kind = answer[0]
+        if kind == "error":
+            found.append((item, answer[1:]))
+        elif kind in ("released", "sealed"):
+            for outcome in answer[1]:
+                if outcome is not True and isinstance(outcome, tuple):
+                    found.append((item, outcome[1:]))
+    return found
 
 
 def host_identity() -> str:

@@ -1,4 +1,7 @@
-"""Many requests at once: merged, beside unmerged calls of the same actors and calls of an actor that does nothing."""
+"""Many requests at once: merged, beside unmerged calls of the same actors and calls of an actor that does nothing.
+
+And with telemetry beside without.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from kvpool.actors.cluster import call, ensure_own_ray, kill, make_worker
+from kvpool.bench import telemetry
 from kvpool.bench.rows import median, quantile, row
 from kvpool.client import CachePool, Model
 
@@ -38,7 +42,7 @@ async def measure() -> dict[str, Any]:
         finally:
             kill(floor)
             await pool.delete(drain_s=10.0)
-    return {"bench": "concurrency", "rows": rows}
+    return {"bench": "concurrency", "rows": rows + await telemetry.rows()}
 
 
 async def _rows(pool: CachePool, model: Model, floor: Any) -> list[dict[str, Any]]:

@@ -72,6 +72,7 @@ class DeviceStore:
         self.allocator = allocator
         self._caches: dict[int, CacheRecord] = {}
         self._clients: dict[str, _Client] = {}
+        self._lease_count = 0
         self._handlers: dict[str, Callable[..., Any]] = {
             "connect": self._connect,
             "disconnect": self.disconnect,
@@ -84,8 +85,11 @@ class DeviceStore:
             "trim": self.allocator.trim,
         }
 
-    def apply(self, operations: Sequence[Operation]) -> list[Any]:
-        """Carry the operations out in order; one that fails answers with its error and does no more than evict."""
+    def apply(self, operations: Sequence[Operation], done: Callable[[Operation, Any], None] | None = None) -> list[Any]:
+        """Carry the operations out in order; one that fails answers with its error and does no more than evict.
+
+        ``done`` is told of each, with its answer, as soon as it is carried out.
+        """
         answers: list[Any] = []
         with self.allocator.change():
             for operation in operations:
@@ -93,6 +97,8 @@ class DeviceStore:
                     answers.append(self._handlers[operation[0]](*operation[1:]))
                 except KvpoolError as error:
                     answers.append(("error", *error.to_wire()))
+                if done is not None:
+                    done(operation, answers[-1])
         return answers
 
     def authorize(self, client: str, token: str) -> str:
@@ -112,6 +118,11 @@ class DeviceStore:
     def caches(self) -> int:
         """Number of caches on this device."""
         return len(self._caches)
+
+    @property
+    def lease_count(self) -> int:
+        """Number of leases that are held here; a cache may have several."""
+        return self._lease_count
 
     def leases(self) -> dict[str, int]:
         """Return the number of bytes that each client holds leased."""
@@ -172,12 +183,14 @@ class DeviceStore:
             except KvpoolError:  # an id that lives already, or a size that cannot be: nothing of this is done
                 for placed in ids[: len(places)]:
                     del leases[placed]
+                    self._lease_count -= 1
                     self._free(placed)
                 raise
             self._caches[cache_id] = CacheRecord(
                 cache_id, 0, tenant, size_bytes, max_size_bytes, found.offset, found.pages, leases=1
             )
             leases[cache_id] = 1
+            self._lease_count += 1
             places.append((found.offset, found.pages, 0))
         return places, refused, None
 
@@ -191,6 +204,7 @@ class DeviceStore:
                 places.append(None)
                 continue
             record.leases += 1
+            self._lease_count += 1
             leases[cache_id] = leases.get(cache_id, 0) + 1
             places.append((record.offset, record.pages, record.generation))
         return places
@@ -243,6 +257,7 @@ class DeviceStore:
     def _end_leases(self, record: CacheRecord, count: int) -> bool:
         """End ``count`` leases; True if the cache was freed because nothing can find it again."""
         record.leases -= count
+        self._lease_count -= count
         if record.leases or (record.key is not None and not record.doomed):
             return False
         self._free(record.id)

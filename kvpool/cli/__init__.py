@@ -11,7 +11,8 @@ from typing import Any
 
 import click
 
-from kvpool.errors import KvpoolError, ensure
+from kvpool.errors import ConfigError, KvpoolError, ensure
+from kvpool.telemetry.sdk import set_up_command_line
 from kvpool.version import __version__
 
 EXIT_ERROR = 2
@@ -72,3 +73,7 @@ class LazyGroup(click.Group):
 @click.version_option(__version__, prog_name="kvpool")
 def main() -> None:
     """One elastic pool of KV-cache memory for many models on a Ray cluster."""
+    try:
+        set_up_command_line()
+    except ConfigError as error:
+        click.echo(f"kvpool: not traced: {error}", err=True)

@@ -31,7 +31,7 @@ def alloc(json_path: str | None) -> None:
 @bench.command()
 @_JSON
 def concurrency(json_path: str | None) -> None:
-    """Time 1, 100 and 1,000 concurrent requests, beside unmerged calls and an actor that does nothing."""
+    """Time 1, 100 and 1,000 concurrent requests, beside unmerged calls, a no-op actor, and with telemetry on."""
     from kvpool.bench import concurrency as benchmark
 
     _report("concurrent requests of 64 KiB", lambda: asyncio.run(benchmark.measure()), json_path)

@@ -17,7 +17,7 @@ from kvpool.actors.cluster import call, ensure_ray
 from kvpool.actors.compatibility import check_protocol
 from kvpool.actors.pool_actor import find_pool
 from kvpool.actors.protocol import PROTOCOL_VERSION, host_identity
-from kvpool.client.lane import ANSWER_S, Lane
+from kvpool.client.lane import ANSWER_S, Lane, note_errors
 from kvpool.client.lease import Lease
 from kvpool.client.waiting import WaitingRequests
 from kvpool.errors import (
@@ -54,14 +54,14 @@ class Connection:
         self._closed = False
         self._waiting = WaitingRequests(actor, client, self._abandoned)
         self._background: set[asyncio.Task[Any]] = set()
-        self.caches = Lane(actor.request_caches, client, self._abandoned)
-        self.prefixes = Lane(actor.look_up, client, self._abandoned)
-        self.blocks = Lane(actor.request_blocks, client, self._abandoned)
-        self.seals = Lane(actor.seal, client, self._abandoned)
-        self.finishes = Lane(actor.seal_and_release, client, self._abandoned)
-        self.releases = Lane(actor.release, client, self._abandoned)
-        self.pins = Lane(actor.pin, client, self._abandoned)
-        self.unpins = Lane(actor.unpin, client, self._abandoned)
+        self.caches = Lane("request_caches", actor, client, self._abandoned)
+        self.prefixes = Lane("look_up", actor, client, self._abandoned)
+        self.blocks = Lane("request_blocks", actor, client, self._abandoned)
+        self.seals = Lane("seal", actor, client, self._abandoned)
+        self.finishes = Lane("seal_and_release", actor, client, self._abandoned)
+        self.releases = Lane("release", actor, client, self._abandoned)
+        self.pins = Lane("pin", actor, client, self._abandoned)
+        self.unpins = Lane("unpin", actor, client, self._abandoned)
         self.arenas: dict[int, ClientArena] = {}
         self._probe()
         try:
@@ -154,13 +154,20 @@ class Connection:
     async def request_cache(self, model: int, size_bytes: int, max_size_bytes: int, timeout_s: float) -> Any:
         """Ask for a cache and wait for memory up to ``timeout_s``; returns the ``granted`` answer."""
         self.check_loop()
-        answer = await self.caches.ask((self.next_sequence(), model, size_bytes, max_size_bytes, timeout_s, None))
-        return answer if answer[0] == "granted" else await self._waiting.wait(answer[1])
+        with self.caches.call() as trace:
+            item = (self.next_sequence(), model, size_bytes, max_size_bytes, timeout_s)
+            answer = await self.caches.ask(item, trace)
+            return answer if answer[0] == "granted" else await self._waiting.wait(answer[1])
 
     async def ask(self, lane: Lane, *content: Any) -> Any:
         """Submit one item to a lane and return its answer."""
         self.check_loop()
-        return await lane.ask((self.next_sequence(), *content, None))
+        span = lane.call()
+        with span as trace:
+            answer = await lane.ask((self.next_sequence(), *content), trace)
+            if trace is not None:
+                note_errors(span, [answer])
+            return answer
 
     async def call(self, method: Any, *arguments: Any) -> Any:
         """Call a method of the pool actor that is not merged."""
@@ -169,15 +176,16 @@ class Connection:
 
     async def release(self, ids: Sequence[int]) -> None:
         """End one lease on each id; raises the first error among the answers. What is lost needs no release."""
-        try:
-            _, outcomes = await self.releases.ask((self.next_sequence(), list(ids), None))
-        except StaleCacheError:  # a leased cache is gone only with its device; the others of these may lie elsewhere
-            if len(ids) > 1:
-                await asyncio.gather(*(self.release([cache_id]) for cache_id in ids))
-            return
-        for outcome in outcomes:
-            if outcome is not True and outcome[1] != DeviceLostError.__name__:
-                raise from_wire(outcome[1:])
+        with self.releases.call() as trace:
+            try:
+                _, outcomes = await self.releases.ask((self.next_sequence(), list(ids)), trace)
+            except StaleCacheError:  # a leased cache is gone only with its device; others of these may lie elsewhere
+                if len(ids) > 1:
+                    await asyncio.gather(*(self.release([cache_id]) for cache_id in ids))
+                return
+            for outcome in outcomes:
+                if outcome is not True and outcome[1] != DeviceLostError.__name__:
+                    raise from_wire(outcome[1:])
 
     def release_soon(self, ids: Sequence[int]) -> None:
         """End leases without waiting for it, from any thread."""

@@ -83,6 +83,8 @@ class CachePool:
         except KvpoolError:
             kill(actor)  # it could not start, so there is nothing in it
             raise
+        for problem in running.get("telemetry_problems", []):
+            logger.warning("pool %s runs without telemetry it was to have: %s", config.name, problem)
         wanted = config.model_dump(mode="json")
         if running["config"] != wanted:
             differing = {k: (running["config"].get(k), v) for k, v in wanted.items() if running["config"].get(k) != v}

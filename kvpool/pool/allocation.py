@@ -23,7 +23,7 @@ from kvpool.errors import (
     ensure,
 )
 from kvpool.memory.tickets import Ticket, TicketQueue
-from kvpool.pool.instructions import Answer, Batch, Grant
+from kvpool.pool.instructions import Answer, Batch, Grant, Waited, distinct
 from kvpool.pool.ledger import Ledger
 from kvpool.pool.requests import CacheRequest, Orders
 from kvpool.pool.room import Room
@@ -58,11 +58,11 @@ class Allocations:
         client = ledger.client(client_id)
         ledger.counters.requests += len(items)
         orders = Orders()
-        for item, (sequence, model, size_bytes, max_size_bytes, timeout_s, _trace) in enumerate(items):
+        for item, (sequence, model, size_bytes, max_size_bytes, timeout_s, trace) in enumerate(items):
             try:
                 request = CacheRequest(
                     client, ledger.model(client, model), sequence, size_bytes, max_size_bytes, timeout_s,
-                    now + timeout_s, batch, item,
+                    now + timeout_s, batch, item, trace, now,
                 )  # fmt: skip
                 self._check(request)
             except KvpoolError as error:
@@ -126,7 +126,8 @@ class Allocations:
             operation = (
                 "allocate", client, first.sequence, first.client.tenant, ids, size_bytes, max_size_bytes, evict,
             )  # fmt: skip
-            self._ledger.send(device, operation, partial(self._caches_placed, device, ids, requests))
+            traces = distinct(request.trace for request in requests)
+            self._ledger.send(device, operation, partial(self._caches_placed, device, ids, requests), traces)
 
     def _caches_placed(
         self, device: int, ids: list[int], requests: list[CacheRequest], answer: Answer, now: float
@@ -167,8 +168,12 @@ class Allocations:
         if request.batch is None:
             ensure(request.ticket is not None, "a request without a batch has a ticket")
             self._ledger.out.append(Grant(request.client.id, request.ticket or 0, answer))
+            self._waited(request, answer[1] if answer[0] == "error" else answer[0])
         else:
             self._ledger.answer(request.batch, request.item, answer)
+
+    def _waited(self, request: CacheRequest, outcome: str) -> None:
+        self._ledger.out.append(Waited(request.model.number, request.asked, request.queued, outcome, request.trace))
 
     def _deliver_error(self, request: CacheRequest, error: KvpoolError) -> None:
         self._ledger.counters.refusals += 1
@@ -203,6 +208,7 @@ class Allocations:
             )
             self._deliver_error(request, error)
             return
+        request.queued = now
         batch, request.batch = request.batch, None
         if batch is not None:
             self._ledger.answer(batch, request.item, ("queued", request.ticket))
@@ -240,6 +246,7 @@ class Allocations:
             request = self.queue.get(ticket)
             if request is not None and request.client.id == client:
                 self.queue.cancel(ticket)
+                self._waited(request, "cancelled")
 
     def cancel_client(self, client: str) -> None:
         """Forget all waiting requests of a client that is gone."""

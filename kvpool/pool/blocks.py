@@ -9,7 +9,7 @@ from typing import Any
 from kvpool.cache.key import split_hashes
 from kvpool.errors import AddressSpaceError, InvalidRequestError, InvalidSizeError, KvpoolError, ParentNotResidentError
 from kvpool.pool.fanout import nothing_more
-from kvpool.pool.instructions import Answer, Batch
+from kvpool.pool.instructions import Answer, Batch, distinct
 from kvpool.pool.ledger import Client, Ledger, Model
 from kvpool.pool.requests import BlocksRequest
 from kvpool.pool.room import Room
@@ -37,10 +37,10 @@ class BlockAllocations:
     def request_blocks(self, batch: Batch, client_id: str, items: Sequence[tuple[Any, ...]], now: float) -> None:
         """Decide on batches of new blocks; each stores as much of its chain as fits."""
         client = self._ledger.client(client_id)
-        for item, (sequence, model, hashes, parent, _trace) in enumerate(items):
+        for item, (sequence, model, hashes, parent, trace) in enumerate(items):
             try:
                 self._request_chain(
-                    batch, item, client, sequence, self._ledger.model(client, model), hashes, parent, now
+                    batch, item, client, sequence, self._ledger.model(client, model), hashes, parent, trace, now
                 )
             except KvpoolError as error:
                 self._ledger.refuse(batch, item, error)
@@ -54,6 +54,7 @@ class BlockAllocations:
         model: Model,
         joined: bytes,
         parent: bytes | None,
+        trace: Any,
         now: float,
     ) -> None:
         index = self._ledger.index
@@ -74,7 +75,7 @@ class BlockAllocations:
         parent_row = self._parent_row(model, parent)
         resident = index.match(model.space, hashes)
         previous = resident[-1] if resident else parent_row
-        request = BlocksRequest(client, sequence, model, batch, item, len(resident), [], [], [])
+        request = BlocksRequest(client, sequence, model, batch, item, trace, len(resident), [], [], [])
         # The resident run is pinned while victims are chosen, so that making room never cuts the chain in front of
         # the new blocks; a new block then protects its parent as a resident child.
         guard = resident if resident or parent_row < 0 else [parent_row]
@@ -123,7 +124,8 @@ class BlockAllocations:
         client = request.client
         operation = ("allocate", client.id, request.sequence, client.tenant, ids, size_bytes, size_bytes, evict)
         request.open_operations += 1
-        self._ledger.send(number, operation, partial(self._blocks_placed, request, number, positions, attempts))
+        then = partial(self._blocks_placed, request, number, positions, attempts)
+        self._ledger.send(number, operation, then, distinct([request.trace]))
 
     def _blocks_placed(
         self, request: BlocksRequest, number: int, positions: list[int], attempts: int, answer: Answer, now: float
@@ -161,5 +163,5 @@ class BlockAllocations:
         cache_id = request.ids[position]
         if request.places[position] is not None:
             operation = ("release", request.client.id, request.sequence, [cache_id])
-            self._ledger.send(request.devices[position], operation, nothing_more)
+            self._ledger.send(request.devices[position], operation, nothing_more, distinct([request.trace]))
         self._ledger.forget(cache_id)

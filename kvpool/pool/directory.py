@@ -43,7 +43,7 @@ class Directory:
         self._fanout.each(batch, client_id, items, partial(self._look_up, now))
 
     def _look_up(self, now: float, batch: Batch, item: int, client: Client, content: tuple[Any, ...]) -> None:
-        sequence, model_number, joined, _trace = content
+        sequence, model_number, joined, trace = content
         ledger = self._ledger
         index, counters = ledger.index, ledger.counters
         model = ledger.model(client, model_number)
@@ -56,6 +56,7 @@ class Directory:
                 break
         counters.lookups += 1
         counters.blocks_looked_up += len(hashes)
+        model.blocks_looked_up += len(hashes)
         if not rows:
             ledger.answer(batch, item, ("hit", [], [], []))
             return
@@ -66,8 +67,9 @@ class Directory:
             ids,
             rows,
             lambda part, _positions: ("lease", client.id, sequence, part),
-            partial(self._looked_up, batch, item, client, sequence, ids, devices),
+            partial(self._looked_up, batch, item, client, sequence, model, ids, devices),
             now,
+            [trace] * len(ids),
         )
 
     def _looked_up(
@@ -76,6 +78,7 @@ class Directory:
         item: int,
         client: Client,
         sequence: int,
+        model: Model,
         ids: list[int],
         devices: list[int],
         places: list[Any],
@@ -89,6 +92,7 @@ class Directory:
             behind = [ids[position] for position in range(hits, len(ids)) if leased[position]]
             self._leases.release_ids(client, sequence, behind, nothing_more, now)
         self._ledger.counters.blocks_hit += hits
+        model.blocks_hit += hits
         self._ledger.answer(batch, item, ("hit", ids[:hits], devices[:hits], places[:hits]))
 
     def seal(self, batch: Batch, client_id: str, items: Sequence[tuple[Any, ...]], finish: bool, now: float) -> None:
@@ -98,7 +102,7 @@ class Directory:
     def _seal(
         self, finish: bool, now: float, batch: Batch, item: int, client: Client, content: tuple[Any, ...]
     ) -> None:
-        sequence, model_number, ids, hashes, _trace = content
+        sequence, model_number, ids, hashes, trace = content
         ledger = self._ledger
         index = ledger.index
         model = ledger.model(client, model_number)
@@ -136,6 +140,7 @@ class Directory:
                 lambda part, positions: ("finish", client.id, sequence, part, [keys[p] for p in positions]),
                 partial(self._finished, batch, item, ids, fresh, outcomes),
                 now,
+                [trace] * len(ids),
             )
         else:
             self._fanout.ask(
@@ -144,6 +149,7 @@ class Directory:
                 lambda part, positions: ("seal", client.id, sequence, part, [keys[fresh[p]] for p in positions]),
                 partial(self._sealed, batch, item, ids, fresh, outcomes),
                 now,
+                [trace] * len(fresh),
             )
 
     def _check_sealable(self, client: Client, model: Model, cache_id: int, row: int, key: bytes | None) -> None:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from kvpool.errors import KvpoolError
-from kvpool.pool.instructions import Answer, Batch
+from kvpool.pool.instructions import Answer, Batch, distinct
 from kvpool.pool.ledger import Client, Ledger
 
 
@@ -55,10 +55,11 @@ class Fanout:
         operation: Callable[[list[int], list[int]], tuple[Any, ...]],
         done: Callable[[list[Any], float], None],
         now: float,
+        traces: Sequence[Any] = (),
     ) -> None:
         """Send one operation to each device concerned; ``done`` gets the answers in the order of ``ids``.
 
-        ``operation`` is given the ids of one device and their positions.
+        ``operation`` is given the ids of one device and their positions; ``traces`` has one trace for each id, or none.
         """
         if not ids:
             done([], now)
@@ -73,6 +74,7 @@ class Fanout:
                 device,
                 operation([ids[position] for position in positions], positions),
                 partial(self._gathered, gather, positions),
+                distinct(traces[position] for position in positions) if traces else (),
             )
 
     def _gathered(self, gather: _Gather, positions: list[int], answer: Answer, now: float) -> None:

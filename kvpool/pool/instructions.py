@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -32,7 +32,10 @@ class Batch:
 
 
 class CachesRequested(NamedTuple):
-    """Items: ``(sequence, model, size_bytes, max_size_bytes, timeout_s, trace)``."""
+    """Items: ``(sequence, model, size_bytes, max_size_bytes, timeout_s, trace)``.
+
+    The trace of an item, here and below, is opaque to all decisions: it goes with the operations that the item causes.
+    """
 
     batch: Batch
     client: str
@@ -150,6 +153,8 @@ class Send(NamedTuple):
     device: int
     operation: tuple[Any, ...]
     then: Continuation
+    traces: tuple[Any, ...] = ()
+    """The different traces of the items that it is for."""
 
 
 class BatchDone(NamedTuple):
@@ -166,4 +171,23 @@ class Grant(NamedTuple):
     answer: Answer
 
 
-Instruction = Send | BatchDone | Grant
+class Waited(NamedTuple):
+    """Instruction: note that a request waited for memory, and what became of it.
+
+    ``outcome`` is ``"granted"``, ``"cancelled"`` or the class of its error; ``since`` and ``asked`` are the times at
+    which it was queued and came in.
+    """
+
+    model: int
+    asked: float
+    since: float
+    outcome: str
+    trace: Any
+
+
+Instruction = Send | BatchDone | Grant | Waited
+
+
+def distinct(traces: Iterable[Any]) -> tuple[Any, ...]:
+    """Return each of the traces once, in order, without those that are None."""
+    return tuple(trace for trace in dict.fromkeys(traces) if trace is not None)

@@ -41,8 +41,9 @@ class Leases:
         """End one lease on each of the ids. The items of a batch go to the devices in one operation each."""
         client = self._ledger.client(client_id)
         all_ids: list[int] = []
+        traces: list[Any] = []
         ends: list[tuple[int, int]] = []
-        for item, (_sequence, ids, _trace) in enumerate(items):
+        for item, (_sequence, ids, trace) in enumerate(items):
             try:
                 for cache_id in ids:
                     self._ledger.row(client, cache_id)
@@ -50,6 +51,7 @@ class Leases:
                 self._ledger.answer(batch, item, ("error", *error.to_wire()))
                 continue
             all_ids += ids
+            traces += [trace] * len(ids)
             ends.append((item, len(all_ids)))
 
         def released(codes: list[Any], _now: float) -> None:
@@ -58,7 +60,7 @@ class Leases:
                 self._ledger.answer(batch, item, ("released", codes[start:end]))
                 start = end
 
-        self.release_ids(client, items[0][0], all_ids, released, now)
+        self.release_ids(client, items[0][0], all_ids, released, now, traces)
 
     def release_ids(
         self,
@@ -67,8 +69,9 @@ class Leases:
         ids: list[int],
         done: Callable[[list[Any], float], None],
         now: float,
+        traces: Sequence[Any] = (),
     ) -> None:
-        """End one lease on each id; ``done`` gets True or an error for each."""
+        """End one lease on each id, for as many traces or none; ``done`` gets True or an error for each."""
         index = self._ledger.index
         known = [position for position, cache_id in enumerate(ids) if index.live_row(cache_id) >= 0]
         live = [ids[position] for position in known]
@@ -88,6 +91,7 @@ class Leases:
             lambda part, _positions: ("release", client.id, sequence, part),
             released,
             now,
+            [traces[position] for position in known] if traces else (),
         )
 
     def settle(self, ids: Sequence[int], codes: Sequence[Any], now: float) -> None:
@@ -118,7 +122,7 @@ class Leases:
         self._fanout.each(batch, client_id, items, partial(self._pin, held, now))
 
     def _pin(self, held: bool, now: float, batch: Batch, item: int, client: Client, content: tuple[Any, ...]) -> None:
-        sequence, ids, _trace = content
+        sequence, ids, trace = content
         ledger = self._ledger
         index = ledger.index
         rows = [ledger.row(client, cache_id) for cache_id in ids]
@@ -128,7 +132,8 @@ class Leases:
                 if (pinner, index.device[row]) not in self._pinners:
                     raise CacheStateError(f"cache {cache_id} is not pinned", cache_id=cache_id)
             finish = partial(self._unpinned, batch, item)
-            self.release_ids(Client(pinner, client.tenant, client.host, []), sequence, ids, finish, now)
+            holder = Client(pinner, client.tenant, client.host, [])
+            self.release_ids(holder, sequence, ids, finish, now, [trace] * len(ids))
             return
         for cache_id, row in zip(ids, rows, strict=True):
             if not index.is_sealed(row):
@@ -146,6 +151,7 @@ class Leases:
             lambda part, _positions: ("lease", pinner, sequence, part),
             partial(self._pinned, batch, item, ids),
             now,
+            [trace] * len(ids),
         )
 
     def _pinned(self, batch: Batch, item: int, ids: list[int], places: list[Any], now: float) -> None:

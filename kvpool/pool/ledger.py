@@ -74,6 +74,8 @@ class Model:
     block_bytes: int | None
     limit_bytes: int | None
     caches: int = 0
+    blocks_looked_up: int = 0
+    blocks_hit: int = 0
 
 
 @dataclass(slots=True)
@@ -89,6 +91,7 @@ class Counters:
     blocks_stored: int = 0
     evictions: int = 0
     evicted_bytes: int = 0
+    evictions_by_reason: dict[str, int] = field(default_factory=dict)
     clients_died: int = 0
     duplicates: int = 0
     errors: dict[str, int] = field(default_factory=dict)
@@ -116,9 +119,9 @@ class Ledger:
         self.out: list[Instruction] = []
         self._models: dict[tuple[str, str, str], int] = {}
 
-    def send(self, device: int, operation: tuple[Any, ...], then: Continuation) -> None:
-        """Write the instruction to give ``device`` an operation."""
-        self.out.append(Send(device, operation, then))
+    def send(self, device: int, operation: tuple[Any, ...], then: Continuation, traces: tuple[Any, ...] = ()) -> None:
+        """Write the instruction to give ``device`` an operation, on behalf of the items with these traces."""
+        self.out.append(Send(device, operation, then, traces))
 
     def answer(self, batch: Batch, item: int, answer: Any) -> None:
         """Record an item's answer; the last one completes the batch."""

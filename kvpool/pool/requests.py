@@ -23,7 +23,11 @@ class CacheRequest:
     deadline: float
     batch: Batch | None
     item: int
+    trace: Any
+    asked: float
     ticket: Ticket | None = None
+    queued: float = 0.0
+    """When it got its ticket."""
     shortages: dict[int, int] = field(default_factory=dict)
     """How often each device had less room than the books say, since the request was last tried anew."""
     news: int = 0
@@ -39,6 +43,7 @@ class BlocksRequest:
     model: Model
     batch: Batch
     item: int
+    trace: Any
     resident: int
     ids: list[int]
     devices: list[int]

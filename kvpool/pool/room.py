@@ -105,6 +105,9 @@ class Room:
             self.news += 1
             self.changed = True  # elsewhere, too: what sheltered a parent on another device is gone
         counters.evictions += len(evicted)
+        if evicted:
+            by_reason = counters.evictions_by_reason
+            by_reason["capacity"] = by_reason.get("capacity", 0) + len(evicted)
         counters.evicted_bytes += found_bytes
         device.evictions += len(evicted)
         return evicted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,10 @@ from kvpool.errors import ProtocolError
 
 if TYPE_CHECKING:
     from kvpool.pool.state import PoolState
+
+
+HOST_TIER = "host"
+"""The kind of a device in host memory, and the tier it belongs to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +32,11 @@ class DeviceStatistics:
     evictable_bytes: int
     pinned_bytes: int
     caches: int
+    leases: int
     evictions: int
     lost: str | None
+    reported: bool
+    """Whether the device told its figures; else they are zeros."""
 
     @property
     def utilization(self) -> float:
@@ -67,6 +75,7 @@ class PoolStatistics:
     blocks_stored: int
     evictions: int
     evicted_bytes: int
+    evictions_by_reason: dict[str, int]
     duplicates: int
     clients_died: int
     errors: dict[str, int]
@@ -140,8 +149,8 @@ def collect(
     state
         The pool's state.
     memory
-        For each device number what it reported: ``live``, ``backed``, ``reserve``, ``zombie``, ``free`` bytes and
-        ``caches``. A device that is missing counts as empty.
+        For each device number what it reported: ``live``, ``backed``, ``reserve``, ``zombie``, ``free`` bytes,
+        ``caches`` and ``leases``. A device that is missing counts as empty.
     policy_requested, preset
         What the pool was asked for, where something else stands in for it.
     """
@@ -155,7 +164,7 @@ def collect(
             DeviceStatistics(
                 name=device.name,
                 host=device.host,
-                kind="host",
+                kind=HOST_TIER,
                 capacity_bytes=device.capacity_bytes,
                 live_bytes=reported.get("live", 0),
                 backed_bytes=reported.get("backed", 0),
@@ -165,15 +174,17 @@ def collect(
                 evictable_bytes=index.evictable_bytes[number],
                 pinned_bytes=index.resident_bytes[number] - index.evictable_bytes[number],
                 caches=reported.get("caches", 0),
+                leases=reported.get("leases", 0),
                 evictions=device.evictions,
                 lost=device.lost,
+                reported=number in memory,
             )
         )
     models: dict[str, int] = {}
     for model in ledger.models:  # tenants, and revisions, may share a name
         models[model.name] = models.get(model.name, 0) + model.caches
-    totals = {
-        name: getattr(counters, name)
+    totals: dict[str, Any] = {
+        name: copy(getattr(counters, name))  # some are dicts, which go on counting
         for name in PoolStatistics.__dataclass_fields__
         if name in type(counters).__dataclass_fields__
     }

@@ -189,7 +189,7 @@ async def test_a_key_whose_cache_is_never_found_is_given_up(pool, monkeypatch):
     async with await pool.request_cache("m", size=4096) as first, await pool.request_cache("m", size=4096) as second:
         await first.seal("key")
 
-        async def nothing(_item):
+        async def nothing(_item, _trace):
             return "hit", [], [], []
 
         monkeypatch.setattr(pool._connection.prefixes, "ask", nothing)

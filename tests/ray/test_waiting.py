@@ -142,8 +142,8 @@ async def test_an_answer_that_meets_a_cancelled_caller_is_given_back(pool):
     lane = pool._connection.caches
     task = asyncio.create_task(model.request_cache(PAGE))
     await asyncio.sleep(0)
-    ((item, future),) = lane._items
-    lane._items = [(item, CancellingFuture(future, task))]
+    ((item, trace, future),) = lane._items
+    lane._items = [(item, trace, CancellingFuture(future, task))]
     with pytest.raises(asyncio.CancelledError):
         await task
     await until_leased(pool, 0)

@@ -1,6 +1,7 @@
 """Merged calls: each caller gets its own answer, whatever becomes of the others."""
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 
@@ -26,7 +27,7 @@ async def test_an_answer_that_cannot_be_given_back_does_not_keep_the_others(capl
         raise ZeroDivisionError
 
     method = Method([("granted", 1), ("granted", 2)])
-    lane = Lane(method, "c", refuse)
+    lane = Lane("ask", SimpleNamespace(ask=method), "c", refuse)
     first, second = [asyncio.create_task(lane.ask((number,))) for number in (1, 2)]
     await method.called.wait()
     first.cancel()
@@ -40,7 +41,7 @@ async def test_an_answer_that_cannot_be_given_back_does_not_keep_the_others(capl
 async def test_too_few_answers_are_an_error_of_every_caller():
     method = Method([("granted", 1)])
     method.go.set()
-    lane = Lane(method, "c", lambda _answer: None)
+    lane = Lane("ask", SimpleNamespace(ask=method), "c", lambda _answer: None)
     async with asyncio.timeout(10):
         answers = await asyncio.gather(lane.ask((1,)), lane.ask((2,)), return_exceptions=True)
     assert [type(answer) for answer in answers] == [ProtocolError, ProtocolError]

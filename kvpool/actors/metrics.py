@@ -1,0 +1,139 @@
+"""The metrics of a pool, all recorded in its pool actor: it sees every decision and every device's answer.
+
+Counts and bytes are read from an immutable snapshot, because exporters ask in threads of their own and the pool's
+state belongs to one event loop. Durations are recorded as they are measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+from opentelemetry.metrics import CallbackOptions, Meter, Observation
+
+from kvpool.pool.statistics import PoolStatistics
+from kvpool.telemetry.application import DURATION_BOUNDARIES_S
+
+_MOST_MODELS = 100
+"""Names of models that are told apart, first come first served: applications name models, and may name many."""
+
+_OTHER = "other"
+
+Reading = tuple[float, dict[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSnapshot:
+    """What a pool held and had done at one moment. ``hits`` and ``misses`` are blocks by model."""
+
+    statistics: PoolStatistics
+    hits: dict[str, int]
+    misses: dict[str, int]
+    errors: dict[str, int]
+
+
+def _of_devices(figure: str, snapshot: PoolSnapshot) -> Iterator[Reading]:
+    for device in snapshot.statistics.devices:
+        # A device that did not report has its gap, not a zero.
+        if device.lost is None and device.reported:
+            yield getattr(device, figure), {"device": device.name, "tier": device.kind}
+
+
+def _by_model(figure: str, snapshot: PoolSnapshot) -> Iterator[Reading]:
+    for model, count in getattr(snapshot, figure).items():
+        yield count, {"model": model}
+
+
+def _evictions(snapshot: PoolSnapshot) -> Iterator[Reading]:
+    for reason, count in {"capacity": 0, **snapshot.statistics.evictions_by_reason}.items():
+        yield count, {"reason": reason, "policy": snapshot.statistics.policy}
+
+
+def _queue(snapshot: PoolSnapshot) -> Iterator[Reading]:
+    yield snapshot.statistics.waiting, {}
+
+
+def _errors(snapshot: PoolSnapshot) -> Iterator[Reading]:
+    for error_type, count in snapshot.errors.items():
+        yield count, {"error.type": error_type}
+
+
+_SUMS: tuple[tuple[str, str, str, Callable[[PoolSnapshot], Iterable[Reading]]], ...] = (
+    ("kvpool.memory.capacity", "By", "Memory of a device", partial(_of_devices, "capacity_bytes")),
+    ("kvpool.memory.live", "By", "Bytes asked for by the caches on a device", partial(_of_devices, "live_bytes")),
+    ("kvpool.memory.backed", "By", "Pages in which something lives", partial(_of_devices, "backed_bytes")),
+    ("kvpool.memory.reserved", "By", "Pages kept warm for their tenants", partial(_of_devices, "reserve_bytes")),
+    ("kvpool.memory.pinned", "By", "Held by leases or by word: not evictable", partial(_of_devices, "pinned_bytes")),
+    ("kvpool.memory.zombie", "By", "Pages given up that a client may still map", partial(_of_devices, "zombie_bytes")),
+    ("kvpool.leases", "{lease}", "Leases that are held, pins by word included", partial(_of_devices, "leases")),
+    ("kvpool.queue.length", "{request}", "Requests that wait for memory", _queue),
+)  # fmt: skip
+_GAUGES = (
+    ("kvpool.memory.utilization", "1", "Live bytes as a share of capacity", partial(_of_devices, "utilization")),
+    ("kvpool.memory.fragmentation", "1", "Share of backed bytes not live", partial(_of_devices, "fragmentation")),
+)  # fmt: skip
+_COUNTERS = (
+    ("kvpool.cache.hits", "{block}", "Blocks found by look-ups", partial(_by_model, "hits")),
+    ("kvpool.cache.misses", "{block}", "Blocks looked up and not found", partial(_by_model, "misses")),
+    ("kvpool.evictions", "{cache}", "Caches evicted", _evictions),
+    ("kvpool.errors", "{error}", "Errors that clients were answered", _errors),
+)
+
+
+class PoolMetrics:
+    """Instruments of one pool.
+
+    Parameters
+    ----------
+    meter
+        Makes them.
+    policy
+        Name of the pool's eviction policy.
+    """
+
+    def __init__(self, meter: Meter, policy: str) -> None:
+        self.snapshot: PoolSnapshot | None = None
+        """Replaced as a whole, never changed."""
+        self._policy = policy
+        self._models: set[str] = set()
+        for name, unit, description, read in _SUMS:
+            meter.create_observable_up_down_counter(name, [partial(self._observe, read)], unit, description)
+        for name, unit, description, read in _GAUGES:
+            meter.create_observable_gauge(name, [partial(self._observe, read)], unit, description)
+        for name, unit, description, read in _COUNTERS:
+            meter.create_observable_counter(name, [partial(self._observe, read)], unit, description)
+        histogram = partial(meter.create_histogram, explicit_bucket_boundaries_advisory=DURATION_BOUNDARIES_S)
+        self._allocation = histogram(
+            "kvpool.allocation.duration", "s", "From a request's arrival at the pool to its memory, waiting included"
+        )
+        self._eviction = histogram(
+            "kvpool.eviction.duration", "s", "From the decision to evict to the device's answer that it is done"
+        )
+        self._wait = histogram("kvpool.wait.duration", "s", "How long a request waited for memory in the queue")
+
+    def model_label(self, name: str) -> str:
+        """Return the value of the attribute ``model`` for a model: its name, or ``other`` when there are too many."""
+        if name not in self._models:
+            if len(self._models) >= _MOST_MODELS:
+                return _OTHER
+            self._models.add(name)
+        return name
+
+    def allocated(self, model: str, duration_s: float) -> None:
+        """Record that memory for ``model`` was granted."""
+        self._allocation.record(duration_s, {"model": self.model_label(model)})
+
+    def evicted(self, device: str, tier: str, duration_s: float) -> None:
+        """Record that a device carried an eviction out."""
+        self._eviction.record(duration_s, {"device": device, "tier": tier, "policy": self._policy})
+
+    def waited(self, model: str, outcome: str, duration_s: float) -> None:
+        """Record the end of a wait in the queue."""
+        self._wait.record(duration_s, {"model": self.model_label(model), "outcome": outcome})
+
+    def _observe(
+        self, read: Callable[[PoolSnapshot], Iterable[Reading]], _options: CallbackOptions
+    ) -> list[Observation]:
+        snapshot = self.snapshot
+        return [Observation(value, attributes) for value, attributes in read(snapshot)] if snapshot else []

@@ -1,0 +1,208 @@
+"""Providers of spans and metrics as the ``OTEL_*`` variables ask for them; without such variables there are none.
+
+They are kvpool's own, handed to its own instruments: what is global belongs to the application. (The SDK's own
+configurator sets the global ones, and a Prometheus endpoint that cannot be closed.)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any
+
+from opentelemetry import trace
+
+from kvpool.errors import ConfigError
+from kvpool.telemetry.logs import carry_trace_ids
+from kvpool.version import __version__
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.metrics import MeterProvider
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+
+_PREFIX = "OTEL_"
+_OTLP = {"http/protobuf": "otlp_proto_http", "grpc": "otlp_proto_grpc"}
+"""Value of OTEL_EXPORTER_OTLP_PROTOCOL to the name under which the exporter is installed."""
+
+_FLUSH_MS = 2000
+"""How long the last spans and metrics may take to leave, milliseconds."""
+
+
+def environment() -> dict[str, str]:
+    """Return the ``OTEL_*`` variables of this process."""
+    return {name: value for name, value in os.environ.items() if name.startswith(_PREFIX)}
+
+
+def adopt(variables: Mapping[str, str]) -> None:
+    """Take over another process's :func:`environment`; for a process that is ours alone, before anything is set up.
+
+    (An actor inherits the environment of its node's raylet, not that of the process that creates it. Ray's
+    ``runtime_env`` would pass it too, but writes it to logs and dashboard, and headers may hold keys.)
+    """
+    os.environ.update(variables)
+
+
+def tracer_provider(instance: str, **attributes: str) -> TracerProvider | None:
+    """Return a provider of spans for the exporters that ``OTEL_TRACES_EXPORTER`` names, None if it names none.
+
+    Parameters
+    ----------
+    instance
+        Which process this is (``service.instance.id``).
+    **attributes
+        More of its resource. What ``OTEL_RESOURCE_ATTRIBUTES`` says goes before.
+
+    Raises
+    ------
+    ConfigError
+        If an exporter is not installed, or cannot be set up.
+    """
+    names = _exporters("OTEL_TRACES_EXPORTER")
+    if not names:
+        return None
+    require_sdk()
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    made = [_make("opentelemetry_traces_exporter", _exporter(name, "TRACES")) for name in names]
+    provider = TracerProvider(resource=_resource(instance, attributes))
+    for exporter in made:
+        provider.add_span_processor(BatchSpanProcessor(exporter))
+    return provider
+
+
+def meter_provider(instance: str, **attributes: str) -> MeterProvider | None:
+    """Return a provider of metrics for the exporters that ``OTEL_METRICS_EXPORTER`` names, None if it names none.
+
+    Takes and raises the same as :func:`tracer_provider`. ``prometheus`` opens its endpoint here.
+    """
+    names = _exporters("OTEL_METRICS_EXPORTER")
+    if not names:
+        return None
+    require_sdk()
+    from opentelemetry.sdk.metrics import MeterProvider
+    from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetricReader
+
+    readers: list[MetricReader] = []
+    try:
+        for name in names:
+            if name == "prometheus":
+                readers.append(_prometheus_reader())
+                continue
+            made = _make("opentelemetry_metrics_exporter", _exporter(name, "METRICS"))
+            readers.append(made if isinstance(made, MetricReader) else PeriodicExportingMetricReader(made))
+    except BaseException:
+        for reader in readers:
+            with suppress(Exception):  # one that no provider has taken has nothing to say
+                reader.shutdown()
+        raise
+    return MeterProvider(metric_readers=readers, resource=_resource(instance, attributes))
+
+
+def shut_down(provider: TracerProvider | MeterProvider) -> None:
+    """Let what was recorded leave, within about 2 s, and stop exporting. Blocks: call it off an event loop."""
+    provider.force_flush(_FLUSH_MS)
+    provider.shutdown()
+
+
+def set_up_command_line() -> None:
+    """Let this process, which is the command line, trace its calls, unless something has set a provider already."""
+    if not environment():
+        return
+    carry_trace_ids()
+    if not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
+        return  # started by opentelemetry-instrument, say
+    provider = tracer_provider(f"cli-{os.getpid()}")
+    if provider is not None:
+        trace.set_tracer_provider(provider)  # exports what is left at exit
+
+
+def require_sdk() -> None:
+    """Raise :class:`~kvpool.errors.ConfigError` unless OpenTelemetry's SDK is installed here."""
+    try:
+        import opentelemetry.sdk.trace  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"OTEL_* variables ask for telemetry, but opentelemetry-sdk is not installed ({error}): "
+            "pip install 'kvpool[otlp]' or 'kvpool[prometheus]', or set OTEL_SDK_DISABLED=true"
+        ) from None
+
+
+def _exporters(variable: str) -> list[str]:
+    if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+        return []
+    names = [name.strip().lower() for name in os.environ.get(variable, "").split(",")]
+    return [name for name in dict.fromkeys(names) if name not in ("", "none")]
+
+
+def _exporter(name: str, signal: str) -> str:
+    """Return the name under which an exporter is installed: that of ``otlp`` depends on the protocol."""
+    if name != "otlp":
+        return name
+    for variable in (f"OTEL_EXPORTER_OTLP_{signal}_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"):
+        protocol = os.environ.get(variable, "").strip()
+        if protocol:
+            if protocol not in _OTLP:
+                raise ConfigError(f"{variable}={protocol!r} is not possible: {' or '.join(_OTLP)}", asked=protocol)
+            return _OTLP[protocol]
+    return _OTLP["http/protobuf"]
+
+
+def _make(group: str, name: str) -> Any:
+    found = next(iter(entry_points(group=group, name=name)), None)
+    if found is None:
+        known = sorted({entry.name for entry in entry_points(group=group)} | {"otlp"})
+        raise ConfigError(
+            f"exporter {name!r} is asked for by OTEL_* variables but not installed here (possible: "
+            f"{', '.join(known)}): pip install 'kvpool[otlp]' for otlp over HTTP, else the exporter's own package",
+            asked=name,
+        )
+    try:
+        return found.load()()
+    except Exception as error:
+        raise ConfigError(f"exporter {name!r} could not be set up: {error}", asked=name) from error
+
+
+def _prometheus_reader() -> Any:
+    try:
+        from opentelemetry.exporter.prometheus import PrometheusMetricReader
+        from prometheus_client import CollectorRegistry, start_http_server
+    except ImportError as error:
+        raise ConfigError(
+            f"OTEL_METRICS_EXPORTER asks for prometheus, which is not installed here ({error}): "
+            "pip install 'kvpool[prometheus]'"
+        ) from None
+
+    host = os.environ.get("OTEL_EXPORTER_PROMETHEUS_HOST", "").strip() or "localhost"
+    port = os.environ.get("OTEL_EXPORTER_PROMETHEUS_PORT", "").strip() or "9464"
+    # A registry of its own: the global one is the application's, or Ray's.
+    registry = CollectorRegistry()
+    try:
+        server, _ = start_http_server(int(port), host, registry)
+    except (OSError, ValueError, OverflowError) as error:
+        raise ConfigError(
+            f"the Prometheus endpoint cannot listen on {host}:{port} ({error}): give each pool of a node a "
+            "OTEL_EXPORTER_PROMETHEUS_PORT of its own",
+            asked=port,
+        ) from error
+
+    class Reader(PrometheusMetricReader):
+        def shutdown(self, timeout_millis: float = 30_000, **kwargs: Any) -> None:
+            server.shutdown()
+            server.server_close()
+            super().shutdown(timeout_millis, **kwargs)
+
+    # All metrics are of one scope; that of several pools' metrics is told by the label kvpool_pool.
+    return Reader(
+        registry=registry, scope_info_enabled=False, resource_attribute_filter=lambda name: name == "kvpool.pool"
+    )
+
+
+def _resource(instance: str, attributes: Mapping[str, str]) -> Resource:
+    from opentelemetry.sdk.resources import OTELResourceDetector, Resource
+
+    own = {"service.name": "kvpool", "service.version": __version__, "service.instance.id": instance}
+    return Resource.create({**own, **attributes, **OTELResourceDetector().detect().attributes})

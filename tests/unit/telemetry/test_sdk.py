@@ -1,0 +1,183 @@
+"""What the OTEL_* variables ask for."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+
+import pytest
+
+from kvpool.errors import ConfigError
+from kvpool.telemetry import sdk
+from kvpool.telemetry.sdk import environment, meter_provider, shut_down, tracer_provider
+
+
+@pytest.fixture(autouse=True)
+def variables(monkeypatch):
+    """Set variables, in an environment that has none of them."""
+    for name in environment():
+        monkeypatch.delenv(name)
+
+    def set_all(**values):
+        for name, value in values.items():
+            monkeypatch.setenv(f"OTEL_{name}", value)
+
+    return set_all
+
+
+@pytest.fixture
+def providers():
+    """Make providers; they end with the test."""
+    made = []
+
+    def make(which, *arguments, **attributes):
+        provider = which(*arguments, **attributes)
+        made.append(provider)
+        return provider
+
+    yield make
+    for provider in made:
+        if provider is not None:
+            provider.shutdown()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"TRACES_EXPORTER": "none", "METRICS_EXPORTER": "none"},
+        {"TRACES_EXPORTER": "", "METRICS_EXPORTER": " "},
+        {"TRACES_EXPORTER": "otlp", "METRICS_EXPORTER": "otlp", "SDK_DISABLED": "true"},
+        {"SERVICE_NAME": "mine", "EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"},
+    ],
+)
+def test_nothing_is_set_up_unless_an_exporter_is_asked_for(variables, values):
+    variables(**values)
+    assert (tracer_provider("pool"), meter_provider("pool")) == (None, None)
+
+
+def exporters(provider):
+    return [type(each.span_exporter).__module__ for each in provider._active_span_processor._span_processors]
+
+
+def test_otlp_is_http_unless_the_protocol_says_otherwise(variables, providers):
+    variables(TRACES_EXPORTER="otlp, console", EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:1")
+    assert exporters(providers(tracer_provider, "pool")) == [
+        "opentelemetry.exporter.otlp.proto.http.trace_exporter",
+        "opentelemetry.sdk.trace.export",
+    ]
+    variables(EXPORTER_OTLP_TRACES_PROTOCOL="carrier pigeon")
+    with pytest.raises(ConfigError, match="http/protobuf or grpc"):
+        tracer_provider("pool")
+
+
+def test_what_is_not_installed_is_told_with_what_to_install(variables, monkeypatch):
+    variables(TRACES_EXPORTER="jaeger", METRICS_EXPORTER="jaeger")
+    for make in (tracer_provider, meter_provider):
+        with pytest.raises(ConfigError, match=r"'jaeger'.*not installed.*otlp.*pip install 'kvpool\[otlp\]'"):
+            make("pool")
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
+    with pytest.raises(ConfigError, match="opentelemetry-sdk is not installed"):
+        tracer_provider("pool")
+
+
+def test_a_resource_of_the_environment_goes_before_our_own(variables, providers):
+    variables(TRACES_EXPORTER="console")
+    own = providers(tracer_provider, "p/host-0", **{"kvpool.pool": "p"}).resource.attributes
+    assert (own["service.name"], own["service.instance.id"], own["kvpool.pool"]) == ("kvpool", "p/host-0", "p")
+    variables(SERVICE_NAME="mine", RESOURCE_ATTRIBUTES="deployment.environment.name=test,service.instance.id=x")
+    told = providers(tracer_provider, "p/host-0").resource.attributes
+    assert (told["service.name"], told["service.instance.id"]) == ("mine", "x")
+    assert told["deployment.environment.name"] == "test"
+
+
+def test_the_sampler_is_that_of_the_variables(variables, providers):
+    variables(TRACES_EXPORTER="console", TRACES_SAMPLER="always_off")
+    assert not providers(tracer_provider, "pool").get_tracer("t").start_span("s").is_recording()
+
+
+def test_an_endpoint_of_prometheus_has_a_registry_of_its_own_and_an_end(variables):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/metrics"
+    variables(METRICS_EXPORTER="prometheus", EXPORTER_PROMETHEUS_HOST="127.0.0.1", EXPORTER_PROMETHEUS_PORT=str(port))
+    provider = meter_provider("p", **{"kvpool.pool": "p"})
+    provider.get_meter("t").create_counter("pages", "{page}", "Pages read").add(2)
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        text = answer.read().decode()
+    assert 'pages_total{kvpool_pool="p"} 2.0' in text
+    assert "python_info" not in text  # of the global registry
+    with pytest.raises(ConfigError, match=f"{port}.*OTEL_EXPORTER_PROMETHEUS_PORT of its own"):
+        meter_provider("q")
+    shut_down(provider)
+    with pytest.raises(urllib.error.URLError):
+        urllib.request.urlopen(url, timeout=10)
+    variables(EXPORTER_PROMETHEUS_PORT="many")
+    with pytest.raises(ConfigError, match="many"):
+        meter_provider("p")
+
+
+def test_only_otel_variables_pass_to_actors(variables, monkeypatch):
+    monkeypatch.setenv("SECRET", "x")
+    variables(SERVICE_NAME="mine")
+    assert environment() == {"OTEL_SERVICE_NAME": "mine"}
+
+
+def run(code, **variables):
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={name: value for name, value in os.environ.items() if not name.startswith("OTEL_")} | variables,
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+COMMAND = """
+import sys
+from opentelemetry import trace
+import kvpool.cli
+sys.argv = ["kvpool", "simulate", "--help"]
+try:
+    kvpool.cli.main()
+finally:
+    print("provider", type(trace.get_tracer_provider()).__module__)
+"""
+
+
+def test_the_command_line_sets_up_its_own_process_and_a_missing_exporter_does_not_stop_it():
+    assert "provider opentelemetry.trace" in run(COMMAND).stdout
+    assert "provider opentelemetry.sdk.trace" in run(COMMAND, OTEL_TRACES_EXPORTER="console").stdout
+    missing = run(COMMAND, OTEL_TRACES_EXPORTER="jaeger")
+    assert "Usage: kvpool simulate" in missing.stdout
+    assert "kvpool: not traced: exporter 'jaeger'" in missing.stderr
+
+
+def test_a_library_user_gets_no_sdk_and_no_global_provider():
+    code = """
+import json, sys
+from opentelemetry import metrics, trace
+import kvpool, kvpool.client, kvpool.sync, kvpool.actors.pool_actor
+kvpool.record_metric("a", 1, "1")
+print(json.dumps([
+    type(trace.get_tracer_provider()).__name__, type(metrics.get_meter_provider()).__name__,
+    [name for name in sys.modules if name.startswith("opentelemetry.sdk.trace")],
+]))
+"""
+    variables = {"OTEL_TRACES_EXPORTER": "otlp", "OTEL_METRICS_EXPORTER": "prometheus"}
+    assert json.loads(run(code, **variables).stdout) == ["ProxyTracerProvider", "_ProxyMeterProvider", []]
+
+
+def test_the_sdk_of_the_actors_is_never_global(variables, providers):
+    variables(TRACES_EXPORTER="console", METRICS_EXPORTER="console")
+    from opentelemetry import metrics, trace
+
+    before = trace.get_tracer_provider(), metrics.get_meter_provider()
+    providers(tracer_provider, "p")
+    providers(meter_provider, "p")
+    assert (trace.get_tracer_provider(), metrics.get_meter_provider()) == before
+    assert sdk.environment()
