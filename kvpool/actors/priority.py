@@ -36,6 +36,19 @@ def run_at_normal_priority() -> None:
         )
 
 
+def niceness() -> int:
+    """Return the niceness that a kvpool actor started where this runs would have, found by trying."""
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    if own <= _NORMAL:
+        return own
+    try:
+        os.setpriority(os.PRIO_PROCESS, 0, _NORMAL)
+    except PermissionError:
+        return own
+    os.setpriority(os.PRIO_PROCESS, 0, own)
+    return _NORMAL
+
+
 def _slow_threads() -> list[int]:
     slow = []
     for entry in Path("/proc/self/task").iterdir():

@@ -198,6 +198,17 @@ def check_driver(facts: Facts, where: str) -> Finding:
     return Finding("driver", where, OK, f"CUDA {driver.version}, {driver.gpus} GPUs", needed)
 
 
+def check_niceness(facts: Facts, where: str) -> Finding:
+    """Judge the scheduling priority of the actors: everyone waits for them."""
+    found = f"kvpool's actors would run at {facts.niceness}"
+    if facts.niceness > 0:
+        mend = (
+            "'export RAY_worker_niceness=0' before 'ray start' (or allow SYS_NICE): where cores are busy, requests wait"
+        )
+        return Finding("niceness", where, WARNING, found, "0", mend)
+    return Finding("niceness", where, OK, found, "0")
+
+
 def check_host(
     facts: Facts, plan: Plan, where: str, ray_runs: bool, others: dict[str, str | None] | None = None
 ) -> list[Finding]:
@@ -208,7 +219,13 @@ def check_host(
         check_memory,
         check_sockets,
     )
-    of_host: tuple[Callable[[Facts, str], Finding], ...] = (check_pages, check_peer, check_driver, check_torch)
+    of_host: tuple[Callable[[Facts, str], Finding], ...] = (
+        check_pages,
+        check_peer,
+        check_niceness,
+        check_driver,
+        check_torch,
+    )
     return [
         *(check(facts, plan, where) for check in of_plan),
         check_shm(facts, ray_runs, where),

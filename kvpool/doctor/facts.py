@@ -14,6 +14,7 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 
+from kvpool.actors.priority import niceness
 from kvpool.actors.protocol import host_identity
 from kvpool.errors import ConfigError, KvpoolError, ProtocolError
 from kvpool.memory import channel, limits, socket_path
@@ -45,7 +46,10 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """One host. Bytes; what was tried holds the error's text, None when it worked."""
+    """One host. Bytes; what was tried holds the error's text, None when it worked.
+
+    ``niceness`` is that of an actor started where the facts were gathered.
+    """
 
     host: str
     versions: dict[str, str | None]
@@ -57,6 +61,7 @@ class Facts:
     nvidia_present: bool
     page_error: str | None
     peer_error: str | None
+    niceness: int
     socket_errors: list[str] = field(default_factory=list)
     left_behind: list[str] = field(default_factory=list)
 
@@ -83,6 +88,7 @@ def gather(sockets: list[Path], *, proc: Path = Path("/proc"), shm: Path = Path(
         nvidia_present=Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidiactl").exists(),
         page_error=_error_of(_try_page),
         peer_error=_error_of(_try_peer),
+        niceness=niceness(),
         socket_errors=[error for error in socket_errors if error],
         left_behind=[
             str(path)

@@ -33,6 +33,7 @@ HEALTHY = Facts(
     nvidia_present=False,
     page_error=None,
     peer_error=None,
+    niceness=0,
 )
 TWO_OF_A_GIB = plan_host(load_config(devices="host:2x1GiB"), 4096)
 
@@ -57,6 +58,8 @@ def test_nothing_is_wrong_with_a_healthy_host() -> None:
         ("max_map_count", {"mappings": MappingLimits(300, 6444)}, OK, "6,444", ""),
         ("memory", {"memory": MemoryInfo(2 * GIB - 1, 24 * GIB)}, FAILED, "of 24 GiB", "memory.max"),
         ("memory", {"memory": MemoryInfo(2 * GIB, 24 * GIB)}, OK, "2 GiB free", ""),
+        ("niceness", {"niceness": 15}, WARNING, "run at 15", "RAY_worker_niceness=0"),
+        ("niceness", {"niceness": -5}, OK, "run at -5", ""),
         ("shm", {"shm": MemoryInfo(64 * MIB, 64 * MIB)}, FAILED, "64 MiB free", "--shm-size"),
         ("shm", {"shm": MemoryInfo(1 * GIB, 64 * GIB)}, WARNING, "1 GiB free", "--object-store-memory"),
         ("shm", {"shm": None}, FAILED, "no /dev/shm", "emptyDir"),
