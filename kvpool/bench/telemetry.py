@@ -25,7 +25,8 @@ from kvpool.telemetry.sdk import adopt, environment, set_up_command_line
 
 SIZE_BYTES = 64 * 1024
 MANY = 1000
-_ROUNDS = 15
+_ROUNDS = 60
+_ROUNDS_OF_EACH = 15
 _PRICED = 50_000
 
 
@@ -112,7 +113,7 @@ async def _rows(without: Any, with_telemetry: Any, port: int) -> list[dict[str, 
         on.append(MANY / await call(with_telemetry.untraced))
     off_beside_each: list[float] = []
     each: list[float] = []
-    for _ in range(_ROUNDS):
+    for _ in range(_ROUNDS_OF_EACH):
         off_beside_each.append(MANY / await call(without.untraced))
         each.append(MANY / await call(with_telemetry.traced))
     seconds, after = time.perf_counter() - began, await _receiver_says(port)
