@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,10 @@ class DeviceActor:
 
         The stamp orders these figures: the answer and an event may overtake each other on their way to the pool.
         """
-        answers = self._store.apply(operations)
+        answers = self._store.apply(operations, time.monotonic())
+        for operation in operations:
+            if operation[0] == "revoke":
+                self._server.revoke(operation[1])
         self._request_drops()
         return answers, self._zombies()
 
@@ -141,6 +145,10 @@ class DeviceActor:
     async def leases(self) -> dict[str, int]:
         """Return the bytes that each client holds leased here."""
         return self._store.leases()
+
+    async def holders(self) -> dict[str, tuple[int, int, float]]:
+        """Return for each client that holds leases here: caches, bytes, seconds since the oldest began."""
+        return self._store.holders(time.monotonic())
 
     async def shutdown(self) -> None:
         """Close the socket and give all memory back. The actor is of no use afterwards."""

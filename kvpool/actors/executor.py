@@ -7,6 +7,7 @@ import logging
 import time
 from typing import Any
 
+from kvpool.actors.event_feed import EventFeed
 from kvpool.actors.fleet import Fleet
 from kvpool.actors.protocol import check_items
 from kvpool.actors.stream import Stream
@@ -42,6 +43,7 @@ class Executor:
         self._state = state
         self.fleet = Fleet(self._device_answered, self._device_told, self._device_lost)
         self.grants: dict[str, Stream] = {}
+        self.feed = EventFeed(state.ledger.journal)
         self._done: dict[Batch, asyncio.Future[list[Any]]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due = 0.0
@@ -105,6 +107,7 @@ class Executor:
                     stream = self.grants.get(instruction.client)
                     if stream is not None:
                         stream.put((instruction.ticket, instruction.answer))
+        self.feed.notify()
         self._set_timer()
 
     def _set_timer(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from kvpool.errors import InvalidRequestError
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Goes up with every change of a message. ``connect`` compares it: Ray keeps running an old job's actor code."""
 
 NAMESPACE = "kvpool"

@@ -87,8 +87,9 @@ class BlockAllocations:
                 break
             device, evict = found
             previous = self._ledger.add(
-                client, model.space, device, model.block_bytes, model.block_bytes, previous, now
-            )
+                client, model.space, device, model.block_bytes, model.block_bytes, previous, now,
+                planned=hashes[len(resident) + position],
+            )  # fmt: skip
             request.ids.append(index.id_of(previous))
             request.devices.append(device.number)
             request.places.append(None)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kvpool.errors import CapacityError
+from kvpool.pool.fanout import nothing_more
+from kvpool.pool.leases import PINNER
 from kvpool.pool.ledger import Client, Device, Ledger
 from kvpool.pool.requests import CacheRequest
 from kvpool.sizes import format_size
@@ -70,22 +72,24 @@ class Room:
     def evict(self, device: Device, short_bytes: int) -> list[int]:
         """Take the caches worth least off a device's books until ``short_bytes`` are found; returns their ids."""
         ledger = self._ledger
-        index, counters = ledger.index, ledger.counters
+        index = ledger.index
         evicted: list[int] = []
+        void: list[int] = []
         found_bytes = 0
         while found_bytes < short_bytes:
             row = next(iter(ledger.policy.victims(device.number)), -1)
             if row < 0:
                 break
-            found_bytes += index.size_bytes[row]
             evicted.append(index.id_of(row))
+            if index.is_void(row):
+                void.append(evicted[-1])
+            found_bytes += ledger.count_evictions((row,), "capacity")
             index.remove(row)
+        if void:  # zeroed by this, ahead of the operation that evicts them for somebody
+            ledger.send(device.number, ("void", void, PINNER), nothing_more)
         if evicted:
             self.news += 1
             self.changed = True  # elsewhere, too: what sheltered a parent on another device is gone
-        counters.evictions += len(evicted)
-        counters.evicted_bytes += found_bytes
-        device.evictions += len(evicted)
         return evicted
 
     def capacity_error(self, request: CacheRequest, why: str) -> CapacityError:

@@ -43,7 +43,8 @@ class DeviceStatistics:
 class PoolStatistics:
     """A whole pool: its policies, its devices, and totals since it began.
 
-    ``models`` counts, by name, the caches and blocks that models were given.
+    ``models`` counts, by name, the caches and blocks that models were given; ``evictions_by_reason`` why content left
+    (``capacity``, ``request`` by an administrator, ``invalidate``).
     """
 
     name: str
@@ -65,6 +66,7 @@ class PoolStatistics:
     blocks_stored: int
     evictions: int
     evicted_bytes: int
+    evictions_by_reason: dict[str, int]
     duplicates: int
     clients_died: int
     errors: dict[str, int]
