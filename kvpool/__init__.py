@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from kvpool.cache.key import encode_block_id
     from kvpool.cache.record import CacheBlock
-    from kvpool.client import CachePool, Model, ModelSpec, NewBlocks, PrefixHit, VirtualKVCache, delete
+    from kvpool.client import CachePool, Model, ModelSpec, NewBlocks, PoolEvent, PrefixHit, VirtualKVCache, delete
     from kvpool.config import PoolConfig, load_config
     from kvpool.memory.backend import Access
     from kvpool.pool.statistics import PoolStatistics
@@ -24,6 +24,7 @@ _HOMES = {
     "ModelSpec": "kvpool.client",
     "NewBlocks": "kvpool.client",
     "PoolConfig": "kvpool.config",
+    "PoolEvent": "kvpool.client",
     "PoolStatistics": "kvpool.pool.statistics",
     "PrefixHit": "kvpool.client",
     "VirtualKVCache": "kvpool.client",
@@ -42,6 +43,7 @@ __all__ = [
     "ModelSpec",
     "NewBlocks",
     "PoolConfig",
+    "PoolEvent",
     "PoolStatistics",
     "PrefixHit",
     "VirtualKVCache",

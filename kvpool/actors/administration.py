@@ -2,8 +2,8 @@
 
 Whoever has the bare handle speaks as the operator: ``tenant`` None means all tenants. Given a tenant, a method sees and
 touches nothing of another's; that is how :class:`kvpool.CachePool` calls them, with its own. (Who can get the handle at
-all is Ray's authentication.) The eviction policy and the warm reserve are the whole pool's, and so are :meth:`set_policy`
-and :meth:`trim`: neither removes or shows content.
+all is Ray's authentication.) The eviction policy and the warm reserve are the whole pool's, and so are
+:meth:`Administration.set_policy` and :meth:`Administration.trim`: neither removes or shows content.
 
 Everything goes in and out as built-in types, and errors are raised as their own classes.
 """
@@ -15,7 +15,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from kvpool.actors.event_feed import EventFeed
 from kvpool.actors.executor import Executor
 from kvpool.actors.fleet import Fleet
 from kvpool.errors import InvalidRequestError, from_wire
@@ -97,7 +96,7 @@ class Administration:
             )
         return rows
 
-    async def contains(self, tenant: str, items: list[tuple[str | int, bytes]]) -> list[dict[str, Any]]:
+    async def contains(self, tenant: str, items: list[tuple[str | int, bytes]]) -> list[tuple[Any, ...]]:
         """Tell how much of each chain is resident, and where. Takes no lease and counts as no use.
 
         Parameters
@@ -108,16 +107,16 @@ class Administration:
 
         Returns
         -------
-        list of dict
-            ``{"model": number, "blocks": n, "devices": {device name: blocks}, "hosts": {host: blocks}}``, or
-            ``{"error": (class, message, details)}``.
+        list of tuple
+            ``("contains", {"model": number, "blocks": n, "devices": {name: blocks}, "hosts": {host: blocks}})``, or
+            ``("error", class, message, details)``.
         """
-        answers: list[dict[str, Any]] = []
+        answers: list[tuple[Any, ...]] = []
         for model, hashes in items:
             try:
-                answers.append(self._state.directory.contains(tenant, model, hashes))
+                answers.append(("contains", self._state.directory.contains(tenant, model, hashes)))
             except InvalidRequestError as error:
-                answers.append({"error": error.to_wire()})
+                answers.append(("error", *error.to_wire()))
         return answers
 
     async def events(

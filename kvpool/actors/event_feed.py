@@ -46,8 +46,8 @@ class EventFeed:
         """
         if not (seen is None or isinstance(seen, int)) or not 0 <= wait_s <= _MOST_WAIT_S:
             raise InvalidRequestError(
-                f"events are polled with the number of the last one seen, or None, and 0 to {_MOST_WAIT_S:g} s to wait; "
-                f"got {seen!r} and {wait_s!r}"
+                f"events are polled with the number of the last one seen, or None, and 0 to {_MOST_WAIT_S:g} s to "
+                f"wait; got {seen!r} and {wait_s!r}"
             )
         deadline = time.monotonic() + wait_s
         begins = seen is None

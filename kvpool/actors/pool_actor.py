@@ -137,8 +137,9 @@ class PoolActor(Administration):
     async def connect(self, client: dict[str, Any]) -> dict[str, Any]:
         """Make a client process known; returns :meth:`describe` plus ``reachable``, the numbers of its devices.
 
-        ``client``: ``protocol``, ``id``, ``tenant``, ``host`` and the ``token`` it will show to the page servers; and,
-        if it likes to be known by :meth:`leases`, ``who``: a dict with ``pid``, ``hostname``, ``job`` and ``node``. An error is returned as ``{"error": (class, message, details)}``.
+        ``client``: ``protocol``, ``id``, ``tenant``, ``host`` and the ``token`` it will show to the page servers; and
+        what :meth:`leases` tells of it, ``who``: a dict with ``pid``, ``hostname``, ``job`` and ``node``.
+        An error is returned as ``{"error": (class, message, details)}``.
         """
         try:
             self._check_not_ended()

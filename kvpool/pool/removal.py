@@ -182,8 +182,8 @@ class Removals:
         index = ledger.index
         models = ledger.find_models(model, tenant)
         if keys is not None:
-            if not 0 < len(keys) <= MOST_HASHES:
-                raise InvalidRequestError(f"1 to {MOST_HASHES} keys can be invalidated at once, not {len(keys)}")
+            if not isinstance(keys, (list, tuple)) or not 0 < len(keys) <= MOST_HASHES:
+                raise InvalidRequestError(f"keys to invalidate come as a list of 1 to {MOST_HASHES}, or None for all")
             for key in keys:
                 check_hash(key)
         ledger.invalidations += 1
