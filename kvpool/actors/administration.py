@@ -142,7 +142,7 @@ class Administration:
         """Evict what nobody holds, in the order of the policy: all, or until ``size_bytes`` are found.
 
         Returns ``{"caches", "bytes", "leased_caches", "leased_bytes"}``; see
-        :meth:`kvpool.pool.removal.Removals.evict`.
+        :meth:`kvpool.pool.evictions.Evictions.evict`.
         """
         return dict(await self._decide(EvictRequested(Batch(1), tenant, model, device, size_bytes)))
 
@@ -152,7 +152,7 @@ class Administration:
         """Remove a model's content, or that under some keys and all that is chained behind it, so that nobody finds it.
 
         Returns, once the memory is zeroed, ``{"caches", "bytes", "unsealed", "held": {client: (caches, bytes)}}``; see
-        :meth:`kvpool.pool.removal.Removals.invalidate` for what it guarantees.
+        :meth:`kvpool.pool.invalidation.Invalidations.invalidate` for what it guarantees.
         """
         return dict(await self._decide(InvalidateRequested(Batch(1), tenant, model, keys)))
 

@@ -198,8 +198,8 @@ def evict(
         write_json(json_path, went)
         return
     click.echo(
-        f"{went['caches']:,} caches evicted, {format_size(went['bytes'])}; {went['leased_caches']:,} are held and stay, "
-        f"{format_size(went['leased_bytes'])}"
+        f"{went['caches']:,} caches evicted, {format_size(went['bytes'])}; {went['leased_caches']:,} are held and "
+        f"stay, {format_size(went['leased_bytes'])}"
     )
 
 
@@ -215,9 +215,9 @@ def invalidate(
 ) -> None:
     """Remove a model's content for good, or what is stored under KEYs and all that is chained behind them.
 
-    A KEY is a block's hash, 32 hexadecimal digits, or the text under which a cache was sealed. When the command ends, no
-    look-up finds the content, what was being written cannot be sealed, and the memory is zeroed; who holds a lease on it
-    keeps it until it ends, and is named.
+    A KEY is a block's hash, 32 hexadecimal digits, or the text under which a cache was sealed. When the command ends,
+    no look-up finds the content, what was being written cannot be sealed, and the memory is zeroed; who holds a lease
+    on it keeps it until it ends, and is named.
     """
     if everything == bool(keys):
         raise InvalidRequestError("say what is to go: the keys, or --all content of the model")

@@ -85,7 +85,7 @@ class PinRequested(NamedTuple):
 
 
 class EvictRequested(NamedTuple):
-    """An administrator's word: see :meth:`kvpool.pool.removal.Removals.evict`. The batch has one item."""
+    """An administrator's word: see :meth:`kvpool.pool.evictions.Evictions.evict`. The batch has one item."""
 
     batch: Batch
     tenant: str | None
@@ -95,7 +95,7 @@ class EvictRequested(NamedTuple):
 
 
 class InvalidateRequested(NamedTuple):
-    """An administrator's word: see :meth:`kvpool.pool.removal.Removals.invalidate`. The batch has one item."""
+    """An administrator's word: see :meth:`kvpool.pool.invalidation.Invalidations.invalidate`. The batch has one item."""
 
     batch: Batch
     tenant: str | None

@@ -15,6 +15,7 @@ from kvpool.errors import InvariantError, KvpoolError, ProtocolError
 from kvpool.pool.allocation import Allocations
 from kvpool.pool.blocks import BlockAllocations
 from kvpool.pool.directory import Directory
+from kvpool.pool.evictions import Evictions
 from kvpool.pool.fanout import Fanout
 from kvpool.pool.instructions import (
     Answer,
@@ -38,9 +39,9 @@ from kvpool.pool.instructions import (
     Tick,
     TicketsCancelled,
 )
+from kvpool.pool.invalidation import Invalidations
 from kvpool.pool.leases import PINNER, Leases
 from kvpool.pool.ledger import Client, Device, Ledger, Model
-from kvpool.pool.removal import Removals
 from kvpool.pool.revocation import Revocations
 from kvpool.pool.room import Room
 
@@ -69,7 +70,8 @@ class PoolState:
         fanout = Fanout(self.ledger)
         self.leases = Leases(self.ledger, fanout, self.allocations.retry)
         self.directory = Directory(self.ledger, fanout, self.leases)
-        self.removals = Removals(self.ledger, self.leases, self.allocations.queue)
+        self.evictions = Evictions(self.ledger, self.leases)
+        self.invalidations = Invalidations(self.ledger, self.leases, self.allocations.queue)
         self.revocations = Revocations(self.ledger, self.leases, self.allocations)
 
     def add_device(
@@ -178,9 +180,9 @@ class PoolState:
             case PinRequested():
                 self.leases.pin(event.batch, event.client, event.items, event.held, now)
             case EvictRequested():
-                self.removals.evict(*event, now)
+                self.evictions.evict(*event, now)
             case InvalidateRequested():
-                self.removals.invalidate(*event, now)
+                self.invalidations.invalidate(*event, now)
             case RevokeRequested():
                 self.revocations.revoke(*event, now)
             case TicketsCancelled():
