@@ -95,7 +95,7 @@ class EvictRequested(NamedTuple):
 
 
 class InvalidateRequested(NamedTuple):
-    """An administrator's word: see :meth:`kvpool.pool.invalidation.Invalidations.invalidate`. The batch has one item."""
+    """An administrator's word: see :class:`kvpool.pool.invalidation.Invalidations`. The batch has one item."""
 
     batch: Batch
     tenant: str | None
