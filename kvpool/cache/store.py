@@ -128,6 +128,11 @@ class DeviceStore:
             raise ProtocolError(f"client {client!r} is not connected to this device, or shows another's token")
         return known.tenant
 
+    def is_revoked(self, client: str) -> bool:
+        """Whether a client's leases were revoked, and it has not left yet."""
+        known = self._clients.get(client)
+        return known is not None and known.revoked
+
     @property
     def caches(self) -> int:
         """Number of caches on this device."""

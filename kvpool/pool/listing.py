@@ -13,7 +13,7 @@ from kvpool.pool.leases import Leases
 from kvpool.pool.ledger import Ledger
 
 MOST_LISTED = 1000
-"""Caches of one answer. With 200,000 in the table it takes the pool's event loop 6 ms, of which the sorting 3."""
+"""Caches of one answer. With 200,000 in the table it takes the pool's event loop 2 ms, or 5 when they are sorted."""
 
 _SORTS = {"recent": "last_accessed", "uses": "access_count", "bytes": "size_bytes"}
 

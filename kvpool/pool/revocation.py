@@ -11,6 +11,9 @@ from kvpool.pool.instructions import Answer, Batch
 from kvpool.pool.leases import PINNER, Leases
 from kvpool.pool.ledger import Ledger
 
+_MOST_REMEMBERED = 10_000
+"""Revoked clients that are told so when they call; those beyond, the first to be revoked, are told to be unknown."""
+
 
 class Revocations:
     """Ends all that a client holds, and the client with it.
@@ -58,6 +61,8 @@ class Revocations:
         if client is not None:
             del ledger.clients[name]
             ledger.revoked[name] = client
+            if len(ledger.revoked) > _MOST_REMEMBERED:
+                del ledger.revoked[next(iter(ledger.revoked))]
             self._allocations.refuse_client(name, ledger.not_connected(name))
             devices = [number for number in client.devices if ledger.devices[number].lost is None]
         else:

@@ -138,12 +138,14 @@ class ModelProcess:
                     counts["mixed"] += len(versions) != 1
                     counts["stale"] += int(versions[0]) < oldest
                     del block
+            if rng.random() < 0.5:
+                ids = [10**9 * (seed + 1) + counts["rounds"] * length + n for n in range(length)]  # new to all
             async with self.asking:
                 version, new = self.version, await self.model.new_blocks(keys(ids))
             for block in new.numpy():
                 block[:] = version
                 del block
-            await asyncio.sleep(rng.random() / 500)  # the computation takes a while, and weights change meanwhile
+            await asyncio.sleep(rng.random() / 60)  # the computation takes a while, and weights change meanwhile
             try:
                 async with new:
                     await new.finish()
