@@ -10,7 +10,7 @@ from kvpool.version import __version__ as __version__
 if TYPE_CHECKING:
     from kvpool.cache.key import encode_block_id
     from kvpool.cache.record import CacheBlock
-    from kvpool.client import CachePool, Model, ModelSpec, NewBlocks, PrefixHit, VirtualKVCache, delete
+    from kvpool.client import CachePool, Model, ModelSpec, NewBlocks, PoolEvent, PrefixHit, VirtualKVCache, delete
     from kvpool.config import PoolConfig, load_config
     from kvpool.memory.backend import Access
     from kvpool.pool.statistics import PoolStatistics
@@ -25,6 +25,7 @@ _HOMES = {
     "ModelSpec": "kvpool.client",
     "NewBlocks": "kvpool.client",
     "PoolConfig": "kvpool.config",
+    "PoolEvent": "kvpool.client",
     "PoolStatistics": "kvpool.pool.statistics",
     "PrefixHit": "kvpool.client",
     "VirtualKVCache": "kvpool.client",
@@ -44,6 +45,7 @@ __all__ = [
     "ModelSpec",
     "NewBlocks",
     "PoolConfig",
+    "PoolEvent",
     "PoolStatistics",
     "PrefixHit",
     "VirtualKVCache",

@@ -22,6 +22,8 @@ Each message says what was asked, what is possible, and what to do; ``details`` 
     │   ├── SealedError                    write access to a sealed cache, or sealed twice with another key
     │   ├── NotSealedError                 shared or looked up before it was sealed
     │   ├── ParentNotResidentError         the chain's parent is not in the pool
+    │   ├── InvalidatedError               the content was declared void while it was written or held
+    │   ├── LeaseRevokedError              an administrator ended this process's leases
     │   └── ForkedHandleError              used in a forked child
     ├── PoolError                          the pool as a whole
     │   ├── PoolNotFoundError              no pool of that name
@@ -137,6 +139,14 @@ class NotSealedError(CacheStateError):
 
 class ParentNotResidentError(CacheStateError):
     """The parent of a chain is not in the pool, so its children could never be hit."""
+
+
+class InvalidatedError(CacheStateError):
+    """The content was declared void while it was being written or held: it can neither be sealed nor found."""
+
+
+class LeaseRevokedError(CacheStateError):
+    """An administrator ended all leases of this process: connect again. Tensors that are alive stay mapped."""
 
 
 class ForkedHandleError(CacheStateError):

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from kvpool import client
 from kvpool.cache.record import CacheBlock
 from kvpool.client import ModelSpec
+from kvpool.client.blocking import BlockingAdministration
 from kvpool.config import PoolConfig
 from kvpool.errors import ForkedHandleError
 from kvpool.memory.backend import Access
@@ -212,6 +213,15 @@ class Model:
         """See :meth:`kvpool.Model.match_prefix`."""
         return PrefixHit(_run(self._model.match_prefix, hashes))
 
+    @property
+    def number(self) -> int:
+        """By which the pool knows it."""
+        return self._model.number
+
+    def contains(self, hashes: Sequence[bytes]) -> dict[str, Any]:
+        """See :meth:`kvpool.Model.contains`."""
+        return _run(self._model.contains, hashes)
+
     def new_blocks(self, hashes: Sequence[bytes], *, parent: bytes | None = None) -> NewBlocks:
         """See :meth:`kvpool.Model.new_blocks`."""
         return NewBlocks(_run(self._model.new_blocks, hashes, parent=parent))
@@ -221,8 +231,10 @@ class Model:
         return _run(self._model.put_blocks, hashes, tensors, parent=parent)
 
 
-class CachePool:
+class CachePool(BlockingAdministration):
     """Blocking form of :class:`kvpool.CachePool`."""
+
+    _run = staticmethod(_run)
 
     def __init__(self, pool: client.CachePool) -> None:
         self._pool = pool
@@ -265,10 +277,6 @@ class CachePool:
     def stats(self) -> PoolStatistics:
         """See :meth:`kvpool.CachePool.stats`."""
         return _run(self._pool.stats)
-
-    def trim(self) -> int:
-        """See :meth:`kvpool.CachePool.trim`."""
-        return _run(self._pool.trim)
 
     def leases(self) -> list[dict[str, Any]]:
         """See :meth:`kvpool.CachePool.leases`."""

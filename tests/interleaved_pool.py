@@ -28,6 +28,8 @@ class InterleavedPool(LocalPool):
         self.deaths: list[deque[str]] = [deque() for _ in range(devices)]
         self.drops: list[dict[str, list[int]]] = [{} for _ in range(devices)]
         self.lost: set[int] = set()
+        self.revoked: set[str] = set()
+        """Clients that drop nothing any more when they are asked, but all when they end."""
 
     @property
     def live(self) -> list[int]:
@@ -87,7 +89,9 @@ class InterleavedPool(LocalPool):
 
     def drop_pages(self, device: int) -> bool:
         """Clients give back the pages that the device asked for."""
-        drops, self.drops[device] = self.drops[device], {}
+        drops = {client: serials for client, serials in self.drops[device].items() if client not in self.revoked}
+        for client in drops:
+            del self.drops[device][client]
         allocator = self.stores[device].allocator
         zombie_bytes = allocator.usage().zombie_bytes
         for client, serials in drops.items():

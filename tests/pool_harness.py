@@ -6,6 +6,7 @@ for one device), so that tests choose the interleaving.
 
 from __future__ import annotations
 
+import ctypes
 from collections import deque
 from typing import Any
 
@@ -20,10 +21,13 @@ from kvpool.pool.instructions import (
     CachesRequested,
     ClientGone,
     DeviceAnswered,
+    EvictRequested,
     Grant,
+    InvalidateRequested,
     PinRequested,
     PrefixesLookedUp,
     ReleaseRequested,
+    RevokeRequested,
     SealRequested,
     Send,
 )
@@ -134,6 +138,36 @@ class LocalPool:
         if cache_ids:
             self.seal(cache_ids, keys_of(ids)[resident : resident + len(cache_ids)], client, model, finish=True)
         return answer
+
+    def evict(self, tenant=None, model=None, device=None, size_bytes=None):
+        return self.administer(EvictRequested(Batch(1), tenant, model, device, size_bytes))
+
+    def invalidate(self, model="m", keys=None, tenant=None):
+        return self.administer(InvalidateRequested(Batch(1), tenant, model, keys))
+
+    def revoke(self, client, tenant=None):
+        return self.administer(RevokeRequested(Batch(1), client, tenant))
+
+    def administer(self, event) -> dict[str, Any]:
+        self.handle(event)
+        self.settle()
+        (answer,) = self.done.pop(event.batch)
+        return answer
+
+    def left(self, byte: int) -> int:
+        """How many bytes of that value are in the pages of all devices."""
+        found = 0
+        for store in self.stores:
+            allocator = store.allocator
+            for index in allocator._table._mapped:
+                page = ctypes.string_at(
+                    allocator.address + index * allocator.page_size_bytes, allocator.page_size_bytes
+                )
+                found += page.count(byte)
+        return found
+
+    def fill(self, device: int, place: Any, size_bytes: int, byte: int) -> None:
+        ctypes.memset(self.stores[device].allocator.address + place[0], byte, size_bytes)
 
     def kill(self, client: str) -> None:
         """The client's process dies: every device sees it and tells the pool."""

@@ -23,9 +23,11 @@ from kvpool.errors import (
     CapacityError,
     DeviceLostError,
     DoubleReleaseError,
+    InvalidatedError,
     InvalidRequestError,
     InvalidSizeError,
     KvpoolError,
+    LeaseRevokedError,
     ParentNotResidentError,
     ProtocolError,
     StaleCacheError,
@@ -33,11 +35,15 @@ from kvpool.errors import (
     from_wire,
 )
 from kvpool.pool.instructions import (
+    Batch,
     BlocksRequested,
     CachesRequested,
+    EvictRequested,
+    InvalidateRequested,
     PinRequested,
     PrefixesLookedUp,
     ReleaseRequested,
+    RevokeRequested,
     SealRequested,
     Tick,
     TicketsCancelled,
@@ -102,6 +108,13 @@ class PoolModel:
         self.ever_asked: Counter[Key] = Counter()
         self.outcomes: dict[int, Any] = {}
         self.cancelled: set[int] = set()
+        self.void: set[int] = set()
+        """Ids of caches whose content has been invalidated, from that moment on."""
+        self.invalidated: list[tuple[str, str, set[bytes] | None]] = []
+        """Each invalidation: tenant, model, keys."""
+        self.ghosts: dict[str, list[Made]] = {}
+        """By revoked client, the caches that it may go on writing to until it ends."""
+        self.revocations = 0
         self.hits = 0
         self.grants = 0
 
@@ -148,6 +161,86 @@ class PoolModel:
         self.pool.open[batch] = lambda answers: None
         self.pool.take(instructions)
         self.pool.die(name)
+
+    def revoke(self, name: str) -> None:
+        """An administrator ends the client's leases. It knows nothing of it, and lives on for a while."""
+        process = self.clients[name]
+        mine = [
+            made for made in map(self.made.__getitem__, process.sure()) if made.maker == name and made.asked is None
+        ]
+        self._end(name)
+        self.revocations += 1
+        self.pool.revoked.add(name)
+        self.ghosts[name] = mine
+        self._administer(RevokeRequested(Batch(1), name, process.tenant), lambda answer: None)
+
+    def scribble(self) -> None:
+        """Revoked clients write on, as far as they had mapped what they wrote to."""
+        for name, ghosts in self.ghosts.items():
+            for made in ghosts:
+                if made.device in self.pool.lost:
+                    continue
+                table = self.pool.stores[made.device].allocator._table
+                pages = [table._mapped.get(index) for index, _ in made.pages]
+                if all(
+                    page is not None and page.serial == serial and name in page.holders
+                    for page, (_, serial) in zip(pages, made.pages, strict=True)
+                ):
+                    ctypes.memset(self._address(made), 0xEE, made.size_bytes)
+
+    def let_go(self, name: str) -> None:
+        """A revoked client's process ends, or it has closed its tensors and says so."""
+        self.ghosts.pop(name)
+        self.pool.die(name)
+
+    def _administer(self, event: Any, answered: Any) -> None:
+        self.pool.open[event.batch] = lambda answers: answered(answers[0])
+        self.pool.handle(event)
+
+    def evict(self, tenant: str | None, model: str | None, size_bytes: int | None) -> None:
+        self._administer(EvictRequested(Batch(1), tenant, model, None, size_bytes), self._evicted)
+
+    def _evicted(self, answer: Any) -> None:
+        assert answer["caches"] >= 0
+        assert (answer["bytes"] > 0) == (answer["caches"] > 0)
+
+    def invalidate(self, tenant: str, model: str, ids: Sequence[int] | None) -> None:
+        """All content of a model, or that under some keys, is void from now on."""
+        keys = None if ids is None else set(keys_of(ids))
+        void = self._to_be_void(tenant, model, keys)
+        self.void |= void
+        self.invalidated.append((tenant, model, keys))
+        event = InvalidateRequested(Batch(1), tenant, model, None if keys is None else sorted(keys))
+        self._administer(event, partial(self._invalidated, tenant, void))
+
+    def _to_be_void(self, tenant: str, model: str, keys: set[bytes] | None) -> set[int]:
+        index = self.pool.state.ledger.index
+        mine = {
+            i: made for i, made in self.made.items()
+            if (made.tenant, made.model) == (tenant, model) and index.live_row(i) >= 0
+        }  # fmt: skip
+        if keys is None:
+            return set(mine)
+        void = set()
+        for i, made in mine.items():
+            row = index.live_row(i)
+            if (index.key_of(row) if index.is_sealed(row) else made.planned) in keys:
+                void.add(i)
+        while True:
+            rows = {index.live_row(i) for i in void}
+            more = {i for i in mine if index.parent[index.live_row(i)] in rows} - void
+            if not more:
+                return void
+            void |= more
+
+    def _invalidated(self, tenant: str, void: set[int], answer: Any) -> None:
+        assert answer["caches"] >= 0
+        for cache_id in void:
+            del self.pins[tenant][cache_id]
+        for device in self.pool.live:
+            store = self.pool.stores[device]
+            for cache_id in void & store._caches.keys():
+                assert store._caches[cache_id].leases, "what nobody holds is gone"
 
     def _end(self, name: str) -> None:
         process = self.clients[name]
@@ -205,7 +298,8 @@ class PoolModel:
 
     def _refused(self, process: Process, answer: Any) -> None:
         kinds = (CapacityError, InvalidSizeError, DeviceLostError)
-        assert _error(answer, *kinds) or (not process.alive and _error(answer, ProtocolError)), answer
+        gone = not process.alive and _error(answer, ProtocolError, LeaseRevokedError)
+        assert _error(answer, *kinds) or gone, answer
 
     def _make(
         self,
@@ -226,6 +320,9 @@ class PoolModel:
             cache_id, process.name, process.tenant, model, device, offset, size_bytes, pages, planned, _content(key)
         )
         process.held[cache_id] = 1
+        row = self.pool.state.ledger.index.live_row(cache_id)
+        if row >= 0 and self.pool.state.ledger.index.is_void(row):
+            self.void.add(cache_id)  # while it was on its way
         self._write(self.made[cache_id])
 
     def blocks(self, name: str, model: str, ids: Sequence[int], parent: int | None = None) -> None:
@@ -233,9 +330,12 @@ class PoolModel:
         above = None if parent is None else keys_of([parent])[0]
         is_sure = above is not None and (process.tenant, model, above) in self._surely_found()
         item = (1, process.models[model], b"".join(keys_of(ids)), above, None)
-        self.pool.submit(BlocksRequested, name, [item], partial(self._got_blocks, process, model, ids, is_sure))
+        since = len(self.invalidated)
+        self.pool.submit(BlocksRequested, name, [item], partial(self._got_blocks, process, model, ids, is_sure, since))
 
-    def _got_blocks(self, process: Process, model: str, ids: Sequence[int], is_sure: bool, answers: list[Any]) -> None:
+    def _got_blocks(
+        self, process: Process, model: str, ids: Sequence[int], is_sure: bool, since: int, answers: list[Any]
+    ) -> None:
         (answer,) = answers
         if answer[0] == "error":
             assert _error(answer, ParentNotResidentError), answer
@@ -244,8 +344,17 @@ class PoolModel:
         _, resident, cache_ids, devices, places = answer
         assert len(cache_ids) == len(devices) == len(places) <= len(ids) - resident
         planned = keys_of(ids)[resident:]
+        chain = False
         for cache_id, device, place, key in zip(cache_ids, devices, places, planned, strict=False):
             self._make(process, model, cache_id, device, BLOCK_BYTES[model], place, key)
+            for tenant, name, keys in self.invalidated[since:]:  # while it was on its way
+                chain |= (tenant, name) == (process.tenant, model) and (keys is None or key in keys)
+            assert (
+                not chain
+                or cache_id in self.void
+                or cache_id not in self.made
+                or not self._is_here(process, [cache_id])
+            )
 
     def cancel(self, name: str, tickets: Sequence[int]) -> None:
         process = self.clients[name]
@@ -270,8 +379,9 @@ class PoolModel:
         if finish:
             process.finishing.update(ids)
         item = (1, process.models[model], list(ids), list(keys), None)
+        void = set(ids) & self.void
         self.pool.submit(
-            SealRequested, name, [item], partial(self._sealed, process, model, ids, keys, sure, finish), finish
+            SealRequested, name, [item], partial(self._sealed, process, model, ids, keys, sure, finish, void), finish
         )
 
     def _sealed(
@@ -282,9 +392,11 @@ class PoolModel:
         keys: Sequence[bytes],
         sure: set[int],
         finish: bool,
+        void: set[int],
         answers: list[Any],
     ) -> None:
         (answer,) = answers
+        assert not void or answer[0] == "error", "what was asked for before an invalidation is not sealed after it"
         if finish:
             process.finishing.difference_update(ids)
         if answer[0] == "error":
@@ -293,7 +405,12 @@ class PoolModel:
             )
             assert _error(answer, CacheStateError, InvalidRequestError), answer
             of_size = all(self.made[i].size_bytes == BLOCK_BYTES[model] for i in ids if i in self.made)
-            assert not mine or not of_size or not self._is_here(process, ids), "only a block's size can have a key"
+            void |= {i for i, k in zip(ids, keys, strict=True) if self._was_invalidated(process.tenant, model, k)}
+            assert not mine or not of_size or void or not self._is_here(process, ids), "only a block's size has a key"
+            if mine and _error(answer, InvalidatedError):
+                for cache_id in ids:
+                    self.made[cache_id].asked = None
+                    self.void.add(cache_id)  # its maker gives it up
             return
         for cache_id, key, outcome in zip(ids, keys, answer[1], strict=True):
             made = self.made[cache_id]
@@ -316,20 +433,24 @@ class PoolModel:
         found = self._surely_found()
         sure = next((n for n, key in enumerate(keys) if key not in found), len(keys))
         item = (1, process.models[model], b"".join(keys_of(ids)), None)
-        lost = len(self.pool.lost)
-        self.pool.submit(PrefixesLookedUp, name, [item], partial(self._looked_up, process, keys, sure, lost))
+        since = len(self.pool.lost), len(self.invalidated)
+        self.pool.submit(PrefixesLookedUp, name, [item], partial(self._looked_up, process, keys, sure, since))
 
-    def _looked_up(self, process: Process, keys: list[Key], sure: int, lost: int, answers: list[Any]) -> None:
+    def _looked_up(
+        self, process: Process, keys: list[Key], sure: int, since: tuple[int, int], answers: list[Any]
+    ) -> None:
         ((kind, ids, devices, places),) = answers
         assert kind == "hit"
         if not process.alive:
             return
-        assert len(ids) >= sure or len(self.pool.lost) > lost, "what is leased and sealed is found"
+        changed = (len(self.pool.lost), len(self.invalidated)) != since
+        assert len(ids) >= sure or changed, "what is leased and sealed is found"
         for cache_id, device, place, key in zip(ids, devices, places, keys, strict=False):
             if device in self.pool.lost:
                 continue
             made = self.made[cache_id]
             assert made.asked == key, "a hit is what was sealed under that key, by its tenant, for that model"
+            assert cache_id not in self.void, "nobody finds what was invalidated"
             assert (made.device, made.offset, made.pages) == (device, *place[:2])
             assert self._read(made) == _whole(_content(key), made.size_bytes)
             process.held[cache_id] += 1
@@ -374,6 +495,10 @@ class PoolModel:
                 unpinning[cache_id] -= 1
             if self.made[cache_id].device in self.pool.lost:
                 continue
+            if cache_id in self.void:
+                if held and outcome is True:
+                    pins[cache_id] += 1  # decided before; it ends with the invalidation's answer
+                continue
             assert outcome is True or (held and outcome is False) or _error(outcome, KvpoolError), outcome
             if outcome is True:
                 pins[cache_id] += 1 if held else -1
@@ -390,6 +515,7 @@ class PoolModel:
 
     def check(self) -> None:
         """At any moment: the books add up, and nothing that somebody holds is gone, moved or changed."""
+        self.scribble()
         self.pool.state.check()
         for device in self.pool.live:
             self.pool.stores[device].allocator.check()
@@ -419,8 +545,10 @@ class PoolModel:
             for cache_id, record in store._caches.items():
                 row = rows[cache_id]
                 assert index.pins[row] == record.leases
-                assert (index.key_of(row), index.is_sealed(row)) == (record.key, record.sealed)
-                assert not record.doomed
+                assert index.is_sealed(row) == record.sealed
+                assert index.key_of(row) == (None if record.void else record.key)
+                assert record.doomed == record.void
+                assert not record.void or (record.leases and cache_id in self.void)
             for name, known in store._clients.items():
                 mine = self.clients[name].held if name in self.clients else self.pins[name.removeprefix(PINNER)]
                 assert known.leases == {i: n for i, n in mine.items() if n and self.made[i].device == device}
@@ -434,6 +562,9 @@ class PoolModel:
     def end(self) -> None:
         """All clients give everything back and leave: nothing may remain."""
         pool = self.pool
+        self.check_quiet()
+        for name in list(self.ghosts):
+            self.let_go(name)
         self.check_quiet()
         for name in self.ready():
             process = self.clients[name]
@@ -489,7 +620,11 @@ class PoolModel:
         """Return the keys of caches that are known to be sealed and held: a look-up must find them."""
         held = {i for process in self.clients.values() for i in process.sure()}
         held |= {i for tenant, pins in self.pins.items() for i in pins if pins[i] > self.unpinning[tenant][i]}
-        return {made.asked for made in map(self.made.__getitem__, held) if made.sealed and made.asked is not None}
+        found = map(self.made.__getitem__, held - self.void)
+        return {made.asked for made in found if made.sealed and made.asked is not None}
+
+    def _was_invalidated(self, tenant: str, model: str, key: bytes) -> bool:
+        return any((t, m) == (tenant, model) and (keys is None or key in keys) for t, m, keys in self.invalidated)
 
     def _is_here(self, process: Process, ids: Sequence[int]) -> bool:
         return process.alive and not any(i in self.made and self.made[i].device in self.pool.lost for i in ids)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import Callable
 from contextvars import Context
 from typing import Any
@@ -275,7 +276,13 @@ async def call(method: Any, *arguments: Any, timeout_s: float | None = None) -> 
         raise
 
 
-def context() -> dict[str, str]:
-    """Return who this process is in the cluster: ids of its job, node and worker."""
+def context() -> dict[str, Any]:
+    """Return who this process is in the cluster: its id, name of its host, ids of its job, node and worker."""
     runtime = ray.get_runtime_context()
-    return {"job": runtime.get_job_id(), "node": runtime.get_node_id(), "worker": runtime.get_worker_id()}
+    return {
+        "pid": os.getpid(),
+        "hostname": socket.gethostname(),
+        "job": runtime.get_job_id(),
+        "node": runtime.get_node_id(),
+        "worker": runtime.get_worker_id(),
+    }

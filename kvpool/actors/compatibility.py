@@ -5,7 +5,7 @@ installed around it. What must mean the same in every version, because it is use
 end a pool of another one:
 
 - ``describe()`` answers a dict with ``protocol`` (int), ``config`` (dict) and (the first version did not) ``version``;
-- ``leases()`` answers the bytes that each client holds;
+- ``leases()`` tells who holds how much, in one of the forms that :func:`leased_bytes` knows;
 - ``delete(drain_s)`` refuses new leases, waits for those there are, and ends the pool.
 """
 
@@ -55,6 +55,16 @@ def protocol_difference(name: str, described: dict[str, Any]) -> ProtocolError |
 def version_of(described: dict[str, Any]) -> str:
     """Return the version of kvpool that a pool runs."""
     return str(described.get("version", "of a version that does not tell its number"))
+
+
+def leased_bytes(leases: Any) -> dict[str, int]:
+    """Return the bytes that each client holds, from what a pool's ``leases()`` answered.
+
+    Protocol 1 told just these; later ones tell of each client in a dict with ``client`` and ``bytes`` among its fields.
+    """
+    if isinstance(leases, dict):
+        return leases
+    return {each["client"]: each["bytes"] for each in leases}
 
 
 def restart_commands(name: str, config: dict[str, Any]) -> tuple[str, str]:

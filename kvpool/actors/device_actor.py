@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,7 +119,9 @@ class DeviceActor:
             reserve_bytes=self._reserve_bytes,
         )
         self._store = DeviceStore(self._allocator)
-        self._server = PageServer(self._socket_path, self, self._store.authorize, self._client_gone)
+        self._server = PageServer(
+            self._socket_path, self, self._store.authorize, self._client_gone, self._client_connected
+        )
         await self._server.start()
         gc.collect()
         gc.freeze()
@@ -148,7 +151,11 @@ class DeviceActor:
         ``traces`` has for each operation the contexts of the traces that it belongs to.
         The stamp orders these figures: the answer and an event may overtake each other on their way to the pool.
         """
-        answers = self._store.apply(operations, OperationSpans(self._tracer, self._name, traces).done)
+        spans = OperationSpans(self._tracer, self._name, traces)
+        answers = self._store.apply(operations, time.monotonic(), spans.done)
+        for operation in operations:
+            if operation[0] == "revoke":
+                self._server.revoke(operation[1])
         self._request_drops()
         return answers, self._zombies()
 
@@ -178,6 +185,10 @@ class DeviceActor:
         """Return the bytes that each client holds leased here."""
         return self._store.leases()
 
+    async def holders(self) -> dict[str, tuple[int, int, float]]:
+        """Return for each client that holds leases here: caches, bytes, seconds since the oldest began."""
+        return self._store.holders(time.monotonic())
+
     async def shutdown(self) -> None:
         """Close the socket and give all memory back. The actor is of no use afterwards."""
         await self._server.close()
@@ -200,6 +211,10 @@ class DeviceActor:
         zombie_bytes = self._allocator.usage().zombie_bytes
         self._allocator.dropped(client, serials)
         self._tell_if_freed(zombie_bytes)
+
+    def _client_connected(self, client: str) -> None:
+        if self._store.is_revoked(client):  # before it came here for the first time
+            self._server.revoke(client)
 
     def _client_gone(self, client: str) -> None:
         zombie_bytes = self._allocator.usage().zombie_bytes

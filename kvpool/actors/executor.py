@@ -7,6 +7,7 @@ import logging
 import time
 from typing import Any
 
+from kvpool.actors.event_feed import EventFeed
 from kvpool.actors.fleet import Fleet
 from kvpool.actors.pool_telemetry import PoolTelemetry
 from kvpool.actors.protocol import check_items, errors_of
@@ -65,6 +66,7 @@ class Executor:
         self._telemetry = telemetry
         self.fleet = Fleet(self._device_answered, self._device_told, self._device_lost)
         self.grants: dict[str, Stream] = {}
+        self.feed = EventFeed(state.ledger.journal)
         self._done: dict[Batch, asyncio.Future[list[Any]]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due = 0.0
@@ -148,6 +150,7 @@ class Executor:
                         stream.put((instruction.ticket, instruction.answer))
                 case Waited():
                     self._telemetry.waited(instruction, now)
+        self.feed.notify()
         self._set_timer()
 
     def _set_timer(self) -> None:

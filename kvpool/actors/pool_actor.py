@@ -19,6 +19,7 @@ import logging
 import time
 from typing import Any
 
+from kvpool.actors.administration import Administration
 from kvpool.actors.cluster import end_self, find_actor, join_actor
 from kvpool.actors.drain import check_drain_time, drain
 from kvpool.actors.executor import Executor
@@ -56,7 +57,7 @@ _LINGER_S = 1.0
 """How long a deleted pool's actor lives on, seconds: its answer must arrive. Usually the caller kills it before."""
 
 
-class PoolActor:
+class PoolActor(Administration):
     """One pool: directory, placement, eviction and the queue, over its device actors.
 
     Parameters
@@ -108,20 +109,8 @@ class PoolActor:
         """Return what the pool holds and did: :meth:`kvpool.PoolStatistics.to_dict`."""
         memory = await self._fleet.ask(self._alive(), "memory")
         config = self._config
-        return collect(self._state, memory, policy_requested=config.policy_requested, preset=config.preset).to_dict()
-
-    async def leases(self) -> dict[str, int]:
-        """Return the bytes that each client holds leased, over all devices."""
-        held: dict[str, int] = {}
-        for report in (await self._fleet.ask(self._alive(), "leases")).values():
-            for client, size_bytes in report.items():
-                held[client] = held.get(client, 0) + size_bytes
-        return held
-
-    async def trim(self) -> int:
-        """Give warm pages back to the system; returns their bytes. Pages that clients still map become zombies."""
-        given = await asyncio.gather(*(self._fleet.operate(number, ("trim",)) for number in self._alive()))
-        return sum(size_bytes for size_bytes in given if isinstance(size_bytes, int))
+        requested = config.policy_requested if self._state.policy_name == config.policy.lower() else None
+        return collect(self._state, memory, policy_requested=requested, preset=config.preset).to_dict()
 
     async def delete(self, drain_s: float | None = None, leaving: str | None = None) -> None:
         """End the devices. This actor ends itself shortly afterwards, if the caller does not kill it before.
@@ -147,7 +136,7 @@ class PoolActor:
             raise self._busy()
         self._draining = True
         try:
-            await drain(self._config.name, self.leases, drain_s or 0.0, leaving)
+            await drain(self._config.name, self._leased_bytes, drain_s or 0.0, leaving)
         except BaseException:
             self._draining = False
             raise
@@ -162,7 +151,8 @@ class PoolActor:
     async def connect(self, client: dict[str, Any]) -> dict[str, Any]:
         """Make a client process known; returns :meth:`describe` plus ``reachable``, the numbers of its devices.
 
-        ``client``: ``protocol``, ``id``, ``tenant``, ``host`` and the ``token`` it will show to the page servers.
+        ``client``: ``protocol``, ``id``, ``tenant``, ``host`` and the ``token`` it will show to the page servers; and
+        what :meth:`leases` tells of it, ``who``: a dict with ``pid``, ``hostname``, ``job`` and ``node``.
         An error is returned as ``{"error": (class, message, details)}``.
         """
         try:
@@ -176,7 +166,7 @@ class PoolActor:
             return {"error": self._busy().to_wire()}
         try:
             known, batch, instructions = self._state.connect(
-                client["id"], client["tenant"], client["host"], client["token"]
+                client["id"], client["tenant"], client["host"], client["token"], client.get("who"), time.monotonic()
             )
         except KvpoolError as error:
             return {"error": error.to_wire()}
@@ -303,9 +293,6 @@ class PoolActor:
 
     async def _memory_of(self, number: int) -> dict[str, int] | None:
         return (await self._fleet.ask([number], "memory")).get(number)
-
-    def _alive(self) -> list[int]:
-        return [device.number for device in self._state.ledger.devices if device.lost is None]
 
 
 def find_pool(name: str) -> Any:

@@ -33,7 +33,10 @@ class CacheEvictionPolicy(Protocol):
         ...
 
     def evictable(self, rows: Sequence[int], now: float) -> None:
-        """These rows lost their last pin."""
+        """These rows lost their last pin.
+
+        A policy that takes over from another one is given all that is evictable in one batch, in order of last access.
+        """
         ...
 
     def taken(self, rows: Sequence[int], now: float) -> None:

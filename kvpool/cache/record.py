@@ -44,4 +44,6 @@ class CacheRecord:
     sealed: bool = False
     key: bytes | None = None
     doomed: bool = False
-    """Told to go while leased: the pool has forgotten it, so it is freed with its last lease."""
+    """Told to go while leased: nobody finds it any more, so it is freed with its last lease."""
+    void: bool = False
+    """Its content is void: its memory is zeroed when it is freed."""

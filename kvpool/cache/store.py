@@ -15,11 +15,19 @@ operation                                                           answer
 ``("release", client, sequence, ids)``                              ``RELEASED``, ``FREED`` or an error for each id
 ``("finish", client, sequence, ids, keys)``                         the same; seals before it releases (key None: not)
 ``("evict", ids)``                                                  refused ids
+``("void", ids, pins)``                                             ``(ids whose lease ended, ids freed, held)``
+``("scrub", tenant, number, most bytes)``                           ``True`` when it was the last step
+``("revoke", client)``                                              ``(ids whose lease ended, ids freed, figures)``
 ``("trim",)``                                                       bytes given back to the system
 =================================================================== ================================================
 
 A *place* is ``(offset, pages, generation)``, with pages as ``((index, serial), ...)``. ``allocate`` first evicts, then
 places as many of its ids as fit, in their order; each is leased to the client before the answer leaves.
+
+``void`` declares content void: what nobody holds is zeroed and freed, the rest with its last lease; leases of clients
+whose names begin with ``pins`` end with it. *Held* is ``{client: (caches, bytes)}`` for those that are still leased.
+``revoke`` ends all leases of a client that may not know it, and lets it do nothing any more; what it may still write to
+is kept from everybody (:mod:`kvpool.memory.pages`). Its figures are ``(caches, bytes, bytes it may still map)``.
 """
 
 from __future__ import annotations
@@ -35,6 +43,7 @@ from kvpool.errors import (
     CapacityError,
     DoubleReleaseError,
     KvpoolError,
+    LeaseRevokedError,
     ProtocolError,
     SealedError,
     UnknownCacheError,
@@ -57,6 +66,9 @@ class _Client:
     tenant: str
     token: str
     leases: dict[int, int] = field(default_factory=dict)
+    since: dict[int, float] = field(default_factory=dict)
+    """When each of them began, the oldest first."""
+    revoked: bool = False
 
 
 class DeviceStore:
@@ -73,6 +85,7 @@ class DeviceStore:
         self._caches: dict[int, CacheRecord] = {}
         self._clients: dict[str, _Client] = {}
         self._lease_count = 0
+        self._now = 0.0
         self._handlers: dict[str, Callable[..., Any]] = {
             "connect": self._connect,
             "disconnect": self.disconnect,
@@ -82,14 +95,28 @@ class DeviceStore:
             "release": self._release,
             "finish": self._finish,
             "evict": self._evict,
+            "void": self._void,
+            "scrub": self.allocator.scrub,
+            "revoke": self._revoke,
             "trim": self.allocator.trim,
         }
 
-    def apply(self, operations: Sequence[Operation], done: Callable[[Operation, Any], None] | None = None) -> list[Any]:
+    def apply(
+        self,
+        operations: Sequence[Operation],
+        now: float = 0.0,
+        done: Callable[[Operation, Any], None] | None = None,
+    ) -> list[Any]:
         """Carry the operations out in order; one that fails answers with its error and does no more than evict.
 
-        ``done`` is told of each, with its answer, as soon as it is carried out.
+        Parameters
+        ----------
+        now
+            Seconds of the caller's clock, from which the age of a lease counts (see :meth:`holders`).
+        done
+            Told of each operation, with its answer, as soon as it is carried out.
         """
+        self._now = now
         answers: list[Any] = []
         with self.allocator.change():
             for operation in operations:
@@ -114,6 +141,11 @@ class DeviceStore:
             raise ProtocolError(f"client {client!r} is not connected to this device, or shows another's token")
         return known.tenant
 
+    def is_revoked(self, client: str) -> bool:
+        """Whether a client's leases were revoked, and it has not left yet."""
+        known = self._clients.get(client)
+        return known is not None and known.revoked
+
     @property
     def caches(self) -> int:
         """Number of caches on this device."""
@@ -132,6 +164,15 @@ class DeviceStore:
         }
         return {name: size_bytes for name, size_bytes in held.items() if size_bytes}
 
+    def holders(self, now: float) -> dict[str, tuple[int, int, float]]:
+        """Return for each client that holds leases ``(caches, bytes, seconds since the oldest of them began)``."""
+        leased = self.leases()
+        return {
+            name: (len(client.leases), leased[name], now - next(iter(client.since.values())))
+            for name, client in self._clients.items()
+            if name in leased
+        }
+
     def disconnect(self, client: str) -> tuple[list[int], list[int]]:
         """End all leases of a client that left or died; returns ``(ids whose lease ended, ids freed)``.
 
@@ -139,14 +180,27 @@ class DeviceStore:
         client was given stay on its account until it drops them or its process is seen dead.
         """
         known = self._clients.pop(client, None)
+        return ([], []) if known is None else self._end_all(known)
+
+    def _end_all(self, client: _Client) -> tuple[list[int], list[int]]:
         ended: list[int] = []
         freed: list[int] = []
-        if known is not None:
-            for cache_id, count in known.leases.items():
-                ended += [cache_id] * count
-                if self._end_leases(self._caches[cache_id], count):
-                    freed.append(cache_id)
+        for cache_id, count in client.leases.items():
+            ended += [cache_id] * count
+            if self._end_leases(self._caches[cache_id], count):
+                freed.append(cache_id)
+        client.leases, client.since = {}, {}
         return ended, freed
+
+    def _revoke(self, client: str) -> tuple[list[int], list[int], tuple[int, int, int]]:
+        known = self._clients.get(client)
+        if known is None:
+            return [], [], (0, 0, 0)
+        figures = len(known.leases), sum(self._caches[cache_id].size_bytes for cache_id in known.leases)
+        for cache_id in known.leases:
+            self.allocator.quarantine(client, cache_id)
+        known.revoked = True
+        return *self._end_all(known), (*figures, self.allocator.held_bytes(client))
 
     def _connect(self, client: str, tenant: str, token: str) -> bool:
         if client in self._clients:
@@ -158,6 +212,8 @@ class DeviceStore:
         known = self._clients.get(client)
         if known is None:
             raise ProtocolError(f"client {client!r} is not connected to this device: connect to the pool again")
+        if known.revoked:
+            raise LeaseRevokedError(f"the leases of client {client!r} were revoked: connect to the pool again")
         return known
 
     def _allocate(
@@ -171,7 +227,8 @@ class DeviceStore:
         evict: Sequence[int],
     ) -> tuple[list[Place], list[int], dict[str, Any] | None]:
         refused = self._evict(evict)  # first: the pool has forgotten these, whatever becomes of the client
-        leases = self._client(client).leases
+        known = self._client(client)
+        leases, since = known.leases, known.since
         allocate = self.allocator.allocate
         places: list[Place] = []
         for cache_id in ids:
@@ -182,14 +239,14 @@ class DeviceStore:
                 return places, refused, {"class": name, "message": message, "details": details}
             except KvpoolError:  # an id that lives already, or a size that cannot be: nothing of this is done
                 for placed in ids[: len(places)]:
-                    del leases[placed]
+                    del leases[placed], since[placed]
                     self._lease_count -= 1
                     self._free(placed)
                 raise
             self._caches[cache_id] = CacheRecord(
                 cache_id, 0, tenant, size_bytes, max_size_bytes, found.offset, found.pages, leases=1
             )
-            leases[cache_id] = 1
+            leases[cache_id], since[cache_id] = 1, self._now
             self._lease_count += 1
             places.append((found.offset, found.pages, 0))
         return places, refused, None
@@ -206,6 +263,7 @@ class DeviceStore:
             record.leases += 1
             self._lease_count += 1
             leases[cache_id] = leases.get(cache_id, 0) + 1
+            known.since.setdefault(cache_id, self._now)
             places.append((record.offset, record.pages, record.generation))
         return places
 
@@ -226,7 +284,8 @@ class DeviceStore:
         return answers
 
     def _release(self, client: str, sequence: int, ids: Sequence[int]) -> list[Any]:
-        leases = self._client(client).leases
+        known = self._client(client)
+        leases = known.leases
         answers: list[Any] = []
         for cache_id in ids:
             count = leases.get(cache_id)
@@ -234,7 +293,7 @@ class DeviceStore:
                 answers.append(("error", *self._not_leased(client, cache_id).to_wire()))
                 continue
             if count == 1:
-                del leases[cache_id]
+                del leases[cache_id], known.since[cache_id]
             else:
                 leases[cache_id] = count - 1
             answers.append(FREED if self._end_leases(self._caches[cache_id], 1) else RELEASED)
@@ -278,6 +337,29 @@ class DeviceStore:
                 self._free(cache_id)
         return refused
 
+    def _void(self, ids: Sequence[int], pins: str) -> tuple[list[int], list[int], dict[str, tuple[int, int]]]:
+        ended: list[int] = []
+        freed: list[int] = []
+        held_ids: set[int] = set()
+        for record in filter(None, map(self._caches.get, ids)):
+            record.doomed = record.void = True
+            pinner = self._clients.get(pins + record.tenant)
+            if pinner is not None and record.id in pinner.leases:
+                del pinner.since[record.id]
+                count = pinner.leases.pop(record.id)
+                ended += [record.id] * count
+                record.leases -= count
+                self._lease_count -= count
+            if not record.leases:
+                self._free(record.id)
+                freed.append(record.id)
+                continue
+            held_ids.add(record.id)
+        held = {name: client.leases.keys() & held_ids for name, client in self._clients.items()}
+        sizes = {name: (len(ids), sum(self._caches[i].size_bytes for i in ids)) for name, ids in held.items() if ids}
+        return ended, freed, sizes
+
     def _free(self, cache_id: int) -> None:
-        del self._caches[cache_id]
+        if self._caches.pop(cache_id).void:
+            self.allocator.wipe(cache_id)
         self.allocator.free(cache_id)

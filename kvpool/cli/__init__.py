@@ -18,6 +18,14 @@ from kvpool.version import __version__
 EXIT_ERROR = 2
 
 _COMMANDS = {
+    "contains": ("kvpool.cli.administration:contains", "Show how much of a chain is in a pool, and where."),
+    "events": ("kvpool.cli.administration:events", "Write what happens to a pool's content, as it happens."),
+    "evict": ("kvpool.cli.administration:evict", "Evict caches that nobody holds."),
+    "invalidate": ("kvpool.cli.administration:invalidate", "Remove a model's content, or that of keys, for good."),
+    "leases": ("kvpool.cli.administration:leases", "Show who holds what, and revoke it."),
+    "ls": ("kvpool.cli.administration:ls", "List models and caches."),
+    "set-policy": ("kvpool.cli.administration:set_policy", "Let another eviction policy decide."),
+    "trim": ("kvpool.cli.administration:trim", "Give a pool's warm pages back to the system."),
     "bench": ("kvpool.cli.bench:bench", "Measure, beside something measured in the same run."),
     "doctor": ("kvpool.cli.doctor:doctor", "Say what is wrong with this system and how to mend it."),
     "replay": ("kvpool.cli.replay:replay", "Replay a trace against a pool and verify every hit."),

@@ -11,8 +11,8 @@ from kvpool.cli.output import print_rows, write_json
 from kvpool.errors import KvpoolError
 from kvpool.sizes import format_size
 
-_JSON = click.option("--json", "json_path", metavar="FILE", help="Write JSON to FILE ('-': standard output) instead.")
-_NAME = click.option("--name", default="kvpool", show_default=True, help="Name of the pool.")
+JSON = click.option("--json", "json_path", metavar="FILE", help="Write JSON to FILE ('-': standard output) instead.")
+NAME = click.option("--name", default="kvpool", show_default=True, help="Name of the pool.")
 
 
 @click.command()
@@ -23,7 +23,7 @@ _NAME = click.option("--name", default="kvpool", show_default=True, help="Name o
 @click.option("--placement", help="round_robin or least_loaded.  [default: least_loaded]")
 @click.option("--preset", type=click.Choice(["vista", "deepseek-ocr"]), help="Sizes and policy of a known application.")
 @click.option("--num-gpus", type=int, default=1, show_default=True, help="Devices of a preset.")
-@_JSON
+@JSON
 def start(preset: str | None, num_gpus: int, json_path: str | None, **settings: Any) -> None:
     """Start a pool in the running Ray cluster, or join the same one.
 
@@ -47,9 +47,9 @@ def start(preset: str | None, num_gpus: int, json_path: str | None, **settings: 
 
 
 @click.command()
-@_NAME
+@NAME
 @click.option("--drain", "drain_s", type=float, help="Wait up to so many seconds for leases to end.")
-@_JSON
+@JSON
 def stop(name: str, drain_s: float | None, json_path: str | None) -> None:
     """Delete a pool and give its memory back. Refuses while clients hold leases."""
     from kvpool.client import delete
@@ -62,12 +62,12 @@ def stop(name: str, drain_s: float | None, json_path: str | None) -> None:
 
 
 @click.command()
-@_NAME
-@_JSON
+@NAME
+@JSON
 def status(name: str, json_path: str | None) -> None:
     """Show what a pool holds and did."""
     from kvpool.actors.cluster import call, ensure_ray, find_actor
-    from kvpool.actors.compatibility import protocol_difference
+    from kvpool.actors.compatibility import leased_bytes, protocol_difference
     from kvpool.pool.statistics import PoolStatistics
 
     async def run() -> None:
@@ -77,7 +77,8 @@ def status(name: str, json_path: str | None) -> None:
         if other is None:
             _show(PoolStatistics.from_dict(await call(actor.statistics, timeout_s=30.0)), json_path)
         else:
-            _show_other_version(name, other, await call(actor.leases, timeout_s=30.0), json_path)
+            leases = leased_bytes(await call(actor.leases, timeout_s=30.0))
+            _show_other_version(name, other, leases, json_path)
 
     asyncio.run(run())
 

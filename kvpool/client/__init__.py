@@ -2,8 +2,19 @@
 
 from kvpool.client.blocks import NewBlocks, PrefixHit
 from kvpool.client.cache import VirtualKVCache
+from kvpool.client.events import EventStream, PoolEvent
 from kvpool.client.model import Model
 from kvpool.client.pool import CachePool, delete
 from kvpool.client.spec import ModelSpec
 
-__all__ = ["CachePool", "Model", "ModelSpec", "NewBlocks", "PrefixHit", "VirtualKVCache", "delete"]
+__all__ = [
+    "CachePool",
+    "EventStream",
+    "Model",
+    "ModelSpec",
+    "NewBlocks",
+    "PoolEvent",
+    "PrefixHit",
+    "VirtualKVCache",
+    "delete",
+]

@@ -60,7 +60,11 @@ class LeasedBlocks:
             await self._connection.map(self._devices, self._places, self.access)
 
     def addresses(self) -> list[int]:
-        """Return where each block begins in this process's memory. Valid while the lease is held."""
+        """Return where each block begins in this process's memory. Valid until the blocks are released."""
+        self._lease.addressed = True
+        return self._addresses()
+
+    def _addresses(self) -> list[int]:
         self._lease.check_held()
         arenas, access = self._connection.arenas, self.access
         wanted: dict[int, dict[tuple[int, int], None]] = {}
@@ -83,7 +87,7 @@ class LeasedBlocks:
 
     def _views(self) -> list[MappedTensorSource]:
         shape, dtype, access = self._spec.shape, self._spec.block_dtype, self.access
-        return [open_view(self._lease, address, shape, dtype, access) for address in self.addresses()]
+        return [open_view(self._lease, address, shape, dtype, access) for address in self._addresses()]
 
     async def release(self) -> None:
         """End the lease, now or when the last tensor over the blocks is gone.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
-from kvpool.actors.cluster import call, ensure_ray
+from kvpool.actors.cluster import call, context, ensure_ray
 from kvpool.actors.compatibility import check_protocol
 from kvpool.actors.pool_actor import find_pool
 from kvpool.actors.protocol import PROTOCOL_VERSION, host_identity
@@ -24,7 +24,9 @@ from kvpool.errors import (
     CacheStateError,
     DeviceLostError,
     ForkedHandleError,
+    InvalidRequestError,
     KvpoolError,
+    LeaseRevokedError,
     PoolUnavailableError,
     StaleCacheError,
     from_wire,
@@ -41,9 +43,10 @@ Place = tuple[int, Sequence[tuple[int, int]], int]
 class Connection:
     """What the handles of one :class:`~kvpool.CachePool` share. Made by :meth:`open`."""
 
-    def __init__(self, actor: Any, client: str, token: str, described: dict[str, Any]) -> None:
+    def __init__(self, actor: Any, client: str, tenant: str, token: str, described: dict[str, Any]) -> None:
         self.actor = actor
         self.client = client
+        self.tenant = tenant
         self.config: dict[str, Any] = described["config"]
         self.devices: list[dict[str, Any]] = described["devices"]
         self.reachable: list[int] = described["reachable"]
@@ -52,6 +55,8 @@ class Connection:
         self._pid = os.getpid()
         self._sequence = itertools.count(1)
         self._closed = False
+        self._revoked = False
+        self._unmapped = False
         self._waiting = WaitingRequests(actor, client, self._abandoned)
         self._background: set[asyncio.Task[Any]] = set()
         self.caches = Lane("request_caches", actor, client, self._abandoned)
@@ -62,6 +67,7 @@ class Connection:
         self.releases = Lane("release", actor, client, self._abandoned)
         self.pins = Lane("pin", actor, client, self._abandoned)
         self.unpins = Lane("unpin", actor, client, self._abandoned)
+        self.questions = Lane("contains", actor, tenant, self._abandoned)
         self.arenas: dict[int, ClientArena] = {}
         self._probe()
         try:
@@ -75,6 +81,7 @@ class Connection:
                     device["arena_bytes"],
                     device["page_bytes"],
                     _pages(device),
+                    self._note_revoked,
                 )
         except BaseException:
             for arena in self.arenas.values():
@@ -101,13 +108,20 @@ class Connection:
         client, token = f"{os.getpid()}-{uuid.uuid4().hex[:12]}", secrets.token_hex(16)
         described = await call(
             actor.connect,
-            {"protocol": PROTOCOL_VERSION, "id": client, "tenant": tenant, "host": host_identity(), "token": token},
+            {
+                "protocol": PROTOCOL_VERSION,
+                "id": client,
+                "tenant": tenant,
+                "host": host_identity(),
+                "token": token,
+                "who": context(),
+            },
             timeout_s=ANSWER_S,
         )
         if "error" in described:
             raise from_wire(described["error"])
         try:
-            return cls(actor, client, token, described)
+            return cls(actor, client, tenant, token, described)
         except BaseException:
             await call(actor.disconnect, client, timeout_s=ANSWER_S)
             raise
@@ -132,6 +146,15 @@ class Connection:
         if self._closed:
             raise CacheStateError("this connection to the pool is closed: connect again")
 
+    def check_not_revoked(self) -> None:
+        """Raise :class:`LeaseRevokedError` if an administrator ended this connection's leases."""
+        if self._revoked:
+            raise LeaseRevokedError(
+                f"an administrator of pool {self.config['name']!r} ended the leases of this process (client "
+                f"{self.client}): connect again, and look up or ask for what is still needed",
+                client=self.client,
+            )
+
     def check_loop(self) -> None:
         """Raise unless :meth:`check_usable` and running on the event loop that this connection belongs to."""
         self.check_usable()
@@ -142,8 +165,8 @@ class Connection:
 
     @property
     def closed(self) -> bool:
-        """Whether the connection has ended, and every lease with it."""
-        return self._closed
+        """Whether the connection has ended or was revoked, and every lease with it."""
+        return self._closed or self._revoked
 
     def next_sequence(self) -> int:
         """Return a number that tells this client's requests apart."""
@@ -154,6 +177,7 @@ class Connection:
     async def request_cache(self, model: int, size_bytes: int, max_size_bytes: int, timeout_s: float) -> Any:
         """Ask for a cache and wait for memory up to ``timeout_s``; returns the ``granted`` answer."""
         self.check_loop()
+        self.check_not_revoked()
         with self.caches.call() as trace:
             item = (self.next_sequence(), model, size_bytes, max_size_bytes, timeout_s)
             answer = await self.caches.ask(item, trace)
@@ -162,6 +186,7 @@ class Connection:
     async def ask(self, lane: Lane, *content: Any) -> Any:
         """Submit one item to a lane and return its answer."""
         self.check_loop()
+        self.check_not_revoked()
         span = lane.call()
         with span as trace:
             answer = await lane.ask((self.next_sequence(), *content), trace)
@@ -169,16 +194,28 @@ class Connection:
                 note_errors(span, [answer])
             return answer
 
-    async def call(self, method: Any, *arguments: Any) -> Any:
+    async def contains(self, model: Any, hashes: bytes) -> dict[str, Any]:
+        """Ask how much of a chain is resident; concurrent questions leave in one call."""
+        self.check_loop()
+        self.check_not_revoked()
+        _, found = await self.questions.ask((model, hashes))
+        return dict(found)
+
+    async def call(self, method: Any, *arguments: Any, timeout_s: float = ANSWER_S) -> Any:
         """Call a method of the pool actor that is not merged."""
         self.check_loop()
-        return await call(method, *arguments, timeout_s=ANSWER_S)
+        self.check_not_revoked()
+        return await call(method, *arguments, timeout_s=timeout_s)
 
     async def release(self, ids: Sequence[int]) -> None:
         """End one lease on each id; raises the first error among the answers. What is lost needs no release."""
+        if self._revoked:
+            return
         with self.releases.call() as trace:
             try:
                 _, outcomes = await self.releases.ask((self.next_sequence(), list(ids)), trace)
+            except LeaseRevokedError:
+                return
             except StaleCacheError:  # a leased cache is gone only with its device; others of these may lie elsewhere
                 if len(ids) > 1:
                     await asyncio.gather(*(self.release([cache_id]) for cache_id in ids))
@@ -189,7 +226,7 @@ class Connection:
 
     def release_soon(self, ids: Sequence[int]) -> None:
         """End leases without waiting for it, from any thread."""
-        if self._closed or os.getpid() != self._pid:
+        if self.closed or os.getpid() != self._pid:
             return  # they ended with the connection, or are the parent's
         try:
             self.loop.call_soon_threadsafe(self._start_release, list(ids))
@@ -227,6 +264,13 @@ class Connection:
 
     async def map(self, devices: Sequence[int], places: Sequence[Place], access: Access) -> None:
         """Map the pages of these places; off the event loop when the owner must be asked."""
+        try:
+            await self._map(devices, places, access)
+        except InvalidRequestError:  # the arenas are closed
+            self.check_not_revoked()
+            raise
+
+    async def _map(self, devices: Sequence[int], places: Sequence[Place], access: Access) -> None:
         wanted: dict[int, dict[tuple[int, int], None]] = {}
         for device, place in zip(devices, places, strict=True):
             wanted.setdefault(device, {}).update(dict.fromkeys(place[1]))
@@ -234,6 +278,28 @@ class Connection:
             arena = self.arenas[device]
             if not arena.is_mapped(list(pages), access):
                 await asyncio.to_thread(arena.ensure, list(pages), access)
+
+    # -- leases that an administrator ended -----------------------------------------------------------------------
+
+    def _note_revoked(self) -> None:
+        """The owner of some device says so. In the thread that reads its messages."""
+        self._revoked = True
+        self.lease_unused()
+
+    def lease_unused(self) -> None:
+        """A lease may have come out of use: the last one lets a revoked connection unmap everything. Any thread."""
+        if self._revoked and not self._closed and os.getpid() == self._pid:
+            try:
+                self.loop.call_soon_threadsafe(self._unmap_revoked)
+            except RuntimeError:  # the loop is closed: all is unmapped with the end of this process
+                logger.debug("revoked, and left to the end of this process")
+
+    def _unmap_revoked(self) -> None:
+        # A view that is opened now finds the connection revoked after it was counted (open_view), so none is missed.
+        if not self._closed and not self._unmapped and not any(lease.in_use for lease in list(self.leases)):
+            self._unmapped = True
+            for arena in self.arenas.values():
+                self._spawn(asyncio.to_thread(arena.close))
 
     # -- the end --------------------------------------------------------------------------------------------------
 
@@ -257,6 +323,7 @@ class Connection:
             self.finishes,
             self.pins,
             self.unpins,
+            self.questions,
             self.releases,
         ):
             await lane.drain()

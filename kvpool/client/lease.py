@@ -36,14 +36,22 @@ class Lease:
         """Tensors (storages) over the leased memory that are alive in this process."""
         self.released = False
         """Released by word; with :attr:`views` left, the lease ends with the last of them."""
+        self.addressed = False
+        """Bare addresses of the memory were handed out, so it may be in use until the lease is released."""
         self._connection = connection
         # A storage may die in any thread, also within another one's garbage collection.
         self._lock = threading.RLock()
         connection.leases.add(self)
 
+    @property
+    def in_use(self) -> bool:
+        """Whether anything may still read or write the memory by what this lease gave."""
+        return self.views > 0 or (self.addressed and not self.released)
+
     def check_held(self) -> None:
         """Raise unless the leased memory may be used here and now."""
         self._connection.check_usable()
+        self._connection.check_not_revoked()
         if self.released:
             raise _released()
 
@@ -66,8 +74,11 @@ class Lease:
         with self._lock:
             self.views -= 1
             ends = self.released and not self.views
+            unused = not self.views
         if ends:
             self._connection.release_soon(self.ids)
+        if unused:
+            self._connection.lease_unused()
 
     async def release(self) -> None:
         """End the lease, now or with the last tensor over its memory.
@@ -88,7 +99,10 @@ class Lease:
             if self.released:
                 raise DoubleReleaseError(f"released already: {self.ids[:4]}", ids=self.ids[:4])
             self.released = True
-            return not self.views
+            unused = not self.views
+        if unused:
+            self._connection.lease_unused()
+        return unused
 
     @contextmanager
     def given_back_on_failure(self) -> Iterator[None]:
@@ -101,6 +115,8 @@ class Lease:
             raise
 
     def __del__(self) -> None:
+        if self.addressed and not self.released:
+            self._connection.lease_unused()
         if not self.released and self.ids and not self._connection.closed:
             warnings.warn(
                 f"a lease on {len(self.ids)} caches was dropped without release(): use 'async with'",

@@ -68,6 +68,10 @@ class Model:
         await hit.map()
         return hit
 
+    async def contains(self, hashes: Sequence[bytes]) -> dict[str, Any]:
+        """Tell how many leading ``hashes`` are resident, and where; see :meth:`CachePool.contains`."""
+        return await self._connection.contains(self.number, join_hashes(hashes))
+
     async def new_blocks(self, hashes: Sequence[bytes], *, parent: bytes | None = None) -> NewBlocks:
         """Lease new blocks for those of a chain's ``hashes`` that are not in the pool, as many as fit.
 

@@ -8,6 +8,7 @@ from typing import Any
 from kvpool.actors.cluster import call, end, ensure_ray, kill, start_local_ray
 from kvpool.actors.compatibility import check_protocol
 from kvpool.actors.pool_actor import find_pool, make_pool
+from kvpool.client.administration import Administration
 from kvpool.client.cache import VirtualKVCache
 from kvpool.client.connection import Connection
 from kvpool.client.model import Model, is_number
@@ -31,7 +32,7 @@ logger = logging.getLogger("kvpool.client")
 _START_S = 120.0
 
 
-class CachePool:
+class CachePool(Administration):
     """A connection to a pool of this cluster. Use it as an async context manager, or :meth:`close` it.
 
     Made by :meth:`create` (starts the pool, or joins the same one) or :meth:`connect`. The pool itself is detached:
@@ -164,10 +165,6 @@ class CachePool:
     async def stats(self) -> PoolStatistics:
         """Return what the pool holds and did."""
         return PoolStatistics.from_dict(await self._connection.call(self._connection.actor.statistics))
-
-    async def trim(self) -> int:
-        """Give warm pages back to the system; returns their bytes."""
-        return int(await self._connection.call(self._connection.actor.trim))
 
     def leases(self) -> list[dict[str, Any]]:
         """Return this process's leases: ids, bytes, views that are alive, and whether they wait only for those."""

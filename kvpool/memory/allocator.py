@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from kvpool.errors import (
@@ -21,6 +21,7 @@ from kvpool.memory.backend import Backend
 from kvpool.memory.pages import PageTable
 from kvpool.memory.ranges import RangeAllocator
 from kvpool.memory.reserve import Shape
+from kvpool.memory.scrub import Scrubber
 from kvpool.memory.shared import SharedPages
 from kvpool.memory.tickets import Ticket, TicketQueue
 from kvpool.memory.usage import MemoryUsage
@@ -80,15 +81,16 @@ class GPUMemoryAllocator:
         self._page_shift = page_size_bytes.bit_length() - 1
         self._table = PageTable(backend, capacity_pages, page_size_bytes, arena_pages)
         self._ranges = RangeAllocator(self._table, reserve_pages)
+        self._scrubber = Scrubber(backend, self._ranges, self._live)
         try:
             self._shared = SharedPages(self._ranges, min_block_bytes)
         except ConfigError:
             self._table.close()
             raise
         self.export = self._table.export
-        self.dropped = self._table.dropped
-        self.holder_gone = self._table.holder_gone
         self.take_drops = self._table.take_drops
+        self.held_bytes = self._table.held_bytes
+        self.scrub = self._scrubber.scrub
 
     @property
     def address(self) -> int:
@@ -213,6 +215,35 @@ class GPUMemoryAllocator:
         if not self._changes:
             self._ranges.bound()
 
+    def wipe(self, cache_id: int) -> None:
+        """Set all bytes of a live cache's memory to zero, those that its size was rounded up by included."""
+        each = self.allocation(cache_id)
+        if each.max_size_bytes < self.page_size_bytes:
+            self._scrubber.zero(each.offset, self._shared.part_bytes(each.tenant, each.offset))
+        else:
+            self._scrubber.zero(each.offset, len(each.pages) << self._page_shift)
+
+    def quarantine(self, client_id: str, cache_id: int) -> None:
+        """Keep what is free, or comes free, under a live cache from everybody until ``client_id`` has unmapped it."""
+        each = self.allocation(cache_id)
+        held = self._table.quarantine(client_id, [index for index, _ in each.pages])
+        if held and each.max_size_bytes < self.page_size_bytes:
+            self._shared.withhold(each.tenant, held[0] << self._page_shift)
+
+    def dropped(self, client_id: str, serials: Iterable[int]) -> None:
+        """Note that a client maps these pages nowhere any more; errors as in :meth:`PageTable.dropped`."""
+        self._table.dropped(client_id, serials)
+        self._lift_quarantines()
+
+    def holder_gone(self, client_id: str) -> None:
+        """Note that a client's process is dead: it maps nothing any more."""
+        self._table.holder_gone(client_id)
+        self._lift_quarantines()
+
+    def _lift_quarantines(self) -> None:
+        for index in self._table.take_lifted():
+            self._shared.readmit(index << self._page_shift)
+
     @contextmanager
     def change(self) -> Iterator[None]:
         """Hold the reserve to its bound only at the end of the block: what is freed in it is warm for who comes next.
@@ -290,6 +321,8 @@ class GPUMemoryAllocator:
         self._live_bytes += size_bytes
         if cache_id > self._highest_id:
             self._highest_id = cache_id
+        if self._scrubber.busy(tenant):
+            self.wipe(cache_id)
         return allocation
 
     def _place_by_eviction(self, request: Request) -> Place:

@@ -111,6 +111,10 @@ class Backend(Protocol):
         """Copy bytes between accessible addresses of this device; complete when it returns."""
         ...
 
+    def zero(self, address: int, size_bytes: int) -> None:
+        """Set bytes at writable addresses of this device to zero; complete when it returns."""
+        ...
+
     def close(self) -> None:
         """Unmap, unreserve and release all that is left. Idempotent."""
         ...

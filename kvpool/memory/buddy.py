@@ -216,6 +216,20 @@ class BuddyAllocator:
         del self._roots[offset]
         self.total_bytes -= self.max_block_bytes
 
+    def withhold(self, offset: int) -> list[int]:
+        """Allocate all that is free within the managed block of ``max_block_bytes`` at ``offset``.
+
+        Returns the offsets of the ranges that this makes, each to be freed like any other.
+        """
+        withheld = []
+        for block_bytes, blocks in self._free.items():
+            for start in range(offset, offset + self.max_block_bytes, block_bytes):
+                if start in blocks:
+                    del blocks[start]
+                    self._live[start] = block_bytes
+                    withheld.append(start)
+        return withheld
+
     def is_free_block(self, offset: int) -> bool:
         """Whether :meth:`take` would take the block at ``offset``."""
         return offset in self._free[self.max_block_bytes]

@@ -14,6 +14,8 @@ owner →    welcome    ``tenant``
 owner →    pages      ``request``, ``descriptors`` (how many come with it: a prefix of ``pages``), ``error`` or null
 → owner    ack        ``request``: received and mapped; only then the next ``pages`` is sent
 owner →    drop       ``serials``: unmap these pages everywhere
+owner →    revoked    the client's leases have ended by an administrator's word: it gets no more pages, and answers no
+                      ``drop``. When nothing that it has mapped is in use any more it unmaps all and says ``bye``
 → owner    dropped    ``serials``: they are unmapped (also sent unasked when a page was replaced)
 → owner    bye        everything is unmapped, the client goes
 owner →    error      ``error``: refused; the connection ends
@@ -35,7 +37,7 @@ from typing import Any, NamedTuple
 
 from kvpool.errors import KvpoolError, ProtocolError, from_wire
 
-VERSION = 1
+VERSION = 2
 MAX_DESCRIPTORS = 128
 MAX_SERIALS = 1024
 MAX_MESSAGE_BYTES = 64 * 1024

@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kvpool.errors import DeviceLostError, ForkedHandleError, InvalidRequestError, KvpoolError, PoolUnavailableError
@@ -41,6 +41,9 @@ class ClientArena:
         Size of its pages.
     capacity_pages
         Pages that the device has: as many may be mapped in each view.
+    on_revoked
+        Called, in the reading thread, when the owner has ended this client's leases. Nothing is unmapped then before
+        :meth:`close`.
 
     Raises
     ------
@@ -59,6 +62,7 @@ class ClientArena:
         arena_bytes: int,
         page_size_bytes: int,
         capacity_pages: int,
+        on_revoked: Callable[[], None] | None = None,
     ) -> None:
         if page_size_bytes <= 0 or arena_bytes <= 0 or arena_bytes % page_size_bytes:
             raise InvalidRequestError(
@@ -80,6 +84,7 @@ class ClientArena:
         self._bases_lock = threading.Lock()
         self._requesting = threading.Lock()  # one request at a time; also held to reconnect and to close
         self._closed = False
+        self._on_revoked = on_revoked
         self._lost: DeviceLostError | None = None
         self._connection = self._connect()
         self._instance = self._connection.instance
@@ -207,6 +212,11 @@ class ClientArena:
         for serial in serials:
             for access in self._indexes:
                 self._unmap_serial(access, serial)
+
+    def revoked(self) -> None:
+        """Pass on that the leases are over; see :class:`kvpool.memory.page_client.PageHandler`."""
+        if self._on_revoked is not None:
+            self._on_revoked()
 
     def _unmap_serial(self, access: Access, serial: int) -> None:
         index = self._indexes[access].get(serial)

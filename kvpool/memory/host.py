@@ -224,6 +224,10 @@ class HostBackend:
         self._check_process()
         ctypes.memmove(destination, source, size_bytes)
 
+    def zero(self, address: int, size_bytes: int) -> None:
+        self._check_process()
+        ctypes.memset(address, 0, size_bytes)
+
     def close(self) -> None:
         if self._pid != os.getpid():
             return  # a forked child has neither mappings nor descriptors to give back

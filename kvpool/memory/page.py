@@ -11,7 +11,7 @@ UNMAPPED = -1
 class Page:
     """One page of physical memory. Its serial is unique and ascending, also over pages long gone."""
 
-    __slots__ = ("handle", "holders", "index", "serial", "tenant", "warm")
+    __slots__ = ("handle", "holders", "index", "quarantine", "scrubbed", "serial", "tenant", "warm")
 
     def __init__(self, serial: int, handle: int, tenant: str) -> None:
         self.serial = serial
@@ -22,6 +22,10 @@ class Page:
         self.warm = False
         #: Clients that were given its descriptor and have not said that they dropped it.
         self.holders: set[str] = set()
+        #: Those of them whose leases here were revoked: they may still write to what they had.
+        self.quarantine: set[str] = set()
+        #: Number of the last scrub that zeroed it.
+        self.scrubbed = 0
 
 
 class PageRange:

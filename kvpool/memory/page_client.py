@@ -42,6 +42,10 @@ class PageHandler(Protocol):
         """Unmap these pages wherever they are mapped."""
         ...
 
+    def revoked(self) -> None:
+        """Take note that the owner ended this client's leases. It is asked to drop nothing from now on."""
+        ...
+
 
 class PageClient:
     """A connection to an owner. When it is lost, :attr:`live` turns false and every waiting request fails.
@@ -80,6 +84,7 @@ class PageClient:
         self._requests_lock = threading.Lock()
         self._next_request = 1
         self._stopping = False
+        self._revoked = False
         with fork_guard:  # both descriptors exist for a child's hook before any other thread can fork
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -235,6 +240,11 @@ class PageClient:
             return False
         if message["kind"] == "pages":
             self._map(message, handles, failure)
+        elif message["kind"] == "revoked":
+            self._revoked = True
+            self._handler.revoked()
+        elif message["kind"] == "drop" and self._revoked:
+            pass  # tensors may still lie in these pages: all go together, with the goodbye
         elif message["kind"] == "drop":
             serials = channel.serials(message)
             self._handler.drop_pages(serials)

@@ -13,7 +13,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
-from kvpool.errors import ConfigError, InvalidRequestError, PoolBusyError, ProtocolError, StaleCacheError
+from kvpool.errors import (
+    ConfigError,
+    InvalidRequestError,
+    LeaseRevokedError,
+    PoolBusyError,
+    ProtocolError,
+    StaleCacheError,
+)
 from kvpool.memory import channel, socket_path
 from kvpool.memory.page_connection import PageConnection
 
@@ -50,6 +57,7 @@ class _Client:
         self.peer = peer
         self.connection: PageConnection | None = None
         self.pending_drops: dict[int, None] = {}  # asked for, not acknowledged; in order
+        self.revoked = False
 
 
 class PageServer:
@@ -150,6 +158,15 @@ class PageServer:
         if client.connection is not None:
             client.connection.ask_back(new)
 
+    def revoke(self, client_id: str) -> None:
+        """Hand no more pages to a client, and tell it, now or when it comes back. It need not live."""
+        client = self._clients.get(client_id)
+        if client is None or client.revoked:
+            return
+        client.revoked = True
+        if client.connection is not None:
+            client.connection.reply(channel.encode("revoked"))
+
     def _listen_again(self) -> None:
         if self._listener is not None:
             self._loop.add_reader(self._listener.fileno(), self._accept)
@@ -231,11 +248,15 @@ class PageServer:
         connection.serve(client_id, functools.partial(self._export, client))
         self._strangers.pop(connection).cancel()
         connection.reply(channel.encode("welcome", tenant=tenant))
+        if client.revoked:
+            connection.reply(channel.encode("revoked"))
         connection.ask_back(client.pending_drops)
         if self._on_connected is not None:
             self._on_connected(client_id)
 
     def _export(self, client: _Client, index: int, serial: int) -> int:
+        if client.revoked:
+            raise LeaseRevokedError(f"the leases of client {client.id!r} were revoked: connect to the pool again")
         # A page asked back is not given again before it is dropped: the acknowledgement would be taken for both.
         if serial in client.pending_drops:
             raise StaleCacheError(f"page {serial} is being taken back", index=index, serial=serial)

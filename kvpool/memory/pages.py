@@ -11,6 +11,9 @@
 *In use*: something lives in it. *Warm*: kept for its tenant, nothing in it, still mapped at its address. *Zombie*:
 given up by the owner, but a client may still map it, so its memory is not there for anyone. At all times
 ``in use + warm + zombie + free == capacity``.
+
+A page in use may be *quarantined*: a client whose leases were revoked still maps it. Nothing new is placed in it, and
+it never becomes warm, until that client has dropped it.
 """
 
 from __future__ import annotations
@@ -63,6 +66,7 @@ class PageTable:
         #: By client: what it may map, and what it is still to be asked to drop (serials).
         self._held: dict[str, set[int]] = {}
         self._drops: dict[str, list[int]] = {}
+        self._lifted: list[Page] = []
         self._closed = False
 
     @property
@@ -185,6 +189,22 @@ class PageTable:
             serial=serial,
         )
 
+    def quarantine(self, client_id: str, indexes: Iterable[int]) -> list[int]:
+        """Quarantine those of the mapped pages at ``indexes`` that ``client_id`` may map; returns their indexes."""
+        held = [index for index in indexes if client_id in self._mapped[index].holders]
+        for index in held:
+            self._mapped[index].quarantine.add(client_id)
+        return held
+
+    def take_lifted(self) -> list[int]:
+        """Return, and forget, the indexes of the mapped pages whose quarantine has ended."""
+        lifted, self._lifted = self._lifted, []
+        return [page.index for page in lifted if page.index != UNMAPPED and not page.quarantine]
+
+    def held_bytes(self, client_id: str) -> int:
+        """Return the bytes of the pages that a client may map."""
+        return len(self._held.get(client_id, ())) * self.page_size_bytes
+
     def take_drops(self) -> dict[str, list[int]]:
         """Return, and forget, which pages (serials) each client is to drop and then acknowledge by :meth:`dropped`."""
         drops, self._drops = self._drops, {}
@@ -238,6 +258,9 @@ class PageTable:
         holders = {(client, page.serial) for page in pages for client in page.holders}
         ensure(held == holders, "holders are the same from both sides", differing=sorted(held ^ holders))
         ensure(all(self._held.values()), "a client that holds nothing is forgotten")
+        for page in pages:
+            ensure(page.quarantine <= page.holders, "who is in quarantine holds the page", serial=page.serial)
+            ensure(not (page.quarantine and page.warm), "a page in quarantine is not warm", serial=page.serial)
 
     def close(self) -> None:
         """Unmap and release every page, and give the addresses back. Idempotent."""
@@ -254,6 +277,9 @@ class PageTable:
         held.discard(serial)
         if not held:
             del self._held[client_id]
+        if client_id in page.quarantine:
+            page.quarantine.discard(client_id)
+            self._lifted.append(page)
         if not page.holders:
             if page.warm:
                 self._count_warm_held(page, -1)

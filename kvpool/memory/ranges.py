@@ -56,8 +56,14 @@ class RangeAllocator:
         return taken
 
     def put(self, index: int) -> None:
-        """Take the range at ``index`` back: nothing lives in it any more. It stays warm, see :meth:`bound`."""
+        """Take the range at ``index`` back: nothing lives in it any more. It stays warm, see :meth:`bound`.
+
+        Pages in quarantine go back to the system instead, when their clients have dropped them.
+        """
         shape, unused = self.in_use.pop(index)
+        if any(page.quarantine for page in unused.pages):
+            self._give_back(unused)
+            return
         self.table.rest(unused.pages)
         self._reserve.put(shape, unused)
 
@@ -72,6 +78,10 @@ class RangeAllocator:
         while self._trim_oldest(tenant):
             pass
         return self.table.free_pages - free_pages
+
+    def warm_pages(self, tenant: str) -> list[Page]:
+        """Return the pages that are kept warm for ``tenant``."""
+        return [page for _, kept in self._reserve.ranges() if kept.tenant == tenant for page in kept.pages]
 
     def pages_for(self, tenant: str | None) -> int:
         """Pages that :meth:`take` could use now for ``tenant``, or for whom there are most.

@@ -32,6 +32,8 @@ class SharedPages:
         self._one_page = Shape(self._page_bytes, 1)
         #: By tenant. The default's is made now, so that an impossible size shows now.
         self._parts = {"default": BuddyAllocator(0, min_block_bytes, self._page_bytes)}
+        #: By offset of a page in quarantine: its tenant, and the parts of it that are free and yet for nobody.
+        self._withheld: dict[int, tuple[str, list[int]]] = {}
 
     def allocate(self, tenant: str, size_bytes: int, max_size_bytes: int | None) -> Place | None:
         """Return offset and page of a part, or ``None`` if it needs a page and there is none."""
@@ -56,8 +58,25 @@ class SharedPages:
         parts = self._parts[tenant]
         parts.free(offset)
         page = offset & -self._page_bytes
-        if parts.is_free_block(page):
+        if page in self._withheld:
+            self.withhold(tenant, page)
+            if sum(map(parts.allocation_size, self._withheld[page][1])) == self._page_bytes:
+                self.readmit(page)
+        elif parts.is_free_block(page):
             parts.take(page)
+            self._ranges.put(page // self._page_bytes)
+
+    def withhold(self, tenant: str, page: int) -> None:
+        """Give no more parts of the page at offset ``page`` out, neither those that are free nor those that will be."""
+        self._withheld.setdefault(page, (tenant, []))[1].extend(self._parts[tenant].withhold(page))
+
+    def readmit(self, page: int) -> None:
+        """End :meth:`withhold` for a page, if it was called; an empty page goes back to the arena."""
+        tenant, withheld = self._withheld.pop(page, ("", []))
+        for offset in withheld:
+            self._parts[tenant].free(offset)
+        if withheld and self._parts[tenant].is_free_block(page):
+            self._parts[tenant].take(page)
             self._ranges.put(page // self._page_bytes)
 
     def part_bytes(self, tenant: str, offset: int) -> int:
@@ -79,4 +98,7 @@ class SharedPages:
         """
         for tenant, parts in self._parts.items():
             parts.check()
-            ensure(parts.used_bytes == used_bytes.get(tenant, 0), "no part of a page is lost", tenant=tenant)
+            withheld = [part for owner, kept in self._withheld.values() if owner == tenant for part in kept]
+            withheld_bytes = sum(map(parts.allocation_size, withheld))
+            known_bytes = used_bytes.get(tenant, 0) + withheld_bytes
+            ensure(parts.used_bytes == known_bytes, "no part of a page is lost", tenant=tenant)

@@ -18,7 +18,6 @@ from kvpool.errors import (
     InvalidSizeError,
     KvpoolError,
     LimitError,
-    ProtocolError,
     QueueFullError,
     ensure,
 )
@@ -62,7 +61,7 @@ class Allocations:
             try:
                 request = CacheRequest(
                     client, ledger.model(client, model), sequence, size_bytes, max_size_bytes, timeout_s,
-                    now + timeout_s, batch, item, trace, now,
+                    now + timeout_s, batch, item, trace, now, born=ledger.invalidations,
                 )  # fmt: skip
                 self._check(request)
             except KvpoolError as error:
@@ -114,8 +113,9 @@ class Allocations:
         device, evict = found
         index = self._ledger.index
         row = self._ledger.add(
-            request.client, request.model.space, device, request.size_bytes, request.max_size_bytes, -1, now
-        )
+            request.client, request.model.space, device, request.size_bytes, request.max_size_bytes, -1, now,
+            born=request.born,
+        )  # fmt: skip
         orders.put(device.number, evict, index.id_of(row), request)
         return True
 
@@ -186,7 +186,7 @@ class Allocations:
         request.shortages.clear()
         if self._ledger.clients.get(request.client.id) is not request.client:
             # It ended while the device looked for room. Nobody would take what comes, and others stand behind.
-            self._deliver(request, ("error", *ProtocolError(f"client {request.client.id!r} is gone").to_wire()))
+            self._deliver(request, ("error", *self._ledger.not_connected(request.client.id).to_wire()))
             self._room.changed = True
             return
         if request.ticket is not None:  # it waited before: its place in the line is kept
@@ -247,6 +247,13 @@ class Allocations:
             if request is not None and request.client.id == client:
                 self.queue.cancel(ticket)
                 self._waited(request, "cancelled")
+
+    def refuse_client(self, client: str, error: KvpoolError) -> None:
+        """Answer all waiting requests of a client with an error."""
+        for ticket, request in list(self.queue.items()):
+            if request.client.id == client:
+                self.queue.pop(ticket)
+                self._deliver(request, ("error", *error.to_wire()))
 
     def cancel_client(self, client: str) -> None:
         """Forget all waiting requests of a client that is gone."""

@@ -89,7 +89,8 @@ class BlockAllocations:
             if found is None:
                 break
             device, count, evict = found
-            rows = self._ledger.add_chain(client, model.space, device, model.block_bytes, count, previous, now)
+            planned = hashes[len(resident) + first : len(resident) + first + count]
+            rows = self._ledger.add_chain(client, model.space, device, model.block_bytes, planned, previous, now)
             previous = rows[-1]
             request.ids.extend(map(index.id_of, rows))
             request.devices.extend([device.number] * count)

@@ -67,7 +67,7 @@ class Directory:
             ids,
             rows,
             lambda part, _positions: ("lease", client.id, sequence, part),
-            partial(self._looked_up, batch, item, client, sequence, model, ids, devices),
+            partial(self._looked_up, batch, item, client, sequence, model, ids, devices, ledger.invalidations),
             now,
             [trace] * len(ids),
         )
@@ -81,19 +81,55 @@ class Directory:
         model: Model,
         ids: list[int],
         devices: list[int],
+        invalidations: int,
         places: list[Any],
         now: float,
     ) -> None:
         leased = [place is not None and place[0] != "error" for place in places]
-        hits = leased.index(False) if False in leased else len(leased)
+        valid = leased
+        if self._ledger.invalidations != invalidations:  # what is void by now is no hit, though it is leased
+            valid = [ok and not self._is_void(cache_id) for cache_id, ok in zip(ids, leased, strict=True)]
+        hits = valid.index(False) if False in valid else len(valid)
         if hits < len(ids):
-            # Something in the run is gone (its device, or the client itself). What was leased behind it is no hit.
+            # Something in the run is gone (its device, or the client itself). What is leased from there on is no hit.
             self._leases.not_given(ids[hits:], places[hits:], now)
             behind = [ids[position] for position in range(hits, len(ids)) if leased[position]]
             self._leases.release_ids(client, sequence, behind, nothing_more, now)
         self._ledger.counters.blocks_hit += hits
         model.blocks_hit += hits
         self._ledger.answer(batch, item, ("hit", ids[:hits], devices[:hits], places[:hits]))
+
+    def _is_void(self, cache_id: int) -> bool:
+        row = self._ledger.index.live_row(cache_id)
+        return row >= 0 and self._ledger.index.is_void(row)
+
+    def contains(self, tenant: str, model: str | int, joined: bytes) -> dict[str, Any]:
+        """Return how much of a chain is resident and where, without lease; it counts as no use.
+
+        ``{"model": number, "blocks": n, "devices": {device name: blocks}, "hosts": {host: blocks}}``, for the ``n``
+        leading hashes that are resident.
+
+        Raises
+        ------
+        InvalidRequestError
+            If the tenant has no such model, or several of that name.
+        """
+        ledger = self._ledger
+        found = ledger.find_models(model, tenant)
+        if len(found) > 1:
+            each = ", ".join(f"{m.number} (revision {m.revision!r}, fingerprint {m.fingerprint})" for m in found[:8])
+            raise InvalidRequestError(
+                f"{len(found)} models of tenant {tenant!r} are named {model!r}: name one by its number, of {each}",
+                asked=model,
+            )
+        rows = ledger.index.match(found[0].space, split_hashes(joined))
+        devices: dict[str, int] = {}
+        hosts: dict[str, int] = {}
+        for row in rows:
+            device = ledger.devices[ledger.index.device[row]]
+            devices[device.name] = devices.get(device.name, 0) + 1
+            hosts[device.host] = hosts.get(device.host, 0) + 1
+        return {"model": found[0].number, "blocks": len(rows), "devices": devices, "hosts": hosts}
 
     def seal(self, batch: Batch, client_id: str, items: Sequence[tuple[Any, ...]], finish: bool, now: float) -> None:
         """Make caches immutable and publish their keys; with ``finish`` also release them."""
@@ -131,6 +167,8 @@ class Directory:
             else:
                 index.publish(row, key)
             del ledger.writers[ids[position]]
+            if key is not None:
+                ledger.note_stored((row,))
             keys[position] = key
             fresh.append(position)
         if finish:
@@ -156,6 +194,7 @@ class Directory:
         index = self._ledger.index
         if key is not None:
             check_hash(key)
+        self._ledger.check_not_void(row, cache_id, key)
         if index.is_sealed(row):
             known = index.key_of(row)
             if known != key:
@@ -164,7 +203,7 @@ class Directory:
                     f"{key.hex() if key else None}: a sealed cache keeps its key",
                     cache_id=cache_id,
                 )
-        elif self._ledger.writers[cache_id] != client.id:
+        elif self._ledger.writers[cache_id].client != client.id:
             raise UnknownCacheError(f"cache {cache_id} is being written by another client", cache_id=cache_id)
         if key is None:
             return

@@ -87,6 +87,33 @@ class PinRequested(NamedTuple):
     held: bool
 
 
+class EvictRequested(NamedTuple):
+    """An administrator's word: see :meth:`kvpool.pool.evictions.Evictions.evict`. The batch has one item."""
+
+    batch: Batch
+    tenant: str | None
+    model: str | int | None
+    device: str | None
+    size_bytes: int | None
+
+
+class InvalidateRequested(NamedTuple):
+    """An administrator's word: see :class:`kvpool.pool.invalidation.Invalidations`. The batch has one item."""
+
+    batch: Batch
+    tenant: str | None
+    model: str | int
+    keys: Sequence[bytes] | None
+
+
+class RevokeRequested(NamedTuple):
+    """An administrator's word: see :meth:`kvpool.pool.revocation.Revocations.revoke`. The batch has one item."""
+
+    batch: Batch
+    client: str
+    tenant: str | None
+
+
 class TicketsCancelled(NamedTuple):
     """A client no longer waits for these tickets."""
 
@@ -138,6 +165,9 @@ Event = (
     | SealRequested
     | ReleaseRequested
     | PinRequested
+    | EvictRequested
+    | InvalidateRequested
+    | RevokeRequested
     | TicketsCancelled
     | DeviceAnswered
     | DeviceFreed

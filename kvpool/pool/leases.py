@@ -10,6 +10,7 @@ from kvpool.cache.store import FREED, RELEASED
 from kvpool.errors import CacheStateError, KvpoolError, NotSealedError
 from kvpool.pool.fanout import Fanout, nothing_more
 from kvpool.pool.instructions import Batch
+from kvpool.pool.journal import Happened
 from kvpool.pool.ledger import Client, Ledger
 
 PINNER = "pin:"
@@ -34,6 +35,8 @@ class Leases:
         self._fanout = fanout
         self.memory_freed = memory_freed
         self._pinners: set[tuple[str, int]] = set()
+        self.pinned: dict[int, int] = {}
+        """By id, how often a cache is pinned by word."""
 
     # -- release --------------------------------------------------------------------------------------------------
 
@@ -131,11 +134,12 @@ class Leases:
             for cache_id, row in zip(ids, rows, strict=True):
                 if (pinner, index.device[row]) not in self._pinners:
                     raise CacheStateError(f"cache {cache_id} is not pinned", cache_id=cache_id)
-            finish = partial(self._unpinned, batch, item)
+            finish = partial(self._unpinned, batch, item, ids)
             holder = Client(pinner, client.tenant, client.host, [])
             self.release_ids(holder, sequence, ids, finish, now, [trace] * len(ids))
             return
         for cache_id, row in zip(ids, rows, strict=True):
+            ledger.check_not_void(row, cache_id)
             if not index.is_sealed(row):
                 raise NotSealedError(
                     f"cache {cache_id} is not sealed; only sealed caches are pinned", cache_id=cache_id
@@ -157,10 +161,31 @@ class Leases:
     def _pinned(self, batch: Batch, item: int, ids: list[int], places: list[Any], now: float) -> None:
         self.not_given(ids, places, now)
         held = [place is not None and place[0] != "error" for place in places]
+        for cache_id, is_held in zip(ids, held, strict=True):
+            if is_held:
+                self.pinned[cache_id] = self.pinned.get(cache_id, 0) + 1
         self._ledger.answer(batch, item, ("pinned", held))
 
-    def _unpinned(self, batch: Batch, item: int, outcomes: list[Any], now: float) -> None:
+    def _unpinned(self, batch: Batch, item: int, ids: list[int], outcomes: list[Any], now: float) -> None:
+        self._count_unpinned([cache_id for cache_id, outcome in zip(ids, outcomes, strict=True) if outcome is True])
         self._ledger.answer(batch, item, ("released", outcomes))
+
+    def _count_unpinned(self, ids: Sequence[int]) -> None:
+        for cache_id in ids:
+            left = self.pinned.pop(cache_id, 0) - 1
+            if left > 0:
+                self.pinned[cache_id] = left
+
+    def forget_pinner(self, pinner: str) -> list[int]:
+        """Forget that a pseudo-client is known to devices, and return which: its pins are about to be ended there."""
+        devices = sorted(number for name, number in self._pinners if name == pinner)
+        self._pinners.difference_update((pinner, number) for number in devices)
+        return devices
+
+    def pins_ended(self, ended: Sequence[int], freed: Sequence[int], now: float) -> None:
+        """Enter into the books that a device ended pins, each id as often as it was pinned."""
+        self._count_unpinned(ended)
+        self.leases_ended(ended, freed, now)
 
     # -- ends -----------------------------------------------------------------------------------------------------
 
@@ -179,4 +204,7 @@ class Leases:
         for cache_id in [cache_id for cache_id in self._ledger.writers if index.live_row(cache_id) < 0]:
             del self._ledger.writers[cache_id]
         self._pinners = {pair for pair in self._pinners if pair[1] != number}
+        self.pinned = {cache_id: n for cache_id, n in self.pinned.items() if index.live_row(cache_id) >= 0}
+        if self._ledger.journal.open:
+            self._ledger.journal.add(Happened("device_lost", device=device.name, reason=reason))
         self.memory_freed(now)

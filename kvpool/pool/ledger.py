@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+from kvpool.cache.eviction import CacheEvictionPolicy
 from kvpool.cache.index import CacheIndex
-from kvpool.errors import DeviceLostError, InvalidRequestError, KvpoolError, ProtocolError, UnknownCacheError, ensure
+from kvpool.errors import (
+    DeviceLostError,
+    InvalidatedError,
+    InvalidRequestError,
+    KvpoolError,
+    LeaseRevokedError,
+    ProtocolError,
+    UnknownCacheError,
+    ensure,
+)
 from kvpool.pool.instructions import Batch, BatchDone, Continuation, Instruction, Send
+from kvpool.pool.journal import Happened, Journal
 from kvpool.pool.placement import make_placement
 from kvpool.sizes import round_up
 
@@ -61,6 +72,20 @@ class Client:
     host: str
     devices: list[int]
     """Numbers of the devices whose memory it can map: those of its own host."""
+    who: dict[str, Any] = field(default_factory=dict)
+    """What it said of itself: process, host name, job, node."""
+    since: float = 0.0
+    """When it connected."""
+
+
+class Writer(NamedTuple):
+    """Who writes a cache that is not sealed yet: the only client that may seal it."""
+
+    client: str
+    born: int
+    """How many invalidations there had been when it was asked for."""
+    planned: bytes | None
+    """Hash of the block that it was asked for."""
 
 
 @dataclass(slots=True)
@@ -76,6 +101,12 @@ class Model:
     caches: int = 0
     blocks_looked_up: int = 0
     blocks_hit: int = 0
+    fingerprint: str = ""
+    revision: str = ""
+
+
+EVICTION_REASONS = ("capacity", "request", "invalidate")
+"""Why content leaves: room for other content, an administrator's word, or because it is void."""
 
 
 @dataclass(slots=True)
@@ -91,10 +122,10 @@ class Counters:
     blocks_stored: int = 0
     evictions: int = 0
     evicted_bytes: int = 0
-    evictions_by_reason: dict[str, int] = field(default_factory=dict)
     clients_died: int = 0
     duplicates: int = 0
     errors: dict[str, int] = field(default_factory=dict)
+    evictions_by_reason: dict[str, int] = field(default_factory=lambda: dict.fromkeys(EVICTION_REASONS, 0))
 
 
 class Ledger:
@@ -108,16 +139,28 @@ class Ledger:
 
     def __init__(self, policy: str, placement: str) -> None:
         self.index = CacheIndex(policy)
-        self.policy = self.index.policy
         self.placement = make_placement(placement)
         self.devices: list[Device] = []
         self.clients: dict[str, Client] = {}
         self.models: list[Model] = []
         self.counters = Counters()
-        self.writers: dict[int, str] = {}
-        """Who writes each cache that is not sealed yet: the only client that may seal it."""
+        self.writers: dict[int, Writer] = {}
+        """By id, caches that are not sealed yet."""
+        self.revoked: dict[str, Client] = {}
+        """Clients whose leases were revoked, until they leave."""
+        self.journal = Journal()
+        self.invalidations = 0
+        """How many there have been."""
+        self.voided: dict[tuple[int, bytes | None], int] = {}
+        """By space and key (None: all of it), the number of the last invalidation that older writers must heed."""
         self.out: list[Instruction] = []
         self._models: dict[tuple[str, str, str], int] = {}
+        self._by_space: dict[int, Model] = {}
+
+    @property
+    def policy(self) -> CacheEvictionPolicy:
+        """What ranks the caches that nobody holds."""
+        return self.index.policy
 
     def send(self, device: int, operation: tuple[Any, ...], then: Continuation, traces: tuple[Any, ...] = ()) -> None:
         """Write the instruction to give ``device`` an operation, on behalf of the items with these traces."""
@@ -160,11 +203,21 @@ class Ledger:
         return usable
 
     def client(self, client: str) -> Client:
-        """Return a connected client, or raise :class:`~kvpool.errors.ProtocolError`."""
+        """Return a connected client, or raise what :meth:`not_connected` returns."""
         found = self.clients.get(client)
         if found is None:
-            raise ProtocolError(f"client {client!r} is not connected to this pool (any more): connect again")
+            raise self.not_connected(client)
         return found
+
+    def not_connected(self, client: str) -> KvpoolError:
+        """Return the error that tells why a client is not connected (any more)."""
+        if client in self.revoked:
+            return LeaseRevokedError(
+                f"the leases of client {client!r} were revoked by an administrator: connect again, and ask for what is "
+                "still needed",
+                client=client,
+            )
+        return ProtocolError(f"client {client!r} is not connected to this pool (any more): connect again")
 
     def model(self, client: Client, number: int) -> Model:
         """Return a model of the client's tenant, or raise :class:`~kvpool.errors.InvalidRequestError`."""
@@ -172,8 +225,33 @@ class Ledger:
             return self.models[number]
         raise InvalidRequestError(f"model {number} is not registered by tenant {client.tenant!r}: call model() first")
 
+    def find_models(self, model: str | int, tenant: str | None) -> list[Model]:
+        """Return the models of that number or name, of one tenant or of all.
+
+        Raises
+        ------
+        InvalidRequestError
+            If there is none; names those that there are.
+        """
+        visible = [each for each in self.models if tenant in (None, each.tenant)]
+        found = [each for each in visible if model == (each.name if isinstance(model, str) else each.number)]
+        if found and not isinstance(model, bool):
+            return found
+        names = sorted({each.name for each in visible})
+        raise InvalidRequestError(
+            f"no model {model!r} is registered{'' if tenant is None else f' by tenant {tenant!r}'}: there is "
+            f"{', '.join(names[:20]) or 'none'}{' …' if len(names) > 20 else ''}",
+            asked=model,
+        )
+
     def register_model(
-        self, tenant: str, name: str, fingerprint: str, block_bytes: int | None, limit_bytes: int | None
+        self,
+        tenant: str,
+        name: str,
+        fingerprint: str,
+        block_bytes: int | None,
+        limit_bytes: int | None,
+        revision: str = "",
     ) -> Model:
         """Return the model of that tenant, name and fingerprint, made if need be.
 
@@ -186,7 +264,10 @@ class Ledger:
         if known is None:
             known = len(self.models)
             space = self.index.space(tenant, fingerprint)
-            self.models.append(Model(known, name, tenant, space, block_bytes, limit_bytes))
+            self.models.append(
+                Model(known, name, tenant, space, block_bytes, limit_bytes, fingerprint=fingerprint, revision=revision)
+            )
+            self._by_space.setdefault(space, self.models[known])
             self._models[tenant, name, fingerprint] = known
         model = self.models[known]
         if (model.block_bytes, model.limit_bytes) != (block_bytes, limit_bytes):
@@ -220,34 +301,105 @@ class Ledger:
         max_size_bytes: int,
         parent_row: int,
         now: float,
+        *,
+        born: int | None = None,
+        planned: bytes | None = None,
     ) -> int:
-        """Enter a cache that ``client`` will write; returns its row."""
+        """Enter a cache that ``client`` will write, for the block ``planned`` if it is one; returns its row.
+
+        ``born``: how many invalidations there had been when it was asked for, if that was not now.
+        """
         footprint_bytes = device.footprint_bytes(size_bytes, max_size_bytes)
         row = self.index.add(space, footprint_bytes, device.number, parent_row, now=now)
-        self._enter(client, [row], size_bytes)
+        self._enter(client, [row], [planned], size_bytes, self.invalidations if born is None else born)
         return row
 
     def add_chain(
-        self, client: Client, space: int, device: Device, size_bytes: int, count: int, parent_row: int, now: float
+        self,
+        client: Client,
+        space: int,
+        device: Device,
+        size_bytes: int,
+        planned: Sequence[bytes],
+        parent_row: int,
+        now: float,
     ) -> list[int]:
-        """Enter ``count`` blocks that ``client`` will write, each the parent of the next; returns their rows."""
+        """Enter the blocks that ``client`` will write for the hashes ``planned``, each the parent of the next."""
         footprint_bytes = device.footprint_bytes(size_bytes, size_bytes)
-        rows = self.index.add_chain(space, footprint_bytes, device.number, count, parent_row, now=now)
-        self._enter(client, rows, size_bytes)
+        rows = self.index.add_chain(space, footprint_bytes, device.number, len(planned), parent_row, now=now)
+        self._enter(client, rows, planned, size_bytes, self.invalidations)
         return rows
 
-    def _enter(self, client: Client, rows: Sequence[int], size_bytes: int) -> None:
+    def _enter(
+        self, client: Client, rows: Sequence[int], planned: Sequence[bytes | None], size_bytes: int, born: int
+    ) -> None:
         index, writers = self.index, self.writers
-        for row in rows:
+        for row, key in zip(rows, planned, strict=True):
             index.asked_bytes[row] = size_bytes
-            writers[index.id_of(row)] = client.id
+            writers[index.id_of(row)] = Writer(client.id, born, key)
 
     def forget(self, cache_id: int) -> None:
         """Take a cache off the books, unless it is off already (its client's death may have been first)."""
         self.writers.pop(cache_id, None)
         row = self.index.live_row(cache_id)
         if row >= 0:
+            self.note_removed((row,), "gone")
             self.index.remove(row)
+
+    # -- content --------------------------------------------------------------------------------------------------
+
+    def model_of(self, row: int) -> Model | None:
+        """Return the model for which a cache was made; None once its content is void."""
+        return self._by_space.get(self.index.space_of(row))
+
+    def check_not_void(self, row: int, cache_id: int, key: bytes | None = None) -> None:
+        """Raise :class:`~kvpool.errors.InvalidatedError` if a cache's content was declared void, or may not get a key.
+
+        With ``key``: also when that key, or all of the model, was invalidated after the cache had been asked for.
+        """
+        void = self.index.is_void(row)
+        if not void and key is not None and (writer := self.writers.get(cache_id)) is not None:
+            space = self.index.space_of(row)
+            void = max(self.voided.get((space, key), 0), self.voided.get((space, None), 0)) > writer.born
+        if void:
+            raise InvalidatedError(
+                f"the content of cache {cache_id} was invalidated after it had been asked for: release it, and compute "
+                "and store it anew if it is still wanted",
+                cache_id=cache_id,
+            )
+
+    def count_evictions(self, rows: Sequence[int], reason: str) -> int:
+        """Count caches that are about to leave, and tell who listens; returns their bytes."""
+        index, counters = self.index, self.counters
+        size_bytes = 0
+        for row in rows:
+            size_bytes += index.size_bytes[row]
+            self.devices[index.device[row]].evictions += 1
+        counters.evictions += len(rows)
+        counters.evicted_bytes += size_bytes
+        counters.evictions_by_reason[reason] += len(rows)
+        self.note_removed(rows, reason)
+        return size_bytes
+
+    def note_stored(self, rows: Sequence[int]) -> None:
+        """Tell who listens that these caches were published."""
+        if self.journal.open:
+            for row in rows:
+                above = self.index.parent[row]
+                self._note("stored", row, self.index.key_of(above) if above >= 0 else None, None)
+
+    def note_removed(self, rows: Sequence[int], reason: str) -> None:
+        """Tell who listens that no key leads to these caches any more; call it while their keys are still known."""
+        if self.journal.open:
+            for row in rows:
+                self._note("removed", row, None, reason)
+
+    def _note(self, kind: str, row: int, parent: bytes | None, reason: str | None) -> None:
+        index, model = self.index, self.model_of(row)
+        key = index.key_of(row)
+        if key is not None and model is not None:
+            device, size_bytes = self.devices[index.device[row]].name, index.asked_bytes[row]
+            self.journal.add(Happened(kind, model.tenant, model.name, key, parent, device, size_bytes, reason))
 
     def check(self) -> None:
         """Raise :class:`~kvpool.errors.InvariantError` if the books do not add up."""

@@ -32,6 +32,8 @@ class CacheRequest:
     """How often each device had less room than the books say, since the request was last tried anew."""
     news: int = 0
     """How often room had come free when it was last tried anew."""
+    born: int = 0
+    """How many invalidations there had been when it was asked for."""
 
 
 @dataclass(slots=True, eq=False)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kvpool.errors import CapacityError
+from kvpool.pool.fanout import nothing_more
+from kvpool.pool.leases import PINNER
 from kvpool.pool.ledger import Client, Device, Ledger
 from kvpool.pool.requests import CacheRequest
 from kvpool.sizes import format_size
@@ -91,7 +93,7 @@ class Room:
     def evict(self, device: Device, short_bytes: int) -> list[int]:
         """Take the caches worth least off a device's books until ``short_bytes`` are found; returns their ids."""
         ledger = self._ledger
-        index, counters = ledger.index, ledger.counters
+        index = ledger.index
         rows: list[int] = []
         found_bytes = 0
         for row in ledger.policy.victims(device.number):
@@ -100,16 +102,14 @@ class Room:
             found_bytes += index.size_bytes[row]
             rows.append(row)
         evicted = [index.id_of(row) for row in rows]
+        void = [index.id_of(row) for row in rows if index.is_void(row)]
+        ledger.count_evictions(rows, "capacity")
         index.remove_all(rows)
+        if void:  # zeroed by this, ahead of the operation that evicts them for somebody
+            ledger.send(device.number, ("void", void, PINNER), nothing_more)
         if evicted:
             self.news += 1
             self.changed = True  # elsewhere, too: what sheltered a parent on another device is gone
-        counters.evictions += len(evicted)
-        if evicted:
-            by_reason = counters.evictions_by_reason
-            by_reason["capacity"] = by_reason.get("capacity", 0) + len(evicted)
-        counters.evicted_bytes += found_bytes
-        device.evictions += len(evicted)
         return evicted
 
     def capacity_error(self, request: CacheRequest, why: str) -> CapacityError:

@@ -15,6 +15,7 @@ from kvpool.errors import InvariantError, KvpoolError, ProtocolError
 from kvpool.pool.allocation import Allocations
 from kvpool.pool.blocks import BlockAllocations
 from kvpool.pool.directory import Directory
+from kvpool.pool.evictions import Evictions
 from kvpool.pool.fanout import Fanout
 from kvpool.pool.instructions import (
     Answer,
@@ -26,17 +27,22 @@ from kvpool.pool.instructions import (
     DeviceFreed,
     DeviceLost,
     Event,
+    EvictRequested,
     Instruction,
+    InvalidateRequested,
     PinRequested,
     PrefixesLookedUp,
     ReleaseRequested,
+    RevokeRequested,
     SealRequested,
     Send,
     Tick,
     TicketsCancelled,
 )
+from kvpool.pool.invalidation import Invalidations
 from kvpool.pool.leases import PINNER, Leases
 from kvpool.pool.ledger import Client, Device, Ledger, Model
+from kvpool.pool.revocation import Revocations
 from kvpool.pool.room import Room
 
 
@@ -64,6 +70,9 @@ class PoolState:
         fanout = Fanout(self.ledger)
         self.leases = Leases(self.ledger, fanout, self.allocations.retry)
         self.directory = Directory(self.ledger, fanout, self.leases)
+        self.evictions = Evictions(self.ledger, self.leases)
+        self.invalidations = Invalidations(self.ledger, self.leases, self.allocations.queue)
+        self.revocations = Revocations(self.ledger, self.leases, self.allocations)
 
     def add_device(
         self, name: str, host: str, capacity_bytes: int, page_bytes: int, min_block_bytes: int, arena_bytes: int
@@ -74,10 +83,12 @@ class PoolState:
         self.ledger.index.add_device(device.number)
         return device
 
-    def connect(self, client: str, tenant: str, host: str, token: str) -> tuple[Client, Batch, list[Instruction]]:
+    def connect(
+        self, client: str, tenant: str, host: str, token: str, who: dict[str, Any] | None = None, now: float = 0.0
+    ) -> tuple[Client, Batch, list[Instruction]]:
         """Enter a client into the books and make it known to the devices of its host.
 
-        The batch is done when each of them knows it.
+        ``who`` is what it says of itself. The batch is done when each of them knows it.
 
         Raises
         ------
@@ -85,7 +96,7 @@ class PoolState:
             If it is connected already, or no device is on its host.
         """
         ledger = self.ledger
-        if client in ledger.clients or client.startswith(PINNER):
+        if client in ledger.clients or client in ledger.revoked or client.startswith(PINNER):
             raise ProtocolError(f"client {client!r} is connected already, or its name is not for clients")
         reachable = [d.number for d in ledger.devices if d.host == host and d.lost is None]
         if not reachable:
@@ -94,7 +105,7 @@ class PoolState:
                 f"pool {self.name!r} has no device on this host ({host}); its devices are on "
                 f"{', '.join(hosts) or 'no host'}: run the client on one of those nodes"
             )
-        known = ledger.clients[client] = Client(client, tenant, host, reachable)
+        known = ledger.clients[client] = Client(client, tenant, host, reachable, dict(who or {}), now)
         ledger.out = []
         batch = Batch(len(reachable))
 
@@ -110,7 +121,7 @@ class PoolState:
         ledger = self.ledger
         ledger.out = []
         self.allocations.cancel_client(client)
-        left = ledger.clients.pop(client, None)
+        left = ledger.clients.pop(client, None) or ledger.revoked.pop(client, None)
         devices = [n for n in left.devices if ledger.devices[n].lost is None] if left else []
         batch = Batch(len(devices))
 
@@ -130,8 +141,20 @@ class PoolState:
         """
         tenant = self.ledger.client(client).tenant
         return self.ledger.register_model(
-            tenant, spec["name"], fingerprint(**spec["identity"]), spec["block_bytes"], spec["limit_bytes"]
-        )
+            tenant, spec["name"], fingerprint(**spec["identity"]), spec["block_bytes"], spec["limit_bytes"],
+            spec["identity"].get("revision", ""),
+        )  # fmt: skip
+
+    def set_policy(self, name: str, now: float) -> None:
+        """Let another eviction policy decide from now on; it takes over what is resident.
+
+        Raises
+        ------
+        UnknownPolicyError
+            If there is none of that name; nothing is changed.
+        """
+        self.ledger.index.replace_policy(name, now=now)
+        self.policy_name = name.lower()
 
     def handle(self, event: Event, now: float) -> list[Instruction]:
         """Decide on one event at time ``now`` (seconds) and return what is to be done, in order.
@@ -142,6 +165,7 @@ class PoolState:
             If the event names a client that is not connected; nothing is changed.
         """
         self.ledger.out = []
+        self.ledger.journal.pass_time(now)
         match event:
             case CachesRequested():
                 self.allocations.request_caches(event.batch, event.client, event.items, now)
@@ -155,6 +179,12 @@ class PoolState:
                 self.leases.release(event.batch, event.client, event.items, now)
             case PinRequested():
                 self.leases.pin(event.batch, event.client, event.items, event.held, now)
+            case EvictRequested():
+                self.evictions.evict(*event, now)
+            case InvalidateRequested():
+                self.invalidations.invalidate(*event, now)
+            case RevokeRequested():
+                self.revocations.revoke(*event, now)
             case TicketsCancelled():
                 self.allocations.cancel(event.client, event.tickets)
                 self.allocations.retry(now)
@@ -165,6 +195,7 @@ class PoolState:
                 self.allocations.retry(now)
             case ClientGone():
                 self.allocations.cancel_client(event.client)
+                self.ledger.revoked.pop(event.client, None)
                 if self.ledger.clients.pop(event.client, None) is not None:
                     self.ledger.counters.clients_died += 1
                 self.leases.leases_ended(event.ended, event.freed, now)

@@ -53,7 +53,8 @@ class DeviceStatistics:
 class PoolStatistics:
     """A whole pool: its policies, its devices, and totals since it began.
 
-    ``models`` counts, by name, the caches and blocks that models were given.
+    ``models`` counts, by name, the caches and blocks that models were given; ``evictions_by_reason`` why content left
+    (``capacity``, ``request`` by an administrator, ``invalidate``).
     """
 
     name: str

@@ -42,6 +42,10 @@ class AllocatorMachine(RuleBasedStateMachine):
         #: What each client maps, by (client, serial), and the tenant it was mapped for.
         self.views: dict[tuple[str, int], tuple[mmap.mmap, str]] = {}
         self.to_drop: set[tuple[str, int]] = set()
+        #: Where clients may still write whose leases were revoked, by (client, serial): parts of the arena.
+        self.quarantined: dict[tuple[str, int], list[tuple[int, int]]] = {}
+        self.scrubs = 0
+        self.scrubbing: dict[int, str] = {}
 
     def next_victim(self) -> int | None:
         """The allocator asks which cache may go: it is gone for the model from here on."""
@@ -57,6 +61,10 @@ class AllocatorMachine(RuleBasedStateMachine):
     def begin(self, where: Allocation) -> None:
         """A cache was allocated: nothing foreign may be in it. Fill it with its byte."""
         assert not self.read(where).translate(None, b"\0" + BYTES[where.tenant])
+        mine = (where.offset, where.offset + where.size_bytes)
+        for (_, serial), parts in self.quarantined.items():
+            if serial in {serial for _, serial in where.pages}:
+                assert all(end <= mine[0] or mine[1] <= start for start, end in parts), "someone may write there"
         byte = BYTES[where.tenant][where.cache_id % 127]
         ctypes.memset(self.allocator.address + where.offset, byte, where.size_bytes)
         self.live[where.cache_id] = (where, byte)
@@ -118,12 +126,65 @@ class AllocatorMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def free(self, data: st.DataObject) -> None:
         cache_id = data.draw(st.sampled_from(sorted(self.live)))
+        self.free_one(cache_id)
+        with pytest.raises(DoubleReleaseError):
+            self.allocator.free(cache_id)
+
+    def free_one(self, cache_id: int) -> None:
         del self.live[cache_id]
         if cache_id in self.evictable:
             self.evictable.remove(cache_id)
         self.allocator.free(cache_id)
-        with pytest.raises(DoubleReleaseError):
-            self.allocator.free(cache_id)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data(), client=CLIENTS)
+    def revoke(self, data: st.DataObject, client: str) -> None:
+        """A client that may write to a cache loses it, and is not asked."""
+        cache_id = data.draw(st.sampled_from(sorted(self.live)))
+        where, _ = self.live[cache_id]
+        self.allocator.quarantine(client, cache_id)
+        for _, serial in where.pages:
+            if (client, serial) in self.views:
+                part = (where.offset, where.offset + where.size_bytes)
+                self.quarantined.setdefault((client, serial), []).append(part)
+        if data.draw(st.booleans()):
+            self.free_one(cache_id)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def wipe_and_free(self, data: st.DataObject) -> None:
+        cache_id = data.draw(st.sampled_from(sorted(self.live)))
+        where, _ = self.live[cache_id]
+        self.allocator.wipe(cache_id)
+        assert not any(self.read(where))
+        self.free_one(cache_id)
+
+    @rule(tenant=TENANTS, goes_on=st.booleans())
+    def scrub(self, tenant: str, goes_on: bool) -> None:
+        """A scrub begins, or one that has begun goes on; the last step leaves nothing but what lives."""
+        known = [number for number, whose in self.scrubbing.items() if whose == tenant]
+        if not known or not goes_on:
+            self.scrubs += 1
+            self.scrubbing[self.scrubs] = tenant
+            known = [self.scrubs]
+        if self.allocator.scrub(tenant, known[0], 2 * PAGE):
+            del self.scrubbing[known[0]]
+
+    @rule(tenant=TENANTS)
+    def scrub_whole(self, tenant: str) -> None:
+        self.scrubs += 1
+        while not self.allocator.scrub(tenant, self.scrubs, PAGE):
+            pass
+        live = sorted((w.offset, w.offset + w.size_bytes) for w, _ in self.live.values())
+        for index, page in self.allocator._table._mapped.items():
+            if page.tenant != tenant:
+                continue
+            content = bytearray(ctypes.string_at(self.allocator.address + index * PAGE, PAGE))
+            for start, end in live:
+                start, end = max(start, index * PAGE), min(end, (index + 1) * PAGE)
+                if start < end:
+                    content[start - index * PAGE : end - index * PAGE] = bytes(end - start)
+            assert not any(content)
 
     @rule(tenant=st.none() | TENANTS)
     def trim(self, tenant: str | None) -> None:
@@ -161,6 +222,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         for key in keys:
             if key in self.views:
                 self.views.pop(key)[0].close()
+            self.quarantined.pop(key, None)
         self.to_drop -= keys
 
     @invariant()

@@ -196,6 +196,42 @@ class PoolMachine(RuleBasedStateMachine):
             self.model.die(name)
         self.be_born(name.partition("-")[0])
 
+    @precondition(lambda self: self.model.ready())
+    @rule(data=st.data(), then=AFTERWARDS)
+    def a_client_is_revoked(self, data: st.DataObject, then: str) -> None:
+        name = self.somebody(data)
+        for cache_id in self.model.clients[name].sure():
+            if data.draw(st.booleans(), label="mapped"):
+                self.model.map(name, cache_id)
+        self.model.revoke(name)
+        self.be_born(name.partition("-")[0])
+        self.work(then)
+
+    @precondition(lambda self: self.model.ghosts)
+    @rule(data=st.data())
+    def a_revoked_client_lets_go(self, data: st.DataObject) -> None:
+        self.model.let_go(data.draw(st.sampled_from(sorted(self.model.ghosts)), label="who"))
+
+    @rule(
+        tenant=st.sampled_from([None, "a", "b"]),
+        model=st.sampled_from([None, "small", "large"]),
+        pages=st.sampled_from([None, 1, 2]),
+        then=AFTERWARDS,
+    )
+    def evict(self, tenant: str | None, model: str | None, pages: int | None, then: str) -> None:
+        self.model.evict(tenant, model, None if pages is None else pages * PAGE)
+        self.work(then)
+
+    @rule(
+        tenant=st.sampled_from(["a", "b"]),
+        model=MODEL,
+        keys=st.none() | st.sampled_from([[1], [3, 14], [99], [22, 4]]),
+        then=AFTERWARDS,
+    )
+    def invalidate(self, tenant: str, model: str, keys: list[int] | None, then: str) -> None:
+        self.model.invalidate(tenant, model, keys)
+        self.work(then)
+
     @precondition(lambda self: len(self.pool.live) > 1)
     @rule(device=DEVICE, really=st.integers(0, 3))
     def a_device_is_lost(self, device: int, really: int) -> None:

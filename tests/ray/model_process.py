@@ -15,7 +15,7 @@ import numpy as np
 import ray
 
 from kvpool import CachePool, ModelSpec, encode_block_id, sync
-from kvpool.errors import CapacityError, KvpoolError
+from kvpool.errors import CapacityError, InvalidatedError, KvpoolError
 
 BLOCK_BYTES = 16 * 1024
 
@@ -35,6 +35,10 @@ class ModelProcess:
         self.leased: list[Any] = []
         self.tensors: list[Any] = []
         self.waiting: list[asyncio.Task[Any]] = []
+        self.running = False
+        self.version = self.oldest_valid = 1
+        self.asking = asyncio.Lock()
+        self.counts = {"hits": 0}
 
     async def connect(self, name: str, tenant: str = "default") -> tuple[int, str]:
         """Connect; returns the process id and the client id."""
@@ -113,6 +117,112 @@ class ModelProcess:
     def digest(self) -> list[list[int]]:
         """For each tensor that is kept, the values in it."""
         return [np.unique(tensor).tolist() for tensor in self.tensors]
+
+    # -- content that changes -------------------------------------------------------------------------------------
+
+    async def use_version(self, version: int) -> None:
+        """From now on this process asks for blocks for these weights: their number is in every byte that it stores.
+
+        When this returns, what it stores with others was asked for before, and its asking has been answered.
+        """
+        async with self.asking:
+            self.version = version
+
+    async def store_and_verify(self, chains: int, length: int, seed: int) -> dict[str, int]:
+        """Look chains up and store what is missing, until :meth:`stop`; note which versions were read.
+
+        Returns
+        -------
+        dict
+            Rounds, blocks hit, puts that were refused as invalidated, and ``stale``: blocks of a version that had been
+            invalidated before the look-up that found them began.
+        """
+        rng = random.Random(seed)
+        self.running = True
+        counts = self.counts = {"rounds": 0, "hits": 0, "refused": 0, "stale": 0, "mixed": 0}
+        while self.running:
+            ids = [1000 * rng.randrange(chains) + n for n in range(length)]
+            oldest = self.oldest_valid
+            async with await self.model.match_prefix(keys(ids)) as hit:
+                for block in hit.numpy():
+                    versions = np.unique(block)
+                    counts["hits"] += 1
+                    counts["mixed"] += len(versions) != 1
+                    counts["stale"] += int(versions[0]) < oldest
+                    del block
+            if rng.random() < 0.5:
+                ids = [10**9 * (seed + 1) + counts["rounds"] * length + n for n in range(length)]  # new to all
+            async with self.asking:
+                version, new = self.version, await self.model.new_blocks(keys(ids))
+            for block in new.numpy():
+                block[:] = version
+                del block
+            await asyncio.sleep(rng.random() / 60)  # the computation takes a while, and weights change meanwhile
+            try:
+                async with new:
+                    await new.finish()
+            except InvalidatedError:
+                counts["refused"] += 1
+            counts["rounds"] += 1
+        return counts
+
+    def progress(self) -> dict[str, int]:
+        """What :meth:`store_and_verify` counted so far."""
+        return self.counts
+
+    def stop_storing(self) -> None:
+        self.running = False
+
+    def valid_from(self, version: int) -> None:
+        """Everything older has been invalidated."""
+        self.oldest_valid = version
+
+    async def error_of_use(self) -> dict[str, str]:
+        """What each use of what is held raises; the tensors that are kept are not touched by it."""
+        cache, leased = self.caches[0], self.leased[0]
+        uses = {
+            "tensor": lambda: cache.numpy("uint8", (1,)),
+            "blocks": leased.numpy,
+            "seal": cache.seal,
+            "info": cache.info,
+            "request": lambda: self.model.request_cache(4096),
+            "match": lambda: self.model.match_prefix(keys([1])),
+            "put": lambda: self.model.put_blocks(keys([77]), np.zeros((1, BLOCK_BYTES), np.uint8)),
+            "stats": self.pool.stats,
+        }
+        raised = {}
+        for name, use in uses.items():
+            try:
+                work = use()
+                if asyncio.iscoroutine(work):
+                    await work
+                raised[name] = "nothing"
+            except KvpoolError as error:
+                raised[name] = type(error).__name__
+        return raised
+
+    async def drop_tensors(self) -> None:
+        """Forget the tensors that are kept, and the blocks whose addresses were asked for; keep the caches."""
+        self.tensors = []
+        for blocks in self.leased:
+            await blocks.release()
+
+    def keep_view(self, size_bytes: int) -> None:
+        """Keep a tensor over the first cache."""
+        self.tensors = [self.caches[0].numpy("uint8", (size_bytes,))]
+
+    def fill(self, value: int) -> None:
+        """Write to all tensors that are kept."""
+        for tensor in self.tensors:
+            tensor[:] = value
+
+    async def connect_again(self) -> str:
+        """Leave, and connect anew; returns the new client id."""
+        self.caches, self.leased = [], []
+        name = self.pool.name
+        await self.pool.close()
+        _, client_id = await self.connect(name)
+        return client_id
 
     # -- churn ----------------------------------------------------------------------------------------------------
 

@@ -39,11 +39,16 @@ async def until_waiting(pool: CachePool, count: int) -> None:
     await until(waiting, f"{count} requests wait")
 
 
+async def leased_bytes(pool: CachePool) -> dict[str, int]:
+    """Return the bytes that each client holds leased."""
+    return {each["client"]: each["bytes"] for each in await pool.actor.leases.remote()}
+
+
 async def until_leased(pool: CachePool, size_bytes: int) -> None:
     """Wait until all clients together hold that many bytes leased."""
 
     async def leased() -> bool:
-        return sum((await pool.actor.leases.remote()).values()) == size_bytes
+        return sum((await leased_bytes(pool)).values()) == size_bytes
 
     await until(leased, f"{size_bytes} bytes are leased")
 

@@ -5,6 +5,7 @@ import asyncio
 import numpy as np
 import pytest
 import torch
+from pool_actors import leased_bytes
 
 from kvpool import Access, CachePool, ModelSpec, encode_block_id
 from kvpool.errors import (
@@ -34,7 +35,7 @@ def keys(*ids):
 async def held(pool):
     """What must not change: bytes, keys, leases."""
     stats = await pool.stats()
-    return stats.total("live_bytes"), stats.keys, stats.waiting, stats.grants, await pool.actor.leases.remote()
+    return stats.total("live_bytes"), stats.keys, stats.waiting, stats.grants, await leased_bytes(pool)
 
 
 async def test_sizes(pool):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import ray
 from footprint import Footprint, footprint, state
-from pool_actors import device_actors, kill_device, pid_of, until, until_lost, until_waiting
+from pool_actors import device_actors, kill_device, leased_bytes, pid_of, until, until_lost, until_waiting
 from ray.exceptions import ActorUnavailableError
 
 import kvpool.actors.fleet
@@ -54,7 +54,7 @@ async def test_a_killed_client_gives_everything_back(make_pool, start_process, f
     if forked:
         assert state(child) == "S"
         os.kill(child, signal.SIGKILL)
-    assert await pool.actor.leases.remote() == {pool.client_id: 2 * capacity_bytes}
+    assert await leased_bytes(pool) == {pool.client_id: 2 * capacity_bytes}
     stats = await pool.stats()
     assert (stats.clients_died, stats.waiting, stats.total("zombie_bytes")) == (1, 0, 0)
     for cache in whole:
@@ -87,7 +87,7 @@ async def test_a_killed_device_takes_its_own_caches_only(make_pool):
     async with asyncio.timeout(5):
         cache = await waiting
     assert cache.device == "host-1"
-    assert await pool.actor.leases.remote() == {pool.client_id: 1 << 20}
+    assert await leased_bytes(pool) == {pool.client_id: 1 << 20}
     await cache.release()
     assert await model.put_blocks(keys([1]), np.ones((1, BLOCK_BYTES), np.uint8)) == 1
 

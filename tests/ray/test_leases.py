@@ -6,7 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
-from pool_actors import until_leased
+from pool_actors import leased_bytes, until_leased
 
 import kvpool.client.connection
 from kvpool import Access, CachePool, ModelSpec, encode_block_id
@@ -14,8 +14,8 @@ from kvpool.config import load_config
 from kvpool.errors import CacheStateError, ConfigError, DoubleReleaseError, SealedError, SystemLimitError
 
 
-async def leased_bytes(pool):
-    return (await pool.actor.leases.remote()).get(pool.client_id, 0)
+async def own_bytes(pool):
+    return (await leased_bytes(pool)).get(pool.client_id, 0)
 
 
 async def test_a_release_takes_effect_when_the_last_tensor_dies(pool):
@@ -28,7 +28,7 @@ async def test_a_release_takes_effect_when_the_last_tensor_dies(pool):
     tensor.fill_(7)  # the memory is still ours
     del tensor
     assert part.tolist() == [7, 7]  # views outlive the tensor that they were taken of
-    assert await leased_bytes(pool) == 65536
+    assert await own_bytes(pool) == 65536
     with pytest.raises(DoubleReleaseError):
         await cache.release()
 
@@ -42,7 +42,7 @@ async def test_a_dropped_handle_is_released_with_a_warning(pool):
     view = cache.numpy("uint8", (10,))
     del cache
     gc.collect()
-    assert await leased_bytes(pool) == 65536  # the view holds it
+    assert await own_bytes(pool) == 65536  # the view holds it
     views = [view]
     del view
     with pytest.warns(ResourceWarning, match="without release"):
@@ -57,9 +57,9 @@ async def test_close_refuses_while_tensors_are_alive(pool):
         with pytest.raises(CacheStateError, match="1 tensors"):
             await another.close()
         view[:] = 1
-        assert await leased_bytes(another) == 65536  # nothing was closed
+        assert await own_bytes(another) == 65536  # nothing was closed
         del view
-    assert await pool.actor.leases.remote() == {}  # a lease that was not released ends with the connection
+    assert await leased_bytes(pool) == {}  # a lease that was not released ends with the connection
     with pytest.raises(CacheStateError, match="closed"):
         await another.stats()
     with pytest.raises(CacheStateError, match="closed"):
@@ -73,12 +73,12 @@ async def test_close_refuses_while_tensors_are_alive(pool):
 async def test_leaving_the_context_releases_also_after_an_error(pool):
     async def fail():
         async with await pool.request_cache("m", size="64KiB"):
-            assert await leased_bytes(pool) == 65536
+            assert await own_bytes(pool) == 65536
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         await fail()
-    assert await leased_bytes(pool) == 0
+    assert await own_bytes(pool) == 0
 
 
 async def test_an_error_is_not_hidden_by_the_tensors_that_its_traceback_keeps(pool, caplog):
@@ -120,7 +120,7 @@ async def test_who_seals_second_gets_what_the_first_one_sealed(pool):
         assert second.id == first.id
         assert np.unique(second.numpy("uint8", (4096,))).tolist() == [1]
         assert (await second.info())["leases"] == 2
-    assert await leased_bytes(pool) == 0
+    assert await own_bytes(pool) == 0
 
 
 async def test_blocks_that_do_not_all_fit_are_stored_as_far_as_they_fit(pool):
@@ -210,7 +210,7 @@ async def test_a_connection_is_used_on_its_own_event_loop(pool):
 
     await asyncio.to_thread(asyncio.run, elsewhere())
     await cache.release()
-    assert await leased_bytes(pool) == 0
+    assert await own_bytes(pool) == 0
 
 
 async def test_closing_looks_for_tensors_again_when_the_last_calls_are_answered(pool):
@@ -236,7 +236,7 @@ async def test_closing_looks_for_tensors_again_when_the_last_calls_are_answered(
         cache, _ = views.pop()
         del _
         await cache.release()
-        assert await leased_bytes(another) == 0
+        assert await own_bytes(another) == 0
 
 
 async def test_limits_are_checked_for_all_devices_together(make_pool, monkeypatch):

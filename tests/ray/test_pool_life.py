@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import ray
 from driver import run_driver
-from pool_actors import device_actors, pid_of, until
+from pool_actors import device_actors, leased_bytes, pid_of, until
 
 import kvpool.actors.compatibility
 import kvpool.client.lane
@@ -121,12 +121,18 @@ async def test_the_bare_handle_speaks_builtin_types(pool):
     ((refused, kind, *_),) = await answer("request_caches", "bare", [(5, model, 1 << 40, 1 << 40, 0.0, None)])
     assert (refused, kind) == ("error", "InvalidSizeError")
     assert (await answer("describe_caches", "bare", [cache_id]))[0]["leases"] == 1
-    assert await answer("leases") == {"bare": 4096 + 2 * 4096}
-    for method in ("describe", "start", "statistics", "trim"):
+    (held,) = await answer("leases")
+    assert (held["client"], held["bytes"], held["caches"], held["pid"]) == ("bare", 4096 + 2 * 4096, 3, None)
+    for method in ("describe", "start", "statistics", "trim", "ls", "evict", "events"):
         await answer(method)
+    ((_, found),) = await answer("contains", "default", [("m", hashes)])
+    assert (found["blocks"], found["model"]) == (2, model)
+    assert await answer("set_policy", "lru") == "lru"
     assert PoolStatistics.from_dict(await answer("statistics")).total("live_bytes") == 3 * 4096
     await answer("grants", "bare", 0, 0.0)
     await answer("release", "bare", [(6, [cache_id], None), (7, ids, None)])
+    assert (await answer("invalidate", "m", [encode_block_id(1)]))["caches"] == 2
+    assert (await answer("revoke", "bare"))["caches"] == 2
     await answer("disconnect", "bare")
 
 
@@ -230,7 +236,7 @@ async def test_a_pool_that_does_not_answer_is_told_and_what_comes_late_is_given_
         os.kill(pid, signal.SIGCONT)
 
     async def given_back():
-        return (await pool.stats()).grants == 1 and await pool.actor.leases.remote() == {}
+        return (await pool.stats()).grants == 1 and await leased_bytes(pool) == {}
 
     await until(given_back, "the late grant is given back")
 

@@ -16,7 +16,7 @@ import pytest
 import ray
 import torch
 from conftest import Pools
-from pool_actors import until, until_leased, until_waiting
+from pool_actors import leased_bytes, until, until_leased, until_waiting
 
 from examples.tiny_model import TinyModel, block_hashes
 from kvpool import CachePool
@@ -150,7 +150,7 @@ async def check_cancelled_in_the_middle(app: App, pool: CachePool) -> None:
     work_bytes = TinyModel().kv_bytes(LONG)
 
     async def both_work() -> bool:
-        return sum((await pool.actor.leases.remote()).values()) > 2 * work_bytes
+        return sum((await leased_bytes(pool)).values()) > 2 * work_bytes
 
     await until(both_work, "both hold their working memory")
     waiting = [app.start("chat", DOCUMENT, LONG) for _ in range(3)]

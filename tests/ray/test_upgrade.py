@@ -146,7 +146,7 @@ async def test_an_older_pool_is_recognized_by_connect_and_create(older: OlderPoo
             f"kvpool stop --name {older.name} --drain 60",
             f"KVPOOL_DEVICES=host:1x2MiB KVPOOL_PAGE_SIZE=65536 kvpool start --name {older.name}",
         ]
-    assert await ray.get_actor(older.name, namespace="kvpool").leases.remote() == {}  # it goes on
+    assert await ray.get_actor(older.name, namespace="kvpool").leases.remote() == []  # it goes on
 
 
 async def test_an_older_pool_is_drained_and_restarted_by_the_commands_of_the_message(

@@ -34,6 +34,10 @@ WEIGHTS = {
     "device": 60,
     "time": 3,
     "end": 1,
+    "evict": 1,
+    "invalidate": 0.2,
+    "revoke": 0.5,
+    "let_go": 0.5,
 }
 
 
@@ -151,6 +155,37 @@ class Simulation:
     def time(self) -> None:
         self.model.advance(self.chance.choice([0.1, 1.0, 3.0]))
 
+    def evict(self) -> None:
+        self.model.evict(
+            self.chance.choice([None, *TENANTS]),
+            self.chance.choice([None, "small"]),
+            self.chance.choice([PAGE, 3 * PAGE]),
+        )
+
+    def invalidate(self) -> None:
+        """Some content of a tenant that is there, or all of a model's."""
+        tenant, model = self.chance.choice(TENANTS), self.chance.choice(["small", "large"])
+        index = self.model.pool.state.ledger.index
+        there = [
+            m for m in self.model.made.values() if (m.tenant, m.model) == (tenant, model) and m.planned is not None
+        ]
+        known = [int.from_bytes(m.planned or b"") for m in there[-200:] if index.live_row(m.id) >= 0]
+        some = self.some(known, 3) if known and self.chance.random() < 0.8 else None
+        self.model.invalidate(tenant, model, some)
+
+    def revoke(self) -> None:
+        name = self.somebody(self.model.holders())
+        if name is not None:
+            for cache_id in self.model.clients[name].sure():
+                self.model.map(name, cache_id)
+            self.model.revoke(name)
+            self.be_born()
+
+    def let_go(self) -> None:
+        name = self.somebody(sorted(self.model.ghosts))
+        if name is not None:
+            self.model.let_go(name)
+
     def end(self) -> None:
         name = self.somebody(self.model.ready())
         if name is not None:
@@ -173,3 +208,5 @@ def test_nothing_is_lost_or_mixed_up(seed: int) -> None:
     assert simulation.model.grants > 30
     assert counters.evictions > 100
     assert counters.duplicates > 0
+    assert all(counters.evictions_by_reason.values()), counters.evictions_by_reason
+    assert simulation.model.revocations > 0

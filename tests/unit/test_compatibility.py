@@ -5,7 +5,7 @@ import shlex
 import pytest
 
 from kvpool import __version__
-from kvpool.actors.compatibility import check_protocol, protocol_difference, restart_commands
+from kvpool.actors.compatibility import check_protocol, leased_bytes, protocol_difference, restart_commands
 from kvpool.actors.protocol import PROTOCOL_VERSION
 from kvpool.config import PoolConfig, load_config
 from kvpool.errors import ProtocolError, from_wire
@@ -52,3 +52,8 @@ def test_statistics_of_another_version_are_refused_with_what_is_missing() -> Non
         PoolStatistics.from_dict({"name": "p", "devices": [{"name": "host-0"}]})
     assert "policy" in caught.value.details["missing"]
     assert protocol_difference("p", {"protocol": PROTOCOL_VERSION}) is None
+
+
+def test_who_holds_what_is_understood_in_every_form() -> None:
+    assert leased_bytes({"a": 1, "b": 2}) == leased_bytes([{"client": "a", "bytes": 1}, {"client": "b", "bytes": 2}])
+    assert leased_bytes([]) == leased_bytes({}) == {}

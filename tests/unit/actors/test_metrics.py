@@ -98,7 +98,10 @@ def test_a_device_that_did_not_report_has_a_gap(reader, pool_metrics):
     assert found["kvpool.memory.utilization"] == [(on_first, 0.25)]
     assert found["kvpool.memory.fragmentation"] == [(on_first, 0.5)]
     assert found["kvpool.leases"] == [(on_first, 2)]
-    assert found["kvpool.evictions"] == [({"reason": "capacity", "policy": "lru"}, 7)]
+    assert found["kvpool.evictions"] == [
+        ({"reason": reason, "policy": "lru"}, count)
+        for reason, count in (("capacity", 7), ("request", 0), ("invalidate", 0))
+    ]
 
 
 def test_counts_have_few_attributes(reader, pool_metrics):

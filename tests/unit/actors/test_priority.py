@@ -11,7 +11,7 @@ import logging, os, sys, threading
 from pathlib import Path
 from kvpool.actors.priority import niceness, run_at_normal_priority
 logging.basicConfig(level=logging.INFO)
-os.nice(15)
+os.setpriority(os.PRIO_PROCESS, 0, 15)
 end = threading.Event()
 thread = threading.Thread(target=end.wait, daemon=True)
 thread.start()

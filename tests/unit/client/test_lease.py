@@ -24,6 +24,12 @@ class Connection:
     def check_usable(self) -> None:
         """It always is."""
 
+    def check_not_revoked(self) -> None:
+        """It never is."""
+
+    def lease_unused(self) -> None:
+        """Nobody waits for that."""
+
     def release_soon(self, ids: list[int]) -> None:
         self.released += ids
 

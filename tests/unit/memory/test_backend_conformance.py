@@ -157,6 +157,16 @@ def test_a_page_released_while_mapped_lives_on(backend: Backend, size: int) -> N
     assert not accessible(address)
 
 
+def test_zero(backend: Backend, size: int) -> None:
+    address = backend.reserve(size, size)
+    page = backend.create(size)
+    backend.map(address, page)
+    backend.set_access(address, size, Access.READ_WRITE)
+    ctypes.memset(address, 7, size)
+    backend.zero(address + 10, size - 20)
+    assert ctypes.string_at(address, size) == b"\7" * 10 + bytes(size - 20) + b"\7" * 10
+
+
 def test_copy(backend: Backend, size: int) -> None:
     address = backend.reserve(2 * size, size)
     for index in range(2):

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kvpool.errors import BackendError, InvalidRequestError, StaleCacheError
+from kvpool.errors import BackendError, InvalidRequestError, LeaseRevokedError, StaleCacheError
 from kvpool.memory.backend import Access
 from kvpool.memory.client_arena import ClientArena
 from kvpool.memory.host import HostBackend
@@ -38,6 +38,13 @@ async def arena(owner, backend):
 
 def read(arena: ClientArena, index: int, access: Access = READ, size: int = 5) -> bytes:
     return ctypes.string_at(arena.address(index * PAGE, access), size)
+
+
+async def until(true: Any) -> None:
+    """For what the server does without telling its owner."""
+    async with asyncio.timeout(10):
+        while not true():  # noqa: ASYNC110
+            await asyncio.sleep(0)
 
 
 async def ensure(arena: ClientArena, pages: Any, access: Access = READ) -> None:
@@ -115,6 +122,35 @@ async def test_drop_unmaps_both_views(owner, arena, mapped_page_count) -> None:
     assert not arena.is_mapped(pages[:1], WRITE)
     assert arena.is_mapped(pages[1:], READ)
     assert mapped_page_count() == before + 2
+
+
+@pytest.mark.parametrize("reconnected", [False, True])
+async def test_a_revoked_client_keeps_what_it_has_until_it_closes_and_gets_no_more(
+    owner, backend, reconnected: bool
+) -> None:
+    told = threading.Event()
+    arena = await asyncio.to_thread(
+        ClientArena, backend, owner.path, "a", TOKEN, 1000 * PAGE, PAGE, 500, on_revoked=told.set
+    )
+    held, other = owner.add(0, b"still"), owner.add(1)
+    await ensure(arena, [held], WRITE)
+    if reconnected:  # it is told when it comes back
+        arena._connection._socket.shutdown(2)
+        await asyncio.to_thread(arena._connection._thread.join)
+        await until(lambda: owner.server._clients["a"].connection is None)
+    owner.server.revoke("a")
+    owner.server.revoke("a")
+    if reconnected:
+        with pytest.raises(LeaseRevokedError):
+            await ensure(arena, [other])
+    assert await asyncio.to_thread(told.wait, 10)
+    owner.server.request_drop("a", [held[1]])
+    with pytest.raises(LeaseRevokedError):  # answered after the drop was taken
+        await ensure(arena, [other])
+    assert read(arena, 0, WRITE) == b"still"
+    assert owner.holders["a"] == {held[1]}
+    await asyncio.to_thread(arena.close)
+    await owner.until(lambda: owner.gone == ["a"])
 
 
 async def test_drop_overtaken_by_nothing(owner, arena) -> None:

@@ -113,7 +113,7 @@ def test_evictions_are_counted_by_reason(pool):
     caches(pool, (4 * PAGE, None))
     counters = pool.state.ledger.counters
     assert counters.evictions > 0
-    assert counters.evictions_by_reason == {"capacity": counters.evictions}
+    assert counters.evictions_by_reason == {"capacity": counters.evictions, "request": 0, "invalidate": 0}
 
 
 def test_a_batch_without_traces_sends_none(pool):

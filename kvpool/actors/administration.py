@@ -1,0 +1,201 @@
+"""The verbs of administration, as methods of the pool actor.
+
+Whoever has the bare handle speaks as the operator: ``tenant`` None means all tenants. Given a tenant, a method sees and
+touches nothing of another's; that is how :class:`kvpool.CachePool` calls them, with its own. (Who can get the handle at
+all is Ray's authentication.) The eviction policy and the warm reserve are the whole pool's, and so are
+:meth:`Administration.set_policy` and :meth:`Administration.trim`: neither removes or shows content.
+
+Everything goes in and out as built-in types, and errors are raised as their own classes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from kvpool.actors.executor import Executor
+from kvpool.actors.fleet import Fleet
+from kvpool.errors import InvalidRequestError, from_wire
+from kvpool.pool.instructions import Batch, EvictRequested, InvalidateRequested, RevokeRequested
+from kvpool.pool.leases import PINNER
+from kvpool.pool.listing import list_caches, list_models
+from kvpool.pool.state import PoolState
+
+
+class Administration:
+    """What an operator may do with a pool; a base of :class:`~kvpool.actors.pool_actor.PoolActor`."""
+
+    _state: PoolState
+    _executor: Executor
+    _fleet: Fleet
+
+    # -- to see ---------------------------------------------------------------------------------------------------
+
+    async def ls(
+        self,
+        tenant: str | None = None,
+        model: str | int | None = None,
+        limit: int = 100,
+        sort: str | None = None,
+        after: int | None = None,
+    ) -> dict[str, Any]:
+        """List models, and caches: ``{"models": [...], "caches": [...], "total": int, "next": cursor or None}``.
+
+        See :func:`kvpool.pool.listing.list_models` and :func:`~kvpool.pool.listing.list_caches` for their fields.
+
+        Parameters
+        ----------
+        model
+            Name or number of the models whose caches are listed; None: all.
+        limit
+            Most caches of this answer, 0 to 1000; ``total`` says how many there are.
+        sort
+            ``recent``, ``uses`` or ``bytes``: the most first. None: in the order of the table, in parts:
+        after
+            ``next`` of the answer before.
+        """
+        ledger = self._state.ledger
+        caches = list_caches(ledger, self._state.leases, tenant, model, limit, sort, after, time.monotonic())
+        return {"models": list_models(ledger, tenant, model)} | caches
+
+    async def leases(self, tenant: str | None = None) -> list[dict[str, Any]]:
+        """Tell who holds what, the one with most bytes first; what a tenant pinned by word is held by ``pin:TENANT``.
+
+        Each is ``{"client", "tenant", "bytes", "caches", "age_s", "connected_s", "pid", "hostname", "job", "node"}``:
+        ``age_s`` are the seconds since the oldest of its leases began; what a client did not say of itself is None.
+        """
+        now = time.monotonic()
+        held: dict[str, list[float]] = {}
+        for report in (await self._fleet.ask(self._alive(), "holders")).values():
+            for client, (caches, size_bytes, age_s) in report.items():
+                known = held.setdefault(client, [0, 0, 0.0])
+                known[0] += caches
+                known[1] += size_bytes
+                known[2] = max(known[2], age_s)
+        rows = []
+        for name, (caches, size_bytes, age_s) in sorted(held.items(), key=lambda item: (-item[1][1], item[0])):
+            client = self._state.ledger.clients.get(name)
+            if client is None and not name.startswith(PINNER):
+                continue  # it has left since the devices told
+            owner = client.tenant if client is not None else name.removeprefix(PINNER)
+            if tenant not in (None, owner):
+                continue
+            who = client.who if client is not None else {}
+            rows.append(
+                {
+                    "client": name,
+                    "tenant": owner,
+                    "bytes": int(size_bytes),
+                    "caches": int(caches),
+                    "age_s": age_s,
+                    "connected_s": now - client.since if client is not None else None,
+                    **{field: who.get(field) for field in ("pid", "hostname", "job", "node")},
+                }
+            )
+        return rows
+
+    async def contains(self, tenant: str, items: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+        """Tell how much of each chain is resident, and where. Takes no lease and counts as no use.
+
+        Parameters
+        ----------
+        items
+            For each chain the model, by its number or a name that only one model of the tenant has, and the hashes:
+            16 bytes each, joined. What follows them (a trace context) is not looked at.
+
+        Returns
+        -------
+        list of tuple
+            ``("contains", {"model": number, "blocks": n, "devices": {name: blocks}, "hosts": {host: blocks}})``, or
+            ``("error", class, message, details)``.
+        """
+        answers: list[tuple[Any, ...]] = []
+        for model, hashes, *_ in items:
+            try:
+                answers.append(("contains", self._state.directory.contains(tenant, model, hashes)))
+            except InvalidRequestError as error:
+                answers.append(("error", *error.to_wire()))
+        return answers
+
+    async def events(
+        self, seen: int | None = None, wait_s: float = 0.0, tenant: str | None = None
+    ) -> tuple[int, list[tuple[Any, ...]]]:
+        """Return ``(number of the last event, events after number seen)``, waiting for one up to ``wait_s`` (30 s).
+
+        Begin with ``seen`` None, which answers at once with the number to go on from. An event is a tuple of the fields
+        of :class:`kvpool.pool.journal.Happened`. Events are kept for 60 s after the last poll of anyone, at most 65,536
+        of them: who polls too seldom gets one of kind ``missed``, and must begin again from :meth:`ls`.
+        """
+        return await self._executor.feed.poll(seen, wait_s, tenant)
+
+    # -- to change ------------------------------------------------------------------------------------------------
+
+    async def evict(
+        self,
+        tenant: str | None = None,
+        model: str | int | None = None,
+        device: str | None = None,
+        size_bytes: int | None = None,
+    ) -> dict[str, int]:
+        """Evict what nobody holds, in the order of the policy: all, or until ``size_bytes`` are found.
+
+        Returns ``{"caches", "bytes", "leased_caches", "leased_bytes"}``; see
+        :meth:`kvpool.pool.evictions.Evictions.evict`.
+        """
+        return dict(await self._decide(EvictRequested(Batch(1), tenant, model, device, size_bytes)))
+
+    async def invalidate(
+        self, model: str | int, keys: Sequence[bytes] | None = None, tenant: str | None = None
+    ) -> dict[str, Any]:
+        """Remove a model's content, or that under some keys and all that is chained behind it, so that nobody finds it.
+
+        Returns, once the memory is zeroed, ``{"caches", "bytes", "unsealed", "held": {client: (caches, bytes)}}``; see
+        :meth:`kvpool.pool.invalidation.Invalidations.invalidate` for what it guarantees.
+        """
+        return dict(await self._decide(InvalidateRequested(Batch(1), tenant, model, keys)))
+
+    async def revoke(self, client: str, tenant: str | None = None) -> dict[str, Any]:
+        """End all leases of a client, and the client with them, without its help.
+
+        Returns ``{"client", "caches", "bytes", "mapped_bytes"}``; see
+        :meth:`kvpool.pool.revocation.Revocations.revoke`.
+        """
+        return dict(await self._decide(RevokeRequested(Batch(1), client, tenant)))
+
+    async def trim(self) -> int:
+        """Give warm pages back to the system; returns their bytes. Pages that clients still map become zombies."""
+        given = await asyncio.gather(*(self._fleet.operate(number, ("trim",)) for number in self._alive()))
+        return sum(size_bytes for size_bytes in given if isinstance(size_bytes, int))
+
+    async def set_policy(self, name: str) -> str:
+        """Let another eviction policy decide from now on; returns its name. It takes over what is resident.
+
+        Raises
+        ------
+        UnknownPolicyError
+            If there is none of that name.
+        """
+        self._state.set_policy(name, time.monotonic())
+        return self._state.policy_name
+
+    # -- carrying out ---------------------------------------------------------------------------------------------
+
+    async def _decide(self, event: EvictRequested | InvalidateRequested | RevokeRequested) -> dict[str, Any]:
+        instructions = self._state.handle(event, time.monotonic())
+        (answer,) = await self._executor.finish(event.batch, instructions)
+        if isinstance(answer, tuple):
+            raise from_wire(answer[1:])
+        return dict(answer)
+
+    async def _leased_bytes(self) -> dict[str, int]:
+        """Return the bytes that each client holds leased, over all devices."""
+        held: dict[str, int] = {}
+        for report in (await self._fleet.ask(self._alive(), "leases")).values():
+            for client, size_bytes in report.items():
+                held[client] = held.get(client, 0) + size_bytes
+        return held
+
+    def _alive(self) -> list[int]:
+        return [device.number for device in self._state.ledger.devices if device.lost is None]

@@ -1,0 +1,300 @@
+"""``kvpool ls``, ``leases``, ``contains``, ``evict``, ``invalidate``, ``trim``, ``set-policy``, ``events``.
+
+They speak as the operator: to all tenants, unless ``--tenant`` names one. None of them needs to run where the pool's
+memory is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import click
+from rich.console import Console
+
+from kvpool.cli.output import print_rows, write_json
+from kvpool.cli.pool import JSON, NAME
+from kvpool.errors import InvalidRequestError, from_wire
+from kvpool.sizes import format_size, parse_size
+
+_ANSWER_S = 30.0
+_STEPS_S = 600.0
+_PART = 1000
+"""Caches of one answer of the pool."""
+
+_TENANT = click.option("--tenant", help="Only this tenant's.  [default: all]")
+_MODEL = click.option("--model", help="Name of a model, or its number from 'kvpool ls'.")
+
+
+async def _ask(name: str, method: str, *arguments: Any, timeout_s: float = _ANSWER_S) -> Any:
+    """Call a method of a pool's actor."""
+    from kvpool.actors.cluster import call, ensure_ray, find_actor
+
+    ensure_ray()
+    return await call(getattr(find_actor(name), method), *arguments, timeout_s=timeout_s)
+
+
+def _model(given: str | None) -> str | int | None:
+    return int(given) if given is not None and given.isdecimal() else given
+
+
+def _key(given: str) -> bytes:
+    """A hash as 32 hexadecimal digits, or the text that was given to ``seal(key=...)``."""
+    from kvpool.cache.key import HASH_BYTES
+    from kvpool.client.spec import content_hash
+
+    try:
+        hashed = bytes.fromhex(given)
+    except ValueError:
+        return content_hash(given)
+    return hashed if len(hashed) == HASH_BYTES else content_hash(given)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold: hashes as hexadecimal digits."""
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _age(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+@click.command()
+@NAME
+@_TENANT
+@_MODEL
+@click.option("--limit", type=click.IntRange(min=0), default=20, show_default=True, help="Caches to list at most.")
+@click.option("--sort", type=click.Choice(["recent", "uses", "bytes"]), help="The most first; at most 1000 then.")
+@JSON
+def ls(name: str, tenant: str | None, model: str | None, limit: int, sort: str | None, json_path: str | None) -> None:
+    """List models and caches."""
+
+    async def run() -> dict[str, Any]:
+        listed: dict[str, Any] = {"next": None}
+        caches: list[Any] = []
+        while not caches or (listed["next"] is not None and len(caches) < limit):
+            part = min(limit - len(caches), _PART) if sort is None else limit
+            listed = await _ask(name, "ls", tenant, _model(model), part, sort, listed["next"])
+            caches += listed["caches"]
+            if not listed["caches"]:
+                break
+        return listed | {"caches": caches}
+
+    listed = asyncio.run(run())
+    if json_path is not None:
+        write_json(json_path, _plain(listed))
+        return
+    models = [
+        each | {"block_bytes": _size(each["block_bytes"]), "limit_bytes": _size(each["limit_bytes"]),
+                "bytes": format_size(each["bytes"])}
+        for each in listed["models"]
+    ]  # fmt: skip
+    print_rows(f"models of pool {name}", [_without(each, "fingerprint") for each in models])
+    if listed["caches"]:
+        rows = [
+            each | {"key": each["key"].hex() if each["key"] else None, "bytes": format_size(each["bytes"]),
+                    "idle_s": _age(each["idle_s"])}
+            for each in listed["caches"]
+        ]  # fmt: skip
+        print_rows("caches", [{("idle" if key == "idle_s" else key): row[key] for key in row} for row in rows])
+    click.echo(f"{len(listed['caches']):,} of {listed['total']:,} caches shown")
+
+
+@click.command()
+@NAME
+@_TENANT
+@click.option("--revoke", "client", metavar="CLIENT", help="End all leases of this client, without its help.")
+@JSON
+def leases(name: str, tenant: str | None, client: str | None, json_path: str | None) -> None:
+    """Show who holds what: process, job, age, bytes. With --revoke, end what one client holds.
+
+    A revoked process gets an error when it next uses its handles; its tensors stay mapped. What it can still write to
+    is given to nobody until it has dropped them or has ended.
+    """
+    if client is not None:
+        ended = asyncio.run(_ask(name, "revoke", client, tenant))
+        if json_path is not None:
+            write_json(json_path, ended)
+            return
+        click.echo(
+            f"{ended['client']} held {ended['caches']:,} caches, {format_size(ended['bytes'])}: revoked; it may still "
+            f"map {format_size(ended['mapped_bytes'])}"
+        )
+        return
+    held = asyncio.run(_ask(name, "leases", tenant))
+    if json_path is not None:
+        write_json(json_path, {"leases": held})
+        return
+    if not held:
+        click.echo(f"nobody holds memory of pool {name}")
+        return
+    rows = [
+        each | {"bytes": format_size(each["bytes"]), "pid": each["pid"] and str(each["pid"]),
+                "node": each["node"] and each["node"][:8], "age": _age(each["age_s"]),
+                "connected": _age(each["connected_s"])}
+        for each in held
+    ]  # fmt: skip
+    print_rows(f"leases of pool {name}", [_without(row, "age_s", "connected_s") for row in rows])
+
+
+@click.command()
+@NAME
+@click.option("--tenant", default="default", show_default=True, help="Whose model.")
+@click.option("--model", required=True, help="Name of a model, or its number from 'kvpool ls'.")
+@click.argument("keys", nargs=-1, required=True, metavar="KEY...")
+@JSON
+def contains(name: str, tenant: str, model: str, keys: tuple[str, ...], json_path: str | None) -> None:
+    """Show how many of the leading KEYs of a chain are in the pool, and where.
+
+    A KEY is a block's hash, 32 hexadecimal digits, or the text under which a cache was sealed. Takes no lease, and
+    counts as no use.
+    """
+    (answer,) = asyncio.run(_ask(name, "contains", tenant, [(_model(model), b"".join(_key(key) for key in keys))]))
+    if answer[0] == "error":
+        raise from_wire(answer[1:])
+    found = answer[1]
+    if json_path is not None:
+        write_json(json_path, found)
+        return
+    where = ", ".join(f"{blocks:,} on {device}" for device, blocks in sorted(found["devices"].items()))
+    click.echo(f"{found['blocks']:,} of {len(keys):,} in the pool{': ' + where if where else ''}")
+
+
+@click.command()
+@NAME
+@_TENANT
+@_MODEL
+@click.option("--device", help="Only what is on this device.")
+@click.option("--bytes", "size", help="Stop when so much is found: '1GiB'.")
+@click.option("--all", "everything", is_flag=True, help="Evict all that nobody holds.")
+@JSON
+def evict(
+    name: str,
+    tenant: str | None,
+    model: str | None,
+    device: str | None,
+    size: str | None,
+    everything: bool,
+    json_path: str | None,
+) -> None:
+    """Evict caches that nobody holds, in the order of the eviction policy."""
+    if everything == (size is not None):
+        raise InvalidRequestError("say how much is to go: --bytes 1GiB, or --all (of --tenant, --model or --device)")
+    size_bytes = parse_size(size) if size is not None else None
+    with Console(stderr=True).status("evicting"):
+        went = asyncio.run(_ask(name, "evict", tenant, _model(model), device, size_bytes, timeout_s=_STEPS_S))
+    if json_path is not None:
+        write_json(json_path, went)
+        return
+    click.echo(
+        f"{went['caches']:,} caches evicted, {format_size(went['bytes'])}; {went['leased_caches']:,} are held and "
+        f"stay, {format_size(went['leased_bytes'])}"
+    )
+
+
+@click.command()
+@NAME
+@_TENANT
+@click.option("--model", required=True, help="Name of a model, or its number from 'kvpool ls'.")
+@click.option("--all", "everything", is_flag=True, help="All content of the model.")
+@click.argument("keys", nargs=-1, metavar="[KEY...]")
+@JSON
+def invalidate(
+    name: str, tenant: str | None, model: str, everything: bool, keys: tuple[str, ...], json_path: str | None
+) -> None:
+    """Remove a model's content for good, or what is stored under KEYs and all that is chained behind them.
+
+    A KEY is a block's hash, 32 hexadecimal digits, or the text under which a cache was sealed. When the command ends,
+    no look-up finds the content, what was being written cannot be sealed, and the memory is zeroed; who holds a lease
+    on it keeps it until it ends, and is named.
+    """
+    if everything == bool(keys):
+        raise InvalidRequestError("say what is to go: the keys, or --all content of the model")
+    hashed = [_key(key) for key in keys] if keys else None
+    with Console(stderr=True).status("invalidating"):
+        gone = asyncio.run(_ask(name, "invalidate", _model(model), hashed, tenant, timeout_s=_STEPS_S))
+    if json_path is not None:
+        write_json(json_path, _plain(gone))
+        return
+    click.echo(
+        f"{gone['caches']:,} caches invalidated, {format_size(gone['bytes'])}; {gone['unsealed']:,} that were being "
+        "written cannot be sealed any more"
+    )
+    for client, (caches, size_bytes) in gone["held"].items():
+        click.echo(f"{client} still holds {caches:,} of them, {format_size(size_bytes)}: zeroed when it lets go")
+
+
+@click.command()
+@NAME
+@JSON
+def trim(name: str, json_path: str | None) -> None:
+    """Give the pool's warm pages back to the system."""
+    size_bytes = asyncio.run(_ask(name, "trim", timeout_s=_STEPS_S))
+    if json_path is not None:
+        write_json(json_path, {"bytes": size_bytes})
+    else:
+        click.echo(f"{format_size(size_bytes)} given back; what clients still map follows")
+
+
+@click.command("set-policy")
+@NAME
+@click.argument("policy")
+@JSON
+def set_policy(name: str, policy: str, json_path: str | None) -> None:
+    """Let another eviction policy decide from now on; it takes over what is resident."""
+    now = asyncio.run(_ask(name, "set_policy", policy))
+    if json_path is not None:
+        write_json(json_path, {"policy": now})
+    else:
+        click.echo(f"pool {name} evicts by {now}")
+
+
+@click.command()
+@NAME
+@_TENANT
+@click.option("--limit", type=click.IntRange(min=1), help="End after so many events.")
+@click.option("--json", "json_path", metavar="FILE", default="-", show_default=True, help="Write JSON lines to FILE.")
+def events(name: str, tenant: str | None, limit: int | None, json_path: str) -> None:
+    """Write what happens to the pool's content, as it happens: a line of JSON for each event, until Ctrl-C."""
+    from kvpool.client.events import EventReader
+
+    async def call(*arguments: Any) -> Any:
+        return await _ask(name, "events", *arguments, timeout_s=_STEPS_S)
+
+    async def run(out: Any) -> None:
+        reader = EventReader(call, tenant)
+        await reader.start()
+        click.echo(f"listening to pool {name}", err=True)
+        left = limit
+        while left is None or left > 0:
+            for event in (await reader.poll())[:left]:
+                out.write(json.dumps(event.to_dict()) + "\n")
+                left = left if left is None else left - 1
+            out.flush()
+
+    try:
+        with click.open_file(json_path, "w", encoding="utf-8") as out:
+            asyncio.run(run(out))
+    except KeyboardInterrupt:
+        return
+    except FileNotFoundError as error:
+        raise InvalidRequestError(f"cannot write JSON to {json_path}: {error.strerror}", asked=json_path) from error
+
+
+def _size(size_bytes: int | None) -> str | None:
+    return format_size(size_bytes) if size_bytes is not None else None
+
+
+def _without(row: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key not in names}

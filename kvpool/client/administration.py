@@ -1,0 +1,162 @@
+"""The verbs of administration, within the tenant of a connection.
+
+Each is a method of the pool's actor, too (:class:`kvpool.actors.administration.Administration`), and a command of
+``kvpool``. From here a pool can be administered as far as its own tenant goes: another's models, clients and content
+are neither shown nor touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from kvpool.client.connection import Connection
+from kvpool.client.events import EventStream
+from kvpool.client.model import Model
+from kvpool.client.spec import content_hash, join_hashes
+from kvpool.sizes import parse_size
+
+_STEPS_S = 600.0
+"""How long the pool may take to evict or zero memory, seconds."""
+
+
+class Administration:
+    """What can be seen and done of a pool beyond one's own caches; a base of :class:`~kvpool.CachePool`."""
+
+    _connection: Connection
+
+    async def ls(
+        self,
+        model: Model | str | int | None = None,
+        *,
+        limit: int = 100,
+        sort: str | None = None,
+        after: int | None = None,
+    ) -> dict[str, Any]:
+        """List models and caches: ``{"models": [...], "caches": [...], "total": int, "next": cursor or None}``.
+
+        Parameters
+        ----------
+        model
+            Whose caches; by default those of all models.
+        limit
+            Most caches to return, 0 to 1000; ``total`` tells how many there are.
+        sort
+            ``recent``, ``uses`` or ``bytes``: the most first. By default in no order, but in parts that follow each
+            other:
+        after
+            ``next`` of the answer before.
+        """
+        actor, tenant = self._connection.actor, self._connection.tenant
+        return dict(await self._connection.call(actor.ls, tenant, _named(model), limit, sort, after))
+
+    async def holders(self) -> list[dict[str, Any]]:
+        """Tell who holds what: client, process, host, job, bytes, caches and age of each that has leases.
+
+        (``leases()`` tells of this process alone.) What was pinned by word is held by ``pin:TENANT``.
+        """
+        return list(await self._connection.call(self._connection.actor.leases, self._connection.tenant))
+
+    async def revoke(self, client: str) -> dict[str, Any]:
+        """End all leases of a client, which cannot use the pool then before it connects again.
+
+        Its handles raise :class:`~kvpool.errors.LeaseRevokedError`; tensors it has stay mapped, and what it can still
+        write to is given to nobody until it has dropped them or its process has ended. A client that is stopped or
+        hangs is not waited for. Returns ``{"client", "caches", "bytes", "mapped_bytes"}``.
+
+        Raises
+        ------
+        InvalidRequestError
+            If no such client of this tenant is connected.
+        """
+        connection = self._connection
+        return dict(await connection.call(connection.actor.revoke, client, connection.tenant))
+
+    async def contains(self, model: Model | str | int, hashes: Sequence[bytes]) -> dict[str, Any]:
+        """Tell how many leading ``hashes`` of a chain are resident, and where, without a lease: for routers.
+
+        Counts as no use: neither the policy nor the statistics see it. Concurrent calls leave in one.
+
+        Returns
+        -------
+        dict
+            ``{"model": number, "blocks": n, "devices": {device name: blocks}, "hosts": {host: blocks}}``.
+
+        Raises
+        ------
+        InvalidRequestError
+            If there is no such model, or several of that name (revisions, shards): then give its number, from
+            :meth:`ls` or :attr:`Model.number`.
+        """
+        return await self._connection.contains(_named(model), join_hashes(hashes))
+
+    async def evict(
+        self, size: int | str | None = None, *, model: Model | str | int | None = None, device: str | None = None
+    ) -> dict[str, int]:
+        """Evict what nobody holds, in the order of the policy: until ``size`` (bytes or text) is found, or all of it.
+
+        Parameters
+        ----------
+        model, device
+            Only a model's caches, only those on one device.
+
+        Returns
+        -------
+        dict
+            ``{"caches", "bytes", "leased_caches", "leased_bytes"}``: what went, and what stays because it is held.
+        """
+        connection, size_bytes = self._connection, parse_size(size) if size is not None else None
+        return dict(
+            await connection.call(
+                connection.actor.evict, connection.tenant, _named(model), device, size_bytes, timeout_s=_STEPS_S
+            )
+        )
+
+    async def invalidate(self, model: Model | str | int, keys: Sequence[bytes | str] | None = None) -> dict[str, Any]:
+        """Remove a model's content, or that under some keys and all that is chained behind it, for good.
+
+        When it returns, no look-up by anyone finds what was stored before, what was being written when it was called
+        cannot be sealed (:class:`~kvpool.errors.InvalidatedError`), pins on it have ended, and memory that nobody holds
+        is zeroed: of the caches that went, and all that was free in this tenant. Clients that hold a lease on such
+        content keep it until they end it; it is zeroed then.
+
+        Parameters
+        ----------
+        keys
+            Hashes of 16 bytes, or what was given to ``seal(key=...)``; by default all content of the model.
+
+        Returns
+        -------
+        dict
+            ``caches`` and ``bytes`` that were published, how many were ``unsealed``, and what is still ``held``:
+            ``{client: (caches, bytes)}``.
+        """
+        connection, hashes = self._connection, None if keys is None else [content_hash(key) for key in keys]
+        return dict(
+            await connection.call(
+                connection.actor.invalidate, _named(model), hashes, connection.tenant, timeout_s=_STEPS_S
+            )
+        )
+
+    async def trim(self) -> int:
+        """Give the warm pages of the whole pool back to the system; returns their bytes."""
+        return int(await self._connection.call(self._connection.actor.trim))
+
+    async def set_policy(self, name: str) -> str:
+        """Let another eviction policy decide in the whole pool from now on; it takes over what is resident.
+
+        Raises
+        ------
+        UnknownPolicyError
+            If there is none of that name.
+        """
+        return str(await self._connection.call(self._connection.actor.set_policy, name))
+
+    def events(self) -> EventStream:
+        """Return the stream of events: ``async for event in pool.events()``."""
+        return EventStream(self._connection)
+
+
+def _named(model: Any) -> Any:
+    """Return the number of a model (of the blocking client, too), or what names it."""
+    return getattr(model, "number", model)

@@ -1,0 +1,209 @@
+"""Content that is declared void, so that nobody ever finds it again and nothing of it is left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from kvpool.cache.chains import Rows, deepest_first, with_descendants
+from kvpool.cache.key import MOST_HASHES, check_hash
+from kvpool.cache.table import KEYED
+from kvpool.errors import DeviceLostError, InvalidRequestError
+from kvpool.memory.tickets import TicketQueue
+from kvpool.pool import removal
+from kvpool.pool.instructions import Answer, Batch
+from kvpool.pool.journal import Happened
+from kvpool.pool.leases import Leases
+from kvpool.pool.ledger import Ledger, Model
+from kvpool.pool.removal import Gone, send_removals
+from kvpool.pool.requests import CacheRequest
+from kvpool.sizes import MIB
+
+STEP_BYTES = 64 * MIB
+"""Memory that a device zeroes in one step: about 10 ms of its event loop. (A single larger cache is zeroed at once.)"""
+
+
+@dataclass(slots=True, eq=False)
+class _Invalidation:
+    batch: Batch
+    number: int
+    ids: list[int]
+    """Those that nobody holds, children before their parents, the first of them at the end."""
+    scrubs: dict[int, list[str]]
+    """By device, the tenants whose free memory is still to be scrubbed."""
+    answer: dict[str, Any]
+    held: dict[str, list[int]] = field(default_factory=dict)
+
+
+class Invalidations:
+    """Declares content void.
+
+    With 200,000 caches in the pool, the decision on a whole model takes its event loop 30 ms, that on a key 10 and on
+    65,536 keys 130; the steps that follow take about 5 ms each.
+
+    Parameters
+    ----------
+    ledger
+        The pool's books.
+    leases
+        Told of leases that end.
+    queue
+        Requests that wait: their caches count as asked for when they were.
+    """
+
+    def __init__(self, ledger: Ledger, leases: Leases, queue: TicketQueue[CacheRequest]) -> None:
+        self._ledger = ledger
+        self._leases = leases
+        self._queue = queue
+
+    def invalidate(
+        self, batch: Batch, tenant: str | None, model: str | int, keys: Sequence[bytes] | None, now: float
+    ) -> None:
+        """Declare all content of a model void, or that under some keys and all that is chained behind it.
+
+        From this decision on no look-up finds it, and what was asked for before cannot be sealed as such content any
+        more. The answer comes when all devices have zeroed what nobody holds, what was free and what is left of
+        earlier caches between live ones: ``{"caches", "bytes", "unsealed", "held"}``: what was published; caches that
+        were being written and can no longer be sealed; and by client the ``(caches, bytes)`` that are still leased, to
+        be zeroed when their leases end. A look-up that was decided on before has been answered by then, too.
+
+        Raises
+        ------
+        InvalidRequestError
+            If there is no such model, or a key is none.
+        """
+        ledger = self._ledger
+        index = ledger.index
+        models = ledger.find_models(model, tenant)
+        if keys is not None:
+            if not isinstance(keys, (list, tuple)) or not 0 < len(keys) <= MOST_HASHES:
+                raise InvalidRequestError(f"keys to invalidate come as a list of 1 to {MOST_HASHES}, or None for all")
+            for key in keys:
+                check_hash(key)
+        ledger.invalidations += 1
+        parts = [
+            self._bury_all(each) if keys is None else self._bury(each, keys)
+            for each in {each.space: each for each in models}.values()
+        ]
+        self._forget_voided()
+        rows: Rows = deepest_first(index, np.concatenate(parts))
+        published = rows[np.frombuffer(index.flags, np.uint8)[rows] & KEYED != 0]
+        held = np.frombuffer(index.pins, np.uint32)[rows] > 0
+        answer = {
+            "caches": len(published),
+            "bytes": int(np.frombuffer(index.size_bytes, np.int64)[published].sum()),
+            "unsealed": sum(cache_id in ledger.writers for cache_id in index.ids_of(rows[held])),
+        }
+        alive = [device.number for device in ledger.devices if device.lost is None]
+        tenants = sorted({each.tenant for each in models})
+        work = _Invalidation(
+            batch, ledger.invalidations, index.ids_of(rows[~held][::-1]), {n: list(tenants) for n in alive}, answer
+        )
+        # Those that somebody holds, first and at once: the end of a lease that comes later must find them void.
+        leased: list[int] = rows[held].tolist()
+        self._evict_void(work, leased, now)
+
+    def _bury_all(self, model: Model) -> Rows:
+        ledger = self._ledger
+        rows = ledger.index.rows_of(model.space)
+        ledger.voided[model.space, None] = ledger.invalidations
+        if ledger.journal.open:
+            ledger.journal.add(Happened("cleared", model.tenant, model.name, reason="invalidate"))
+        ledger.index.bury_all(model.space)
+        return rows
+
+    def _bury(self, model: Model, keys: Sequence[bytes]) -> Rows:
+        ledger = self._ledger
+        index, space = ledger.index, model.space
+        wanted = set(keys)
+        first = [row for row in index.find_all(space, wanted) if row >= 0]
+        for cache_id, writer in ledger.writers.items():
+            row = index.live_row(cache_id)
+            if writer.planned in wanted and index.space_of(row) == space:
+                first.append(row)
+        ledger.voided.update(dict.fromkeys(((space, key) for key in wanted), ledger.invalidations))
+        if not first:
+            return np.array([], np.int64)
+        rows = with_descendants(index, np.array(first, np.int64))
+        ledger.note_removed(rows.tolist(), "invalidate")
+        index.bury(rows)
+        return rows
+
+    def _forget_voided(self) -> None:
+        """Drop the marks of invalidations that no cache is old enough to have to heed."""
+        ledger = self._ledger
+        born = [writer.born for writer in ledger.writers.values()]
+        born += [request.born for _, request in self._queue.items()]
+        oldest = min(born, default=ledger.invalidations)
+        if len(ledger.voided) and oldest == ledger.invalidations:
+            ledger.voided.clear()
+        else:
+            ledger.voided = {mark: number for mark, number in ledger.voided.items() if number > oldest}
+
+    def _next_void(self, work: _Invalidation, now: float) -> None:
+        index = self._ledger.index
+        rows: list[int] = []
+        size_bytes = 0
+        while work.ids and len(rows) < removal.STEP_CACHES and size_bytes < STEP_BYTES:
+            row = index.live_row(work.ids.pop())
+            if row >= 0:  # else it was evicted meanwhile, and zeroed by that
+                rows.append(row)
+                size_bytes += index.size_bytes[row]
+        if rows:
+            self._evict_void(work, rows, now)
+        else:
+            for device in list(work.scrubs):
+                self._scrub(work, device)
+            self._end_if_done(work)
+
+    def _evict_void(self, work: _Invalidation, rows: list[int], now: float) -> None:
+        """Let the devices zero and free these, or mark them where they are held."""
+        index = self._ledger.index
+        self._ledger.count_evictions([row for row in rows if index.key_of(row) is not None], "invalidate")
+        gone = [Gone(index.device[row], index.id_of(row), True) for row in rows]
+        send_removals(self._ledger, gone, partial(self._voided, work), now)
+        for row in rows:
+            if index.pins[row] and index.key_of(row) is not None:
+                index.withdraw(row)
+        index.remove_all([row for row in rows if not index.pins[row]])
+
+    def _voided(self, work: _Invalidation, answers: list[Answer], now: float) -> None:
+        for answer in answers:
+            if answer[0] == "error":
+                continue  # the device is lost, and what was there with it
+            ended, freed, held = answer
+            self._leases.pins_ended(ended, freed, now)
+            for cache_id in freed:
+                self._ledger.forget(cache_id)
+            for client, (caches, size_bytes) in held.items():
+                known = work.held.setdefault(client, [0, 0])
+                known[0] += caches
+                known[1] += size_bytes
+        self._leases.memory_freed(now)
+        self._next_void(work, now)
+
+    def _scrub(self, work: _Invalidation, device: int) -> None:
+        operation = ("scrub", work.scrubs[device][-1], work.number, STEP_BYTES)
+        self._ledger.send(device, operation, partial(self._scrubbed, work, device))
+
+    def _scrubbed(self, work: _Invalidation, device: int, answer: Answer, now: float) -> None:
+        if answer is True:
+            work.scrubs[device].pop()
+        elif answer is not False:
+            if answer[1] != DeviceLostError.__name__:
+                work.answer = {"error": answer}
+            work.scrubs[device].clear()  # nothing is left to scrub where the device is lost
+        if work.scrubs[device]:
+            self._scrub(work, device)
+        else:
+            del work.scrubs[device]
+            self._end_if_done(work)
+
+    def _end_if_done(self, work: _Invalidation) -> None:
+        if not work.scrubs:
+            held = {client: tuple(figures) for client, figures in sorted(work.held.items())}
+            self._ledger.answer(work.batch, 0, work.answer.get("error", work.answer | {"held": held}))
