@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -37,6 +38,8 @@ class _Invalidation:
     """By device, the tenants whose free memory is still to be scrubbed."""
     answer: dict[str, Any]
     held: dict[str, list[int]] = field(default_factory=dict)
+    waits: bool = False
+    """For those before it to end."""
 
 
 class Invalidations:
@@ -59,6 +62,7 @@ class Invalidations:
         self._ledger = ledger
         self._leases = leases
         self._queue = queue
+        self._line: deque[_Invalidation] = deque()
 
     def invalidate(
         self, batch: Batch, tenant: str | None, model: str | int, keys: Sequence[bytes] | None, now: float
@@ -103,6 +107,7 @@ class Invalidations:
         work = _Invalidation(
             batch, ledger.invalidations, index.ids_of(rows[~held][::-1]), {n: list(tenants) for n in alive}, answer
         )
+        self._line.append(work)
         # Those that somebody holds, first and at once: the end of a lease that comes later must find them void.
         leased: list[int] = rows[held].tolist()
         self._evict_void(work, leased, now)
@@ -145,6 +150,9 @@ class Invalidations:
             ledger.voided = {mark: number for mark, number in ledger.voided.items() if number > oldest}
 
     def _next_void(self, work: _Invalidation, now: float) -> None:
+        if self._line[0] is not work:
+            work.waits = True  # what those before it are still removing may be part of what it was asked for
+            return
         index = self._ledger.index
         rows: list[int] = []
         size_bytes = 0
@@ -158,7 +166,7 @@ class Invalidations:
         else:
             for device in list(work.scrubs):
                 self._scrub(work, device)
-            self._end_if_done(work)
+            self._end_if_done(work, now)
 
     def _evict_void(self, work: _Invalidation, rows: list[int], now: float) -> None:
         """Let the devices zero and free these, or mark them where they are held."""
@@ -201,9 +209,12 @@ class Invalidations:
             self._scrub(work, device)
         else:
             del work.scrubs[device]
-            self._end_if_done(work)
+            self._end_if_done(work, now)
 
-    def _end_if_done(self, work: _Invalidation) -> None:
+    def _end_if_done(self, work: _Invalidation, now: float) -> None:
         if not work.scrubs:
+            self._line.popleft()
             held = {client: tuple(figures) for client, figures in sorted(work.held.items())}
             self._ledger.answer(work.batch, 0, work.answer.get("error", work.answer | {"held": held}))
+            if self._line and self._line[0].waits:
+                self._next_void(self._line[0], now)

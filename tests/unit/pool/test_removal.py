@@ -337,6 +337,22 @@ def test_many_steps_leave_nothing(pool, monkeypatch):
     assert pool.state.ledger.counters.evictions_by_reason["invalidate"] == 22
 
 
+def test_a_second_invalidation_ends_after_the_first(pool, monkeypatch):
+    """It finds nothing to do, as the first has it all; but what it was asked for is not gone yet."""
+    monkeypatch.setattr(kvpool.pool.removal, "STEP_CACHES", 1)
+    put(pool, range(8), OLD)
+    batches = [Batch(1) for _ in range(3)]
+    for batch in batches:
+        pool.handle(InvalidateRequested(batch, None, "m", None))
+    while batches[1] not in pool.done:
+        assert batches[2] not in pool.done
+        assert pool.step(0) + pool.step(1)
+    assert batches[0] in pool.done
+    assert pool.left(OLD) == 0
+    pool.settle()
+    assert [pool.done.pop(batch)[0]["caches"] for batch in batches] == [8, 0, 0]
+
+
 def test_a_device_lost_meanwhile_does_not_keep_the_answer(pool):
     put(pool, range(8), OLD)
     invalidated = Batch(1)
