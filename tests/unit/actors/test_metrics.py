@@ -69,7 +69,7 @@ def points(reader):
     data = reader.get_metrics_data()
     return {
         metric.name: [
-            (dict(point.attributes), getattr(point, "value", None) or point) for point in metric.data.data_points
+            (dict(point.attributes), getattr(point, "value", point)) for point in metric.data.data_points
         ]
         for resource in (data.resource_metrics if data else ())
         for scope in resource.scope_metrics
