@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _NONE = -1  # end of a list
 _UNLINKED = -2  # in no list
+_LAST = 1 << 127  # behind every entry
 _ROW_BITS = 32  # an exposed row is kept as stamp << 32 | row: ints order without a tuple each
 _PURGE_AT_LEAST = 1024
 
@@ -128,20 +129,32 @@ class LeafFirstLRU:
         parent, children, devices, stamp = self._parent, self._children, self._device, self._stamp
         exposed = self._exposed[device]
         self._drop_dead(exposed)
-        heap = sorted({entry for entry in exposed if self._is_exposed(entry)})
+        copied = False  # of many exposed rows mostly the first few are asked for
+        freed: list[int] = []  # parked rows whose children are all among those yielded
         gone: dict[int, int] = {}  # children of parked rows among those yielded
         linked = self._first[device]
-        while heap or linked >= 0:
-            if heap and (linked < 0 or heap[0] >> _ROW_BITS < stamp[linked]):
-                row = heappop(heap) & ((1 << _ROW_BITS) - 1)
+        while exposed or freed or linked >= 0:
+            entry = min(
+                stamp[linked] << _ROW_BITS | linked if linked >= 0 else _LAST,
+                exposed[0] if exposed else _LAST,
+                freed[0] if freed else _LAST,
+            )
+            row = entry & ((1 << _ROW_BITS) - 1)
+            if row == linked:
+                linked = self._after[linked]
+            elif freed and freed[0] == entry:
+                heappop(freed)
             else:
-                row, linked = linked, self._after[linked]
+                if not copied:
+                    exposed, copied = exposed.copy(), True
+                while exposed and (exposed[0] == entry or not self._is_exposed(exposed[0])):
+                    heappop(exposed)
             yield row
             above = parent[row]
             if above >= 0 and devices[above] == device and stamp[above] and self._before[above] == _UNLINKED:
                 gone[above] = gone.get(above, 0) + 1
                 if gone[above] == children[above]:
-                    heappush(heap, stamp[above] << _ROW_BITS | above)
+                    heappush(freed, stamp[above] << _ROW_BITS | above)
 
     def check(self) -> None:
         """Raise InvariantError unless the rule of the class and the order of stamps hold. O(rows), for tests."""

@@ -30,18 +30,19 @@ def start(preset: str | None, num_gpus: int, json_path: str | None, **settings: 
     What is not given here comes from KVPOOL_* variables and kvpool.yaml.
     """
     from kvpool import presets
-    from kvpool.actors.cluster import ensure_ray
-    from kvpool.client import CachePool
+    from kvpool.actors.cluster import call, ensure_ray
+    from kvpool.client import start as start_pool
     from kvpool.config import load_config
+    from kvpool.pool.statistics import PoolStatistics
 
     given = {key: value for key, value in settings.items() if value is not None}
     make = {"vista": presets.vista_config, "deepseek-ocr": presets.deepseek_ocr_config}
     config = make[preset](num_gpus, **given) if preset else load_config(**given)
 
     async def run() -> Any:
-        ensure_ray()
-        async with await CachePool.create(config) as pool:
-            return await pool.stats()
+        ensure_ray()  # no Ray is started for it: the pool would end with this command
+        actor = await start_pool(config)
+        return PoolStatistics.from_dict(await call(actor.statistics, timeout_s=30.0))
 
     _show(asyncio.run(run()), json_path)
 

@@ -4,7 +4,7 @@ from kvpool.client.blocks import NewBlocks, PrefixHit
 from kvpool.client.cache import VirtualKVCache
 from kvpool.client.events import EventStream, PoolEvent
 from kvpool.client.model import Model
-from kvpool.client.pool import CachePool, delete
+from kvpool.client.pool import CachePool, delete, start
 from kvpool.client.spec import ModelSpec
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "PrefixHit",
     "VirtualKVCache",
     "delete",
+    "start",
 ]

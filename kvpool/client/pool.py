@@ -32,6 +32,41 @@ logger = logging.getLogger("kvpool.client")
 _START_S = 120.0
 
 
+async def start(config: PoolConfig) -> Any:
+    """Start a pool, unless the very same one runs already; returns its actor.
+
+    For where no memory is used, such as a head node that has no devices: :meth:`CachePool.create` also connects.
+
+    Raises
+    ------
+    UnknownPolicyError, PoolExistsError, ProtocolError, SystemLimitError
+        As :meth:`CachePool.create`.
+    """
+    PoolState(config.name, config.policy, config.placement, config.queue_limit)  # refuses unknown names here
+    ensure_ray(start=start_local_ray)
+    actor = make_pool(config)
+    check_protocol(config.name, await call(actor.describe, timeout_s=_START_S))
+    try:
+        running = await call(actor.start, timeout_s=_START_S)
+    except PoolUnavailableError:
+        raise  # perhaps a running pool that is slow: not ours to kill
+    except KvpoolError:
+        kill(actor)  # it could not start, so there is nothing in it
+        raise
+    for problem in running.get("telemetry_problems", []):
+        logger.warning("pool %s runs without telemetry it was to have: %s", config.name, problem)
+    wanted = config.model_dump(mode="json")
+    if running["config"] != wanted:
+        differing = {k: (running["config"].get(k), v) for k, v in wanted.items() if running["config"].get(k) != v}
+        text = ", ".join(f"{key}: runs with {has!r}, asked for {asks!r}" for key, (has, asks) in differing.items())
+        raise PoolExistsError(
+            f"pool {config.name!r} exists with another config ({text}): connect() to it, delete it, or choose "
+            "another name",
+            differing=sorted(differing),
+        )
+    return actor
+
+
 class CachePool(Administration):
     """A connection to a pool of this cluster. Use it as an async context manager, or :meth:`close` it.
 
@@ -73,28 +108,7 @@ class CachePool(Administration):
                 "fields of one"
             )
         config = config if config is not None else load_config(**settings)
-        PoolState(config.name, config.policy, config.placement, config.queue_limit)  # refuses unknown names here
-        ensure_ray(start=start_local_ray)
-        actor = make_pool(config)
-        check_protocol(config.name, await call(actor.describe, timeout_s=_START_S))
-        try:
-            running = await call(actor.start, timeout_s=_START_S)
-        except PoolUnavailableError:
-            raise  # perhaps a running pool that is slow: not ours to kill
-        except KvpoolError:
-            kill(actor)  # it could not start, so there is nothing in it
-            raise
-        for problem in running.get("telemetry_problems", []):
-            logger.warning("pool %s runs without telemetry it was to have: %s", config.name, problem)
-        wanted = config.model_dump(mode="json")
-        if running["config"] != wanted:
-            differing = {k: (running["config"].get(k), v) for k, v in wanted.items() if running["config"].get(k) != v}
-            text = ", ".join(f"{key}: runs with {has!r}, asked for {asks!r}" for key, (has, asks) in differing.items())
-            raise PoolExistsError(
-                f"pool {config.name!r} exists with another config ({text}): connect() to it, delete it, or choose "
-                "another name",
-                differing=sorted(differing),
-            )
+        await start(config)
         return cls(await Connection.open(config.name, tenant))
 
     @classmethod
@@ -161,6 +175,10 @@ class CachePool(Administration):
                 raise InvalidSizeError(f"give size_mb, a positive number of MiB, or size; asked for {size_mb!r}")
             size = round((size_mb or 0) * MIB)
         return await model.request_cache(size, timeout_s=timeout_s)
+
+    async def find_cache(self, model_name: str, key: bytes | str) -> VirtualKVCache | None:
+        """Lease the sealed cache of a key, or return None: the short form of :meth:`Model.find_cache`."""
+        return await (await self.model(model_name)).find_cache(key)
 
     async def stats(self) -> PoolStatistics:
         """Return what the pool holds and did."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from heapq import heappop, heappush
+from itertools import islice
 from math import inf
 
 import numpy as np
@@ -29,6 +30,10 @@ class _Eviction:
     left_bytes: float
     ids: list[int] | None = None
     """Those that may go, the first of them at the end."""
+    skipped: bool = False
+    """Some of these were gone or held when their turn came."""
+    advanced: bool = False
+    """Some went since they were listed."""
     caches: int = 0
     size_bytes: int = 0
 
@@ -60,7 +65,8 @@ class Evictions:
         """Evict what nobody holds, until ``size_bytes`` are found or all of it is gone.
 
         Of the whole pool, or of a device, the policy says what goes; of a tenant's or a model's caches, whose worth
-        beside each other it does not tell, the leaves go first that were not accessed for longest.
+        beside each other it does not tell, the leaves go first that were not accessed for longest. Nothing goes before
+        its children, also where these lie on another device than the one that was named.
 
         The answer is ``{"caches", "bytes", "leased_caches", "leased_bytes"}``: what went, and what of the same scope is
         held by leases or pins and stays. Bytes are those that the caches took of their devices.
@@ -91,14 +97,20 @@ class Evictions:
 
     def _evict_ranked(self, work: _Eviction) -> list[Gone]:
         """Take what is worth least to the policy, until there is enough or the step is full."""
-        policy = self._ledger.policy
+        policy, index = self._ledger.policy, self._ledger.index
         gone: list[Gone] = []
-        while work.left_bytes > 0 and len(gone) < removal.STEP_CACHES:
-            row = policy.victim() if work.device is None else next(iter(policy.victims(work.device)), -1)
-            if row < 0:
+        if work.device is None:  # each choice depends on what went on all devices before
+            while work.left_bytes > 0 and len(gone) < removal.STEP_CACHES and (row := policy.victim()) >= 0:
+                gone += self._evict_rows(work, [row])
+            return gone
+        rows: list[int] = []
+        chosen_bytes = 0
+        for row in islice(policy.victims(work.device), removal.STEP_CACHES):
+            if chosen_bytes >= work.left_bytes:
                 break
-            gone += self._evict_rows(work, [row])
-        return gone
+            rows.append(row)
+            chosen_bytes += index.size_bytes[row]
+        return self._evict_rows(work, rows)
 
     def _evict_listed(self, work: _Eviction) -> list[Gone]:
         """Take what lies in the scope: leaves first, and of these what was not accessed for longest."""
@@ -110,7 +122,7 @@ class Evictions:
             ordered = (
                 deepest_first(index, idle) if work.left_bytes == inf else _leaves_first(index, idle, work.left_bytes)
             )
-            work.ids = index.ids_of(ordered[::-1])
+            work.ids, work.skipped = index.ids_of(ordered[::-1]), False
         rows_gone: list[int] = []
         children_gone: dict[int, int] = {}
         chosen_bytes = 0
@@ -118,12 +130,17 @@ class Evictions:
             row = index.live_row(work.ids.pop())
             # Others went on since these were listed: one may be gone or held, or have a child that stays.
             if row < 0 or index.pins[row] or index.children[row] != children_gone.get(row, 0):
+                work.skipped = True
                 continue
             rows_gone.append(row)
             chosen_bytes += index.size_bytes[row]
             above = index.parent[row]
             if above >= 0:
                 children_gone[above] = children_gone.get(above, 0) + 1
+        if not rows_gone and work.skipped and work.advanced and work.left_bytes > 0:
+            work.ids, work.advanced = None, False  # what was skipped has others in its place
+            return self._evict_listed(work)
+        work.advanced |= bool(rows_gone)
         return self._evict_rows(work, rows_gone)
 
     def _evict_rows(self, work: _Eviction, rows: list[int]) -> list[Gone]:

@@ -20,6 +20,7 @@ from kvpool import CachePool
 from kvpool.actors.cluster import pool_names
 from kvpool.cli import main
 from kvpool.client import delete
+from kvpool.errors import ProtocolError
 from kvpool.workload import generate, unique_blocks
 
 MIB = 1 << 20
@@ -233,3 +234,19 @@ def test_each_benchmark_explains_itself(command: str) -> None:
     result = runner.invoke(main, ["bench", command, "--help"])
     assert (result.exit_code, result.stderr) == (0, "")
     assert "--json FILE" in result.stdout
+
+
+async def test_a_pool_is_started_from_a_node_that_has_no_devices(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("KVPOOL_HOST", "a head without work")  # the devices' processes do not have it
+    monkeypatch.chdir(tmp_path)
+    command = ["start", "--name", name, "--devices", "host:1x4MiB", "--json", "-"]
+    started = await asyncio.to_thread(CliRunner().invoke, main, command)
+    assert started.exit_code == 0, started.output
+    assert json.loads(started.stdout)["devices"][0]["capacity_bytes"] == 4 * MIB
+    with pytest.raises(ProtocolError, match="no device on this host"):
+        await CachePool.connect(name)
+    monkeypatch.delenv("KVPOOL_HOST")
+    async with await CachePool.connect(name) as pool:
+        await pool.delete()

@@ -67,6 +67,12 @@ def test_worker_pods_of_one_machine_share_what_they_must(worker: dict[str, Any])
     assert f"chmod 0700 {shared}" in command
 
 
+def test_a_pool_can_be_started_from_the_head_for_the_workers(head: dict[str, Any], worker: dict[str, Any]) -> None:
+    there, here = ({item["name"]: item for item in pod["containers"][0]["env"]} for pod in (head, worker))
+    assert there["KVPOOL_SOCKET_DIR"] == here["KVPOOL_SOCKET_DIR"]
+    assert there["KVPOOL_HOST"]["valueFrom"] == {"fieldRef": {"fieldPath": "metadata.name"}}
+
+
 def test_limits(head: dict[str, Any], worker: dict[str, Any]) -> None:
     config = load_config()
     pages = max(-(-size // config.page_size_bytes(size, 4096)) for size in (1 * GIB, 17 * GIB, 141 * GIB, 192 * GIB))

@@ -170,7 +170,7 @@ def test_a_chain_evicts_no_more_than_it_needs_all_at_once(pool):
     pool.put(range(60))  # of 64
     pool.put(range(100, 110))
     assert pool.state.ledger.counters.evictions == 6
-    _, ids, _, _ = pool.look_up(range(60))
+    _, ids, *_ = pool.look_up(range(60))
     assert len(ids) == 54
     assert len(pool.look_up(range(100, 110))[1]) == 10
     assert len(pool.blocks(range(200, 210))[2]) == 0  # what is leased now leaves no room, and nothing goes for it
@@ -250,7 +250,7 @@ def test_another_clients_unsealed_cache_cannot_be_published(pool):
     pool.handle(PrefixesLookedUp(look_up, "c", [(2, 0, hashes([5]), None)]))
     pool.settle()
     assert isinstance(error_of(pool.done[seal][0]), UnknownCacheError)
-    assert pool.done[look_up] == [("hit", [], [], [])]  # not for one moment
+    assert pool.done[look_up] == [("hit", [], [], [], [])]  # not for one moment
     assert isinstance(error_of(pool.seal(ids, keys_of([5]), client="thief", finish=True)), UnknownCacheError)
     assert pool.seal(ids, keys_of([1]), finish=True) == ("sealed", [True])  # and its writer goes on undisturbed
 
@@ -347,6 +347,60 @@ def test_two_devices_behave_as_one_cache():
     assert len(pool.look_up(range(64))[1]) == 54
     pool.check()
     pool.close()
+
+
+def test_room_on_one_device_is_made_though_chains_go_on_on_another():
+    pool = LocalPool(devices=2, pages=4)
+    pool.connect()
+    pool.model()
+    held = pool.request(4096)
+    pool.put(range(64))  # its blocks lie on both devices in turns: on each only the last could go
+    pool.put([100, 101])
+    answer = pool.request(4 * PAGE)
+    assert answer[0] == "granted"
+    assert answer[2] != held[2]
+    assert pool.state.ledger.counters.evictions == 66  # what went here was in front of all that lay there
+    pool.release([answer[1], held[1]])
+    assert pool.live_bytes() == 0
+    pool.check()
+    pool.close()
+
+
+def test_what_a_held_block_hangs_on_is_not_evicted_with_its_descendants():
+    pool = LocalPool(devices=2, pages=1)
+    pool.connect()
+    pool.model()
+    pool.put(range(20))
+    assert len(pool.blocks([100, 101], parent=keys_of([19])[0])[2]) == 2  # leased, and behind the whole chain
+    assert isinstance(error_of(pool.request(PAGE)), CapacityError)
+    assert len(pool.look_up(range(20))[1]) == 20
+    pool.check()
+    pool.close()
+
+
+def test_nothing_is_evicted_for_what_would_not_fit_all_the_same():
+    pool = LocalPool(devices=1, pages=16)
+    pool.connect()
+    pool.model()
+    pool.put(range(32))
+    assert len(pool.blocks([32], parent=keys_of([31])[0])[2]) == 1  # being written: what lies before it stays
+    pool.put(range(100, 228))
+    assert isinstance(error_of(pool.request(15 * PAGE)), CapacityError)
+    assert len(pool.look_up(range(100, 228))[1]) == 128
+    pool.check()
+    pool.close()
+
+
+def test_no_cache_is_forgotten_where_evicting_would_not_make_room_for_a_block(pool):
+    large, small = pool.model(name="large", block_bytes=PAGE), pool.model(name="small")
+    pool.put([1], model=small)
+    held = pool.request(4096, model=small)
+    pool.put([10, 11], model=large)
+    writing = pool.blocks([12], model=large, parent=keys_of([11])[0])[2]
+    assert pool.blocks([99], model=large)[2] == []
+    assert pool.stores[0].caches == len(pool.state.ledger.index)
+    pool.release([held[1], *writing])
+    assert len(pool.look_up([1], model=small)[1]) == 1
 
 
 def test_round_robin_takes_turns():
