@@ -73,6 +73,7 @@ def simulate(
     policy: str = "lru",
     capacity: float = 0.05,
     on_progress: Callable[[int], None] | None = None,
+    seed: int = 0,
 ) -> SimulationRow:
     """Replay the requests one after another against a pool of ``capacity`` blocks.
 
@@ -89,6 +90,8 @@ def simulate(
         Share of the workload's unique blocks (float), or number of blocks (int).
     on_progress
         Told now and then how many requests are done.
+    seed
+        Of what the policy draws at random.
 
     Raises
     ------
@@ -103,7 +106,7 @@ def simulate(
             f"none of the {len(requests)} requests names a block, so nothing can be hit: use a trace with hash_ids"
         )
     capacity_blocks = capacity_in_blocks(capacity, unique)
-    index = CacheIndex(policy)
+    index = CacheIndex(policy, seed)
     chains = _encode(requests)
     blocks = sum(map(len, chains))
     hits = evictions = 0
@@ -112,17 +115,21 @@ def simulate(
     space = index.space("default", "simulated")
     for done, (request, hashes) in enumerate(zip(requests, chains, strict=True)):
         now = request.timestamp_ms / 1000
-        rows = index.match(space, hashes)
+        rows = index.look_up(space, hashes, now=now)
         hits += len(rows)
         index.pin(rows, now=now)
         missing = hashes[len(rows) :]
         short = len(index) + len(missing) - capacity_blocks
         if short > 0:
+            admitted = index.policy.admit(space, hashes, rows, (0,), 1, short, now)
+            short -= len(missing) - admitted
+            missing = missing[:admitted]
+        if short > 0:
             victims = list(islice(index.policy.victims(0), short))
             index.remove_all(victims)
             evictions += len(victims)
         stored = missing[: capacity_blocks - len(index)]
-        new = index.add_chain(space, 1, 0, len(stored), rows[-1] if rows else NO_ROW, now=now)
+        new = index.add_chain(space, 1, 0, len(stored), rows[-1] if rows else NO_ROW, now=now, chain=hashes)
         index.publish_all(new, stored)
         rows += new
         rows.reverse()

@@ -78,17 +78,17 @@ class BlockAllocations:
         # The resident run is pinned while victims are chosen, so that making room never cuts the chain in front of
         # the new blocks; a new block then protects its parent as a resident child.
         guard = resident if resident or parent_row < 0 else [parent_row]
-        index.pin(guard, now=now)
+        index.guard(guard, now=now)
         positions: dict[int, list[int]] = {}
         evictions: dict[int, list[int]] = {}
-        wanted = len(hashes) - len(resident)
+        wanted = self._room.admit(client, model, hashes, resident, now)
         while len(request.ids) < wanted:
             first = len(request.ids)
             found = self._room.find_run(client, model.block_bytes, wanted - first)
             if found is None:
                 break
             device, count, evict = found
-            rows = self._ledger.add_chain(client, model.space, device, model.block_bytes, count, previous, now)
+            rows = self._ledger.add_chain(client, model.space, device, model.block_bytes, count, previous, hashes, now)
             previous = rows[-1]
             request.ids.extend(map(index.id_of, rows))
             request.devices.extend([device.number] * count)

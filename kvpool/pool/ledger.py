@@ -225,11 +225,19 @@ class Ledger:
         return row
 
     def add_chain(
-        self, client: Client, space: int, device: Device, size_bytes: int, count: int, parent_row: int, now: float
+        self,
+        client: Client,
+        space: int,
+        device: Device,
+        size_bytes: int,
+        count: int,
+        parent_row: int,
+        chain: Sequence[bytes],
+        now: float,
     ) -> list[int]:
-        """Enter ``count`` blocks that ``client`` will write, each the parent of the next; returns their rows."""
+        """Enter ``count`` blocks of ``chain``, each the parent of the next, for ``client`` to write; returns rows."""
         footprint_bytes = device.footprint_bytes(size_bytes, size_bytes)
-        rows = self.index.add_chain(space, footprint_bytes, device.number, count, parent_row, now=now)
+        rows = self.index.add_chain(space, footprint_bytes, device.number, count, parent_row, now=now, chain=chain)
         self._enter(client, rows, size_bytes)
         return rows
 
