@@ -93,6 +93,7 @@ PolicyFactory = Callable[["CacheIndex"], CacheEvictionPolicy]
 _Factory = TypeVar("_Factory", bound=PolicyFactory)
 
 _BUILT_IN = (
+    "kvpool.cache.adaptive",
     "kvpool.cache.lfu",
     "kvpool.cache.lru",
     "kvpool.cache.size_aware_lru",
