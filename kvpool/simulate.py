@@ -118,6 +118,8 @@ def simulate(
         rows = index.look_up(space, hashes, now=now)
         hits += len(rows)
         index.pin(rows, now=now)
+        if hashes:
+            index.policy.answered(space, hashes, rows, request.output_length, now)
         missing = hashes[len(rows) :]
         short = len(index) + len(missing) - capacity_blocks
         if short > 0:

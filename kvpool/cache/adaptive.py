@@ -1,313 +1,309 @@
-"""prototype"""
+"""Adaptive: what goes is worth least by what the requests so far have shown about turns, kinds of blocks and ages."""
+
 from __future__ import annotations
 
 from array import array
-from collections import deque
 from collections.abc import Iterator, Sequence
-from math import exp
-from heapq import heapify, heappop, heappush, merge
-from random import Random
+from heapq import heappop, heappush, merge
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvpool.cache.eviction import CacheEvictionPolicy, register_policy
-from kvpool.cache.hazard import AGES, BODY, GAPS, KINDS, OLD, SHARED, FEATURES, SIZES, TAIL, HazardTable, age_of, ages_of
+from kvpool.cache.hazard import AGES, GAPS, KINDS, Floats, HazardTable, age_level, age_levels
+from kvpool.cache.key import BlockHash
+from kvpool.cache.leaf_sets import LeafSets
+from kvpool.cache.request_clock import RequestClock
+from kvpool.cache.turns import BODY, CONTINUED, NO_TURN, OLD, SHARED, TAIL, TurnTable
 
-SAMPLE = 256
-GHOSTS_AT_LEAST = 256
-SLICE = 2048
+if TYPE_CHECKING:
+    from kvpool.cache.index import CacheIndex
+
+Candidate = tuple[float, int, int]
+"""Worth, row, and the turn by which it was reckoned: it is dead once the row has another one."""
+
+_SAMPLE = 320
+_KEPT = 64
+_BLOCKS_BETWEEN_SAMPLES = 24
+_LEAVES_BETWEEN_SAMPLES = 24
+_REBUILD_REQUESTS, _REBUILD_BLOCKS = 50, 1000
+_SWEEP_REQUESTS, _SWEEP_BLOCKS = 16, 256
+SIZE, NEW, OUTPUT = range(3)  # features: blocks of the prompt, those behind the part known, tokens of the answer
 
 
 class Ranking:
-    def __init__(self, version, generator):
-        self.version = version
-        self.seen = []
-        self.more = generator
+    """The victims of one device in the order in which they go, drawn as far as anybody asked."""
 
-    def __iter__(self):
+    def __init__(self, version: int, more: Iterator[tuple[float, int]]) -> None:
+        self.version = version
+        self._drawn: list[tuple[float, int]] = []
+        self._more = more
+
+    def __iter__(self) -> Iterator[tuple[float, int]]:
         place = 0
         while True:
-            while place < len(self.seen):
-                yield self.seen[place]
-                place += 1
-            entry = next(self.more, None)
-            if entry is None:
-                return
-            self.seen.append(entry)
+            if place == len(self._drawn):
+                entry = next(self._more, None)
+                if entry is None:
+                    return
+                self._drawn.append(entry)
+            yield self._drawn[place]
+            place += 1
 
 
 @register_policy("adaptive")
 class Adaptive(CacheEvictionPolicy):
-    def __init__(self, index) -> None:
-        self.index = index
-        self.rng = Random(index.seed)
-        self.parent, self.children, self.device = index.parent, index.children, index.device
-        # rows
-        self.turn = array("i")
-        self.kind = array("B")
-        self.touches = array("I")
-        self.place = array("i")
-        self.idle = array("B")
-        # turns
-        self.born = array("d")
-        self.number = array("i")
-        self.shape = array("i")
-        self.blocks = array("i")
-        self.n_body = array("i")
-        self.n_shared = array("i")
-        self.n_old = array("i")
-        self.flags = array("B")
-        self.accounted = array("b")
-        self.held = array("i")
-        self.f0 = array("b")
-        self.f1 = array("b")
-        self.f2 = array("b")
-        self.space = array("i")
-        self.queued = array("B")
-        self.last = []
-        self.last2 = []
-        self.free = []
-        self.order = deque()
-        self.anchors = {}
-        self.hazard = HazardTable()
-        self.clock = 0.0
-        self.mean = 0.0
-        self.then = None
-        self.requests = 0
-        self.since_requests = self.since_blocks = 0
-        self.sweep_requests = self.sweep_blocks = 0
-        self.cursor = 0
-        self.leaves = []
-        self.candidates = []
-        self.fresh_until = []
-        self.budget = []
-        self.rankings = {}
-        self.version = 0
+    """Ranks blocks by the turn that used them last; see ``docs/eviction.md``.
+
+    Every request makes a turn, which may continue the session of an earlier one. What became of earlier turns tells the
+    hazard of being used again, by kind of block, gap between turns, age, and features of the turn; the worth of a block
+    is the best rate of hits it promises. The victim is the leaf worth least among some hundred that are drawn; new
+    blocks that are worth less than the victims they would need are not admitted.
+
+    Costs 14 bytes a row, and about 250 bytes for each turn with resident blocks or among the latest (as many of these as
+    there are resident blocks, at least 256).
+    """
+
+    def __init__(self, index: CacheIndex) -> None:
+        self._index = index
+        self._parent, self._children, self._device = index.parent, index.children, index.device
+        self._turn = array("i")  # by row, as are the next three
+        self._kind = array("B")
+        self._uses = array("I")
+        self._idle = array("B")  # evictable
+        self._leaves = LeafSets()
+        self._hazards = HazardTable()
+        self._turns = TurnTable(self._hazards)
+        self._clock = RequestClock()
+        self._chance = np.random.default_rng(index.seed)
+        self._candidates: list[list[Candidate]] = []  # by device: heaps
+        self._resample_at: list[int] = []  # by device: count of blocks
+        self._leaves_left: list[int] = []  # by device: candidates that may go before the next sample
+        self._rankings: dict[int, Ranking] = {}
+        self._version = 0  # of everything a ranking depends on
+        self._blocks = 0  # of all requests so far
+        self._rebuilt_at = self._swept_at = (0, 0)  # requests and blocks
         self.grown(len(index.parent))
 
-    def grown(self, rows):
-        added = rows - len(self.turn)
-        self.turn.extend(array("i", [-1]) * added)
-        self.place.extend(array("i", [-1]) * added)
-        for c in (self.kind, self.touches, self.idle):
-            c.frombytes(bytes(added * c.itemsize))
+    # -- rows -----------------------------------------------------------------------------------------------------
 
-    # -- rows
-    def evictable(self, rows, now):
-        self.version += 1
-        children, turn, idle = self.children, self.turn, self.idle
-        last = self.last
+    def grown(self, rows: int) -> None:
+        added = rows - len(self._turn)
+        self._turn.extend(array("i", [NO_TURN]) * added)
+        for column in (self._kind, self._uses, self._idle):
+            column.frombytes(bytes(added * column.itemsize))
+        self._leaves.grow(rows)
+
+    def evictable(self, rows: Sequence[int], now: float) -> None:
+        self._version += 1
+        children, turns, idle, kinds, devices = self._children, self._turn, self._idle, self._kind, self._device
+        last = self._turns.last
         for row in rows:
+            if turns[row] < 0:
+                self._adopt(rows, now)
             idle[row] = 1
-            if turn[row] < 0:
-                self.adopt(rows, now)
             if not children[row]:
-                if self.index.key_of(row) == last[turn[row]]:
-                    if self.kind[row] == BODY:
-                        self.kind[row] = TAIL
-                self.add_leaf(row)
+                if kinds[row] == BODY and self._index.key_of(row) == last[turns[row]]:
+                    kinds[row] = TAIL
+                self._add_leaf(row, devices[row])
 
-    def adopt(self, rows, now):
-        turn, parent = self.turn, self.parent
-        run = []
-        for row in (*rows, -1):
-            if run and (row < 0 or turn[row] >= 0 or parent[run[-1]] != row):
-                run.reverse()
-                hashes = [self.index.key_of(r) for r in run]
-                t = self.begin(self.index.space_of(run[0]), hashes, [], now)
-                for r in run:
-                    turn[r] = t
-                    self.kind[r] = BODY
-                    self.touches[r] = 1
-                self.held[t] += len(run)
-                run = []
-            if row >= 0 and turn[row] < 0:
-                run.append(row)
-
-    def taken(self, rows, now):
-        self.version += 1
-        idle, place = self.idle, self.place
+    def taken(self, rows: Sequence[int], now: float) -> None:
+        self._version += 1
+        idle, place = self._idle, self._leaves.place
         for row in rows:
             idle[row] = 0
             if place[row] >= 0:
-                self.drop_leaf(row)
+                self._leaves.discard(row, self._device[row])
 
-    def sheltered(self, row):
-        self.version += 1
-        if self.place[row] >= 0:
-            self.drop_leaf(row)
+    def sheltered(self, row: int) -> None:
+        self._version += 1
+        self._leaves.discard(row, self._device[row])
 
-    def removed(self, rows):
-        self.version += 1
-        idle, place, turn, parent, children = self.idle, self.place, self.turn, self.parent, self.children
+    def removed(self, rows: Sequence[int]) -> None:
+        self._version += 1
+        idle, turns, parent, children, place = self._idle, self._turn, self._parent, self._children, self._leaves.place
+        held = self._turns.held
         for row in rows:
             idle[row] = 0
             if place[row] >= 0:
-                self.drop_leaf(row)
-            t = turn[row]
-            if t >= 0:
-                turn[row] = -1
-                self.held[t] -= 1
-                if not self.held[t] and not self.queued[t]:
-                    self.release(t)
-        for row in rows:
+                self._leaves.discard(row, self._device[row])
+            turn = turns[row]
+            if turn >= 0:
+                turns[row] = NO_TURN
+                held[turn] -= 1
+                if not held[turn]:
+                    self._turns.forget_if_gone(turn)
+        for row in rows:  # once all are out, so that parents that went in the same batch do not become leaves
             above = parent[row]
             if above >= 0 and idle[above] and not children[above] and place[above] < 0:
-                self.add_leaf(above)
-                heappush(self.candidates[self.device[above]], (self.value(above), above, turn[above]))
+                device = self._device[above]
+                self._add_leaf(above, device)
+                heappush(self._candidates[device], (self._worth_of(above), above, turns[above]))
 
-    def add_leaf(self, row):
-        device = self.device[row]
-        while device >= len(self.leaves):
-            self.leaves.append(array("i"))
-            self.candidates.append([])
-            self.fresh_until.append(-1.0)
-            self.budget.append(0)
-        leaves = self.leaves[device]
-        self.place[row] = len(leaves)
-        leaves.append(row)
+    def _add_leaf(self, row: int, device: int) -> None:
+        while device >= len(self._candidates):
+            self._candidates.append([])
+            self._resample_at.append(0)
+            self._leaves_left.append(0)
+        self._leaves.add(row, device)
 
-    def drop_leaf(self, row):
-        leaves = self.leaves[self.device[row]]
-        last = leaves.pop()
-        if last != row:
-            place = self.place[row]
-            leaves[place] = last
-            self.place[last] = place
-        self.place[row] = -1
+    def _adopt(self, rows: Sequence[int], now: float) -> None:
+        """Give turns to rows that no request brought: whole caches, or what was there before this policy."""
+        turns, parent = self._turn, self._parent
+        run: list[int] = []
+        for row in (*rows, -1):
+            if run and (row < 0 or turns[row] >= 0 or parent[run[-1]] != row):
+                run.reverse()
+                hashes = [self._index.key_of(one) or b"" for one in run]
+                space = self._index.space_of(run[0])
+                self._begin(space, hashes, (), now)
+                self.stored(space, hashes, run, now)
+                run = []
+            if row >= 0 and turns[row] < 0:
+                run.append(row)
 
-    # -- worth
-    def value(self, row):
-        t = self.turn[row]
-        age = age_of(self.clock - self.born[t])
-        kind = self.kind[row]
-        if kind != SHARED and self.flags[t] & 16:
-            kind = OLD
-        return self.worth(t, kind, age)
+    # -- victims --------------------------------------------------------------------------------------------------
 
-    def worth(self, t, kind, age):
-        base = (self.shape[t] * KINDS + kind) * AGES
-        bucket = int(age)
-        worths = self.hazard.worths
-        low = worths[base + bucket]
-        if bucket < AGES - 1:
-            low += (age - bucket) * (worths[base + bucket + 1] - low)
-        return low * self.factor(t)
+    def victim(self) -> int:
+        firsts = [first for first in (next(iter(self._ranked(d)), None) for d in range(len(self._leaves))) if first]
+        return min(firsts)[1] if firsts else -1
 
-    def factor(self, t):
-        w = self.hazard.weights
-        return exp(w[self.f0[t]] + w[self.f1[t]] + w[self.f2[t]])
+    def victims(self, device: int) -> Iterator[int]:
+        for _, row in self._ranked(device):
+            yield row
 
-    def values(self, rows):
-        turn = np.frombuffer(self.turn, np.int32)[rows]
-        kind = np.frombuffer(self.kind, np.uint8)[rows]
-        old = (np.frombuffer(self.flags, np.uint8)[turn] & 16) != 0
-        kind = np.where(old & (kind != SHARED), OLD, kind)
-        age = ages_of(self.clock - np.frombuffer(self.born)[turn])
-        bucket = age.astype(np.int64)
-        base = (np.frombuffer(self.shape, np.int32)[turn] * KINDS + kind) * AGES
-        worths = np.frombuffer(self.hazard.worths)
-        low = worths[base + bucket]
-        high = worths[base + np.minimum(bucket + 1, AGES - 1)]
-        return (low + (age - bucket) * (high - low)) * self.factors(turn), turn
+    def _ranked(self, device: int) -> Ranking:
+        known = self._rankings.get(device)
+        if known is None or known.version != self._version:
+            known = self._rankings[device] = Ranking(self._version, self._rank(device))
+        return known
 
-    def factors(self, turn):
-        w = np.frombuffer(self.hazard.weights)
-        return np.exp(sum(w[np.frombuffer(f, np.int8)[turn]] for f in (self.f0, self.f1, self.f2)))
-
-    def refill(self, device, gone):
-        leaves = self.leaves[device]
-        rows = np.frombuffer(leaves, np.int32)
-        if len(rows) > 2 * SAMPLE:
-            rng = np.random.default_rng(self.rng.getrandbits(32)) if not hasattr(self, "np_rng") else self.np_rng
-            self.np_rng = rng
-            rows = rows[rng.integers(0, len(rows), SAMPLE)]
-        values, turn = self.values(rows)
-        keep = 64
-        if len(rows) > keep:
-            best = np.argpartition(values, keep)[:keep]
-            values, rows, turn = values[best], rows[best], turn[best]
-        found = sorted(set(zip(values.tolist(), rows.tolist(), turn.tolist(), strict=True)))
-        return [e for e in found if e[1] not in gone]
-
-    def ranked(self, device):
-        place, turn, parent, children, idle = self.place, self.turn, self.parent, self.children, self.idle
-        devices, kind = self.device, self.kind
-        if device >= len(self.leaves):
+    def _rank(self, device: int) -> Iterator[tuple[float, int]]:
+        """Yield worth and row of the victims of a device: the cheapest candidate, then up its chain."""
+        if not self._leaves.count(device):
             return
-        heap = self.candidates[device]
-        while heap and (place[heap[0][1]] < 0 or turn[heap[0][1]] != heap[0][2]):
+        place, turns, kinds, idle = self._leaves.place, self._turn, self._kind, self._idle
+        parent, children, devices = self._parent, self._children, self._device
+        heap = self._candidates[device]
+        while heap and (place[heap[0][1]] < 0 or turns[heap[0][1]] != heap[0][2]):
             heappop(heap)
-            self.budget[device] -= 1
-        if self.clock > self.fresh_until[device] or self.budget[device] <= 0:
-            heap = self.candidates[device] = self.refill(device, ())
-            self.fresh_until[device] = self.clock + 2
-            self.budget[device] = 4
+            self._leaves_left[device] -= 1
+        if self._blocks >= self._resample_at[device] or self._leaves_left[device] <= 0:
+            heap = self._candidates[device] = self._sample(device)
+            self._resample_at[device] = self._blocks + _BLOCKS_BETWEEN_SAMPLES
+            self._leaves_left[device] = _LEAVES_BETWEEN_SAMPLES
         heap = heap[:]
-        budget = self.budget[device]
-        gone = {}
-        went = set()
+        left = self._leaves_left[device]
+        gone: set[int] = set()
+        gone_children: dict[int, int] = {}
         while True:
-            if not heap or budget <= 0:
-                if len(went) and len(self.leaves[device]) > 0:
-                    extra = self.refill(device, went)
-                    heap = sorted(set(heap + extra))
-                    budget = 8
+            if not heap or left <= 0:
+                more = [entry for entry in self._sample(device) if entry[1] not in gone]
+                heap = sorted({*heap, *more})
+                left = _LEAVES_BETWEEN_SAMPLES
                 if not heap:
-                    return
-            v, row, t = heappop(heap)
-            if place[row] < 0 and not gone.get(row) or turn[row] != t or row in went:
+                    heap = self._rest(device, gone)
+                    if not heap:
+                        return
+            worth, row, turn = heappop(heap)
+            if row in gone or turns[row] != turn or (place[row] < 0 and row not in gone_children):
                 continue
-            budget -= 1
+            left -= 1
             while True:
-                went.add(row)
-                yield v, row
+                gone.add(row)
+                yield worth, row
                 above = parent[row]
-                if above < 0 or devices[above] != device or not idle[above]:
+                if above < 0 or not idle[above] or devices[above] != device:
                     break
-                count = gone.get(above, 0) + 1
-                gone[above] = count
-                if count != children[above]:
+                gone_children[above] = gone_children.get(above, 0) + 1
+                if gone_children[above] < children[above]:
                     break
-                if turn[above] != t or kind[above] != kind[row]:
-                    v = self.value(above)
-                    t = turn[above]
-                    if heap and heap[0][0] < v:
-                        heappush(heap, (v, above, t))
+                if turns[above] != turn or kinds[above] != kinds[row]:
+                    worth, turn = self._worth_of(above), turns[above]
+                    if heap and heap[0][0] < worth:
+                        heappush(heap, (worth, above, turn))
                         break
                 row = above
 
-    def ranking(self, device):
-        known = self.rankings.get(device)
-        if known is None or known.version != self.version:
-            known = self.rankings[device] = Ranking(self.version, self.ranked(device))
-        return known
+    def _rest(self, device: int, gone: set[int]) -> list[Candidate]:
+        """Return all leaves that are not gone: the samples hit none of them any more."""
+        rows = self._leaves.draw(device, self._leaves.count(device), self._chance)
+        worths, turns = self._worths_of(rows)
+        every = zip(worths.tolist(), rows.tolist(), turns.tolist(), strict=True)
+        return sorted(entry for entry in every if entry[1] not in gone)
 
-    def victims(self, device) -> Iterator[int]:
-        for _, row in self.ranking(device):
-            yield row
+    def _sample(self, device: int) -> list[Candidate]:
+        """Return the leaves worth least of some that are drawn, in order."""
+        rows = self._leaves.draw(device, _SAMPLE, self._chance)
+        worths, turns = self._worths_of(rows)
+        if len(rows) > _KEPT:
+            least = np.argpartition(worths, _KEPT)[:_KEPT]
+            worths, rows, turns = worths[least], rows[least], turns[least]
+        return sorted(set(zip(worths.tolist(), rows.tolist(), turns.tolist(), strict=True)))
 
-    def victim(self):
-        best = (float("inf"), -1)
-        for device in range(len(self.leaves)):
-            first = next(iter(self.ranking(device)), None)
-            if first is not None and first < best:
-                best = first
-        return best[1]
+    # -- worth ----------------------------------------------------------------------------------------------------
 
-    # -- requests
-    def admit(self, space, hashes, rows, devices, size_bytes, short, now):
-        t = self.turn_of(space, hashes, rows, now)
+    def _worth(self, turn: int, kind: int, level: float) -> float:
+        """Return what a block is worth, hits in a unit of time: between those of the ages around it."""
+        place = (self._turns.group[turn] * KINDS + kind) * AGES + int(level)
+        worths = self._hazards.worths
+        low = worths[place]
+        if level < AGES - 1:
+            low += (level - int(level)) * (worths[place + 1] - low)
+        return low * self._turns.factor(turn)
+
+    def _worth_of(self, row: int) -> float:
+        turn, kind = self._turn[row], self._kind[row]
+        if kind != SHARED and self._turns.flags[turn] & CONTINUED:
+            kind = OLD
+        return self._worth(turn, kind, age_level(self._clock.now - self._turns.born[turn]))
+
+    def _worths_of(self, rows: NDArray[np.int32]) -> tuple[Floats, NDArray[np.int32]]:
+        turns = np.frombuffer(self._turn, np.int32)[rows]
+        kinds = np.frombuffer(self._kind, np.uint8)[rows]
+        continued = np.frombuffer(self._turns.flags, np.uint8)[turns] & CONTINUED != 0
+        kinds = np.where(continued & (kinds != SHARED), OLD, kinds)
+        levels = age_levels(self._clock.now - np.frombuffer(self._turns.born)[turns])
+        buckets = levels.astype(np.int64)
+        first = (np.frombuffer(self._turns.group, np.int32)[turns] * KINDS + kinds) * AGES
+        worths = np.frombuffer(self._hazards.worths)
+        low, high = worths[first + buckets], worths[first + np.minimum(buckets + 1, AGES - 1)]
+        return (low + (levels - buckets) * (high - low)) * self._turns.factors(turns), turns
+
+    # -- requests -------------------------------------------------------------------------------------------------
+
+    def looked_up(self, space: int, hashes: Sequence[BlockHash], rows: Sequence[int], now: float) -> None:
+        if hashes:
+            self._begin(space, hashes, rows, now)
+
+    def answered(
+        self, space: int, hashes: Sequence[BlockHash], rows: Sequence[int], output_tokens: int, now: float
+    ) -> None:
+        self._version += 1
+        turn = self._turn_of(space, hashes, rows, now)
+        self._turns.set_level(turn, OUTPUT, output_tokens.bit_length())
+
+    def admit(
+        self,
+        space: int,
+        hashes: Sequence[BlockHash],
+        rows: Sequence[int],
+        devices: Sequence[int],
+        size_bytes: int,
+        short: int,
+        now: float,
+    ) -> int:
+        turn = self._turn_of(space, hashes, rows, now)
         missing = len(hashes) - len(rows)
-        new = self.worth(t, TAIL, 0.0)
-        body = self.worth(t, BODY, 0.0)
+        worth, worth_before = self._worth(turn, TAIL, 0.0), self._worth(turn, BODY, 0.0)
+        sizes = self._index.size_bytes
         left = float(short)
-        sizes = self.index.size_bytes
-        for v, row in merge(*(self.ranking(d) for d in devices)):
-            while left > 0 and missing and new < v:
+        for victim_worth, row in merge(*(self._ranked(device) for device in devices)):
+            while left > 0 and missing and worth < victim_worth:  # tail first, as victims
                 left -= 1
                 missing -= 1
-                new = body
+                worth = worth_before
             if left <= 0 or not missing:
                 break
             left -= sizes[row] / size_bytes
@@ -315,242 +311,123 @@ class Adaptive(CacheEvictionPolicy):
                 break
         return missing
 
-    def turn_of(self, space, hashes, rows, now):
-        t = self.anchors.get((space, hashes[-1]))
-        if t is None or self.last[t] != hashes[-1]:
-            t = self.begin(space, hashes, rows, now)
-        return t
-
-    def stored(self, space, hashes, rows, now):
-        t = self.turn_of(space, hashes, (), now)
-        turn, kind, touches = self.turn, self.kind, self.touches
+    def stored(self, space: int, hashes: Sequence[BlockHash], rows: Sequence[int], now: float) -> None:
+        turn = self._turn_of(space, hashes, (), now)
+        turns, kinds, uses = self._turn, self._kind, self._uses
         for row in rows:
-            turn[row] = t
-            kind[row] = BODY
-            touches[row] = 1
-        self.held[t] += len(rows)
+            turns[row] = turn
+            kinds[row] = BODY
+            uses[row] = 1
+        self._turns.held[turn] += len(rows)
 
-    def looked_up(self, space, hashes, rows, now):
-        self.begin(space, hashes, rows, now)
+    def _turn_of(self, space: int, hashes: Sequence[BlockHash], rows: Sequence[int], now: float) -> int:
+        """Return the turn of a request, begun if nobody looked its chain up."""
+        turn = self._turns.anchored(space, hashes[-1])
+        if turn >= 0 and self._turns.last[turn] == hashes[-1]:
+            return turn
+        return self._begin(space, hashes, rows, now)
 
-    def tick(self, now, blocks):
-        if self.then is None:
-            self.then = now
-        gap = now - self.then
-        self.then = now
-        n = min(self.requests, 200)
-        self.mean += (gap - self.mean) / (n + 1)
-        self.clock += 0.5 + 0.5 * (min(gap / self.mean, 1000.0) if self.mean > 0 else 1.0)
-        self.requests += 1
-        self.since_requests += 1
-        self.since_blocks += blocks
-        self.sweep_requests += 1
-        self.sweep_blocks += blocks
-        if self.since_requests >= 50 and self.since_blocks >= 1000:
-            self.hazard.rebuild(self.since_requests)
-            self.since_requests = self.since_blocks = 0
-        if self.sweep_requests >= 16 and self.sweep_blocks >= 256:
-            self.sweep()
-            self.sweep_requests = self.sweep_blocks = 0
-
-    def begin(self, space, hashes, rows, now):
-        n, hit = len(hashes), len(rows)
-        self.version += 1
-        self.tick(now, n)
-        anchors, turn, kind, touches = self.anchors, self.turn, self.kind, self.touches
-        prev, depth = -1, hit
-        for p in range(n - 1, hit - 1, -1):
-            t = anchors.get((space, hashes[p]))
-            if t is not None:
-                prev, depth = t, p + 1
-                break
+    def _begin(self, space: int, hashes: Sequence[BlockHash], rows: Sequence[int], now: float) -> int:
+        """Begin the turn of a request: find its session, learn from what it hits, and take that over."""
+        self._version += 1
+        self._blocks += len(hashes)
+        clock = self._clock.advance(now)
+        table = self._turns
+        before, depth = table.deepest(space, hashes, len(rows))
+        if before < 0 and rows:
+            before = self._turn[rows[-1]]
+        number = gap_bucket = 0
+        if before >= 0 and 2 * depth >= table.blocks[before]:
+            number = table.number[before] + 1
+            gap_bucket = 1 + min(int(age_level(clock - table.born[before]) / 2), GAPS - 2)
         else:
-            if rows:
-                prev = turn[rows[-1]]
-        number, gap = 0, 0
-        clock = self.clock
-        if prev >= 0 and 2 * depth >= self.blocks[prev]:
-            age = age_of(clock - self.born[prev])
-            number = self.number[prev] + 1
-            gap = 1 + min(int(age / 2), GAPS - 2)
-        else:
-            prev = -1
-        # what is touched, by the turn that touched it before
-        hits = self.hazard.hits
-        flags, held, number_of, shape_of, born = self.flags, self.held, self.number, self.shape, self.born
-        n_shared = 0
-        t_before = -2
-        counts = [0, 0, 0, 0]
-        sums = {}
+            before = NO_TURN
+        touched, shared = self._touch(rows, number)
+        for turn, counts in touched.items():
+            if turn != before:
+                self._learn_sharing(turn, counts, clock)
+        if before >= 0:
+            self._learn_continuation(before, depth, hashes[depth - 1], touched.get(before, [0] * KINDS), clock)
+        turn = table.add(space, hashes, clock, number, gap_bucket, shared, len(self._index))
+        table.set_level(turn, SIZE, len(hashes).bit_length())
+        table.set_level(turn, NEW, (len(hashes) - depth).bit_length())
+        table.held[turn] = len(rows)
         for row in rows:
-            t = turn[row]
-            if t != t_before:
-                t_before = t
-                counts = sums.get(t)
-                if counts is None:
-                    counts = sums[t] = [0, 0, 0, 0]
-            counts[kind[row]] += 1
-            touches[row] = c = touches[row] + 1
-            if c > number + 1:
-                kind[row] = SHARED
-                n_shared += 1
+            self._turn[row] = turn
+        if len(rows) == len(hashes) and self._kind[rows[-1]] == BODY:
+            self._kind[rows[-1]] = TAIL
+        table.expose(turn, 0)
+        for turn_before, counts in touched.items():
+            table.held[turn_before] -= sum(counts)
+            table.forget_if_gone(turn_before)
+        self._keep_up()
+        return turn
+
+    def _touch(self, rows: Sequence[int], number: int) -> tuple[dict[int, list[int]], int]:
+        """Count the use of rows; returns how many of each kind each turn loses, and how many are shared now."""
+        turns, kinds, uses = self._turn, self._kind, self._uses
+        touched: dict[int, list[int]] = {}
+        shared = 0
+        before, counts = NO_TURN, [0] * KINDS  # those without a turn are counted and forgotten
+        for row in rows:
+            turn = turns[row]
+            if turn != before:
+                before = turn
+                counts = touched.setdefault(turn, [0] * KINDS) if turn >= 0 else [0] * KINDS
+            counts[kinds[row]] += 1
+            uses[row] = used = uses[row] + 1
+            if used > number + 1:
+                kinds[row] = SHARED
+                shared += 1
             else:
-                kind[row] = BODY
-        for t, counts in sums.items():
-            if t < 0:
-                continue
-            age = age_of(clock - born[t])
-            b = int(age)
-            f = flags[t]
-            self.account(t, b)
-            base = shape_of[t] * KINDS * AGES + b
-            if counts[SHARED] and f & 4:
-                hits[base + SHARED * AGES] += counts[SHARED] / self.n_shared[t]
-                flags[t] &= ~4
-            if t != prev and counts[BODY]:
-                if f & 16:
-                    hits[base + OLD * AGES] += min(1.0, counts[BODY] / self.n_old[t])
-                elif f & 2:
-                    hits[base + BODY * AGES] += min(1.0, counts[BODY] / self.n_body[t])
-                    self.gain(t, min(1.0, counts[BODY] / self.n_body[t]))
-            held[t] -= sum(counts)
-        if prev >= 0:
-            counts = sums.get(prev, (0, 0, 0, 0))
-            b = int(age_of(clock - born[prev]))
-            self.account(prev, b)
-            base = shape_of[prev] * KINDS * AGES + b
-            f = flags[prev]
-            whole = depth >= self.blocks[prev] - 1
-            body = 1.0 if whole else min(1.0, counts[BODY] / max(self.n_body[prev], 1))
-            if f & 16:
-                if f & 8:
-                    hits[base + OLD * AGES] += min(1.0, counts[BODY] / self.n_old[prev])
-            else:
-                if f & 2:
-                    hits[base + BODY * AGES] += body
-                    self.gain(prev, body)
-                if f & 1 and (hashes[depth - 1] == self.last[prev]):
-                    hits[base + TAIL * AGES] += 1.0
-                    self.gain(prev, 1.0)
-                left = self.n_body[prev] * (1 - body) + 1
-                self.n_old[prev] = max(1, int(left))
-                flags[prev] = (f & 4) | 8 | 16
-        # the new record
-        t = self.new_turn()
-        born[t] = clock
-        number_of[t] = number
-        shape_of[t] = min(number, 2) * GAPS + gap
-        self.blocks[t] = n
-        self.n_shared[t] = n_shared
-        self.n_body[t] = n - 1 - n_shared
-        self.n_old[t] = 1
-        self.f0[t] = min(n.bit_length(), SIZES - 1)
-        self.f1[t] = SIZES + min((n - depth).bit_length(), SIZES - 1)
-        self.f2[t] = 2 * SIZES + min(number, SIZES - 1)
-        self.space[t] = space
-        self.accounted[t] = -1
-        flags[t] = 1 | (2 if n - 1 - n_shared > 0 else 0) | (4 if n_shared else 0)
-        held[t] = hit
-        for row in rows:
-            turn[row] = t
-        if hit == n and kind[rows[-1]] != SHARED:
-            kind[rows[-1]] = TAIL
-        self.account(t, 0)
-        self.last[t] = hashes[-1]
-        anchors[space, hashes[-1]] = t
-        if n > 1:
-            self.last2[t] = hashes[-2]
-            anchors[space, hashes[-2]] = t
-        else:
-            self.last2[t] = None
-        for old in sums:
-            if old >= 0 and not held[old] and not self.queued[old]:
-                self.release(old)
-        self.queued[t] = 1
-        self.order.append(t)
-        limit = max(GHOSTS_AT_LEAST, len(self.index))
-        while len(self.order) > limit:
-            old = self.order.popleft()
-            self.queued[old] = 0
-            if not held[old]:
-                self.release(old)
-        return t
+                kinds[row] = BODY
+        return touched, shared
 
-    def account(self, t, b):
-        first = self.accounted[t] + 1
-        if b < first:
+    def _learn_sharing(self, turn: int, counts: Sequence[int], clock: float) -> None:
+        """Count hits on blocks of a turn by a request that does not continue it."""
+        table = self._turns
+        bucket = int(age_level(clock - table.born[turn]))
+        table.expose(turn, bucket)
+        flags = table.flags[turn]
+        if counts[SHARED] and flags & 1 << SHARED:
+            table.hit(turn, SHARED, bucket, counts[SHARED] / table.shared_blocks[turn])
+            table.flags[turn] &= ~(1 << SHARED)
+        if counts[BODY] and flags & 1 << OLD:
+            table.hit(turn, OLD, bucket, min(1.0, counts[BODY] / table.old_blocks[turn]))
+        elif counts[BODY] and flags & 1 << BODY:
+            table.hit(turn, BODY, bucket, min(1.0, counts[BODY] / table.body_blocks[turn]))
+
+    def _learn_continuation(
+        self, turn: int, depth: int, deepest: BlockHash, counts: Sequence[int], clock: float
+    ) -> None:
+        """Count hits on blocks of the turn that a request continues, ``depth`` blocks deep."""
+        table = self._turns
+        bucket = int(age_level(clock - table.born[turn]))
+        table.expose(turn, bucket)
+        flags = table.flags[turn]
+        if counts[SHARED] and flags & 1 << SHARED:
+            table.hit(turn, SHARED, bucket, counts[SHARED] / table.shared_blocks[turn])
+            flags &= ~(1 << SHARED)
+        body = table.body_blocks[turn]
+        if flags & CONTINUED:
+            if flags & 1 << OLD:
+                table.hit(turn, OLD, bucket, min(1.0, counts[BODY] / table.old_blocks[turn]))
+            table.flags[turn] = flags
             return
-        f = self.flags[t]
-        exposures, hazards = self.hazard.exposures, self.hazard.hazards
-        expected = 0.0
-        for k, bit in ((TAIL, 1), (BODY, 2), (SHARED, 4), (OLD, 8)):
-            if f & bit:
-                base = (self.shape[t] * KINDS + k) * AGES
-                for bucket in range(base + first, base + b + 1):
-                    exposures[bucket] += 1.0
-                if k <= BODY:
-                    expected += sum(hazards[base + first : base + b + 1])
-        if expected:
-            self.gain(t, -expected * self.factor(t))
-        self.accounted[t] = b
+        share = 1.0 if depth >= table.blocks[turn] - 1 else min(1.0, counts[BODY] / max(body, 1))
+        if flags & 1 << BODY:
+            table.hit(turn, BODY, bucket, share)
+        if flags & 1 << TAIL and deepest == table.last[turn]:
+            table.hit(turn, TAIL, bucket, 1.0)
+        table.old_blocks[turn] = max(1, int(body * (1 - share) + 1))
+        table.flags[turn] = flags & 1 << SHARED | 1 << OLD | CONTINUED
 
-    def gain(self, t, g):
-        gain = self.hazard.gain
-        gain[self.f0[t]] += g
-        gain[self.f1[t]] += g
-        gain[self.f2[t]] += g
-        if g < 0:
-            e = self.hazard.expected
-            e[self.f0[t]] -= g
-            e[self.f1[t]] -= g
-            e[self.f2[t]] -= g
-
-    def sweep(self):
-        start = self.cursor
-        stop = min(start + SLICE, len(self.born))
-        self.cursor = stop if stop < len(self.born) else 0
-        where = slice(start, stop)
-        flags = np.frombuffer(self.flags, np.uint8)[where]
-        accounted = np.frombuffer(self.accounted, np.int8)[where]
-        age = ages_of(self.clock - np.frombuffer(self.born)[where]).astype(np.int8)
-        (behind,) = np.nonzero((flags & 15 != 0) & (age > accounted))
-        exposures = np.frombuffer(self.hazard.exposures)
-        hazards = np.frombuffer(self.hazard.hazards)
-        expected = np.frombuffer(self.hazard.expected)
-        gain = np.frombuffer(self.hazard.gain)
-        shape = np.frombuffer(self.shape, np.int32)[where]
-        while len(behind):
-            accounted[behind] += 1
-            for k in range(KINDS):
-                which = behind[flags[behind] & (1 << k) != 0]
-                places = (shape[which] * KINDS + k) * AGES + accounted[which]
-                np.add.at(exposures, places, 1.0)
-                if k <= BODY:
-                    turns = which + start
-                    ex = hazards[places] * self.factors(turns)
-                    for f in (self.f0, self.f1, self.f2):
-                        b = np.frombuffer(f, np.int8)[turns]
-                        np.add.at(expected, b, ex)
-                        np.subtract.at(gain, b, ex)
-            behind = behind[age[behind] > accounted[behind]]
-
-    def new_turn(self):
-        if self.free:
-            return self.free.pop()
-        t = len(self.born)
-        for c in (
-            self.born, self.number, self.shape, self.blocks, self.n_body, self.n_shared, self.n_old, self.flags,
-            self.accounted, self.held, self.f0, self.f1, self.f2, self.space, self.queued,
-        ):
-            c.append(0)
-        self.last.append(None)
-        self.last2.append(None)
-        return t
-
-    def release(self, t):
-        self.flags[t] = 0
-        for h in (self.last[t], self.last2[t]):
-            if h is not None and self.anchors.get((self.space[t], h)) == t:
-                del self.anchors[self.space[t], h]
-        self.last[t] = self.last2[t] = None
-        self.free.append(t)
+    def _keep_up(self) -> None:
+        """Do a part of what has to be done now and then."""
+        requests, blocks = self._clock.requests, self._blocks
+        if requests - self._rebuilt_at[0] >= _REBUILD_REQUESTS and blocks - self._rebuilt_at[1] >= _REBUILD_BLOCKS:
+            self._hazards.rebuild(requests - self._rebuilt_at[0])
+            self._rebuilt_at = requests, blocks
+        elif requests - self._swept_at[0] >= _SWEEP_REQUESTS and blocks - self._swept_at[1] >= _SWEEP_BLOCKS:
+            self._turns.sweep(self._clock.now)
+            self._swept_at = requests, blocks

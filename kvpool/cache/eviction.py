@@ -67,6 +67,12 @@ class CacheEvictionPolicy(Protocol):
         """A request asks for the chain ``hashes``, whose leading run lies in ``rows``; these are about to be pinned."""
         return
 
+    def answered(
+        self, space: int, hashes: Sequence[BlockHash], rows: Sequence[int], output_tokens: int, now: float
+    ) -> None:
+        """The request for the chain ``hashes``, whose leading run lies in ``rows``, got an answer of so many tokens."""
+        return
+
     def admit(
         self,
         space: int,
