@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Sequence
 from heapq import heappop, heappush, merge
+from math import log2
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,13 +24,13 @@ if TYPE_CHECKING:
 Candidate = tuple[float, int, int]
 """Worth, row, and the turn by which it was reckoned: it is dead once the row has another one."""
 
-_SAMPLE = 320
+_SAMPLE = 256
 _KEPT = 64
 _BLOCKS_BETWEEN_SAMPLES = 24
 _LEAVES_BETWEEN_SAMPLES = 24
 _REBUILD_REQUESTS, _REBUILD_BLOCKS = 50, 1000
-_SWEEP_REQUESTS, _SWEEP_BLOCKS = 16, 256
-SIZE, NEW, OUTPUT = range(3)  # features: blocks of the prompt, those behind the part known, tokens of the answer
+_SWEEP_REQUESTS, _SWEEP_BLOCKS = 16, 512
+SIZE, NEW, OUTPUT, NUMBER = range(4)  # features
 
 
 class Ranking:
@@ -61,8 +62,8 @@ class Adaptive(CacheEvictionPolicy):
     is the best rate of hits it promises. The victim is the leaf worth least among some hundred that are drawn; new
     blocks that are worth less than the victims they would need are not admitted.
 
-    Costs 14 bytes a row, and about 250 bytes for each turn with resident blocks or among the latest (as many of these as
-    there are resident blocks, at least 256).
+    Costs 14 bytes a row, and about 250 bytes for each turn with resident blocks or among the latest (as many of these
+    as there are resident blocks, at least 256).
     """
 
     def __init__(self, index: CacheIndex) -> None:
@@ -299,7 +300,8 @@ class Adaptive(CacheEvictionPolicy):
         worth, worth_before = self._worth(turn, TAIL, 0.0), self._worth(turn, BODY, 0.0)
         sizes = self._index.size_bytes
         left = float(short)
-        for victim_worth, row in merge(*(self._ranked(device) for device in devices)):
+        rankings = [self._ranked(device) for device in devices]
+        for victim_worth, row in rankings[0] if len(rankings) == 1 else merge(*rankings):
             while left > 0 and missing and worth < victim_worth:  # tail first, as victims
                 left -= 1
                 missing -= 1
@@ -351,6 +353,7 @@ class Adaptive(CacheEvictionPolicy):
         turn = table.add(space, hashes, clock, number, gap_bucket, shared, len(self._index))
         table.set_level(turn, SIZE, len(hashes).bit_length())
         table.set_level(turn, NEW, (len(hashes) - depth).bit_length())
+        table.set_level(turn, NUMBER, int(2 * log2(number + 1)))
         table.held[turn] = len(rows)
         for row in rows:
             self._turn[row] = turn

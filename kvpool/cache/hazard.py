@@ -18,7 +18,7 @@ STAGES, GAPS, KINDS = 2, 14, 4
 AGES = 26
 """Age buckets, two an octave; the first reaches from 0 to 2 requests, the last one begins at 8192 x sqrt(2)."""
 CLASSES = STAGES * GAPS * KINDS
-FEATURES, LEVELS = 3, 16
+FEATURES, LEVELS = 4, 16
 """Features of a turn that multiply the hazard of its class, and the levels of each."""
 
 _OLDEST = AGES - 1
@@ -50,9 +50,9 @@ def age_levels(ages: Floats) -> Floats:
 class HazardTable:
     """Counts of exposures and hits by class and age bucket, and what is derived from them.
 
-    Open for counting: ``hits[c * AGES + a]`` and ``exposures[...]``, for groups of blocks of class ``c`` that were hit in
-    age bucket ``a`` (the share of the group that was hit) or reached it. ``gains`` and ``expected`` count the same by
-    level of a feature: hits less those expected, and those expected.
+    Open for counting: ``hits[c * AGES + a]`` and ``exposures[...]``, for groups of blocks of class ``c`` that were hit
+    in age bucket ``a`` (the share of the group that was hit) or reached it. ``gains`` and ``expected`` count the same
+    by level of a feature: hits less those expected, and those expected.
 
     Derived by :meth:`rebuild`: ``hazards``, the chance of a hit in a bucket once it is reached; ``worths``, see
     :func:`gittins`; ``weights``, the logarithm of the factor of each level.
@@ -90,7 +90,7 @@ def _smooth(hits: Floats, exposures: Floats, parent: Floats) -> Floats:
     """Return hazards that lean on those of the parent class: its shape times a ratio, where they have no data."""
     expected = (exposures * parent).sum(-1, keepdims=True)
     parent = parent * (hits.sum(-1, keepdims=True) + _RATIO_WEIGHT) / (expected + _RATIO_WEIGHT)
-    return (hits + _PARENT_WEIGHT * parent) / (exposures + _PARENT_WEIGHT)  # type: ignore[no-any-return]
+    return (hits + _PARENT_WEIGHT * parent) / (exposures + _PARENT_WEIGHT)
 
 
 def gittins(hazard: Floats) -> Floats:
@@ -108,4 +108,4 @@ def gittins(hazard: Floats) -> Floats:
     for stop in range(1, AGES):
         rate = (rewards[:, stop, None] - rewards_before[:, :stop]) / (times[:, stop, None] - times_before[:, :stop])
         np.maximum(best[:, :stop], rate, out=best[:, :stop])
-    return best  # type: ignore[no-any-return]
+    return best

@@ -55,4 +55,4 @@ class LeafSets:
         rows = np.frombuffer(self._rows[device], np.int32)
         if len(rows) <= 2 * count:
             return rows.copy()
-        return rows[chance.integers(0, len(rows), count)]  # type: ignore[no-any-return]
+        return rows[chance.integers(0, len(rows), count)]

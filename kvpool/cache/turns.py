@@ -56,6 +56,7 @@ class TurnTable:
         self._free: list[int] = []
         self._anchors: list[list[dict[BlockHash, int]]] = []  # by space, then by the last byte of the hash
         self._cursor = 0
+        self._now = 0.0
 
     def __len__(self) -> int:
         """Records in use."""
@@ -94,6 +95,7 @@ class TurnTable:
         most_ghosts: int,
     ) -> int:
         """Return a new record for a prompt, ``shared`` of whose blocks are of that kind."""
+        self._now = born
         turn = self._free.pop() if self._free else self._extend()
         blocks = len(hashes)
         self.born[turn] = born
@@ -133,6 +135,7 @@ class TurnTable:
         """Drop the record unless it has resident blocks or is among the latest ones."""
         if self.held[turn] or self._queued[turn] or self.last[turn] is None:
             return
+        self.expose(turn, int(age_level(self._now - self.born[turn])))
         shards = self._anchors[self._space[turn]]
         for block_hash in (self.last[turn], self._last_but_one[turn]):
             if block_hash is not None:
@@ -156,7 +159,7 @@ class TurnTable:
         total = weights[np.frombuffer(self.levels[0], np.uint8)[turns]]
         for levels in self.levels[1:]:
             total += weights[np.frombuffer(levels, np.uint8)[turns]]
-        return np.exp(total)  # type: ignore[no-any-return]
+        return np.exp(total)
 
     def expose(self, turn: int, bucket: int) -> None:
         """Count that what is still watched of a turn reached an age bucket without a hit before it."""
