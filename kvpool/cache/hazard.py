@@ -25,8 +25,9 @@ _OLDEST = AGES - 1
 _STARTS = np.concatenate([[0.0], 2.0 ** (1 + np.arange(AGES) / 2)])
 _WIDTHS = np.diff(_STARTS)
 
-_PRIOR = 0.05 * 0.8 ** np.arange(AGES)
-"""Hazard of each age bucket before anything is learned. Its buckets grow by 1.4 while it falls by 0.8, so it is LRU."""
+_YOUNGEST, _FALL = 0.05, 0.8
+"""Hazard of the first age bucket before anything is learned, and by what it falls to the next one, of which nothing is
+known. Buckets grow by 1.4 while it falls, so that this is LRU."""
 _PRIOR_WEIGHT = 50.0
 _PARENT_WEIGHT = 12.0
 _RATIO_WEIGHT = 2.0
@@ -72,8 +73,7 @@ class HazardTable:
         """Derive everything anew; the counts fade by what ``requests`` requests leave of them. Takes 0.5 ms."""
         hits = np.frombuffer(self.hits).reshape(STAGES, GAPS, KINDS, AGES)
         exposures = np.frombuffer(self.exposures).reshape(STAGES, GAPS, KINDS, AGES)
-        hits_of_all, exposures_of_all = hits.sum((0, 1, 2)), exposures.sum((0, 1, 2))
-        hazard = (hits_of_all + _PRIOR_WEIGHT * _PRIOR) / (exposures_of_all + _PRIOR_WEIGHT)
+        hazard = _from_the_youngest(hits.sum((0, 1, 2)), exposures.sum((0, 1, 2)))
         hazard = _smooth(hits.sum((0, 1)), exposures.sum((0, 1)), hazard)  # by kind
         hazard = _smooth(hits.sum(1), exposures.sum(1), hazard)  # by stage and kind
         hazard = np.minimum(_smooth(hits, exposures, hazard[:, None]), 1.0)
@@ -84,6 +84,16 @@ class HazardTable:
         gains[:] = 0
         for counts in (hits, exposures, expected):
             counts *= _FORGET**requests
+
+
+def _from_the_youngest(hits: Floats, exposures: Floats) -> Floats:
+    """Return the hazard of all classes together, each bucket leaning on the one before it."""
+    hazard = np.empty(AGES)
+    prior = _YOUNGEST
+    for bucket in range(AGES):
+        hazard[bucket] = (hits[bucket] + _PRIOR_WEIGHT * prior) / (exposures[bucket] + _PRIOR_WEIGHT)
+        prior = hazard[bucket] * _FALL
+    return hazard
 
 
 def _smooth(hits: Floats, exposures: Floats, parent: Floats) -> Floats:
