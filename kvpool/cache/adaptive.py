@@ -5,7 +5,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Sequence
 from heapq import heappop, heappush, merge
-from math import log2
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,7 +29,7 @@ _BLOCKS_BETWEEN_SAMPLES = 24
 _LEAVES_BETWEEN_SAMPLES = 24
 _REBUILD_REQUESTS, _REBUILD_BLOCKS = 50, 1000
 _SWEEP_REQUESTS, _SWEEP_BLOCKS = 16, 512
-SIZE, NEW, OUTPUT, NUMBER = range(4)  # features
+SIZE, NEW, OUTPUT = range(3)  # features
 
 
 class Ranking:
@@ -353,7 +352,6 @@ class Adaptive(CacheEvictionPolicy):
         turn = table.add(space, hashes, clock, number, gap_bucket, shared, len(self._index))
         table.set_level(turn, SIZE, len(hashes).bit_length())
         table.set_level(turn, NEW, (len(hashes) - depth).bit_length())
-        table.set_level(turn, NUMBER, int(2 * log2(number + 1)))
         table.held[turn] = len(rows)
         for row in rows:
             self._turn[row] = turn

@@ -18,7 +18,7 @@ STAGES, GAPS, KINDS = 2, 14, 4
 AGES = 26
 """Age buckets, two an octave; the first reaches from 0 to 2 requests, the last one begins at 8192 x sqrt(2)."""
 CLASSES = STAGES * GAPS * KINDS
-FEATURES, LEVELS = 4, 16
+FEATURES, LEVELS = 3, 16
 """Features of a turn that multiply the hazard of its class, and the levels of each."""
 
 _OLDEST = AGES - 1
