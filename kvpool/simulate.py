@@ -118,9 +118,9 @@ def simulate(
         rows = index.look_up(space, hashes, now=now)
         hits += len(rows)
         index.pin(rows, now=now)
-        if hashes:
-            index.policy.answered(space, hashes, rows, request.output_length, now)
         missing = hashes[len(rows) :]
+        if missing:  # the length of the answer is known when its blocks are stored
+            index.policy.answered(space, hashes, rows, request.output_length, now)
         short = len(index) + len(missing) - capacity_blocks
         if short > 0:
             admitted = index.policy.admit(space, hashes, rows, (0,), 1, short, now)

@@ -113,7 +113,7 @@ class LocalPool:
         return self.ask(CachesRequested, client, [(1, model, size, max_size or size, timeout_s, None)])[0]
 
     def blocks(self, ids, client="c", model=0, parent=None):
-        return self.ask(BlocksRequested, client, [(1, model, hashes(ids), parent, None)])[0]
+        return self.ask(BlocksRequested, client, [(1, model, hashes(ids), parent, None, None)])[0]
 
     def look_up(self, ids, client="c", model=0):
         return self.ask(PrefixesLookedUp, client, [(1, model, hashes(ids), None)])[0]

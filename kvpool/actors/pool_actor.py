@@ -94,7 +94,7 @@ class PoolActor:
         """Return what the pool holds and did: :meth:`kvpool.PoolStatistics.to_dict`."""
         memory = await self._fleet.ask(self._alive(), "memory")
         config = self._config
-        return collect(self._state, memory, policy_requested=config.policy_requested, preset=config.preset).to_dict()
+        return collect(self._state, memory, policy_requested=config.policy, preset=config.preset).to_dict()
 
     async def leases(self) -> dict[str, int]:
         """Return the bytes that each client holds leased, over all devices."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from kvpool.errors import InvalidRequestError
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Goes up with every change of a message. ``connect`` compares it: Ray keeps running an old job's actor code."""
 
 NAMESPACE = "kvpool"
@@ -18,7 +18,13 @@ NAMESPACE = "kvpool"
 
 CACHE_ITEM = {"sequence": int, "model": int, "size": int, "max_size": int, "timeout_s": (int, float)}
 PREFIX_ITEM = {"sequence": int, "model": int, "hashes": bytes}
-BLOCKS_ITEM = {"sequence": int, "model": int, "hashes": bytes, "parent": (bytes, type(None))}
+BLOCKS_ITEM = {
+    "sequence": int,
+    "model": int,
+    "hashes": bytes,
+    "parent": (bytes, type(None)),
+    "output_tokens": (int, type(None)),
+}
 SEAL_ITEM = {"sequence": int, "model": int, "ids": (list, tuple), "keys": (list, tuple)}
 LEASE_ITEM = {"sequence": int, "ids": (list, tuple)}
 """The fields of a request's items, each followed by the trace context (None in this version)."""

@@ -37,11 +37,10 @@ class BlockAllocations:
     def request_blocks(self, batch: Batch, client_id: str, items: Sequence[tuple[Any, ...]], now: float) -> None:
         """Decide on batches of new blocks; each stores as much of its chain as fits."""
         client = self._ledger.client(client_id)
-        for item, (sequence, model, hashes, parent, _trace) in enumerate(items):
+        for item, (sequence, model, hashes, parent, output_tokens, _trace) in enumerate(items):
             try:
-                self._request_chain(
-                    batch, item, client, sequence, self._ledger.model(client, model), hashes, parent, now
-                )
+                model = self._ledger.model(client, model)
+                self._request_chain(batch, item, client, sequence, model, hashes, parent, output_tokens, now)
             except KvpoolError as error:
                 self._ledger.refuse(batch, item, error)
 
@@ -54,6 +53,7 @@ class BlockAllocations:
         model: Model,
         joined: bytes,
         parent: bytes | None,
+        output_tokens: int | None,
         now: float,
     ) -> None:
         index = self._ledger.index
@@ -81,6 +81,8 @@ class BlockAllocations:
         index.guard(guard, now=now)
         positions: dict[int, list[int]] = {}
         evictions: dict[int, list[int]] = {}
+        if output_tokens is not None:
+            self._ledger.policy.answered(model.space, hashes, resident, output_tokens, now)
         wanted = self._room.admit(client, model, hashes, resident, now)
         while len(request.ids) < wanted:
             first = len(request.ids)
