@@ -7,6 +7,7 @@ from itertools import islice
 from time import thread_time
 from typing import TypedDict
 
+from kvpool.bound import most_prefix_hits
 from kvpool.cache.index import CacheIndex
 from kvpool.cache.key import BlockHash, encode_block_id
 from kvpool.cache.table import NO_ROW
@@ -20,6 +21,7 @@ class SimulationRow(TypedDict):
     """Outcome of one simulation, as it goes into tables and JSON."""
 
     policy: str
+    seed: int
     capacity: float
     """As asked: share of the unique blocks, or blocks."""
     capacity_blocks: int
@@ -68,6 +70,19 @@ def capacity_in_blocks(capacity: float, unique: int) -> int:
     return capacity
 
 
+def offline_bound(requests: Sequence[TraceRequest], capacity: float) -> float:
+    """Return the prefix hit ratio that no policy can pass at that capacity, because it would take the future.
+
+    Raises
+    ------
+    InvalidRequestError
+        As :func:`simulate` does.
+    """
+    capacity_blocks = capacity_in_blocks(capacity, _unique_blocks(requests))
+    chains = [request.hash_ids for request in requests]
+    return most_prefix_hits(chains, capacity_blocks) / sum(map(len, chains))
+
+
 def simulate(
     requests: Sequence[TraceRequest],
     policy: str = "lru",
@@ -100,12 +115,7 @@ def simulate(
     UnknownPolicyError
         If there is no policy of that name.
     """
-    unique = unique_blocks(requests)
-    if not unique:
-        raise InvalidRequestError(
-            f"none of the {len(requests)} requests names a block, so nothing can be hit: use a trace with hash_ids"
-        )
-    capacity_blocks = capacity_in_blocks(capacity, unique)
+    capacity_blocks = capacity_in_blocks(capacity, _unique_blocks(requests))
     index = CacheIndex(policy, seed)
     chains = _encode(requests)
     blocks = sum(map(len, chains))
@@ -143,6 +153,7 @@ def simulate(
         on_progress(len(requests))
     return SimulationRow(
         policy=policy.lower(),
+        seed=seed,
         capacity=capacity,
         capacity_blocks=capacity_blocks,
         requests=len(requests),
@@ -151,6 +162,15 @@ def simulate(
         evictions=evictions,
         accesses_per_s=blocks / max(elapsed_s, 1e-9),  # a clock may not have moved
     )
+
+
+def _unique_blocks(requests: Sequence[TraceRequest]) -> int:
+    unique = unique_blocks(requests)
+    if not unique:
+        raise InvalidRequestError(
+            f"none of the {len(requests)} requests names a block, so nothing can be hit: use a trace with hash_ids"
+        )
+    return unique
 
 
 def _encode(requests: Sequence[TraceRequest]) -> list[list[BlockHash]]:
