@@ -62,7 +62,7 @@ def run_cells(
         As :func:`kvpool.simulate.simulate` does.
     """
     if processes == 1 or len(cells) == 1:
-        rows = []
+        rows: list[SimulationRow] = []
         for cell in cells:
             before = len(rows) * len(requests)
             rows.append(simulate(requests, cell.policy, cell.capacity, _report_from(on_progress, before), cell.seed))

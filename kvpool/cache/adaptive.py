@@ -29,7 +29,7 @@ _BLOCKS_BETWEEN_SAMPLES = 24
 _LEAVES_BETWEEN_SAMPLES = 24
 _REBUILD_REQUESTS, _REBUILD_BLOCKS = 50, 1000
 _SWEEP_REQUESTS, _SWEEP_BLOCKS = 16, 512
-SIZE, NEW, OUTPUT = range(3)  # features
+NEW, OUTPUT = range(2)  # features
 
 
 class Ranking:
@@ -350,7 +350,6 @@ class Adaptive(CacheEvictionPolicy):
         if before >= 0:
             self._learn_continuation(before, depth, hashes[depth - 1], touched.get(before, [0] * KINDS), clock)
         turn = table.add(space, hashes, clock, number, gap_bucket, shared, len(self._index))
-        table.set_level(turn, SIZE, len(hashes).bit_length())
         table.set_level(turn, NEW, (len(hashes) - depth).bit_length())
         table.held[turn] = len(rows)
         for row in rows:
@@ -426,7 +425,10 @@ class Adaptive(CacheEvictionPolicy):
     def _keep_up(self) -> None:
         """Do a part of what has to be done now and then."""
         requests, blocks = self._clock.requests, self._blocks
-        if requests - self._rebuilt_at[0] >= _REBUILD_REQUESTS and blocks - self._rebuilt_at[1] >= _REBUILD_BLOCKS:
+        # More often at first, when each request changes more of what is known.
+        rebuild_requests = min(_REBUILD_REQUESTS, 4 + requests // 8)
+        rebuild_blocks = min(_REBUILD_BLOCKS, 40 + blocks // 8)
+        if requests - self._rebuilt_at[0] >= rebuild_requests and blocks - self._rebuilt_at[1] >= rebuild_blocks:
             self._hazards.rebuild(requests - self._rebuilt_at[0])
             self._rebuilt_at = requests, blocks
         elif requests - self._swept_at[0] >= _SWEEP_REQUESTS and blocks - self._swept_at[1] >= _SWEEP_BLOCKS:

@@ -18,7 +18,7 @@ STAGES, GAPS, KINDS = 2, 14, 4
 AGES = 26
 """Age buckets, two an octave; the first reaches from 0 to 2 requests, the last one begins at 8192 x sqrt(2)."""
 CLASSES = STAGES * GAPS * KINDS
-FEATURES, LEVELS = 3, 16
+FEATURES, LEVELS = 2, 16
 """Features of a turn that multiply the hazard of its class, and the levels of each."""
 
 _OLDEST = AGES - 1
@@ -31,7 +31,7 @@ known. Buckets grow by 1.4 while it falls, so that this is LRU."""
 _PRIOR_WEIGHT = 50.0
 _PARENT_WEIGHT = 12.0
 _RATIO_WEIGHT = 2.0
-_FEATURE_WEIGHT = 20.0
+_FEATURE_WEIGHT = 5.0
 _LARGEST_STEP = 0.5
 _FORGET = 0.99 ** (1 / 50)  # what a request leaves of all counts
 

@@ -64,7 +64,7 @@ def test_a_table_is_printed_by_default_and_json_goes_to_a_file(trace: Path, tmp_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--policy", "optimal"), "no eviction policy is named 'optimal': there is lru"),
+        (("--policy", "optimal"), "no eviction policy is named 'optimal': there is adaptive, lfu, lru"),
         (("--capacity", "0.0"), "above 0 and at most 1.0"),
         (("--capacity", "1.5"), "above 0 and at most 1.0"),
         (("--capacity", "nan"), "above 0 and at most 1.0"),
