@@ -129,7 +129,7 @@ def simulate(
         hits += len(rows)
         index.pin(rows, now=now)
         missing = hashes[len(rows) :]
-        if missing:  # the length of the answer is known when its blocks are stored
+        if hashes:
             index.policy.answered(space, hashes, rows, request.output_length, now)
         short = len(index) + len(missing) - capacity_blocks
         if short > 0:

@@ -25,6 +25,7 @@ Candidate = tuple[float, int, int]
 
 _SAMPLE = 256
 _KEPT = 64
+_MOST_SAMPLED = 4096
 _BLOCKS_BETWEEN_SAMPLES = 24
 _LEAVES_BETWEEN_SAMPLES = 24
 _REBUILD_REQUESTS, _REBUILD_BLOCKS = 50, 1000
@@ -190,25 +191,30 @@ class Adaptive(CacheEvictionPolicy):
             heappop(heap)
             self._leaves_left[device] -= 1
         if self._blocks >= self._resample_at[device] or self._leaves_left[device] <= 0:
-            heap = self._candidates[device] = self._sample(device)
+            heap = self._candidates[device] = self._sample(device, set(), _SAMPLE)
             self._resample_at[device] = self._blocks + _BLOCKS_BETWEEN_SAMPLES
             self._leaves_left[device] = _LEAVES_BETWEEN_SAMPLES
         heap = heap[:]
         left = self._leaves_left[device]
+        exposed: list[Candidate] = []  # parents whose children are all among those that went
         gone: set[int] = set()
         gone_children: dict[int, int] = {}
         while True:
             if not heap or left <= 0:
-                more = [entry for entry in self._sample(device) if entry[1] not in gone]
-                heap = sorted({*heap, *more})
-                left = _LEAVES_BETWEEN_SAMPLES
-                if not heap:
-                    heap = self._rest(device, gone)
+                # The longer the list, the more are drawn at once. What is left of the last sample is forgotten.
+                drawn = min(max(_SAMPLE, len(gone)), _MOST_SAMPLED)
+                heap = self._sample(device, gone, drawn)
+                left = drawn * _LEAVES_BETWEEN_SAMPLES // _SAMPLE
+                if not heap and not exposed:
+                    heap = self._sample(device, gone, self._leaves.count(device))
                     if not heap:
                         return
-            worth, row, turn = heappop(heap)
-            if row in gone or turns[row] != turn or (place[row] < 0 and row not in gone_children):
-                continue
+            if exposed and (not heap or exposed[0] < heap[0]):
+                worth, row, turn = heappop(exposed)
+            else:
+                worth, row, turn = heappop(heap)
+                if row in gone or place[row] < 0 or turns[row] != turn:
+                    continue
             left -= 1
             while True:
                 gone.add(row)
@@ -222,23 +228,19 @@ class Adaptive(CacheEvictionPolicy):
                 if turns[above] != turn or kinds[above] != kinds[row]:
                     worth, turn = self._worth_of(above), turns[above]
                     if heap and heap[0][0] < worth:
-                        heappush(heap, (worth, above, turn))
+                        heappush(exposed, (worth, above, turn))
                         break
                 row = above
 
-    def _rest(self, device: int, gone: set[int]) -> list[Candidate]:
-        """Return all leaves that are not gone: the samples hit none of them any more."""
-        rows = self._leaves.draw(device, self._leaves.count(device), self._chance)
+    def _sample(self, device: int, gone: set[int], count: int) -> list[Candidate]:
+        """Return those worth least of some leaves that are drawn and not gone, in order."""
+        rows = self._leaves.draw(device, count, self._chance)
+        if gone:
+            rows = np.array([row for row in rows.tolist() if row not in gone], np.int32)
         worths, turns = self._worths_of(rows)
-        every = zip(worths.tolist(), rows.tolist(), turns.tolist(), strict=True)
-        return sorted(entry for entry in every if entry[1] not in gone)
-
-    def _sample(self, device: int) -> list[Candidate]:
-        """Return the leaves worth least of some that are drawn, in order."""
-        rows = self._leaves.draw(device, _SAMPLE, self._chance)
-        worths, turns = self._worths_of(rows)
-        if len(rows) > _KEPT:
-            least = np.argpartition(worths, _KEPT)[:_KEPT]
+        kept = count * _KEPT // _SAMPLE
+        if len(rows) > kept:
+            least = np.argpartition(worths, kept)[:kept]
             worths, rows, turns = worths[least], rows[least], turns[least]
         return sorted(set(zip(worths.tolist(), rows.tolist(), turns.tolist(), strict=True)))
 

@@ -167,11 +167,7 @@ def test_rows_that_were_there_before_it_are_ranked() -> None:
         index.policy.evictable(chain[::-1], 50.0)
     victims = list(index.policy.victims(0))
     assert sorted(victims) == sorted(row for chain in rows for row in chain)
-    assert all(
-        victims.index(child) < victims.index(parent)
-        for chain in rows
-        for parent, child in pairwise(chain)
-    )
+    assert all(victims.index(child) < victims.index(parent) for chain in rows for parent, child in pairwise(chain))
     index.unpin(held[::-1], now=60.0)
     assert len(list(index.policy.victims(0))) == 40
     found = index.look_up(space, [encode_block_id(block) for block in range(4)], now=61.0)
