@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Sequence
-from heapq import heappop, heappush, merge
+from heapq import merge
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,44 +13,16 @@ from numpy.typing import NDArray
 from kvpool.cache.eviction import CacheEvictionPolicy, register_policy
 from kvpool.cache.hazard import AGES, GAPS, KINDS, Floats, HazardTable, age_level, age_levels
 from kvpool.cache.key import BlockHash
-from kvpool.cache.leaf_sets import LeafSets
 from kvpool.cache.request_clock import RequestClock
+from kvpool.cache.sampled_ranking import SampledRanking
 from kvpool.cache.turns import BODY, CONTINUED, NO_TURN, OLD, SHARED, TAIL, TurnTable
 
 if TYPE_CHECKING:
     from kvpool.cache.index import CacheIndex
 
-Candidate = tuple[float, int, int]
-"""Worth, row, and the turn by which it was reckoned: it is dead once the row has another one."""
-
-_SAMPLE = 256
-_KEPT = 64
-_MOST_SAMPLED = 4096
-_BLOCKS_BETWEEN_SAMPLES = 24
-_LEAVES_BETWEEN_SAMPLES = 24
 _REBUILD_REQUESTS, _REBUILD_BLOCKS = 50, 1000
-_SWEEP_REQUESTS, _SWEEP_BLOCKS = 16, 512
+_SWEEP_REQUESTS, _SWEEP_BLOCKS = 8, 256
 NEW, OUTPUT = range(2)  # features
-
-
-class Ranking:
-    """The victims of one device in the order in which they go, drawn as far as anybody asked."""
-
-    def __init__(self, version: int, more: Iterator[tuple[float, int]]) -> None:
-        self.version = version
-        self._drawn: list[tuple[float, int]] = []
-        self._more = more
-
-    def __iter__(self) -> Iterator[tuple[float, int]]:
-        place = 0
-        while True:
-            if place == len(self._drawn):
-                entry = next(self._more, None)
-                if entry is None:
-                    return
-                self._drawn.append(entry)
-            yield self._drawn[place]
-            place += 1
 
 
 @register_policy("adaptive")
@@ -68,22 +40,15 @@ class Adaptive(CacheEvictionPolicy):
 
     def __init__(self, index: CacheIndex) -> None:
         self._index = index
-        self._parent, self._children, self._device = index.parent, index.children, index.device
+        self._parent, self._children = index.parent, index.children
         self._turn = array("i")  # by row, as are the next three
         self._kind = array("B")
         self._uses = array("I")
         self._idle = array("B")  # evictable
-        self._leaves = LeafSets()
         self._hazards = HazardTable()
         self._turns = TurnTable(self._hazards)
         self._clock = RequestClock()
-        self._chance = np.random.default_rng(index.seed)
-        self._candidates: list[list[Candidate]] = []  # by device: heaps
-        self._resample_at: list[int] = []  # by device: count of blocks
-        self._leaves_left: list[int] = []  # by device: candidates that may go before the next sample
-        self._rankings: dict[int, Ranking] = {}
-        self._version = 0  # of everything a ranking depends on
-        self._blocks = 0  # of all requests so far
+        self._ranking = SampledRanking(index, self._turn, self._kind, self._idle, self._worth_of, self._worths_of)
         self._rebuilt_at = self._swept_at = (0, 0)  # requests and blocks
         self.grown(len(index.parent))
 
@@ -94,11 +59,11 @@ class Adaptive(CacheEvictionPolicy):
         self._turn.extend(array("i", [NO_TURN]) * added)
         for column in (self._kind, self._uses, self._idle):
             column.frombytes(bytes(added * column.itemsize))
-        self._leaves.grow(rows)
+        self._ranking.grow(rows)
 
     def evictable(self, rows: Sequence[int], now: float) -> None:
-        self._version += 1
-        children, turns, idle, kinds, devices = self._children, self._turn, self._idle, self._kind, self._device
+        self._ranking.version += 1
+        children, turns, idle, kinds = self._children, self._turn, self._idle, self._kind
         last = self._turns.last
         for row in rows:
             if turns[row] < 0:
@@ -107,28 +72,26 @@ class Adaptive(CacheEvictionPolicy):
             if not children[row]:
                 if kinds[row] == BODY and self._index.key_of(row) == last[turns[row]]:
                     kinds[row] = TAIL
-                self._add_leaf(row, devices[row])
+                self._ranking.add(row)
 
     def taken(self, rows: Sequence[int], now: float) -> None:
-        self._version += 1
-        idle, place = self._idle, self._leaves.place
+        self._ranking.version += 1
+        idle, discard = self._idle, self._ranking.discard
         for row in rows:
             idle[row] = 0
-            if place[row] >= 0:
-                self._leaves.discard(row, self._device[row])
+            discard(row)
 
     def sheltered(self, row: int) -> None:
-        self._version += 1
-        self._leaves.discard(row, self._device[row])
+        self._ranking.version += 1
+        self._ranking.discard(row)
 
     def removed(self, rows: Sequence[int]) -> None:
-        self._version += 1
-        idle, turns, parent, children, place = self._idle, self._turn, self._parent, self._children, self._leaves.place
-        held = self._turns.held
+        self._ranking.version += 1
+        idle, turns, parent, children = self._idle, self._turn, self._parent, self._children
+        held, discard = self._turns.held, self._ranking.discard
         for row in rows:
             idle[row] = 0
-            if place[row] >= 0:
-                self._leaves.discard(row, self._device[row])
+            discard(row)
             turn = turns[row]
             if turn >= 0:
                 turns[row] = NO_TURN
@@ -137,17 +100,8 @@ class Adaptive(CacheEvictionPolicy):
                     self._turns.forget_if_gone(turn)
         for row in rows:  # once all are out, so that parents that went in the same batch do not become leaves
             above = parent[row]
-            if above >= 0 and idle[above] and not children[above] and place[above] < 0:
-                device = self._device[above]
-                self._add_leaf(above, device)
-                heappush(self._candidates[device], (self._worth_of(above), above, turns[above]))
-
-    def _add_leaf(self, row: int, device: int) -> None:
-        while device >= len(self._candidates):
-            self._candidates.append([])
-            self._resample_at.append(0)
-            self._leaves_left.append(0)
-        self._leaves.add(row, device)
+            if above >= 0 and idle[above] and not children[above]:
+                self._ranking.expose(above)
 
     def _adopt(self, rows: Sequence[int], now: float) -> None:
         """Give turns to rows that no request brought: whole caches, or what was there before this policy."""
@@ -167,82 +121,12 @@ class Adaptive(CacheEvictionPolicy):
     # -- victims --------------------------------------------------------------------------------------------------
 
     def victim(self) -> int:
-        firsts = [first for first in (next(iter(self._ranked(d)), None) for d in range(len(self._leaves))) if first]
-        return min(firsts)[1] if firsts else -1
+        firsts = [next(iter(self._ranking.of(device)), None) for device in self._ranking.devices]
+        return min((first for first in firsts if first is not None), default=(0.0, -1))[1]
 
     def victims(self, device: int) -> Iterator[int]:
-        for _, row in self._ranked(device):
+        for _, row in self._ranking.of(device):
             yield row
-
-    def _ranked(self, device: int) -> Ranking:
-        known = self._rankings.get(device)
-        if known is None or known.version != self._version:
-            known = self._rankings[device] = Ranking(self._version, self._rank(device))
-        return known
-
-    def _rank(self, device: int) -> Iterator[tuple[float, int]]:
-        """Yield worth and row of the victims of a device: the cheapest candidate, then up its chain."""
-        if not self._leaves.count(device):
-            return
-        place, turns, kinds, idle = self._leaves.place, self._turn, self._kind, self._idle
-        parent, children, devices = self._parent, self._children, self._device
-        heap = self._candidates[device]
-        while heap and (place[heap[0][1]] < 0 or turns[heap[0][1]] != heap[0][2]):
-            heappop(heap)
-            self._leaves_left[device] -= 1
-        if self._blocks >= self._resample_at[device] or self._leaves_left[device] <= 0:
-            heap = self._candidates[device] = self._sample(device, set(), _SAMPLE)
-            self._resample_at[device] = self._blocks + _BLOCKS_BETWEEN_SAMPLES
-            self._leaves_left[device] = _LEAVES_BETWEEN_SAMPLES
-        heap = heap[:]
-        left = self._leaves_left[device]
-        exposed: list[Candidate] = []  # parents whose children are all among those that went
-        gone: set[int] = set()
-        gone_children: dict[int, int] = {}
-        while True:
-            if not heap or left <= 0:
-                # The longer the list, the more are drawn at once. What is left of the last sample is forgotten.
-                drawn = min(max(_SAMPLE, len(gone)), _MOST_SAMPLED)
-                heap = self._sample(device, gone, drawn)
-                left = drawn * _LEAVES_BETWEEN_SAMPLES // _SAMPLE
-                if not heap and not exposed:
-                    heap = self._sample(device, gone, self._leaves.count(device))
-                    if not heap:
-                        return
-            if exposed and (not heap or exposed[0] < heap[0]):
-                worth, row, turn = heappop(exposed)
-            else:
-                worth, row, turn = heappop(heap)
-                if row in gone or place[row] < 0 or turns[row] != turn:
-                    continue
-            left -= 1
-            while True:
-                gone.add(row)
-                yield worth, row
-                above = parent[row]
-                if above < 0 or not idle[above] or devices[above] != device:
-                    break
-                gone_children[above] = gone_children.get(above, 0) + 1
-                if gone_children[above] < children[above]:
-                    break
-                if turns[above] != turn or kinds[above] != kinds[row]:
-                    worth, turn = self._worth_of(above), turns[above]
-                    if heap and heap[0][0] < worth:
-                        heappush(exposed, (worth, above, turn))
-                        break
-                row = above
-
-    def _sample(self, device: int, gone: set[int], count: int) -> list[Candidate]:
-        """Return those worth least of some leaves that are drawn and not gone, in order."""
-        rows = self._leaves.draw(device, count, self._chance)
-        if gone:
-            rows = np.array([row for row in rows.tolist() if row not in gone], np.int32)
-        worths, turns = self._worths_of(rows)
-        kept = count * _KEPT // _SAMPLE
-        if len(rows) > kept:
-            least = np.argpartition(worths, kept)[:kept]
-            worths, rows, turns = worths[least], rows[least], turns[least]
-        return sorted(set(zip(worths.tolist(), rows.tolist(), turns.tolist(), strict=True)))
 
     # -- worth ----------------------------------------------------------------------------------------------------
 
@@ -282,7 +166,7 @@ class Adaptive(CacheEvictionPolicy):
     def answered(
         self, space: int, hashes: Sequence[BlockHash], rows: Sequence[int], output_tokens: int, now: float
     ) -> None:
-        self._version += 1
+        self._ranking.version += 1
         turn = self._turn_of(space, hashes, rows, now)
         self._turns.set_level(turn, OUTPUT, output_tokens.bit_length())
 
@@ -301,7 +185,7 @@ class Adaptive(CacheEvictionPolicy):
         worth, worth_before = self._worth(turn, TAIL, 0.0), self._worth(turn, BODY, 0.0)
         sizes = self._index.size_bytes
         left = float(short)
-        rankings = [self._ranked(device) for device in devices]
+        rankings = [self._ranking.of(device) for device in devices]
         for victim_worth, row in rankings[0] if len(rankings) == 1 else merge(*rankings):
             while left > 0 and missing and worth < victim_worth:  # tail first, as victims
                 left -= 1
@@ -332,8 +216,8 @@ class Adaptive(CacheEvictionPolicy):
 
     def _begin(self, space: int, hashes: Sequence[BlockHash], rows: Sequence[int], now: float) -> int:
         """Begin the turn of a request: find its session, learn from what it hits, and take that over."""
-        self._version += 1
-        self._blocks += len(hashes)
+        self._ranking.version += 1
+        self._ranking.blocks += len(hashes)
         clock = self._clock.advance(now)
         table = self._turns
         before, depth = table.deepest(space, hashes, len(rows))
@@ -426,7 +310,7 @@ class Adaptive(CacheEvictionPolicy):
 
     def _keep_up(self) -> None:
         """Do a part of what has to be done now and then."""
-        requests, blocks = self._clock.requests, self._blocks
+        requests, blocks = self._clock.requests, self._ranking.blocks
         # More often at first, when each request changes more of what is known.
         rebuild_requests = min(_REBUILD_REQUESTS, 4 + requests // 8)
         rebuild_blocks = min(_REBUILD_BLOCKS, 40 + blocks // 8)

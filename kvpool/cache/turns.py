@@ -23,7 +23,7 @@ CONTINUED = 1 << KINDS
 NO_TURN = -1
 _SHARDS = 16  # dictionaries of anchors for each space: one alone would stop everything when it grows
 _GHOSTS_AT_LEAST = 256
-_SWEPT_AT_ONCE = 2048
+_SWEPT_AT_ONCE = 1024
 
 
 class TurnTable:

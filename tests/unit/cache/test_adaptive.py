@@ -10,7 +10,7 @@ from kvpool.cache.adaptive import Adaptive
 from kvpool.cache.index import CacheIndex
 from kvpool.cache.key import encode_block_id
 from kvpool.simulate import offline_bound, simulate
-from kvpool.workload import TraceRequest, generate, read_trace
+from kvpool.workload import TraceRequest, read_trace
 
 AT_LEAST_PERCENT = {
     "mooncake_conversation": {0.01: 7.2, 0.05: 15.2},
@@ -72,11 +72,10 @@ def test_it_is_no_worse_than_lru_on_workloads_without_sessions(name: str) -> Non
 
 
 def test_the_same_seed_gives_the_same_outcome() -> None:
-    requests = generate(2, sessions=1500, turns=1.5)
-    rows = [simulate(requests, "adaptive", 6000, seed=seed) for seed in (1, 1, 2)]
-    assert rows[0]["prefix_hit_ratio"] == rows[1]["prefix_hit_ratio"]
-    assert rows[0]["evictions"] == rows[1]["evictions"]
-    assert rows[0]["evictions"] != rows[2]["evictions"], "the leaves are drawn by the seed"
+    requests = single_blocks(zipf(6000, 4000, Random(5)))
+    hits = [simulate(requests, "adaptive", 800, seed=seed)["prefix_hit_ratio"] for seed in (1, 1, 2, 3)]
+    assert hits[0] == hits[1]
+    assert len({*hits}) > 1, "more leaves than are looked at, so some are drawn"
 
 
 class Pool:
