@@ -20,7 +20,7 @@ from kvpool.cache.turns import BODY, CONTINUED, NO_TURN, OLD, SHARED, TAIL, Turn
 if TYPE_CHECKING:
     from kvpool.cache.index import CacheIndex
 
-_REBUILD_REQUESTS, _REBUILD_BLOCKS = 50, 1000
+_REBUILD_REQUESTS, _REBUILD_BLOCKS = 50, 2000
 _SWEEP_REQUESTS, _SWEEP_BLOCKS = 8, 256
 NEW, OUTPUT = range(2)  # features
 

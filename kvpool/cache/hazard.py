@@ -29,8 +29,8 @@ _YOUNGEST, _FALL = 0.05, 0.8
 """Hazard of the first age bucket before anything is learned, and by what it falls to the next one, of which nothing is
 known. Buckets grow by 1.4 while it falls, so that this is LRU."""
 _PRIOR_WEIGHT = 50.0
-_PARENT_WEIGHT = 12.0
-_RATIO_WEIGHT = 2.0
+_PARENT_WEIGHT = 8.0
+_RATIO_WEIGHT = 3.0
 _FEATURE_WEIGHT = 5.0
 _LARGEST_STEP = 0.5
 _FORGET = 0.99 ** (1 / 50)  # what a request leaves of all counts
