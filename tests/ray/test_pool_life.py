@@ -15,7 +15,7 @@ import kvpool.client.lane
 import kvpool.client.pool
 from kvpool import CachePool, ModelSpec, PoolStatistics, delete, encode_block_id
 from kvpool.actors.cluster import call, pool_names
-from kvpool.actors.protocol import host_identity
+from kvpool.actors.protocol import PROTOCOL_VERSION, host_identity
 from kvpool.errors import (
     InvalidRequestError,
     PoolBusyError,
@@ -98,7 +98,7 @@ def builtin(value):
 
 async def test_the_bare_handle_speaks_builtin_types(pool):
     actor = ray.get_actor(pool.name, namespace="kvpool")
-    client = {"protocol": 1, "id": "bare", "tenant": "default", "host": host_identity(), "token": ""}
+    client = {"protocol": PROTOCOL_VERSION, "id": "bare", "tenant": "default", "host": host_identity(), "token": ""}
     hashes = encode_block_id(1) + encode_block_id(2)
     spec = ModelSpec("m", block_bytes=4096).to_wire()
     assert builtin(spec)
