@@ -23,7 +23,7 @@ CONTINUED = 1 << KINDS
 NO_TURN = -1
 _SHARDS = 16  # dictionaries of anchors for each space: one alone would stop everything when it grows
 _GHOSTS_AT_LEAST = 256
-_SWEPT_AT_ONCE = 1024
+_SWEPT_AT_ONCE = 384
 
 
 class TurnTable:
@@ -204,20 +204,21 @@ class TurnTable:
         exposures, hazards = np.frombuffer(self.hazards.exposures), np.frombuffer(self.hazards.hazards)
         gains, all_expected = np.frombuffer(self.hazards.gains), np.frombuffer(self.hazards.expected)
         (behind,) = np.nonzero((flags & (CONTINUED - 1) != 0) & (buckets > counted))
-        while len(behind):
-            counted[behind] += 1
-            for kind in range(KINDS):
-                which = behind[flags[behind] & 1 << kind != 0]
-                places = (group[which] * KINDS + kind) * AGES + counted[which]
-                np.add.at(exposures, places, 1.0)
-                if kind <= BODY and len(which):
-                    turns = (which + start).astype(np.int32)
-                    expected = hazards[places] * self.factors(turns)
-                    for levels in self.levels:
-                        level = np.frombuffer(levels, np.uint8)[turns]
-                        np.subtract.at(gains, level, expected)
-                        np.add.at(all_expected, level, expected)
-            behind = behind[buckets[behind] > counted[behind]]
+        steps = (buckets[behind] - counted[behind]).astype(np.int64)
+        which = np.repeat(behind, steps)  # a record for each bucket that it reached
+        reached = buckets[which] - (np.repeat(np.cumsum(steps), steps) - np.arange(len(which)) - 1)
+        counted[behind] = buckets[behind]
+        for kind in range(KINDS):
+            watched = flags[which] & 1 << kind != 0
+            places = (group[which[watched]] * KINDS + kind) * AGES + reached[watched]
+            np.add.at(exposures, places, 1.0)
+            if kind <= BODY and len(places):
+                turns = (which[watched] + start).astype(np.int32)
+                expected = hazards[places] * self.factors(turns)
+                for levels in self.levels:
+                    level = np.frombuffer(levels, np.uint8)[turns]
+                    np.subtract.at(gains, level, expected)
+                    np.add.at(all_expected, level, expected)
 
     def _extend(self) -> int:
         columns = (self.number, self.group, self.blocks, self.body_blocks, self.shared_blocks, self.old_blocks)
