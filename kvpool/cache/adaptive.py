@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 _REBUILD_REQUESTS, _REBUILD_BLOCKS = 50, 2000
 _SWEEP_REQUESTS, _SWEEP_BLOCKS = 8, 256
-NEW, OUTPUT = range(2)  # features
+NEW, OUTPUT = range(2)
+"""Features of a turn: blocks behind the part that was known, tokens of the answer; by their number of binary digits."""
 
 
 @register_policy("adaptive")

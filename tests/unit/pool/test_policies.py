@@ -1,4 +1,4 @@
-"""A pool with each of the policies: it hits what the simulation says, and its books stay sound when chains are spread."""
+"""A pool with each of the policies: it hits what the simulation says; its books stay sound when chains are spread."""
 
 from random import Random
 
