@@ -70,7 +70,7 @@ class PoolConfig(BaseSettings):
     min_block: PowerOfTwoBytes = Field(4096, description="smallest range of addresses handed out, bytes")
     arena_factor: int = Field(8, ge=1, le=1024, description="reserved addresses of a device, times its memory")
     reserve: float = Field(0.5, ge=0.0, le=1.0, description="share of a device that may be kept as warm pages")
-    policy: str = Field("lru", description="eviction policy")
+    policy: str = Field("lru", description="eviction policy: a name, or module:name of one's own")
     placement: str = Field("least_loaded", description="which device a new cache goes to")
     gc_threshold: float = Field(0.8, gt=0.0, le=1.0, description="kept for eviction ahead of need, not in this version")
     queue_limit: int = Field(10_000, ge=1, description="most requests that may wait for memory")
@@ -79,7 +79,6 @@ class PoolConfig(BaseSettings):
     )
     socket_dir: Path | None = Field(None, description="folder of the device sockets; by default a private one in /tmp")
     preset: str | None = Field(None, description="name of the preset this config came from, for the statistics")
-    policy_requested: str | None = Field(None, description="the policy a preset names, when another stands in for it")
 
     @classmethod
     def settings_customise_sources(

@@ -6,16 +6,12 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from kvpool.cache.eviction import policy_names
 from kvpool.client import CachePool
 from kvpool.config import PoolConfig, load_config
 from kvpool.errors import ConfigError
 from kvpool.sizes import MIB, format_size, parse_size
 
 logger = logging.getLogger("kvpool.presets")
-
-_STANDS_IN = "lru"
-"""The policy that runs where the preset's own is not in this version."""
 
 
 def preset_config(
@@ -41,7 +37,7 @@ def preset_config(
     instance_bytes
         What one instance of the model takes.
     policy
-        The eviction policy it wants; LRU stands in for one that is not built in, and ``policy_requested`` says so.
+        The eviction policy it wants.
     gc_threshold
         Share of memory in use above which eviction runs ahead.
     memory_per_device
@@ -55,17 +51,11 @@ def preset_config(
     if num_gpus < 1:
         raise ConfigError(f"a pool needs at least one device, asked for num_gpus={num_gpus}", asked=num_gpus)
     size_bytes = parse_size(memory_per_device) if memory_per_device is not None else 4 * instance_bytes
-    runs = policy if policy in policy_names() else _STANDS_IN
-    if "policy" in settings:  # somebody's choice, so nothing stands in for it
-        runs = policy = settings["policy"]
-    if runs != policy:
-        logger.warning("preset %s wants policy %s, which is not in this version: %s stands in", preset, policy, runs)
     logger.info("preset %s: %d devices of %s in host memory", preset, num_gpus, format_size(size_bytes))
     return load_config(
         **{
             "devices": f"host:{num_gpus}x{size_bytes}",
-            "policy": runs,
-            "policy_requested": policy,
+            "policy": policy,
             "gc_threshold": gc_threshold,
             "preset": preset,
             **settings,

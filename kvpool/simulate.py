@@ -7,6 +7,7 @@ from itertools import islice
 from time import thread_time
 from typing import TypedDict
 
+from kvpool.bound import most_prefix_hits
 from kvpool.cache.index import CacheIndex
 from kvpool.cache.key import BlockHash, encode_block_id
 from kvpool.cache.table import NO_ROW
@@ -20,6 +21,7 @@ class SimulationRow(TypedDict):
     """Outcome of one simulation, as it goes into tables and JSON."""
 
     policy: str
+    seed: int
     capacity: float
     """As asked: share of the unique blocks, or blocks."""
     capacity_blocks: int
@@ -68,11 +70,25 @@ def capacity_in_blocks(capacity: float, unique: int) -> int:
     return capacity
 
 
+def offline_bound(requests: Sequence[TraceRequest], capacity: float) -> float:
+    """Return the prefix hit ratio that no policy can pass at that capacity, because it would take the future.
+
+    Raises
+    ------
+    InvalidRequestError
+        As :func:`simulate` does.
+    """
+    capacity_blocks = capacity_in_blocks(capacity, _unique_blocks(requests))
+    chains = [request.hash_ids for request in requests]
+    return most_prefix_hits(chains, capacity_blocks) / sum(map(len, chains))
+
+
 def simulate(
     requests: Sequence[TraceRequest],
     policy: str = "lru",
     capacity: float = 0.05,
     on_progress: Callable[[int], None] | None = None,
+    seed: int = 0,
 ) -> SimulationRow:
     """Replay the requests one after another against a pool of ``capacity`` blocks.
 
@@ -89,6 +105,8 @@ def simulate(
         Share of the workload's unique blocks (float), or number of blocks (int).
     on_progress
         Told now and then how many requests are done.
+    seed
+        Of what the policy draws at random.
 
     Raises
     ------
@@ -97,13 +115,8 @@ def simulate(
     UnknownPolicyError
         If there is no policy of that name.
     """
-    unique = unique_blocks(requests)
-    if not unique:
-        raise InvalidRequestError(
-            f"none of the {len(requests)} requests names a block, so nothing can be hit: use a trace with hash_ids"
-        )
-    capacity_blocks = capacity_in_blocks(capacity, unique)
-    index = CacheIndex(policy)
+    capacity_blocks = capacity_in_blocks(capacity, _unique_blocks(requests))
+    index = CacheIndex(policy, seed)
     chains = _encode(requests)
     blocks = sum(map(len, chains))
     hits = evictions = 0
@@ -112,17 +125,23 @@ def simulate(
     space = index.space("default", "simulated")
     for done, (request, hashes) in enumerate(zip(requests, chains, strict=True)):
         now = request.timestamp_ms / 1000
-        rows = index.match(space, hashes)
+        rows = index.look_up(space, hashes, now=now)
         hits += len(rows)
         index.pin(rows, now=now)
         missing = hashes[len(rows) :]
+        if hashes:
+            index.policy.answered(space, hashes, rows, request.output_length, now)
         short = len(index) + len(missing) - capacity_blocks
+        if short > 0:
+            admitted = index.policy.admit(space, hashes, rows, (0,), 1, short, now)
+            short -= len(missing) - admitted
+            missing = missing[:admitted]
         if short > 0:
             victims = list(islice(index.policy.victims(0), short))
             index.remove_all(victims)
             evictions += len(victims)
         stored = missing[: capacity_blocks - len(index)]
-        new = index.add_chain(space, 1, 0, len(stored), rows[-1] if rows else NO_ROW, now=now)
+        new = index.add_chain(space, 1, 0, len(stored), rows[-1] if rows else NO_ROW, now=now, chain=hashes)
         index.publish_all(new, stored)
         rows += new
         rows.reverse()
@@ -134,6 +153,7 @@ def simulate(
         on_progress(len(requests))
     return SimulationRow(
         policy=policy.lower(),
+        seed=seed,
         capacity=capacity,
         capacity_blocks=capacity_blocks,
         requests=len(requests),
@@ -142,6 +162,15 @@ def simulate(
         evictions=evictions,
         accesses_per_s=blocks / max(elapsed_s, 1e-9),  # a clock may not have moved
     )
+
+
+def _unique_blocks(requests: Sequence[TraceRequest]) -> int:
+    unique = unique_blocks(requests)
+    if not unique:
+        raise InvalidRequestError(
+            f"none of the {len(requests)} requests names a block, so nothing can be hit: use a trace with hash_ids"
+        )
+    return unique
 
 
 def _encode(requests: Sequence[TraceRequest]) -> list[list[BlockHash]]:

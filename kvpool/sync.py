@@ -227,13 +227,22 @@ class Model:
         """See :meth:`kvpool.Model.contains`."""
         return _run(self._model.contains, hashes)
 
-    def new_blocks(self, hashes: Sequence[bytes], *, parent: bytes | None = None) -> NewBlocks:
+    def new_blocks(
+        self, hashes: Sequence[bytes], *, parent: bytes | None = None, output_tokens: int | None = None
+    ) -> NewBlocks:
         """See :meth:`kvpool.Model.new_blocks`."""
-        return NewBlocks(_run(self._model.new_blocks, hashes, parent=parent))
+        return NewBlocks(_run(self._model.new_blocks, hashes, parent=parent, output_tokens=output_tokens))
 
-    def put_blocks(self, hashes: Sequence[bytes], tensors: Any, *, parent: bytes | None = None) -> int:
+    def put_blocks(
+        self,
+        hashes: Sequence[bytes],
+        tensors: Any,
+        *,
+        parent: bytes | None = None,
+        output_tokens: int | None = None,
+    ) -> int:
         """See :meth:`kvpool.Model.put_blocks`."""
-        return _run(self._model.put_blocks, hashes, tensors, parent=parent)
+        return _run(self._model.put_blocks, hashes, tensors, parent=parent, output_tokens=output_tokens)
 
 
 class CachePool(BlockingAdministration):

@@ -40,10 +40,16 @@ class LocalPool:
     """State and devices of a pool, driven by hand."""
 
     def __init__(
-        self, devices: int = 1, pages: int = 4, page_bytes: int = PAGE, queue_limit: int = 100, placement="least_loaded"
+        self,
+        devices: int = 1,
+        pages: int = 4,
+        page_bytes: int = PAGE,
+        queue_limit: int = 100,
+        placement="least_loaded",
+        policy="lru",
     ):
         self.now = 0.0
-        self.state = PoolState("test", "lru", placement, queue_limit)
+        self.state = PoolState("test", policy, placement, queue_limit)
         self.stores: list[DeviceStore] = []
         self.outboxes: list[deque[Send]] = []
         self.grants: dict[str, list[tuple[int, Any]]] = {}
@@ -116,8 +122,8 @@ class LocalPool:
     def request(self, size, client="c", model=0, max_size=None, timeout_s=0.0):
         return self.ask(CachesRequested, client, [(1, model, size, max_size or size, timeout_s, None)])[0]
 
-    def blocks(self, ids, client="c", model=0, parent=None):
-        return self.ask(BlocksRequested, client, [(1, model, hashes(ids), parent, None)])[0]
+    def blocks(self, ids, client="c", model=0, parent=None, output_tokens=None):
+        return self.ask(BlocksRequested, client, [(1, model, hashes(ids), parent, output_tokens, None)])[0]
 
     def look_up(self, ids, client="c", model=0):
         return self.ask(PrefixesLookedUp, client, [(1, model, hashes(ids), None)])[0]

@@ -329,7 +329,7 @@ class PoolModel:
         process = self.clients[name]
         above = None if parent is None else keys_of([parent])[0]
         is_sure = above is not None and (process.tenant, model, above) in self._surely_found()
-        item = (1, process.models[model], b"".join(keys_of(ids)), above, None)
+        item = (1, process.models[model], b"".join(keys_of(ids)), above, None, None)
         since = len(self.invalidated)
         self.pool.submit(BlocksRequested, name, [item], partial(self._got_blocks, process, model, ids, is_sure, since))
 

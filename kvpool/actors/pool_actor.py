@@ -109,8 +109,7 @@ class PoolActor(Administration):
         """Return what the pool holds and did: :meth:`kvpool.PoolStatistics.to_dict`."""
         memory = await self._fleet.ask(self._alive(), "memory")
         config = self._config
-        requested = config.policy_requested if self._state.policy_name == config.policy.lower() else None
-        return collect(self._state, memory, policy_requested=requested, preset=config.preset).to_dict()
+        return collect(self._state, memory, policy_requested=config.policy, preset=config.preset).to_dict()
 
     async def delete(self, drain_s: float | None = None, leaving: str | None = None) -> None:
         """End the devices. This actor ends itself shortly afterwards, if the caller does not kill it before.

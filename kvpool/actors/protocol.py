@@ -22,7 +22,13 @@ NAMESPACE = "kvpool"
 
 CACHE_ITEM = {"sequence": int, "model": int, "size": int, "max_size": int, "timeout_s": (int, float)}
 PREFIX_ITEM = {"sequence": int, "model": int, "hashes": bytes}
-BLOCKS_ITEM = {"sequence": int, "model": int, "hashes": bytes, "parent": (bytes, type(None))}
+BLOCKS_ITEM = {
+    "sequence": int,
+    "model": int,
+    "hashes": bytes,
+    "parent": (bytes, type(None)),
+    "output_tokens": (int, type(None)),
+}
 SEAL_ITEM = {"sequence": int, "model": int, "ids": (list, tuple), "keys": (list, tuple)}
 LEASE_ITEM = {"sequence": int, "ids": (list, tuple)}
 """The fields of a request's items, each followed by its trace context (:data:`Carrier`) or None."""

@@ -1,10 +1,11 @@
 """What every eviction policy answers, and the names under which policies are known.
 
 The index tells the policy which caches may go; the policy says which of them is worth least. Mechanism (tables, keys,
-pins) stays in the index, worth stays in the policy, so a new policy is one class with one name::
+pins) stays in the index, worth stays in the policy, so a new policy is one function or class with one name::
 
     @register_policy("mru")
-    class MostRecentFirst: ...
+    def most_recent_first(index: CacheIndex) -> CacheEvictionPolicy:
+        return LeafFirst(index, worth=lambda row, now: -now)
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from kvpool.cache.key import BlockHash
 from kvpool.errors import ConfigError, UnknownPolicyError, ensure
 
 if TYPE_CHECKING:
@@ -62,11 +64,49 @@ class CacheEvictionPolicy(Protocol):
         """
         ...
 
+    # Requests. Who ranks caches without regard to them inherits the answers below.
+
+    def looked_up(self, space: int, hashes: Sequence[BlockHash], rows: Sequence[int], now: float) -> None:
+        """A request asks for the chain ``hashes``, whose leading run lies in ``rows``; these are about to be pinned."""
+        return
+
+    def answered(
+        self, space: int, hashes: Sequence[BlockHash], rows: Sequence[int], output_tokens: int, now: float
+    ) -> None:
+        """The request for the chain ``hashes``, whose leading run lies in ``rows``, got an answer of so many tokens."""
+        return
+
+    def admit(
+        self,
+        space: int,
+        hashes: Sequence[BlockHash],
+        rows: Sequence[int],
+        devices: Sequence[int],
+        size_bytes: int,
+        short: int,
+        now: float,
+    ) -> int:
+        """Return how many of the chain's missing blocks are worth the room.
+
+        ``rows`` is its leading run, pinned; each of the blocks behind it takes ``size_bytes`` on one of ``devices``,
+        where memory for the last ``short`` of them can only be had from victims.
+        """
+        return len(hashes) - len(rows)
+
+    def stored(self, space: int, hashes: Sequence[BlockHash], rows: Sequence[int], now: float) -> None:
+        """The new caches in ``rows`` are blocks of the chain ``hashes``; they are pinned until they are sealed."""
+        return
+
 
 PolicyFactory = Callable[["CacheIndex"], CacheEvictionPolicy]
 _Factory = TypeVar("_Factory", bound=PolicyFactory)
 
-_BUILT_IN = ("kvpool.cache.lru",)  # imported when policies are first asked for: they import this module
+_BUILT_IN = (
+    "kvpool.cache.adaptive",
+    "kvpool.cache.lfu",
+    "kvpool.cache.lru",
+    "kvpool.cache.size_aware_lru",
+)  # imported when policies are first asked for: they import this module
 _POLICIES: dict[str, PolicyFactory] = {}
 
 
@@ -97,13 +137,26 @@ def policy_names() -> list[str]:
 def find_policy(name: str) -> PolicyFactory:
     """Return what makes the policy of that name.
 
+    A name of the form ``module:name`` imports the module first, which registers the policy; so one that is not built in
+    is known wherever its module can be imported, in the pool actor too.
+
     Raises
     ------
     UnknownPolicyError
         If there is none; names those that exist.
     """
+    module, _, name_there = name.rpartition(":")
+    if module:
+        try:
+            import_module(module)
+        except ImportError as error:
+            raise UnknownPolicyError(
+                f"policy {name!r} needs module {module!r}, which cannot be imported here ({error}): install it where "
+                "the pool runs",
+                asked=name,
+            ) from error
     names = policy_names()
-    factory = _POLICIES.get(name.lower())
+    factory = _POLICIES.get(name_there.lower())
     if factory is None:
         raise UnknownPolicyError(
             f"no eviction policy is named {name!r}: there is {', '.join(names)}", asked=name, possible=names

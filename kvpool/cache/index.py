@@ -27,6 +27,8 @@ class CacheIndex(CacheTable):
     ----------
     policy
         Name of the eviction policy, one of :func:`kvpool.cache.eviction.policy_names`.
+    seed
+        Of what the policy draws at random: the same calls then have the same outcome.
 
     Raises
     ------
@@ -34,8 +36,9 @@ class CacheIndex(CacheTable):
         If there is no policy of that name.
     """
 
-    def __init__(self, policy: str = "lru") -> None:
+    def __init__(self, policy: str = "lru", seed: int = 0) -> None:
         super().__init__()
+        self.seed = seed
         self._hashes: list[BlockHash | None] = []  # by row
         self._spaces: dict[tuple[str, str], int] = {}
         self._tenants: list[str] = []  # by space
@@ -157,9 +160,20 @@ class CacheIndex(CacheTable):
         return self.add_chain(space, size_bytes, device, 1, parent_row, now=now)[0]
 
     def add_chain(
-        self, space: int, size_bytes: int, device: int, count: int, parent_row: int = NO_ROW, *, now: float
+        self,
+        space: int,
+        size_bytes: int,
+        device: int,
+        count: int,
+        parent_row: int = NO_ROW,
+        *,
+        now: float,
+        chain: Sequence[BlockHash] = (),
     ) -> list[int]:
-        """Return the rows of ``count`` new caches of equal size, each the parent of the next; see :meth:`add`."""
+        """Return the rows of ``count`` new caches of equal size, each the parent of the next; see :meth:`add`.
+
+        ``chain`` is the request whose blocks they are, if they are known to be such.
+        """
         ensure(0 <= device < len(self.resident_bytes), "a device that was not added", device=device)
         parent, children, pins, flags = self.parent, self.children, self.pins, self.flags
         devices, sizes, spaces = self.device, self.size_bytes, self._space
@@ -188,6 +202,8 @@ class CacheIndex(CacheTable):
             above = row
         self._resident += count
         self.resident_bytes[device] += count * size_bytes
+        if chain:
+            self.policy.stored(space, chain, rows, now)
         return rows
 
     def seal(self, row: int) -> None:
@@ -230,6 +246,24 @@ class CacheIndex(CacheTable):
                 break
             rows.append(row)
         return rows
+
+    def look_up(self, space: int, hashes: Sequence[BlockHash], *, now: float) -> list[int]:
+        """:meth:`match` for a request, of which the policy is told."""
+        rows = self.match(space, hashes)
+        self.policy.looked_up(space, hashes, rows, now)
+        return rows
+
+    def guard(self, rows: Sequence[int], *, now: float) -> None:
+        """:meth:`pin` for the length of a decision: it is no access."""
+        pins, flags = self.pins, self.flags
+        taken = []
+        for row in rows:
+            if not pins[row] and flags[row] & KEYED:
+                taken.append(row)
+                self.evictable_bytes[self.device[row]] -= self.size_bytes[row]
+            pins[row] += 1
+        if taken:
+            self.policy.taken(taken, now)
 
     def pin(self, rows: Sequence[int], *, now: float) -> None:
         """Add a lease to each; a chain in the order of the chain. Pinned caches never go."""

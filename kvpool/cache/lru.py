@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING
 
-from kvpool.cache.eviction import register_policy
+from kvpool.cache.eviction import CacheEvictionPolicy, register_policy
 from kvpool.errors import ensure
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ _PURGE_AT_LEAST = 1024
 
 
 @register_policy("lru")
-class LeafFirstLRU:
+class LeafFirstLRU(CacheEvictionPolicy):
     """The cache that lost its last pin longest ago goes first, among those without a resident child.
 
     Each row that becomes evictable gets the next stamp; the victim is the evictable childless row with the lowest.

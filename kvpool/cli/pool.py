@@ -100,7 +100,7 @@ def _show(stats: Any, json_path: str | None) -> None:
         return
     policy = stats.policy
     if stats.policy_requested != policy:
-        policy = f"{policy}, standing in for {stats.policy_requested}"
+        policy = f"{policy}, started with {stats.policy_requested}"
     print_rows(
         f"pool {stats.name} ({policy}; placement {stats.placement})",
         [

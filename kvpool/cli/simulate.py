@@ -1,18 +1,20 @@
-"""``kvpool simulate``: what an eviction policy would hit on a trace, without a pool."""
+"""``kvpool simulate``: what eviction policies would hit on a trace, without a pool."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+import os
 from pathlib import Path
 
 import click
 
-from kvpool.cache.eviction import find_policy
+from kvpool.cache.eviction import find_policy, policy_names
 from kvpool.cli.output import STANDARD_OUTPUT, print_rows, progress, write_json
-from kvpool.simulate import SimulationRow, capacity_in_blocks
-from kvpool.simulate import simulate as simulate_policy
+from kvpool.comparison import Cell, as_json, compare, printable, run_cells, write
+from kvpool.simulate import capacity_in_blocks
 from kvpool.workload import read_trace, unique_blocks
+
+_ALL = "all"
+_SHARES = (0.01, 0.05, 0.1, 0.25, 0.5)
 
 
 def parse_capacity(text: str | float) -> float:
@@ -27,44 +29,75 @@ def parse_capacity(text: str | float) -> float:
 
 @click.command()
 @click.argument("trace", type=click.Path(path_type=Path))
-@click.option("--policy", "policies", multiple=True, default=("lru",), show_default=True, help="Repeat for several.")
+@click.option(
+    "--policy",
+    "policies",
+    multiple=True,
+    default=("lru",),
+    show_default=True,
+    help="A name, or module:name of one's own. Repeat for several; all: every one that is built in.",
+)
 @click.option(
     "--capacity",
     "capacities",
     type=parse_capacity,
     metavar="SHARE|BLOCKS",
     multiple=True,
-    default=(0.05,),
-    show_default=True,
-    help="Share of the trace's unique blocks (0.05; 1.0 is all) or number of blocks (5000). Repeat for several.",
+    help="Share of the trace's unique blocks (0.05; 1.0 is all) or number of blocks (5000). Repeat for several.  "
+    "[default: 0.05; of several policies 0.01, 0.05, 0.1, 0.25, 0.5]",
 )
+@click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="Runs of each, averaged.")
+@click.option(
+    "--processes",
+    type=click.IntRange(min=1),
+    help="Simulations at once.  [default: one a core]",
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for simulate.json, simulate.md and simulate.png.")
 @click.option(
     "--json", "json_to", metavar="FILE", help="Write the rows as JSON; - for standard output, without a table."
 )
-def simulate(trace: Path, policies: tuple[str, ...], capacities: tuple[float, ...], json_to: str | None) -> None:
-    """Say what an eviction policy would hit on TRACE (.jsonl or .jsonl.gz with block ids).
+def simulate(
+    trace: Path,
+    policies: tuple[str, ...],
+    capacities: tuple[float, ...],
+    seeds: int,
+    processes: int | None,
+    out: Path | None,
+    json_to: str | None,
+) -> None:
+    """Say what eviction policies would hit on TRACE (.jsonl or .jsonl.gz with block ids).
 
     The prefix hit ratio is that of a pool with so much memory: leading resident blocks / all blocks, looked up before
-    a request changes anything.
+    a request changes anything. Several policies, seeds, or --out give a comparison by capacity beside the offline
+    bound, which no policy can pass that does not know the future.
     """
-    for policy in policies:
+    names = dict.fromkeys(name for policy in policies for name in (policy_names() if policy == _ALL else [policy]))
+    for policy in names:
         find_policy(policy)
+    comparing = len(names) > 1 or seeds > 1 or out is not None
+    if not capacities:
+        capacities = _SHARES if comparing else (0.05,)
     requests = list(read_trace(trace))
     unique = unique_blocks(requests)
     if unique:
         for capacity in capacities:
             capacity_in_blocks(capacity, unique)
-    cells = [(policy, capacity) for policy in policies for capacity in capacities]
-    rows: list[SimulationRow] = []
+    cells = [Cell(policy, capacity, seed) for policy in names for capacity in capacities for seed in range(seeds)]
     with progress(f"simulating {trace.name}", total=len(cells) * len(requests)) as report:
-        for policy, capacity in cells:
-            before = len(rows) * len(requests)
-            rows.append(simulate_policy(requests, policy, capacity, partial(_report_from, report, before)))
+        rows = run_cells(requests, cells, processes or len(os.sched_getaffinity(0)), report)
+    title = f"{trace.name}: {len(requests):,} requests, {unique:,} unique blocks"
+    if not comparing:
+        if json_to is not None:
+            write_json(json_to, {"rows": rows})
+        if json_to != STANDARD_OUTPUT:
+            print_rows(title, rows)
+        return
+    table = compare(requests, rows, capacities)
+    payload = as_json(rows, table, capacities)
     if json_to is not None:
-        write_json(json_to, {"rows": rows})
+        write_json(json_to, payload)
     if json_to != STANDARD_OUTPUT:
-        print_rows(f"{trace.name}: {len(requests):,} requests, {unique:,} unique blocks", rows)
-
-
-def _report_from(report: Callable[[int], None], before: int, done: int) -> None:
-    report(before + done)
+        print_rows(title, rows)
+        print_rows("prefix hits, % of all blocks, by capacity", printable(table, capacities))
+    for file in write(title, payload, table, out) if out is not None else []:
+        click.echo(f"wrote {file}", err=True)

@@ -84,20 +84,33 @@ class Model:
         """Tell how many leading ``hashes`` are resident, and where; see :meth:`CachePool.contains`."""
         return await self._connection.contains(self.number, join_hashes(hashes))
 
-    async def new_blocks(self, hashes: Sequence[bytes], *, parent: bytes | None = None) -> NewBlocks:
+    async def new_blocks(
+        self, hashes: Sequence[bytes], *, parent: bytes | None = None, output_tokens: int | None = None
+    ) -> NewBlocks:
         """Lease new blocks for those of a chain's ``hashes`` that are not in the pool, as many as fit.
 
         Write into their tensors, then ``seal()``. ``parent`` is the hash in front of the first; None: a root.
+        ``output_tokens``: length of the answer to the request, a hint for the eviction policy. A policy may find
+        blocks worth less than what would have to go for them; they are then not given either.
 
         Raises
         ------
+        InvalidRequestError
+            If ``output_tokens`` is not a whole number of at least 0.
         ParentNotResidentError
             If ``parent`` is not in the pool.
         """
         _ = self.spec.shape  # a model without blocks is told so before the pool is asked
-        return await self._new_blocks(hashes, parent)
+        return await self._new_blocks(hashes, parent, output_tokens)
 
-    async def put_blocks(self, hashes: Sequence[bytes], tensors: Any, *, parent: bytes | None = None) -> int:
+    async def put_blocks(
+        self,
+        hashes: Sequence[bytes],
+        tensors: Any,
+        *,
+        parent: bytes | None = None,
+        output_tokens: int | None = None,
+    ) -> int:
         """Store blocks with one copy; returns how many leading hashes are in the pool now.
 
         Parameters
@@ -108,23 +121,32 @@ class Model:
             The blocks: a sequence of tensors or arrays, or one with the blocks in its first dimension.
         parent
             Hash in front of the first block; None: a root.
+        output_tokens
+            Length of the answer to the request, where it is known: a hint for the eviction policy.
 
         Raises
         ------
+        InvalidRequestError
+            If ``output_tokens`` is not a whole number of at least 0.
         TensorMismatchError
             If number, shape or dtype do not fit the model.
         ParentNotResidentError
             If ``parent`` is not in the pool.
         """
         sources, keep = source_addresses(self.spec, tensors, len(hashes))
-        blocks = await self._new_blocks(hashes, parent)
+        blocks = await self._new_blocks(hashes, parent, output_tokens)
         await fill(blocks, sources[blocks.resident : blocks.stored], self.spec.block_size_bytes or 0)
         del keep
         return blocks.stored
 
-    async def _new_blocks(self, hashes: Sequence[bytes], parent: bytes | None) -> NewBlocks:
+    async def _new_blocks(self, hashes: Sequence[bytes], parent: bytes | None, output_tokens: int | None) -> NewBlocks:
         _check_parent(parent)
-        answer = await self._connection.ask(self._connection.blocks, self.number, join_hashes(hashes), parent)
+        if output_tokens is not None and (
+            not is_number(output_tokens, at_least=0) or output_tokens != int(output_tokens)
+        ):
+            raise InvalidRequestError(f"output_tokens is how many tokens the answer has, not {output_tokens!r}")
+        joined = join_hashes(hashes)
+        answer = await self._connection.ask(self._connection.blocks, self.number, joined, parent, output_tokens)
         blocks = NewBlocks(self._connection, self.spec, self.number, hashes, answer)
         await blocks.map()
         return blocks

@@ -37,11 +37,10 @@ class BlockAllocations:
     def request_blocks(self, batch: Batch, client_id: str, items: Sequence[tuple[Any, ...]], now: float) -> None:
         """Decide on batches of new blocks; each stores as much of its chain as fits."""
         client = self._ledger.client(client_id)
-        for item, (sequence, model, hashes, parent, trace) in enumerate(items):
+        for item, (sequence, number, hashes, parent, output_tokens, trace) in enumerate(items):
             try:
-                self._request_chain(
-                    batch, item, client, sequence, self._ledger.model(client, model), hashes, parent, trace, now
-                )
+                model = self._ledger.model(client, number)
+                self._request_chain(batch, item, client, sequence, model, hashes, parent, output_tokens, trace, now)
             except KvpoolError as error:
                 self._ledger.refuse(batch, item, error)
 
@@ -54,6 +53,7 @@ class BlockAllocations:
         model: Model,
         joined: bytes,
         parent: bytes | None,
+        output_tokens: int | None,
         trace: Any,
         now: float,
     ) -> None:
@@ -79,10 +79,12 @@ class BlockAllocations:
         # The resident run is pinned while victims are chosen, so that making room never cuts the chain in front of
         # the new blocks; a new block then protects its parent as a resident child.
         guard = resident if resident or parent_row < 0 else [parent_row]
-        index.pin(guard, now=now)
+        index.guard(guard, now=now)
         positions: dict[int, list[int]] = {}
         evictions: dict[int, list[int]] = {}
-        wanted = len(hashes) - len(resident)
+        if output_tokens is not None:
+            self._ledger.policy.answered(model.space, hashes, resident, output_tokens, now)
+        wanted = self._room.admit(client, model, hashes, resident, now)
         while len(request.ids) < wanted:
             first = len(request.ids)
             found = self._room.find_run(client, model.block_bytes, wanted - first)
@@ -90,7 +92,9 @@ class BlockAllocations:
                 break
             device, count, evict = found
             planned = hashes[len(resident) + first : len(resident) + first + count]
-            rows = self._ledger.add_chain(client, model.space, device, model.block_bytes, planned, previous, now)
+            rows = self._ledger.add_chain(
+                client, model.space, device, model.block_bytes, planned, previous, hashes, now
+            )
             previous = rows[-1]
             request.ids.extend(map(index.id_of, rows))
             request.devices.extend([device.number] * count)

@@ -48,7 +48,7 @@ class Directory:
         index, counters = ledger.index, ledger.counters
         model = ledger.model(client, model_number)
         hashes = split_hashes(joined)
-        rows = index.match(model.space, hashes)
+        rows = index.look_up(model.space, hashes, now=now)
         reachable = set(client.devices)
         for position, row in enumerate(rows):
             if index.device[row] not in reachable:  # its bytes lie on another host, where this client cannot map them

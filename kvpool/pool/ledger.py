@@ -322,11 +322,14 @@ class Ledger:
         size_bytes: int,
         planned: Sequence[bytes],
         parent_row: int,
+        chain: Sequence[bytes],
         now: float,
     ) -> list[int]:
-        """Enter the blocks that ``client`` will write for the hashes ``planned``, each the parent of the next."""
+        """Enter the blocks that ``client`` will write for the hashes ``planned`` of a chain; returns their rows."""
         footprint_bytes = device.footprint_bytes(size_bytes, size_bytes)
-        rows = self.index.add_chain(space, footprint_bytes, device.number, len(planned), parent_row, now=now)
+        rows = self.index.add_chain(
+            space, footprint_bytes, device.number, len(planned), parent_row, now=now, chain=chain
+        )
         self._enter(client, rows, planned, size_bytes, self.invalidations)
         return rows
 

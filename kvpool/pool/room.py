@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from kvpool.cache.table import KEYED
 from kvpool.errors import CapacityError
 from kvpool.pool.fanout import nothing_more
 from kvpool.pool.leases import PINNER
-from kvpool.pool.ledger import Client, Device, Ledger
+from kvpool.pool.ledger import Client, Device, Ledger, Model
 from kvpool.pool.requests import CacheRequest
 from kvpool.sizes import format_size
 
@@ -93,6 +93,20 @@ class Room:
             free_bytes = ledger.free_bytes(device)
         fitting = min(count, free_bytes // need_bytes)
         return (device, fitting, evicted) if fitting > 0 else None
+
+    def admit(self, client: Client, model: Model, hashes: Sequence[bytes], rows: Sequence[int], now: float) -> int:
+        """Return how many blocks of a chain behind its leading run ``rows`` are worth the room they take."""
+        ledger = self._ledger
+        wanted = len(hashes) - len(rows)
+        size_bytes = free = 0
+        devices = [ledger.devices[number] for number in client.devices if ledger.devices[number].lost is None]
+        for device in devices:
+            size_bytes = device.footprint_bytes(model.block_bytes or 0, model.block_bytes or 0)
+            free += max(ledger.free_bytes(device), 0) // size_bytes
+        if wanted <= free:
+            return wanted
+        numbers = [device.number for device in devices]
+        return ledger.policy.admit(model.space, hashes, rows, numbers, size_bytes, wanted - free, now)
 
     def evict(self, device: Device, short_bytes: int, least_bytes: int = 0) -> list[int]:
         """Take the caches worth least off a device's books until ``short_bytes`` are found; returns their ids.

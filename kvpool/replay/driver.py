@@ -227,7 +227,7 @@ class _Run:
                 await room.acquire()
                 replica = self._replicas[number % len(self._replicas)]
                 # Awaited here, so that look-ups reach the pool in the trace's order.
-                hits = await call(replica.look_up, number, list(request.hash_ids))
+                hits = await call(replica.look_up, number, list(request.hash_ids), request.output_length)
                 self._result.requests += 1
                 self._result.blocks += len(request.hash_ids)
                 self._result.blocks_hit += hits

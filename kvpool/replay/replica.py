@@ -19,7 +19,7 @@ class Replica:
         self._spec = ModelSpec(model, block_bytes=block_bytes)
         self._block_bytes = block_bytes
         self._content = BlockContent(block_bytes)
-        self._open: dict[int, tuple[PrefixHit, tuple[int, ...], list[bytes]]] = {}
+        self._open: dict[int, tuple[PrefixHit, tuple[int, ...], list[bytes], int]] = {}
         self._pool: CachePool | None = None
         self._model: Model | None = None
 
@@ -28,13 +28,13 @@ class Replica:
         self._pool = await CachePool.connect(self._pool_name)
         self._model = await self._pool.model(self._spec)
 
-    async def look_up(self, number: int, ids: Sequence[int]) -> int:
+    async def look_up(self, number: int, ids: Sequence[int], output_tokens: int) -> int:
         """Find and lease the resident prefix of a request; returns its length in blocks."""
         if self._model is None:
             raise RuntimeError("look_up before start")
         hashes = [encode_block_id(block_id) for block_id in ids]
         hit = await self._model.match_prefix(hashes)
-        self._open[number] = (hit, tuple(ids), hashes)
+        self._open[number] = (hit, tuple(ids), hashes, output_tokens)
         return hit.num_blocks
 
     async def fill(self, number: int) -> dict[str, Any]:
@@ -47,7 +47,7 @@ class Replica:
         """
         if self._model is None:
             raise RuntimeError("fill before start")
-        hit, ids, hashes = self._open.pop(number)
+        hit, ids, hashes, output_tokens = self._open.pop(number)
         try:
             wrong_bytes = sum(
                 self._content.wrong_bytes(block, block_id) for block, block_id in zip(hit.numpy(), ids, strict=False)
@@ -55,7 +55,7 @@ class Replica:
             stored, allocation_s = 0, None
             if hit.num_blocks < len(ids):
                 began = time.perf_counter()
-                new = await self._model.new_blocks(hashes)
+                new = await self._model.new_blocks(hashes, output_tokens=output_tokens)
                 allocation_s = time.perf_counter() - began
                 async with new:
                     self._write(new, ids[new.resident :])

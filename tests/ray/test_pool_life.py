@@ -113,7 +113,7 @@ async def test_the_bare_handle_speaks_builtin_types(pool):
         "request_caches", "bare", [(1, model, 4096, 4096, 0.0, None)]
     )
     assert (device, size_bytes) == (0, 4096)
-    ((_, resident, ids, _, _),) = await answer("request_blocks", "bare", [(2, model, hashes, None, None)])
+    ((_, resident, ids, _, _),) = await answer("request_blocks", "bare", [(2, model, hashes, None, None, None)])
     assert (resident, len(ids)) == (0, 2)
     await answer("seal", "bare", [(3, model, ids, [encode_block_id(1), encode_block_id(2)], None)])
     ((_, found, _, _),) = await answer("look_up", "bare", [(4, model, hashes, None)])
@@ -248,7 +248,7 @@ async def test_presets_say_what_they_run_on(local_ray):
     ):
         async with await create(1, name=f"t{os.getpid()}-{name}") as pool:
             stats = await pool.stats()
-            assert (stats.preset, stats.policy, stats.policy_requested) == (name, "lru", policy)
+            assert (stats.preset, stats.policy, stats.policy_requested) == (name, policy, policy)
             assert [(device.kind, device.capacity_bytes) for device in stats.devices] == [("host", capacity_bytes)]
             await pool.delete()
 

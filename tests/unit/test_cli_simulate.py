@@ -9,8 +9,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 import kvpool
+from kvpool.cache.eviction import policy_names
 from kvpool.cli import main
-from kvpool.simulate import simulate
+from kvpool.simulate import offline_bound, simulate
 from kvpool.workload import TraceRequest, generate
 
 
@@ -64,7 +65,7 @@ def test_a_table_is_printed_by_default_and_json_goes_to_a_file(trace: Path, tmp_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--policy", "optimal"), "no eviction policy is named 'optimal': there is lru"),
+        (("--policy", "optimal"), "no eviction policy is named 'optimal': there is adaptive, lfu, lru"),
         (("--capacity", "0.0"), "above 0 and at most 1.0"),
         (("--capacity", "1.5"), "above 0 and at most 1.0"),
         (("--capacity", "nan"), "above 0 and at most 1.0"),
@@ -80,6 +81,40 @@ def test_bad_input_is_one_clear_line(trace: Path, arguments: tuple[str, ...], me
     assert message in result.stderr
     assert result.stderr.startswith("kvpool: ")
     assert result.stderr.count("\n") == 1
+
+
+def test_several_policies_are_compared_beside_the_bound(
+    trace: Path, requests: list[TraceRequest], tmp_path: Path
+) -> None:
+    out = tmp_path / "report"
+    arguments = ("--policy", "all", "--capacity", "0.1", "--capacity", "60", "--seeds", 2, "--processes", 2)
+    result = call("simulate", trace, *arguments, "--out", out)
+    assert result.exit_code == 0, result.stderr
+    assert {file.name for file in out.iterdir()} == {"simulate.json", "simulate.md", "simulate.png"}
+    payload = json.loads((out / "simulate.json").read_text(encoding="utf-8"))
+    assert payload["capacities"] == [0.1, 60]
+    by_policy = {row["policy"]: row["percents"] for row in payload["comparison"]}
+    assert list(by_policy) == [*policy_names(), "offline bound"]
+    expected = [100 * simulate(requests, "lru", capacity)["prefix_hit_ratio"] for capacity in (0.1, 60)]
+    assert by_policy["lru"] == pytest.approx(expected), "other processes simulate the same"
+    assert by_policy["offline bound"] == pytest.approx([100 * offline_bound(requests, c) for c in (0.1, 60)])
+    assert all(
+        ratio <= bound
+        for row in by_policy.values()
+        for ratio, bound in zip(row, by_policy["offline bound"], strict=True)
+    )
+    assert len(payload["rows"]) == len(policy_names()) * 2 * 2
+    table = (out / "simulate.md").read_text(encoding="utf-8")
+    assert f"| lru | {expected[0]:.2f} | {expected[1]:.2f} |" in table
+    for text in ("offline bound", "10 %", "60 blocks"):
+        assert text in result.stdout
+
+
+def test_a_report_that_cannot_be_written_is_one_clear_line(trace: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file", encoding="utf-8")
+    result = call("simulate", trace, "--capacity", "30", "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "cannot write there" in result.stderr
 
 
 def test_a_capacity_that_is_no_number_is_a_usage_error(trace: Path) -> None:

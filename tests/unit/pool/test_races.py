@@ -35,7 +35,7 @@ def pool():
 def test_what_was_to_be_evicted_for_a_client_that_died_is_evicted(pool):
     pool.put(range(64))
     batch = Batch(1)
-    pool.handle(BlocksRequested(batch, "mortal", [(1, 0, hashes([100]), None, None)]))
+    pool.handle(BlocksRequested(batch, "mortal", [(1, 0, hashes([100]), None, None, None)]))
     pool.kill("mortal")
     assert pool.stores[0].caches == 63  # else the block that the pool forgot would stay for good
 
@@ -79,7 +79,7 @@ def test_who_waits_hears_of_blocks_given_up():
     pool.connect()
     pool.model(block_bytes=PAGE)
     batch = Batch(1)
-    pool.handle(BlocksRequested(batch, "c", [(1, 0, hashes(range(4)), None, None)]))
+    pool.handle(BlocksRequested(batch, "c", [(1, 0, hashes(range(4)), None, None, None)]))
     waits = Batch(1)
     pool.handle(CachesRequested(waits, "c", [(2, 0, PAGE, PAGE, 60.0, None)]))
     first = pool.state.ledger.index.device[0]

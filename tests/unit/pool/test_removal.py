@@ -303,7 +303,7 @@ def test_a_seal_decided_before_is_invalidated_as_well(pool, finish):
 
 def test_blocks_on_their_way_when_the_model_is_invalidated_are_void(pool):
     asked, invalidated = Batch(1), Batch(1)
-    pool.handle(BlocksRequested(asked, "c", [(1, 0, hashes([1, 2]), None, None)]))
+    pool.handle(BlocksRequested(asked, "c", [(1, 0, hashes([1, 2]), None, None, None)]))
     pool.handle(InvalidateRequested(invalidated, None, "m", None))
     pool.settle()
     ((_, _, cache_ids, _, _),) = pool.done.pop(asked)

@@ -301,7 +301,7 @@ def error_of_batch(pool, client):
 def test_a_client_that_dies_with_its_request_on_the_way(pool):
     pool.connect("mortal")
     batch = Batch(1)
-    pool.handle(BlocksRequested(batch, "mortal", [(1, 0, hashes(range(5)), None, None)]))
+    pool.handle(BlocksRequested(batch, "mortal", [(1, 0, hashes(range(5)), None, None, None)]))
     pool.kill("mortal")
     assert pool.done[batch][0][0] == "blocks"
     assert pool.live_bytes() == 0

@@ -36,7 +36,7 @@ class Replica:
     async def _start(self):
         self.started = True
 
-    async def _look_up(self, number, ids):
+    async def _look_up(self, number, ids, output_tokens):
         return 0
 
     async def _fill(self, number):

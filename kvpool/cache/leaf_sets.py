@@ -1,0 +1,58 @@
+"""The evictable rows without children, by device, such that any of them can be drawn."""
+
+from __future__ import annotations
+
+from array import array
+
+import numpy as np
+from numpy.typing import NDArray
+
+_NOWHERE = -1
+
+
+class LeafSets:
+    """A set of rows for each device: add, discard and draw in O(1)."""
+
+    def __init__(self) -> None:
+        self._rows: list[array[int]] = []  # by device
+        self.place = array("i")
+        """Where a row is among those of its device; negative: it is no leaf."""
+
+    def __len__(self) -> int:
+        """Devices that had leaves so far."""
+        return len(self._rows)
+
+    def grow(self, rows: int) -> None:
+        """Make room for row numbers below ``rows``."""
+        self.place.extend(array("i", [_NOWHERE]) * (rows - len(self.place)))
+
+    def count(self, device: int) -> int:
+        """Return how many leaves a device has."""
+        return len(self._rows[device]) if device < len(self._rows) else 0
+
+    def add(self, row: int, device: int) -> None:
+        """Add a row, which must not be in."""
+        while device >= len(self._rows):
+            self._rows.append(array("i"))
+        there = self._rows[device]
+        self.place[row] = len(there)
+        there.append(row)
+
+    def discard(self, row: int, device: int) -> None:
+        """Take a row out, if it is in."""
+        place = self.place[row]
+        if place < 0:
+            return
+        there = self._rows[device]
+        last = there.pop()
+        if last != row:
+            there[place] = last
+            self.place[last] = place
+        self.place[row] = _NOWHERE
+
+    def draw(self, device: int, count: int, chance: np.random.Generator) -> NDArray[np.int32]:
+        """Return ``count`` rows drawn with repetition, or all of them if there are at most twice as many."""
+        rows = np.frombuffer(self._rows[device], np.int32)
+        if len(rows) <= 2 * count:
+            return rows.copy()
+        return rows[chance.integers(0, len(rows), count)]

@@ -1,0 +1,32 @@
+"""The time that worth is measured in."""
+
+from __future__ import annotations
+
+_MEAN_OVER = 200
+"""Requests that the running mean of inter-arrival times looks back on, about."""
+
+_LONGEST_PAUSE = 1000.0
+"""Most that a single pause counts, in mean inter-arrival times."""
+
+
+class RequestClock:
+    """Counts half in requests, half in wall time over the mean time between two requests.
+
+    So its unit is a request, whatever the load. Requests alone would stand still while nothing arrives, and wall time
+    alone fails where time stamps are coarse or equal.
+    """
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.requests = 0
+        self._mean_s = 0.0
+        self._last_s: float | None = None
+
+    def advance(self, now_s: float) -> float:
+        """Count a request that arrives at a time (seconds) and return the time on this clock."""
+        pause_s = 0.0 if self._last_s is None else max(now_s - self._last_s, 0.0)
+        self._last_s = now_s
+        self._mean_s += (pause_s - self._mean_s) / (1 + min(self.requests, _MEAN_OVER))
+        self.requests += 1
+        self.now += 0.5 + 0.5 * (min(pause_s / self._mean_s, _LONGEST_PAUSE) if self._mean_s > 0 else 1.0)
+        return self.now
