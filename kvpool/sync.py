@@ -209,6 +209,11 @@ class Model:
         """See :meth:`kvpool.Model.request_cache`."""
         return VirtualKVCache(_run(self._model.request_cache, size, max_size=max_size, timeout_s=timeout_s))
 
+    def find_cache(self, key: bytes | str) -> VirtualKVCache | None:
+        """See :meth:`kvpool.Model.find_cache`."""
+        found = _run(self._model.find_cache, key)
+        return None if found is None else VirtualKVCache(found)
+
     def match_prefix(self, hashes: Sequence[bytes]) -> PrefixHit:
         """See :meth:`kvpool.Model.match_prefix`."""
         return PrefixHit(_run(self._model.match_prefix, hashes))
@@ -273,6 +278,11 @@ class CachePool(BlockingAdministration):
     ) -> VirtualKVCache:
         """See :meth:`kvpool.CachePool.request_cache`."""
         return VirtualKVCache(_run(self._pool.request_cache, model_name, size_mb, size=size, timeout_s=timeout_s))
+
+    def find_cache(self, model_name: str, key: bytes | str) -> VirtualKVCache | None:
+        """See :meth:`kvpool.CachePool.find_cache`."""
+        found = _run(self._pool.find_cache, model_name, key)
+        return None if found is None else VirtualKVCache(found)
 
     def stats(self) -> PoolStatistics:
         """See :meth:`kvpool.CachePool.stats`."""

@@ -439,7 +439,7 @@ class PoolModel:
     def _looked_up(
         self, process: Process, keys: list[Key], sure: int, since: tuple[int, int], answers: list[Any]
     ) -> None:
-        ((kind, ids, devices, places),) = answers
+        ((kind, ids, devices, places, _),) = answers
         assert kind == "hit"
         if not process.alive:
             return

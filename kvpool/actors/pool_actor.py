@@ -193,7 +193,7 @@ class PoolActor(Administration):
         return await self._lease(CachesRequested, CACHE_ITEM, client, items)
 
     async def look_up(self, client: str, items: list[Any]) -> list[Any]:
-        """Find and lease prefixes: ``("hit", ids, devices, places)``."""
+        """Find and lease prefixes: ``("hit", ids, devices, places, sizes)``, sizes only where a model has no blocks."""
         return await self._lease(PrefixesLookedUp, PREFIX_ITEM, client, items)
 
     async def request_blocks(self, client: str, items: list[Any]) -> list[Any]:

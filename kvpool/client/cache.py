@@ -56,6 +56,15 @@ class VirtualKVCache:
         self._model = model
         self._take(cache_id, device, place)
 
+    @classmethod
+    async def found(cls, connection: Connection, model: int, model_name: str, key: bytes, hit: Any) -> VirtualKVCache:
+        """Return the handle of a cache that a look-up of ``key`` found and leased, mapped in this process."""
+        cache_id, device, place, size_bytes = hit
+        cache = cls(connection, model, model_name, (None, cache_id, device, size_bytes, size_bytes, place))
+        cache.sealed, cache.key, cache._seal_answered = True, key, True
+        await cache.map()
+        return cache
+
     def _take(self, cache_id: int, device: int, place: Any) -> None:
         self.id: int = cache_id
         self.device: str = self._connection.devices[device]["name"]
@@ -192,7 +201,7 @@ class VirtualKVCache:
 
     async def _change_over(self, key: bytes) -> bool:
         """Take the cache that was sealed first under ``key``; False if it is gone again."""
-        _, ids, devices, places = await self._connection.ask(self._connection.prefixes, self._model, key)
+        _, ids, devices, places, _ = await self._connection.ask(self._connection.prefixes, self._model, key)
         if not ids:
             return False
         own = self._lease

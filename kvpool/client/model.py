@@ -12,7 +12,7 @@ from kvpool.client.cache import VirtualKVCache
 from kvpool.client.connection import Connection
 from kvpool.client.copying import source_addresses
 from kvpool.client.putting import fill
-from kvpool.client.spec import ModelSpec, join_hashes
+from kvpool.client.spec import ModelSpec, content_hash, join_hashes
 from kvpool.errors import InvalidRequestError
 from kvpool.sizes import parse_size
 
@@ -59,9 +59,21 @@ class Model:
         await cache.map()
         return cache
 
+    async def find_cache(self, key: bytes | str) -> VirtualKVCache | None:
+        """Lease the sealed cache that has this key (as given to ``seal(key=...)``); None if there is none.
+
+        Its tensors are read-only.
+        """
+        hashed = content_hash(key)
+        _, ids, devices, places, sizes = await self._connection.ask(self._connection.prefixes, self.number, hashed)
+        if not ids:
+            return None
+        hit = ids[0], devices[0], places[0], sizes[0] if sizes else self.spec.block_size_bytes
+        return await VirtualKVCache.found(self._connection, self.number, self.name, hashed, hit)
+
     async def match_prefix(self, hashes: Sequence[bytes]) -> PrefixHit:
         """Find and lease the longest run of leading ``hashes`` that is in the pool; empty if there is none."""
-        _, ids, devices, places = await self._connection.ask(
+        _, ids, devices, places, _ = await self._connection.ask(
             self._connection.prefixes, self.number, join_hashes(hashes)
         )
         hit = PrefixHit(self._connection, self.spec, ids, devices, places)

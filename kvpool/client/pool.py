@@ -162,6 +162,10 @@ class CachePool(Administration):
             size = round((size_mb or 0) * MIB)
         return await model.request_cache(size, timeout_s=timeout_s)
 
+    async def find_cache(self, model_name: str, key: bytes | str) -> VirtualKVCache | None:
+        """Lease the sealed cache of a key, or return None: the short form of :meth:`Model.find_cache`."""
+        return await (await self.model(model_name)).find_cache(key)
+
     async def stats(self) -> PoolStatistics:
         """Return what the pool holds and did."""
         return PoolStatistics.from_dict(await self._connection.call(self._connection.actor.statistics))

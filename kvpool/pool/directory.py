@@ -58,16 +58,18 @@ class Directory:
         counters.blocks_looked_up += len(hashes)
         model.blocks_looked_up += len(hashes)
         if not rows:
-            ledger.answer(batch, item, ("hit", [], [], []))
+            ledger.answer(batch, item, ("hit", [], [], [], []))
             return
         index.pin(rows, now=now)
         ids = [index.id_of(row) for row in rows]
         devices = [index.device[row] for row in rows]
+        # Blocks all have the size that their model names; of whole caches only the books tell it.
+        sizes = [index.asked_bytes[row] for row in rows] if model.block_bytes is None else []
         self._fanout.ask(
             ids,
             rows,
             lambda part, _positions: ("lease", client.id, sequence, part),
-            partial(self._looked_up, batch, item, client, sequence, model, ids, devices, ledger.invalidations),
+            partial(self._looked_up, batch, item, client, sequence, model, ids, devices, sizes, ledger.invalidations),
             now,
             [trace] * len(ids),
         )
@@ -81,6 +83,7 @@ class Directory:
         model: Model,
         ids: list[int],
         devices: list[int],
+        sizes: list[int],
         invalidations: int,
         places: list[Any],
         now: float,
@@ -97,7 +100,7 @@ class Directory:
             self._leases.release_ids(client, sequence, behind, nothing_more, now)
         self._ledger.counters.blocks_hit += hits
         model.blocks_hit += hits
-        self._ledger.answer(batch, item, ("hit", ids[:hits], devices[:hits], places[:hits]))
+        self._ledger.answer(batch, item, ("hit", ids[:hits], devices[:hits], places[:hits], sizes[:hits]))
 
     def _is_void(self, cache_id: int) -> bool:
         row = self._ledger.index.live_row(cache_id)

@@ -2,7 +2,12 @@
 
 import asyncio
 
+import numpy as np
+import pytest
 from footprint import mapped_inodes, physical_page
+
+from kvpool import Access, ModelSpec, encode_block_id
+from kvpool.errors import SealedError
 
 
 async def test_reader_and_writer_map_the_same_pages(pool, start_process):
@@ -48,3 +53,24 @@ async def test_two_processes_that_write_the_same_chain_get_one(pool, start_proce
     assert await second.digest() == [[1], [1]]
     assert (await pool.stats()).duplicates == 2
     await second.release()
+
+
+async def test_a_sealed_cache_is_found_again_by_its_key(pool):
+    assert await pool.find_cache("m", "page 1") is None
+    async with await pool.request_cache("m", size=12_345) as cache:
+        cache.numpy("uint8", (12_345,))[:] = 7
+        await cache.seal(key="page 1")
+        first = cache.id
+    async with await pool.find_cache("m", "page 1") as found:
+        assert (found.id, found.size_bytes, found.sealed) == (first, 12_345, True)
+        assert (found.numpy("uint8", (12_345,)) == 7).all()
+        with pytest.raises(SealedError):
+            found.numpy("uint8", (1,), access=Access.READ_WRITE)
+        await found.seal(key="page 1")  # as it is already
+    assert await pool.find_cache("another model", "page 1") is None
+
+    blocks = await pool.model(ModelSpec("blocks", block_bytes=4096))
+    await blocks.put_blocks([encode_block_id(1)], np.full((1, 4096), 9, np.uint8))
+    async with await blocks.find_cache(encode_block_id(1)) as found:
+        assert found.size_bytes == 4096
+        assert (found.numpy("uint8", (4096,)) == 9).all()

@@ -56,3 +56,15 @@ async def test_tensors_are_opened_also_under_an_event_loop_of_the_callers(pool):
     cache.numpy("uint8", (4096,))[:] = 1
     cache.release()
     blocking.close()
+
+
+async def test_a_sealed_cache_is_found_by_its_key(pool):
+    def find():
+        with sync.CachePool.connect(pool.name) as blocking:
+            assert blocking.find_cache("m", "k") is None
+            with blocking.request_cache("m", size=100) as cache:
+                cache.seal(key="k")
+            with blocking.model("m").find_cache("k") as found:
+                return found.size_bytes, found.sealed
+
+    assert await asyncio.to_thread(find) == (100, True)

@@ -68,9 +68,7 @@ def pool_metrics(reader):
 def points(reader):
     data = reader.get_metrics_data()
     return {
-        metric.name: [
-            (dict(point.attributes), getattr(point, "value", point)) for point in metric.data.data_points
-        ]
+        metric.name: [(dict(point.attributes), getattr(point, "value", point)) for point in metric.data.data_points]
         for resource in (data.resource_metrics if data else ())
         for scope in resource.scope_metrics
         for metric in scope.metrics

@@ -44,7 +44,7 @@ def test_a_revoked_client_holds_nothing_and_can_do_nothing(pool):
     pool.put([1, 2])
     pool.connect("other")
     pool.look_up([1], "other")
-    _, leased, _, _ = pool.look_up([1, 2])
+    _, leased, *_ = pool.look_up([1, 2])
     _, cache_id, *_ = pool.request(PAGE)
     answer = pool.revoke("c")
     assert answer == {"client": "c", "caches": 3, "bytes": 2 * BLOCK + PAGE, "mapped_bytes": 0}
@@ -101,14 +101,14 @@ def test_a_tenants_clients_are_its_own_and_its_pins_can_be_ended(pool):
         pool.revoke("c", "elsewhere")
     with pytest.raises(InvalidRequestError, match="in tenant 'elsewhere'"):
         pool.revoke("pin:default", "elsewhere")
-    _, leased, _, _ = pool.look_up([1])
+    _, leased, *_ = pool.look_up([1])
     pool.pin(leased, True)
     assert pool.revoke("pin:default", "default")["caches"] == 1
     assert pool.state.leases.pinned == {}
     pool.release(leased)
     assert pool.evict()["caches"] == 1
     pool.put([1])
-    _, leased, _, _ = pool.look_up([1])
+    _, leased, *_ = pool.look_up([1])
     assert pool.pin(leased, True) == ("pinned", [True])
     assert pool.pin(leased, False) == ("released", [True])
 
@@ -158,7 +158,7 @@ def test_caches_are_listed_in_parts_or_the_most_first(pool):
         pool.now = float(number)
         pool.put([number])
     pool.request(PAGE)
-    _, (cache_id,), _, _ = pool.look_up([3])
+    _, (cache_id,), *_ = pool.look_up([3])
     pool.pin([cache_id], True)
     seen = []
     after = None
@@ -232,7 +232,7 @@ def test_another_policy_takes_over_what_is_resident(pool, monkeypatch):
 def test_a_policy_that_takes_over_respects_chains_and_leases(pool):
     pool.put(range(6))
     pool.put([0, 1, 20, 21])
-    _, leased, _, _ = pool.look_up(range(3))
+    _, leased, *_ = pool.look_up(range(3))
     pool.state.set_policy("lru", pool.now)
     pool.state.ledger.policy.check()
     assert pool.evict()["caches"] == 3 + 2

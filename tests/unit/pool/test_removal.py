@@ -57,7 +57,7 @@ def put(pool, ids, byte, client="c", model=0):
 def found(pool, ids, client="c", model=0):
     """How many blocks a look-up finds; they are released again."""
     pool.now += 1
-    _, cache_ids, _, _ = pool.look_up(ids, client, model)
+    _, cache_ids, *_ = pool.look_up(ids, client, model)
     if cache_ids:
         pool.release(cache_ids, client)
     return len(cache_ids)
@@ -80,7 +80,7 @@ def test_evict_takes_the_least_recently_used_until_enough_is_found(pool, tenant)
 
 def test_evict_leaves_what_is_held_and_what_leads_to_it_and_says_so(pool):
     put(pool, [1, 2, 3, 4], OLD)
-    _, leased, _, _ = pool.look_up([1, 2])
+    _, leased, *_ = pool.look_up([1, 2])
     request = pool.request(PAGE)
     answer = pool.evict()
     assert answer == {"caches": 2, "bytes": 2 * BLOCK, "leased_caches": 3, "leased_bytes": 2 * BLOCK + PAGE}
@@ -170,7 +170,7 @@ def test_a_key_takes_what_is_chained_behind_it_and_nothing_else(pool):
 def test_who_holds_invalidated_content_keeps_it_and_it_is_zeroed_at_the_end(pool):
     put(pool, [1, 2], OLD)
     pool.connect("reader")
-    _, leased, _, _ = pool.look_up([1, 2], "reader")
+    _, leased, *_ = pool.look_up([1, 2], "reader")
     answer = pool.invalidate()
     assert (answer["caches"], answer["held"]) == (2, {"reader": (2, 2 * BLOCK)})
     assert pool.left(OLD) == 2 * BLOCK
@@ -275,7 +275,7 @@ def test_a_look_up_that_was_decided_before_is_answered_before_and_finds_nothing(
             break
         pool.step(device)
     assert look_ups in pool.done, "whoever was asked before has answered"
-    (_, old, _, _), (_, others, _, _) = pool.done[look_ups]
+    (_, old, *_), (_, others, *_) = pool.done[look_ups]
     assert (old, len(others)) == ([], 1)
     pool.settle()
     assert pool.done.pop(invalidated)[0]["caches"] == 4

@@ -170,7 +170,7 @@ def test_a_chain_evicts_no_more_than_it_needs_all_at_once(pool):
     pool.put(range(60))  # of 64
     pool.put(range(100, 110))
     assert pool.state.ledger.counters.evictions == 6
-    _, ids, _, _ = pool.look_up(range(60))
+    _, ids, *_ = pool.look_up(range(60))
     assert len(ids) == 54
     assert len(pool.look_up(range(100, 110))[1]) == 10
     assert len(pool.blocks(range(200, 210))[2]) == 0  # what is leased now leaves no room, and nothing goes for it
@@ -250,7 +250,7 @@ def test_another_clients_unsealed_cache_cannot_be_published(pool):
     pool.handle(PrefixesLookedUp(look_up, "c", [(2, 0, hashes([5]), None)]))
     pool.settle()
     assert isinstance(error_of(pool.done[seal][0]), UnknownCacheError)
-    assert pool.done[look_up] == [("hit", [], [], [])]  # not for one moment
+    assert pool.done[look_up] == [("hit", [], [], [], [])]  # not for one moment
     assert isinstance(error_of(pool.seal(ids, keys_of([5]), client="thief", finish=True)), UnknownCacheError)
     assert pool.seal(ids, keys_of([1]), finish=True) == ("sealed", [True])  # and its writer goes on undisturbed
 

@@ -72,7 +72,7 @@ def test_blocks_and_look_ups_pass_their_trace_on(pool):
     pool.traces()
     pool.ask(SealRequested, "c", [(1, 0, ids, keys, "s")], True)
     assert pool.traces() == [("finish", 0, ("s",)), ("finish", 1, ("s",))]
-    ((_, found, _, _),) = pool.ask(PrefixesLookedUp, "c", [(1, 0, hashes([1, 2, 3]), "l")])
+    ((_, found, *_),) = pool.ask(PrefixesLookedUp, "c", [(1, 0, hashes([1, 2, 3]), "l")])
     assert pool.traces() == [("lease", 0, ("l",)), ("lease", 1, ("l",))]
     pool.release(found)
     model = pool.state.ledger.models[0]
