@@ -27,6 +27,18 @@ def with_descendants(table: CacheTable, rows: Rows) -> Rows:
             return found
 
 
+def with_ancestors(table: CacheTable, rows: Rows) -> Rows:
+    """Return the rows, and all that lie before them in their chains."""
+    above = _above(table)
+    marked = np.zeros(len(above), bool)
+    marked[-1] = True  # the end of every chain
+    while len(rows := np.unique(rows[~marked[rows]])):
+        marked[rows] = True
+        rows = above[rows]
+    found: Rows = np.flatnonzero(marked[:-1])
+    return found
+
+
 def deepest_first(table: CacheTable, rows: Rows) -> Rows:
     """Return the rows in an order in which each comes before its parent."""
     order: Rows = rows[np.argsort(-depths(table)[rows], kind="stable")]

