@@ -9,7 +9,8 @@ from pathlib import Path
 import click
 
 from kvpool.cache.eviction import find_policy
-from kvpool.cli.output import STANDARD_OUTPUT, print_rows, progress, write_json
+from kvpool.cli.options import JSON
+from kvpool.cli.output import print_rows, progress, write_json
 from kvpool.simulate import SimulationRow, capacity_in_blocks
 from kvpool.simulate import simulate as simulate_policy
 from kvpool.workload import read_trace, unique_blocks
@@ -38,10 +39,8 @@ def parse_capacity(text: str | float) -> float:
     show_default=True,
     help="Share of the trace's unique blocks (0.05; 1.0 is all) or number of blocks (5000). Repeat for several.",
 )
-@click.option(
-    "--json", "json_to", metavar="FILE", help="Write the rows as JSON; - for standard output, without a table."
-)
-def simulate(trace: Path, policies: tuple[str, ...], capacities: tuple[float, ...], json_to: str | None) -> None:
+@JSON
+def simulate(trace: Path, policies: tuple[str, ...], capacities: tuple[float, ...], json_path: str | None) -> None:
     """Say what an eviction policy would hit on TRACE (.jsonl or .jsonl.gz with block ids).
 
     The prefix hit ratio is that of a pool with so much memory: leading resident blocks / all blocks, looked up before
@@ -60,9 +59,9 @@ def simulate(trace: Path, policies: tuple[str, ...], capacities: tuple[float, ..
         for policy, capacity in cells:
             before = len(rows) * len(requests)
             rows.append(simulate_policy(requests, policy, capacity, partial(_report_from, report, before)))
-    if json_to is not None:
-        write_json(json_to, {"rows": rows})
-    if json_to != STANDARD_OUTPUT:
+    if json_path is not None:
+        write_json(json_path, {"rows": rows})
+    else:
         print_rows(f"{trace.name}: {len(requests):,} requests, {unique:,} unique blocks", rows)
 
 
