@@ -199,6 +199,11 @@ class Model:
         self._model = model
 
     @property
+    def name(self) -> str:
+        """The model's name."""
+        return self._model.name
+
+    @property
     def spec(self) -> ModelSpec:
         """What the model was registered as."""
         return self._model.spec
@@ -272,6 +277,16 @@ class CachePool(BlockingAdministration):
     def config(self) -> dict[str, Any]:
         """The pool's configuration."""
         return self._pool.config
+
+    @property
+    def actor(self) -> Any:
+        """The bare handle of the pool actor; see :attr:`kvpool.CachePool.actor`."""
+        return self._pool.actor
+
+    @property
+    def client_id(self) -> str:
+        """By which the pool knows this connection."""
+        return self._pool.client_id
 
     def model(self, spec: ModelSpec | str) -> Model:
         """See :meth:`kvpool.CachePool.model`."""

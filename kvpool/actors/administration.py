@@ -133,13 +133,12 @@ class Administration:
     # -- to change ------------------------------------------------------------------------------------------------
 
     async def evict(
-        self,
-        tenant: str | None = None,
-        model: str | int | None = None,
-        device: str | None = None,
-        size_bytes: int | None = None,
+        self, tenant: str | None, model: str | int | None, device: str | None, size_bytes: int | None
     ) -> dict[str, int]:
-        """Evict what nobody holds, in the order of the policy: all, or until ``size_bytes`` are found.
+        """Evict what nobody holds, in the order of the policy, until ``size_bytes`` are found; None: all.
+
+        None of ``tenant``, ``model`` and ``device`` means of all. Nothing has a default: no call evicts more than it
+        says.
 
         Returns ``{"caches", "bytes", "leased_caches", "leased_bytes"}``; see
         :meth:`kvpool.pool.evictions.Evictions.evict`.

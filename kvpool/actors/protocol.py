@@ -20,6 +20,9 @@ PROTOCOL_VERSION = 2
 NAMESPACE = "kvpool"
 """The Ray namespace of all pools and devices."""
 
+STEPS_S = 600.0
+"""How long the pool may take to evict, zero or give back much memory, seconds."""
+
 CACHE_ITEM = {"sequence": int, "model": int, "size": int, "max_size": int, "timeout_s": (int, float)}
 PREFIX_ITEM = {"sequence": int, "model": int, "hashes": bytes}
 BLOCKS_ITEM = {

@@ -9,47 +9,58 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import click
-from rich.console import Console
 
-from kvpool.cli.output import print_rows, write_json
-from kvpool.cli.pool import JSON, NAME
+from kvpool.actors.protocol import STEPS_S
+from kvpool.cli.options import JSON, MODEL, NAME, ONE_MODEL, TENANT, format_key, format_model, parse_keys
+from kvpool.cli.output import cannot_write, print_rows, write_json
+from kvpool.cli.spinner import working
 from kvpool.errors import InvalidRequestError, from_wire
 from kvpool.sizes import format_size, parse_size
 
 _ANSWER_S = 30.0
-_STEPS_S = 600.0
 _PART = 1000
 """Caches of one answer of the pool."""
 
-_TENANT = click.option("--tenant", help="Only this tenant's.  [default: all]")
-_MODEL = click.option("--model", help="Name of a model, or its number from 'kvpool ls'.")
+NOT_FOUND = 1
+"""Exit status of ``invalidate`` when the keys it was given name nothing."""
 
 
-async def _ask(name: str, method: str, *arguments: Any, timeout_s: float = _ANSWER_S) -> Any:
-    """Call a method of a pool's actor."""
+async def _find(name: str) -> Any:
+    """Return the handle of a pool's actor that speaks this version's protocol.
+
+    Raises
+    ------
+    ProtocolError
+        If it runs another version: says how to drain and restart it.
+    """
     from kvpool.actors.cluster import call, ensure_ray, find_actor
+    from kvpool.actors.compatibility import check_protocol
 
     ensure_ray()
-    return await call(getattr(find_actor(name), method), *arguments, timeout_s=timeout_s)
+    actor = find_actor(name)
+    check_protocol(name, await call(actor.describe, timeout_s=_ANSWER_S))
+    return actor
 
 
-def _model(given: str | None) -> str | int | None:
-    return int(given) if given is not None and given.isdecimal() else given
+async def _call(method: Any, *arguments: Any, timeout_s: float = _ANSWER_S) -> Any:
+    from kvpool.actors.cluster import call
+
+    return await call(method, *arguments, timeout_s=timeout_s)
 
 
-def _key(given: str) -> bytes:
-    """A hash as 32 hexadecimal digits, or the text that was given to ``seal(key=...)``."""
-    from kvpool.cache.key import HASH_BYTES
-    from kvpool.client.spec import content_hash
+def _ask(name: str, method: str, *arguments: Any, doing: str = "asking", timeout_s: float = _ANSWER_S) -> Any:
+    """Call a method of a pool's actor, with a sign of life."""
 
-    try:
-        hashed = bytes.fromhex(given)
-    except ValueError:
-        return content_hash(given)
-    return hashed if len(hashed) == HASH_BYTES else content_hash(given)
+    async def run() -> Any:
+        return await _call(getattr(await _find(name), method), *arguments, timeout_s=timeout_s)
+
+    with working(f"{doing} pool {name}"):
+        return asyncio.run(run())
 
 
 def _plain(value: Any) -> Any:
@@ -72,38 +83,48 @@ def _age(seconds: float | None) -> str:
 
 @click.command()
 @NAME
-@_TENANT
-@_MODEL
+@TENANT
+@MODEL
 @click.option("--limit", type=click.IntRange(min=0), default=20, show_default=True, help="Caches to list at most.")
-@click.option("--sort", type=click.Choice(["recent", "uses", "bytes"]), help="The most first; at most 1000 then.")
+@click.option(
+    "--sort",
+    type=click.Choice(["recent", "uses", "bytes"]),
+    help="List first those used last, used most often, or largest; --limit is at most 1000 then.",
+)
 @JSON
-def ls(name: str, tenant: str | None, model: str | None, limit: int, sort: str | None, json_path: str | None) -> None:
+def ls(
+    name: str, tenant: str | None, model: str | int | None, limit: int, sort: str | None, json_path: str | None
+) -> None:
     """List models and caches."""
+    if sort is not None and limit > _PART:
+        raise InvalidRequestError(f"--limit is at most {_PART} with --sort, not {limit}", asked=limit)
 
     async def run() -> dict[str, Any]:
+        pool = await _find(name)
         listed: dict[str, Any] = {"next": None}
         caches: list[Any] = []
         while not caches or (listed["next"] is not None and len(caches) < limit):
-            part = min(limit - len(caches), _PART) if sort is None else limit
-            listed = await _ask(name, "ls", tenant, _model(model), part, sort, listed["next"])
+            part = min(limit - len(caches), _PART)
+            listed = await _call(pool.ls, tenant, model, part, sort, listed["next"])
             caches += listed["caches"]
             if not listed["caches"]:
                 break
         return listed | {"caches": caches}
 
-    listed = asyncio.run(run())
+    with working(f"asking pool {name}"):
+        listed = asyncio.run(run())
     if json_path is not None:
         write_json(json_path, _plain(listed))
         return
     models = [
-        each | {"block_bytes": _size(each["block_bytes"]), "limit_bytes": _size(each["limit_bytes"]),
-                "bytes": format_size(each["bytes"])}
+        each | {"number": format_model(each["number"]), "block_bytes": _size(each["block_bytes"]),
+                "limit_bytes": _size(each["limit_bytes"]), "bytes": format_size(each["bytes"])}
         for each in listed["models"]
     ]  # fmt: skip
     print_rows(f"models of pool {name}", [_without(each, "fingerprint") for each in models])
     if listed["caches"]:
         rows = [
-            each | {"key": each["key"].hex() if each["key"] else None, "bytes": format_size(each["bytes"]),
+            each | {"key": format_key(each["key"]) if each["key"] else None, "bytes": format_size(each["bytes"]),
                     "idle_s": _age(each["idle_s"])}
             for each in listed["caches"]
         ]  # fmt: skip
@@ -113,7 +134,7 @@ def ls(name: str, tenant: str | None, model: str | None, limit: int, sort: str |
 
 @click.command()
 @NAME
-@_TENANT
+@TENANT
 @click.option("--revoke", "client", metavar="CLIENT", help="End all leases of this client, without its help.")
 @JSON
 def leases(name: str, tenant: str | None, client: str | None, json_path: str | None) -> None:
@@ -123,7 +144,7 @@ def leases(name: str, tenant: str | None, client: str | None, json_path: str | N
     is given to nobody until it has dropped them or has ended.
     """
     if client is not None:
-        ended = asyncio.run(_ask(name, "revoke", client, tenant))
+        ended = _ask(name, "revoke", client, tenant)
         if json_path is not None:
             write_json(json_path, ended)
             return
@@ -132,7 +153,7 @@ def leases(name: str, tenant: str | None, client: str | None, json_path: str | N
             f"map {format_size(ended['mapped_bytes'])}"
         )
         return
-    held = asyncio.run(_ask(name, "leases", tenant))
+    held = _ask(name, "leases", tenant)
     if json_path is not None:
         write_json(json_path, {"leases": held})
         return
@@ -151,16 +172,16 @@ def leases(name: str, tenant: str | None, client: str | None, json_path: str | N
 @click.command()
 @NAME
 @click.option("--tenant", default="default", show_default=True, help="Whose model.")
-@click.option("--model", required=True, help="Name of a model, or its number from 'kvpool ls'.")
-@click.argument("keys", nargs=-1, required=True, metavar="KEY...")
+@ONE_MODEL
+@click.argument("keys", nargs=-1, required=True, callback=parse_keys, metavar="KEY...")
 @JSON
-def contains(name: str, tenant: str, model: str, keys: tuple[str, ...], json_path: str | None) -> None:
+def contains(name: str, tenant: str, model: str | int, keys: tuple[bytes, ...], json_path: str | None) -> None:
     """Show how many of the leading KEYs of a chain are in the pool, and where.
 
-    A KEY is a block's hash, 32 hexadecimal digits, or the text under which a cache was sealed. Takes no lease, and
-    counts as no use.
+    A KEY is the text under which a cache was sealed, or a block's hash: hash: and 32 hexadecimal digits. Takes no
+    lease, and counts as no use.
     """
-    (answer,) = asyncio.run(_ask(name, "contains", tenant, [(_model(model), b"".join(_key(key) for key in keys))]))
+    (answer,) = _ask(name, "contains", tenant, [(model, b"".join(keys))])
     if answer[0] == "error":
         raise from_wire(answer[1:])
     found = answer[1]
@@ -173,8 +194,8 @@ def contains(name: str, tenant: str, model: str, keys: tuple[str, ...], json_pat
 
 @click.command()
 @NAME
-@_TENANT
-@_MODEL
+@TENANT
+@MODEL
 @click.option("--device", help="Only what is on this device.")
 @click.option("--bytes", "size", help="Stop when so much is found: '1GiB'.")
 @click.option("--all", "everything", is_flag=True, help="Evict all that nobody holds.")
@@ -182,7 +203,7 @@ def contains(name: str, tenant: str, model: str, keys: tuple[str, ...], json_pat
 def evict(
     name: str,
     tenant: str | None,
-    model: str | None,
+    model: str | int | None,
     device: str | None,
     size: str | None,
     everything: bool,
@@ -192,8 +213,7 @@ def evict(
     if everything == (size is not None):
         raise InvalidRequestError("say how much is to go: --bytes 1GiB, or --all (of --tenant, --model or --device)")
     size_bytes = parse_size(size) if size is not None else None
-    with Console(stderr=True).status("evicting"):
-        went = asyncio.run(_ask(name, "evict", tenant, _model(model), device, size_bytes, timeout_s=_STEPS_S))
+    went = _ask(name, "evict", tenant, model, device, size_bytes, doing="evicting from", timeout_s=STEPS_S)
     if json_path is not None:
         write_json(json_path, went)
         return
@@ -205,28 +225,35 @@ def evict(
 
 @click.command()
 @NAME
-@_TENANT
-@click.option("--model", required=True, help="Name of a model, or its number from 'kvpool ls'.")
+@TENANT
+@ONE_MODEL
 @click.option("--all", "everything", is_flag=True, help="All content of the model.")
-@click.argument("keys", nargs=-1, metavar="[KEY...]")
+@click.argument("keys", nargs=-1, callback=parse_keys, metavar="[KEY...]")
 @JSON
 def invalidate(
-    name: str, tenant: str | None, model: str, everything: bool, keys: tuple[str, ...], json_path: str | None
+    name: str, tenant: str | None, model: str | int, everything: bool, keys: tuple[bytes, ...], json_path: str | None
 ) -> None:
     """Remove a model's content for good, or what is stored under KEYs and all that is chained behind them.
 
-    A KEY is a block's hash, 32 hexadecimal digits, or the text under which a cache was sealed. When the command ends,
-    no look-up finds the content, what was being written cannot be sealed, and the memory is zeroed; who holds a lease
-    on it keeps it until it ends, and is named.
+    A KEY is the text under which a cache was sealed, or a block's hash: hash: and 32 hexadecimal digits. When the
+    command ends, no look-up finds the content, what was being written cannot be sealed, and the memory is zeroed; who
+    holds a lease on it keeps it until it ends, and is named. Exit status: 1 if nothing is stored under the KEYs.
     """
     if everything == bool(keys):
         raise InvalidRequestError("say what is to go: the keys, or --all content of the model")
-    hashed = [_key(key) for key in keys] if keys else None
-    with Console(stderr=True).status("invalidating"):
-        gone = asyncio.run(_ask(name, "invalidate", _model(model), hashed, tenant, timeout_s=_STEPS_S))
+    gone = _ask(
+        name, "invalidate", model, list(keys) or None, tenant, doing="invalidating content of", timeout_s=STEPS_S
+    )
     if json_path is not None:
         write_json(json_path, _plain(gone))
-        return
+    else:
+        _show_invalidated(gone)
+    if keys and not (gone["caches"] or gone["unsealed"] or gone["held"]):
+        click.echo("nothing is stored under these keys", err=True)
+        click.get_current_context().exit(NOT_FOUND)
+
+
+def _show_invalidated(gone: Mapping[str, Any]) -> None:
     click.echo(
         f"{gone['caches']:,} caches invalidated, {format_size(gone['bytes'])}; {gone['unsealed']:,} that were being "
         "written cannot be sealed any more"
@@ -240,7 +267,7 @@ def invalidate(
 @JSON
 def trim(name: str, json_path: str | None) -> None:
     """Give the pool's warm pages back to the system."""
-    size_bytes = asyncio.run(_ask(name, "trim", timeout_s=_STEPS_S))
+    size_bytes = _ask(name, "trim", doing="trimming", timeout_s=STEPS_S)
     if json_path is not None:
         write_json(json_path, {"bytes": size_bytes})
     else:
@@ -253,7 +280,7 @@ def trim(name: str, json_path: str | None) -> None:
 @JSON
 def set_policy(name: str, policy: str, json_path: str | None) -> None:
     """Let another eviction policy decide from now on; it takes over what is resident."""
-    now = asyncio.run(_ask(name, "set_policy", policy))
+    now = _ask(name, "set_policy", policy)
     if json_path is not None:
         write_json(json_path, {"policy": now})
     else:
@@ -262,18 +289,15 @@ def set_policy(name: str, policy: str, json_path: str | None) -> None:
 
 @click.command()
 @NAME
-@_TENANT
+@TENANT
 @click.option("--limit", type=click.IntRange(min=1), help="End after so many events.")
 @click.option("--json", "json_path", metavar="FILE", default="-", show_default=True, help="Write JSON lines to FILE.")
 def events(name: str, tenant: str | None, limit: int | None, json_path: str) -> None:
     """Write what happens to the pool's content, as it happens: a line of JSON for each event, until Ctrl-C."""
     from kvpool.client.events import EventReader
 
-    async def call(*arguments: Any) -> Any:
-        return await _ask(name, "events", *arguments, timeout_s=_STEPS_S)
-
     async def run(out: Any) -> None:
-        reader = EventReader(call, tenant)
+        reader = EventReader(partial(_call, (await _find(name)).events), tenant)
         await reader.start()
         click.echo(f"listening to pool {name}", err=True)
         left = limit
@@ -284,12 +308,11 @@ def events(name: str, tenant: str | None, limit: int | None, json_path: str) -> 
             out.flush()
 
     try:
-        with click.open_file(json_path, "w", encoding="utf-8") as out:
-            asyncio.run(run(out))
-    except KeyboardInterrupt:
-        return
-    except FileNotFoundError as error:
-        raise InvalidRequestError(f"cannot write JSON to {json_path}: {error.strerror}", asked=json_path) from error
+        opened = click.open_file(json_path, "w", encoding="utf-8")
+    except OSError as error:
+        raise cannot_write(json_path, error) from error
+    with opened as out, suppress(KeyboardInterrupt):
+        asyncio.run(run(out))
 
 
 def _size(size_bytes: int | None) -> str | None:

@@ -8,10 +8,9 @@ from typing import Any
 
 import click
 
+from kvpool.cli.options import JSON
 from kvpool.cli.output import print_rows, write_json
-from kvpool.cli.waiting import working
-
-_JSON = click.option("--json", "json_path", metavar="FILE", help="Write JSON to FILE ('-': standard output) instead.")
+from kvpool.cli.spinner import working
 
 
 @click.group()
@@ -20,7 +19,7 @@ def bench() -> None:
 
 
 @bench.command()
-@_JSON
+@JSON
 def alloc(json_path: str | None) -> None:
     """Time the allocators alone, by size class and under churn."""
     from kvpool.bench import alloc as benchmark
@@ -29,7 +28,7 @@ def alloc(json_path: str | None) -> None:
 
 
 @bench.command()
-@_JSON
+@JSON
 def concurrency(json_path: str | None) -> None:
     """Time 1, 100 and 1,000 concurrent requests, beside unmerged calls, a no-op actor, and with telemetry on."""
     from kvpool.bench import concurrency as benchmark
@@ -38,7 +37,7 @@ def concurrency(json_path: str | None) -> None:
 
 
 @bench.command("put-get")
-@_JSON
+@JSON
 def put_get(json_path: str | None) -> None:
     """Time storing and reading of 512 MiB in blocks of 2 MiB, beside memcpy and ray.put / ray.get."""
     from kvpool.bench import put_get as benchmark
@@ -47,7 +46,7 @@ def put_get(json_path: str | None) -> None:
 
 
 @bench.command()
-@_JSON
+@JSON
 def waiting(json_path: str | None) -> None:
     """Time a release past 2,000 waiting requests, and the return of a killed client's memory."""
     from kvpool.bench import waiting as benchmark

@@ -6,17 +6,16 @@ from typing import Any
 
 import click
 
-from kvpool.cli.output import STANDARD_OUTPUT, print_rows, write_json
-from kvpool.cli.waiting import working
+from kvpool.cli.options import JSON
+from kvpool.cli.output import print_rows, write_json
+from kvpool.cli.spinner import working
 
 
 @click.command()
 @click.option("--name", help="Name of the pool that is to run.  [default: kvpool]")
 @click.option("--devices", help="'host:2' or 'host:2x512MiB': the devices that are to run.")
 @click.option("--memory-per-device", help="Size of a device, where --devices names none: '1GiB'.")
-@click.option(
-    "--json", "json_path", metavar="FILE", help="Write JSON to FILE ('-': standard output) instead of a table."
-)
+@JSON
 @click.option("--here", is_flag=True, help="Check this host alone, without asking a cluster.")
 def doctor(json_path: str | None, here: bool, **settings: Any) -> None:
     """Check limits, memory, token, versions, sockets, driver, nodes and pools; say what is wrong and how to mend it.
@@ -34,7 +33,7 @@ def doctor(json_path: str | None, here: bool, **settings: Any) -> None:
         findings = examine(config, no_survey if here else survey)
     if json_path is not None:
         write_json(json_path, {"rows": [finding.to_row() for finding in findings]})
-    if json_path != STANDARD_OUTPUT:
+    else:
         names = ("check", "where", "result", "found", "needed")
         rows = [{name: finding.to_row()[name] for name in names} for finding in findings]
         print_rows(f"pool {config.name} on {config.devices}", rows)

@@ -36,11 +36,16 @@ def write_json(destination: str | Path, payload: Mapping[str, Any]) -> None:
     try:
         Path(destination).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise InvalidRequestError(
-            f"cannot write JSON to {destination}: {error.strerror}; name a file in a folder that exists, or - for "
-            "standard output",
-            asked=str(destination),
-        ) from error
+        raise cannot_write(destination, error) from error
+
+
+def cannot_write(destination: str | Path, error: OSError) -> InvalidRequestError:
+    """Return the error for JSON that was to go where no file can be written."""
+    return InvalidRequestError(
+        f"cannot write JSON to {destination}: {error.strerror}; name a file in a folder that exists, or - for standard "
+        "output",
+        asked=str(destination),
+    )
 
 
 def print_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:

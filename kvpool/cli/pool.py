@@ -7,12 +7,11 @@ from typing import Any
 
 import click
 
+from kvpool.cli.options import JSON, NAME
 from kvpool.cli.output import print_rows, write_json
+from kvpool.cli.spinner import working
 from kvpool.errors import KvpoolError
 from kvpool.sizes import format_size
-
-JSON = click.option("--json", "json_path", metavar="FILE", help="Write JSON to FILE ('-': standard output) instead.")
-NAME = click.option("--name", default="kvpool", show_default=True, help="Name of the pool.")
 
 
 @click.command()
@@ -44,7 +43,9 @@ def start(preset: str | None, num_gpus: int, json_path: str | None, **settings: 
         actor = await start_pool(config)
         return PoolStatistics.from_dict(await call(actor.statistics, timeout_s=30.0))
 
-    _show(asyncio.run(run()), json_path)
+    with working(f"starting pool {config.name}"):
+        stats = asyncio.run(run())
+    _show(stats, json_path)
 
 
 @click.command()
@@ -55,7 +56,8 @@ def stop(name: str, drain_s: float | None, json_path: str | None) -> None:
     """Delete a pool and give its memory back. Refuses while clients hold leases."""
     from kvpool.client import delete
 
-    asyncio.run(delete(name, drain_s=drain_s))
+    with working(f"stopping pool {name}"):
+        asyncio.run(delete(name, drain_s=drain_s))
     if json_path is not None:
         write_json(json_path, {"deleted": name})
     else:
@@ -71,17 +73,18 @@ def status(name: str, json_path: str | None) -> None:
     from kvpool.actors.compatibility import leased_bytes, protocol_difference
     from kvpool.pool.statistics import PoolStatistics
 
-    async def run() -> None:
+    async def run() -> tuple[KvpoolError | None, Any]:
         ensure_ray()
         actor = find_actor(name)
         other = protocol_difference(name, await call(actor.describe, timeout_s=30.0))
-        if other is None:
-            _show(PoolStatistics.from_dict(await call(actor.statistics, timeout_s=30.0)), json_path)
-        else:
-            leases = leased_bytes(await call(actor.leases, timeout_s=30.0))
-            _show_other_version(name, other, leases, json_path)
+        return other, await call(actor.statistics if other is None else actor.leases, timeout_s=30.0)
 
-    asyncio.run(run())
+    with working(f"asking pool {name}"):
+        other, answer = asyncio.run(run())
+    if other is None:
+        _show(PoolStatistics.from_dict(answer), json_path)
+    else:
+        _show_other_version(name, other, leased_bytes(answer), json_path)
 
 
 def _show_other_version(name: str, other: KvpoolError, leases: dict[str, int], json_path: str | None) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from kvpool.cli.options import JSON
 from kvpool.cli.output import print_rows, progress, write_json
 
 
@@ -29,9 +30,7 @@ from kvpool.cli.output import print_rows, progress, write_json
 @click.option("--seed", default=1, show_default=True, help="Of the generated workload, when no trace is given.")
 @click.option("--pool", help="Use this running pool instead of starting one for the replay.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for replay.json and replay.png.")
-@click.option(
-    "--json", "json_path", metavar="FILE", help="Write JSON to FILE ('-': standard output) instead of a table."
-)
+@JSON
 def replay(
     trace: Path | None,
     trace_option: Path | None,

@@ -8,7 +8,8 @@ from pathlib import Path
 import click
 
 from kvpool.cache.eviction import find_policy, policy_names
-from kvpool.cli.output import STANDARD_OUTPUT, print_rows, progress, write_json
+from kvpool.cli.options import JSON
+from kvpool.cli.output import print_rows, progress, write_json
 from kvpool.comparison import Cell, as_json, compare, printable, run_cells, write
 from kvpool.simulate import capacity_in_blocks
 from kvpool.workload import read_trace, unique_blocks
@@ -53,9 +54,7 @@ def parse_capacity(text: str | float) -> float:
     help="Simulations at once.  [default: one a core]",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for simulate.json, simulate.md and simulate.png.")
-@click.option(
-    "--json", "json_to", metavar="FILE", help="Write the rows as JSON; - for standard output, without a table."
-)
+@JSON
 def simulate(
     trace: Path,
     policies: tuple[str, ...],
@@ -63,7 +62,7 @@ def simulate(
     seeds: int,
     processes: int | None,
     out: Path | None,
-    json_to: str | None,
+    json_path: str | None,
 ) -> None:
     """Say what eviction policies would hit on TRACE (.jsonl or .jsonl.gz with block ids).
 
@@ -87,16 +86,16 @@ def simulate(
         rows = run_cells(requests, cells, processes or len(os.sched_getaffinity(0)), report)
     title = f"{trace.name}: {len(requests):,} requests, {unique:,} unique blocks"
     if not comparing:
-        if json_to is not None:
-            write_json(json_to, {"rows": rows})
-        if json_to != STANDARD_OUTPUT:
+        if json_path is not None:
+            write_json(json_path, {"rows": rows})
+        else:
             print_rows(title, rows)
         return
     table = compare(requests, rows, capacities)
     payload = as_json(rows, table, capacities)
-    if json_to is not None:
-        write_json(json_to, payload)
-    if json_to != STANDARD_OUTPUT:
+    if json_path is not None:
+        write_json(json_path, payload)
+    else:
         print_rows(title, rows)
         print_rows("prefix hits, % of all blocks, by capacity", printable(table, capacities))
     for file in write(title, payload, table, out) if out is not None else []:

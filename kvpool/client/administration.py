@@ -10,14 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from kvpool.actors.protocol import STEPS_S
 from kvpool.client.connection import Connection
 from kvpool.client.events import EventStream
 from kvpool.client.model import Model
 from kvpool.client.spec import content_hash, join_hashes
 from kvpool.sizes import parse_size
 
-_STEPS_S = 600.0
-"""How long the pool may take to evict or zero memory, seconds."""
+EVERYTHING = "all"
+"""In place of a size."""
 
 
 class Administration:
@@ -91,12 +92,14 @@ class Administration:
         return await self._connection.contains(_named(model), join_hashes(hashes))
 
     async def evict(
-        self, size: int | str | None = None, *, model: Model | str | int | None = None, device: str | None = None
+        self, size: int | str, *, model: Model | str | int | None = None, device: str | None = None
     ) -> dict[str, int]:
-        """Evict what nobody holds, in the order of the policy: until ``size`` (bytes or text) is found, or all of it.
+        """Evict what nobody holds, in the order of the policy.
 
         Parameters
         ----------
+        size
+            Stop when so much is found, bytes or text; ``"all"``: evict all of it.
         model, device
             Only a model's caches, only those on one device.
 
@@ -105,14 +108,16 @@ class Administration:
         dict
             ``{"caches", "bytes", "leased_caches", "leased_bytes"}``: what went, and what stays because it is held.
         """
-        connection, size_bytes = self._connection, parse_size(size) if size is not None else None
+        connection, size_bytes = self._connection, None if size == EVERYTHING else parse_size(size)
         return dict(
             await connection.call(
-                connection.actor.evict, connection.tenant, _named(model), device, size_bytes, timeout_s=_STEPS_S
+                connection.actor.evict, connection.tenant, _named(model), device, size_bytes, timeout_s=STEPS_S
             )
         )
 
-    async def invalidate(self, model: Model | str | int, keys: Sequence[bytes | str] | None = None) -> dict[str, Any]:
+    async def invalidate(
+        self, model: Model | str | int, keys: bytes | str | Sequence[bytes | str] | None = None
+    ) -> dict[str, Any]:
         """Remove a model's content, or that under some keys and all that is chained behind it, for good.
 
         When it returns, no look-up by anyone finds what was stored before, what was being written when it was called
@@ -123,7 +128,8 @@ class Administration:
         Parameters
         ----------
         keys
-            Hashes of 16 bytes, or what was given to ``seal(key=...)``; by default all content of the model.
+            Hashes of 16 bytes, or what was given to ``seal(key=...)``; one, or several in a sequence. By default all
+            content of the model.
 
         Returns
         -------
@@ -131,16 +137,17 @@ class Administration:
             ``caches`` and ``bytes`` that were published, how many were ``unsealed``, and what is still ``held``:
             ``{client: (caches, bytes)}``.
         """
-        connection, hashes = self._connection, None if keys is None else [content_hash(key) for key in keys]
+        connection, each = self._connection, [keys] if isinstance(keys, (bytes, str)) else keys
+        hashes = None if each is None else [content_hash(key) for key in each]
         return dict(
             await connection.call(
-                connection.actor.invalidate, _named(model), hashes, connection.tenant, timeout_s=_STEPS_S
+                connection.actor.invalidate, _named(model), hashes, connection.tenant, timeout_s=STEPS_S
             )
         )
 
     async def trim(self) -> int:
         """Give the warm pages of the whole pool back to the system; returns their bytes."""
-        return int(await self._connection.call(self._connection.actor.trim))
+        return int(await self._connection.call(self._connection.actor.trim, timeout_s=STEPS_S))
 
     async def set_policy(self, name: str) -> str:
         """Let another eviction policy decide in the whole pool from now on; it takes over what is resident.

@@ -18,9 +18,11 @@ class BlockingAdministration:
     _pool: CachePool
     _run: Callable[..., Any]
 
-    def ls(self, model: Any = None, *, limit: int = 100, sort: str | None = None, after: int | None = None) -> Any:
+    def ls(
+        self, model: Any = None, *, limit: int = 100, sort: str | None = None, after: int | None = None
+    ) -> dict[str, Any]:
         """See :meth:`kvpool.CachePool.ls`."""
-        return self._run(self._pool.ls, model, limit=limit, sort=sort, after=after)
+        return dict(self._run(self._pool.ls, model, limit=limit, sort=sort, after=after))
 
     def holders(self) -> list[dict[str, Any]]:
         """See :meth:`kvpool.CachePool.holders`."""
@@ -34,11 +36,11 @@ class BlockingAdministration:
         """See :meth:`kvpool.CachePool.contains`."""
         return dict(self._run(self._pool.contains, model, hashes))
 
-    def evict(self, size: int | str | None = None, *, model: Any = None, device: str | None = None) -> dict[str, int]:
+    def evict(self, size: int | str, *, model: Any = None, device: str | None = None) -> dict[str, int]:
         """See :meth:`kvpool.CachePool.evict`."""
         return dict(self._run(self._pool.evict, size, model=model, device=device))
 
-    def invalidate(self, model: Any, keys: Sequence[bytes | str] | None = None) -> dict[str, Any]:
+    def invalidate(self, model: Any, keys: bytes | str | Sequence[bytes | str] | None = None) -> dict[str, Any]:
         """See :meth:`kvpool.CachePool.invalidate`."""
         return dict(self._run(self._pool.invalidate, model, keys))
 

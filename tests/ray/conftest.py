@@ -22,6 +22,7 @@ from kvpool.errors import PoolNotFoundError, ProtocolError
 sys.path.insert(0, str(Path(__file__).parent))
 
 import model_process
+from command_line import Cli, call_here
 from footprint import Footprint, descendants, footprint, state
 from pool_actors import device_actors, pid_of, until, until_leased, until_no_zombies, until_waiting
 
@@ -130,6 +131,13 @@ async def make_pool() -> AsyncIterator[Pools]:
 async def pool(make_pool: Pools) -> CachePool:
     """A pool of one device of 2 MiB in pages of 64 KiB."""
     return await make_pool()
+
+
+@pytest.fixture
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
+    """Call the command line in this process, in a folder of the test's own."""
+    monkeypatch.chdir(tmp_path)
+    return call_here
 
 
 class Process:

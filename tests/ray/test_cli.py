@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
-import re
-import subprocess
-import sys
-from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
-import ray
 from click.testing import CliRunner
+from command_line import Cli, call_process
 
 from kvpool import CachePool
 from kvpool.actors.cluster import pool_names
@@ -25,42 +20,6 @@ from kvpool.workload import generate, unique_blocks
 
 MIB = 1 << 20
 BLOCK_BYTES = 8192
-
-
-RAY_LOG = re.compile(r"\d{4}-\d\d-\d\d [\d:,]+\t(INFO|WARNING) ")
-
-
-class Answer(NamedTuple):
-    """What a command printed; ``stderr`` without the log lines of Ray itself."""
-
-    code: int
-    stdout: str
-    stderr: str
-
-
-Cli = Callable[..., Awaitable[Answer]]
-
-
-@pytest.fixture
-async def cli(tmp_path: Path) -> Cli:
-    """Call the command line in a process of its own, which finds the cluster of this test session."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("KVPOOL_")}
-    environment["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-
-    async def call(*arguments: object, code: int = 0) -> Answer:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", "from kvpool.cli import main; main()", *(str(each) for each in arguments),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path, env=environment,
-        )  # fmt: skip
-        async with asyncio.timeout(90):
-            printed, complaints = await process.communicate()
-        own = [line for line in complaints.decode().splitlines(keepends=True) if not RAY_LOG.match(line)]
-        answer = Answer(process.returncode or 0, printed.decode(), "".join(own))
-        assert answer.code == code, answer.stderr
-        assert "Traceback" not in answer.stderr
-        return answer
-
-    return call
 
 
 @pytest.fixture
@@ -121,6 +80,14 @@ async def test_a_pool_is_started_shown_and_stopped(cli: Cli, name: str) -> None:
 
     assert (await cli("stop", "--name", name)).stdout == f"pool {name} is deleted\n"
     assert name not in pool_names()
+
+
+async def test_a_process_of_its_own_ends_with_the_status(tmp_path: Path, name: str) -> None:
+    started = await call_process("start", "--name", name, "--devices", "host:1x4MiB", "--json", "-", folder=tmp_path)
+    assert json.loads(started.stdout)["name"] == name
+    assert (await call_process("stop", "--name", name, folder=tmp_path)).stdout == f"pool {name} is deleted\n"
+    refused = await call_process("status", "--name", name, folder=tmp_path, code=2)
+    assert (refused.stdout, refused.stderr.count("\n")) == ("", 1)
 
 
 async def test_starting_the_same_pool_again_joins_it_and_another_of_its_name_is_refused(cli: Cli, name: str) -> None:

@@ -6,16 +6,15 @@ import asyncio
 import json
 import os
 import signal
-import subprocess
-import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
-import ray
 from click.testing import CliRunner
-from test_cli import Cli, cli  # noqa: F401
+from command_line import Cli, start_process
+from rich.console import Console
 
-from kvpool import ModelSpec, encode_block_id
+from kvpool import ModelSpec, encode_block_id, sync
 from kvpool.cli import main
 
 BLOCK_BYTES = 16 * 1024
@@ -35,7 +34,20 @@ async def filled(pool):
     return pool
 
 
-async def test_listings_and_questions(cli: Cli, filled) -> None:  # noqa: F811
+@pytest.fixture(scope="module")
+def untouched(local_ray: None):
+    """The name of a pool that no test changes."""
+    name = f"t{os.getpid()}-untouched"
+    sync.CachePool.create(name=name, devices="host:1x2MiB", page_size="64KiB").close()
+    yield name
+    sync.delete(name)
+
+
+def written(*ids):
+    return [f"hash:{key.hex()}" for key in keys(*ids)]
+
+
+async def test_listings_and_questions(cli: Cli, filled) -> None:
     on = ("--name", filled.name)
     listed = json.loads((await cli("ls", *on, "--json", "-")).stdout)
     assert [(model["name"], model["revision"], model["keys"]) for model in listed["models"]] == [
@@ -44,19 +56,47 @@ async def test_listings_and_questions(cli: Cli, filled) -> None:  # noqa: F811
     ]
     assert (listed["total"], len(listed["caches"])) == (5, 5)
     assert {cache["key"] for cache in listed["caches"]} > {key.hex() for key in keys(1, 2, 3, 4)}
+    number = f"#{listed['models'][0]['number']}"
     table = (await cli("ls", *on, "--model", "model", "--limit", 2, "--sort", "recent")).stdout
     assert "2 of 4 caches shown" in table
-    assert "256 KiB" not in table
-    hexes = [key.hex() for key in keys(1, 2, 9)]
-    assert (await cli("contains", *on, "--model", "model", *hexes)).stdout == "2 of 3 in the pool: 2 on host-0\n"
+    assert number in table, "as --model takes it"
+    table = (await cli("ls", *on, "--model", number)).stdout
+    assert all(text in table for text in written(1, 2, 3, 4)), "as KEY is taken"
+    chain = written(1, 2, 9)
+    assert (await cli("contains", *on, "--model", "model", *chain)).stdout == "2 of 3 in the pool: 2 on host-0\n"
     assert (await cli("contains", *on, "--model", "documents", "page 1")).stdout.startswith("1 of 1 in the pool")
-    found = json.loads(
-        (await cli("contains", *on, "--model", listed["models"][0]["number"], *hexes, "--json", "-")).stdout
-    )
+    found = json.loads((await cli("contains", *on, "--model", number, *chain, "--json", "-")).stdout)
     assert (found["blocks"], found["devices"]) == (2, {"host-0": 2})
 
 
-async def test_who_holds_what_is_shown_and_revoked(cli: Cli, filled) -> None:  # noqa: F811
+async def test_a_name_of_digits_is_no_number(cli: Cli, filled) -> None:
+    """The first model of a pool has number 0: it must not be taken for the one that is named so."""
+    on = ("--name", filled.name)
+    first = json.loads((await cli("ls", *on, "--json", "-")).stdout)["models"][0]["number"]
+    refused = await cli("invalidate", *on, "--model", first, "--all", code=2)
+    assert f"no model '{first}'" in refused.stderr
+    async with await filled.request_cache(str(first), size="1KiB") as cache:
+        await cache.seal(key="k")
+    assert (await cli("invalidate", *on, "--model", first, "--all")).stdout.startswith("1 caches invalidated")
+    assert (await filled.ls("model"))["total"] == 4
+    gone = json.loads((await cli("invalidate", *on, f"--model=#{first}", "--all", "--json", "-")).stdout)
+    assert gone["caches"] == 4
+
+
+async def test_a_key_is_the_text_that_was_sealed_whatever_it_looks_like(cli: Cli, filled) -> None:
+    digits = "0123456789abcdef" * 2
+    async with await filled.request_cache("documents", size="1KiB") as cache:
+        await cache.seal(key=digits)
+    command = ("invalidate", "--name", filled.name, "--model", "documents")
+    nothing = await cli(*command, f"hash:{digits}", code=1)
+    assert nothing.stdout.startswith("0 caches invalidated")
+    assert nothing.stderr == "nothing is stored under these keys\n"
+    assert (await cli(*command, digits)).stdout.startswith("1 caches invalidated")
+    nothing = await cli(*command, digits, "--json", "-", code=1)
+    assert json.loads(nothing.stdout)["caches"] == 0
+
+
+async def test_who_holds_what_is_shown_and_revoked(cli: Cli, filled) -> None:
     on = ("--name", filled.name)
     assert (await cli("leases", *on)).stdout == f"nobody holds memory of pool {filled.name}\n"
     async with await filled.request_cache("work", size="1MiB"):
@@ -71,16 +111,19 @@ async def test_who_holds_what_is_shown_and_revoked(cli: Cli, filled) -> None:  #
         assert f"{filled.client_id} held 1 caches, 1 MiB: revoked" in revoked.stdout
 
 
-async def test_content_is_evicted_invalidated_and_trimmed(cli: Cli, filled) -> None:  # noqa: F811
+async def test_content_is_evicted_invalidated_and_trimmed(cli: Cli, filled) -> None:
     on = ("--name", filled.name)
     evicted = json.loads((await cli("evict", *on, "--bytes", "16KiB", "--model", "model", "--json", "-")).stdout)
     assert evicted == {"caches": 1, "bytes": BLOCK_BYTES, "leased_caches": 0, "leased_bytes": 0}
     gone = await cli("invalidate", *on, "--model", "documents", "page 1")
     assert gone.stdout.startswith("1 caches invalidated")
-    gone = json.loads((await cli("invalidate", *on, "--model", "model", keys(2)[0].hex(), "--json", "-")).stdout)
+    gone = json.loads((await cli("invalidate", *on, "--model", "model", *written(2), "--json", "-")).stdout)
     assert (gone["caches"], gone["held"]) == (2, {})
     assert (await cli("evict", *on, "--all")).stdout.startswith("1 caches evicted, 16 KiB")
-    assert json.loads((await cli("trim", *on, "--json", "-")).stdout)["bytes"] >= 0
+    assert (await filled.stats()).total("reserve_bytes") > 0
+    trimmed = json.loads((await cli("trim", *on, "--json", "-")).stdout)
+    assert trimmed == {"bytes": 0}, "this process still maps the pages, so they are not free yet"
+    assert (await filled.stats()).total("reserve_bytes") == 0
     assert "given back" in (await cli("trim", *on)).stdout
     assert json.loads((await cli("set-policy", *on, "LRU", "--json", "-")).stdout) == {"policy": "lru"}
     status = json.loads((await cli("status", *on, "--json", "-")).stdout)
@@ -101,13 +144,15 @@ async def test_content_is_evicted_invalidated_and_trimmed(cli: Cli, filled) -> N
         (("leases", "--revoke", "nobody"), "no client 'nobody' is connected"),
         (("set-policy", "optimal"), "'optimal'"),
         (("events", "--limit", "1", "--json", "/nowhere/file"), "cannot write JSON"),
+        (("events", "--limit", "1", "--json", "/etc"), "cannot write JSON to /etc: Is a directory"),
+        (("ls", "--limit", "2000", "--sort", "bytes"), "--limit is at most 1000 with --sort"),
+        (("invalidate", "--model", "m", "hash:12"), "write hash: and 32 hexadecimal digits"),
+        (("invalidate", "--model", "m", ""), "a key is text or bytes, and not empty"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-async def test_bad_input_is_one_clear_line(pool, arguments: tuple[str, ...], message: str) -> None:
-    command = [arguments[0], "--name", pool.name, *arguments[1:]]
-    answer = await asyncio.to_thread(CliRunner().invoke, main, command)
-    assert answer.exit_code == 2
+async def test_bad_input_is_one_clear_line(cli: Cli, untouched: str, arguments: tuple[str, ...], message: str) -> None:
+    answer = await cli(arguments[0], "--name", untouched, *arguments[1:], code=2)
     assert answer.stderr.startswith("kvpool: ")
     assert message in answer.stderr
     assert answer.stderr.count("\n") == 1
@@ -121,28 +166,62 @@ def test_each_command_explains_itself(command: str) -> None:
         assert option in result.stdout
 
 
-@pytest.mark.parametrize("ending", ["limit", "interrupt"])
-async def test_events_are_lines_of_json_until_the_limit_or_ctrl_c(filled, ending: str) -> None:
-    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-    limit = ("--limit", "3") if ending == "limit" else ()
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", "from kvpool.cli import main; main()", "events", "--name", filled.name, *limit,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment,
-    )  # fmt: skip
+async def test_each_command_that_asks_a_pool_gives_a_sign_of_life(
+    cli: Cli, untouched: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[tuple[bool, str]] = []
+
+    def status(console: Console, text: str) -> nullcontext[None]:
+        shown.append((console.stderr, text))
+        return nullcontext()
+
+    monkeypatch.setattr(Console, "status", status)
+    started = f"{untouched}-2"
+    settings = ("--devices", "host:1x2MiB", "--name")
+    for command in (
+        ("start", *settings, started), ("stop", "--name", started),
+        *((*verb.split(), "--name", untouched) for verb in ("status", "ls", "leases", "evict --all", "trim")),
+        ("set-policy", "lru", "--name", untouched),
+    ):  # fmt: skip
+        await cli(*command)
+        [(stderr, text)] = shown
+        assert stderr, "standard output is for the answer alone"
+        assert command[-1] in text
+        shown.clear()
+
+
+def removed(key: bytes | None, model: str = "model", size_bytes: int = BLOCK_BYTES) -> dict[str, object]:
+    event = {"kind": "removed", "tenant": "default", "model": model, "key": key and key.hex(), "device": "host-0"}
+    return event | {"size_bytes": size_bytes, "reason": "request"}
+
+
+async def test_events_are_lines_of_json_until_ctrl_c(filled, tmp_path) -> None:
+    process = await start_process("events", "--name", filled.name, folder=tmp_path)
     async with asyncio.timeout(60):
         while b"listening" not in await process.stderr.readline():
             pass
         await filled.evict("16KiB", model="model")
         await filled.invalidate("model")
-        await filled.evict(model="documents")
+        await filled.evict("all", model="documents")
         lines = [json.loads(await process.stdout.readline()) for _ in range(3)]
-        if ending == "interrupt":
-            process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGINT)
         assert await process.wait() == 0
     assert lines == [
-        {"kind": "removed", "tenant": "default", "model": "model", "key": keys(4)[0].hex(), "device": "host-0",
-         "size_bytes": BLOCK_BYTES, "reason": "request"},
+        removed(*keys(4)),
         {"kind": "cleared", "tenant": "default", "model": "model", "reason": "invalidate"},
         lines[2],
-    ]  # fmt: skip
+    ]
     assert (lines[2]["kind"], lines[2]["model"]) == ("removed", "documents")
+
+
+async def test_events_go_to_a_file_until_the_limit(cli: Cli, filled, tmp_path) -> None:
+    to = ("--limit", 3, "--json", tmp_path / "events.jsonl")
+    listening = asyncio.ensure_future(cli("events", "--name", filled.name, *to))
+    model = await filled.model(ModelSpec("model", revision="7", block_bytes=BLOCK_BYTES))
+    while not listening.done():  # it says nothing here when it begins to listen
+        await filled.evict("all", model=model)
+        await model.put_blocks(keys(1), np.ones((1, BLOCK_BYTES), np.uint8))
+    await listening
+    lines = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert len(lines) == 3
+    assert {line["kind"] for line in lines} == {"stored", "removed"}

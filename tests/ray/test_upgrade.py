@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import pytest
 import ray
+from command_line import call_here
 from driver import run_driver
 from pool_actors import until
 
@@ -177,6 +178,17 @@ async def test_an_older_pool_is_drained_and_restarted_by_the_commands_of_the_mes
         assert (pool.config["devices"], pool.config["page_size"]) == ("host:1x2MiB", 65536)
         assert (await pool.actor.describe.remote())["version"] == kvpool.__version__
         await pool.delete()
+
+
+async def test_commands_refuse_an_older_pool_and_say_how_to_replace_it(older: OlderPool) -> None:
+    for command in (
+        "ls", "leases", "leases --revoke 1-a", "contains --model m k", "evict --all", "invalidate --model m --all",
+        "trim", "set-policy lru", "events",
+    ):  # fmt: skip
+        refused = await call_here(*command.split(), "--name", older.name, code=2)
+        assert refused.stdout == ""
+        assert refused.stderr.startswith(f"kvpool: pool '{older.name}' runs kvpool 0.0.9 with protocol {OLDER}")
+        assert f"'kvpool stop --name {older.name} --drain 60'" in refused.stderr
 
 
 async def test_the_doctor_says_that_a_pool_is_older(older: OlderPool) -> None:

@@ -54,9 +54,10 @@ def test_json_on_standard_output_is_nothing_but_json(trace: Path, requests: list
 def test_a_table_is_printed_by_default_and_json_goes_to_a_file(trace: Path, tmp_path: Path) -> None:
     written = tmp_path / "rows.json"
     result = call("simulate", trace, "--json", written)
-    assert result.exit_code == 0
+    assert (result.exit_code, result.stdout) == (0, "")
     [row] = json.loads(written.read_text(encoding="utf-8"))["rows"]
     assert row["capacity"] == 0.05
+    result = call("simulate", trace)
     assert "small.jsonl" in result.stdout
     for text in ("prefix hit ratio", "accesses per s", f"{row['prefix_hit_ratio']:.4g}", f"{row['evictions']:,}"):
         assert text in result.stdout, "nothing is cut off where the output has no width"

@@ -109,7 +109,9 @@ def test_hashes_are_joined_in_order():
     assert join_hashes([b"a" * 16, b"b" * 16]) == b"a" * 16 + b"b" * 16
 
 
-@pytest.mark.parametrize("hashes", [[], [b"short"], [b"a" * 16, b"b" * 17], ["a" * 16], [bytearray(16)], [1]])
+@pytest.mark.parametrize(
+    "hashes", [[], [b"short"], [b"a" * 16, b"b" * 17], ["a" * 16], [bytearray(16)], [1], b"a" * 16]
+)
 def test_a_hash_is_sixteen_bytes(hashes):
     with pytest.raises(InvalidRequestError, match="16 bytes each, at least one"):
         join_hashes(hashes)

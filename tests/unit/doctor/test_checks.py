@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from kvpool.actors.protocol import PROTOCOL_VERSION
+from kvpool.cli import main
 from kvpool.config import load_config
 from kvpool.doctor import checks
 from kvpool.doctor.examination import check_cluster, check_pool
@@ -184,3 +187,11 @@ def test_pools(pool: Pool, result: str, mend: str) -> None:
 def test_sockets_are_planned_where_devices_will_listen() -> None:
     given = plan_host(load_config(devices="host:2x64MiB", socket_dir="/run/kvpool"), 4096)
     assert given.sockets == (Path("/run/kvpool/0.sock"), Path("/run/kvpool/1.sock"))
+
+
+def test_with_a_file_the_command_prints_no_table(tmp_path: Path) -> None:
+    written = tmp_path / "rows.json"
+    result = CliRunner().invoke(main, ["doctor", "--here", "--json", str(written)])
+    assert (result.exit_code in (0, 1), result.stdout) == (True, "")
+    assert "versions" in {row["check"] for row in json.loads(written.read_text())["rows"]}
+    assert "checks, " in CliRunner().invoke(main, ["doctor", "--here"]).stdout
