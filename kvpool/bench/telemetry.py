@@ -18,8 +18,8 @@ from opentelemetry import trace
 from kvpool.actors.cluster import call, kill, make_worker
 from kvpool.bench.rows import median, row
 from kvpool.client import CachePool, Model
-from kvpool.telemetry.metric import record_metric
 from kvpool.telemetry.calls import client_call
+from kvpool.telemetry.metric import record_metric
 from kvpool.telemetry.sdk import adopt, environment, set_up_command_line
 
 SIZE_BYTES = 64 * 1024
