@@ -12,12 +12,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import click
+from opentelemetry.context import get_current
 from rich.console import Console
 
 from kvpool.cli.output import print_rows, write_json
 from kvpool.cli.pool import JSON, NAME
 from kvpool.errors import InvalidRequestError, from_wire
 from kvpool.sizes import format_size, parse_size
+from kvpool.telemetry.context import inject
 
 _ANSWER_S = 30.0
 _STEPS_S = 600.0
@@ -160,7 +162,8 @@ def contains(name: str, tenant: str, model: str, keys: tuple[str, ...], json_pat
     A KEY is a block's hash, 32 hexadecimal digits, or the text under which a cache was sealed. Takes no lease, and
     counts as no use.
     """
-    (answer,) = asyncio.run(_ask(name, "contains", tenant, [(_model(model), b"".join(_key(key) for key in keys))]))
+    question = (_model(model), b"".join(_key(key) for key in keys), inject(get_current()))
+    (answer,) = asyncio.run(_ask(name, "contains", tenant, [question]))
     if answer[0] == "error":
         raise from_wire(answer[1:])
     found = answer[1]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from opentelemetry import trace
 
 from kvpool.errors import ConfigError
-from kvpool.telemetry.logs import carry_trace_ids
+from kvpool.telemetry.logs import carry_trace_ids, print_trace_ids
 from kvpool.version import __version__
 
 if TYPE_CHECKING:
@@ -113,10 +113,11 @@ def shut_down(provider: TracerProvider | MeterProvider) -> None:
 
 
 def set_up_command_line() -> None:
-    """Let this process, which is the command line, trace its calls, unless something has set a provider already."""
+    """Let this process, which is the command line, trace its command, unless something has set a provider already."""
     if not environment():
         return
     carry_trace_ids()
+    print_trace_ids()
     if not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
         return  # started by opentelemetry-instrument, say
     provider = tracer_provider(f"cli-{os.getpid()}")

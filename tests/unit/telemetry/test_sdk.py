@@ -162,13 +162,13 @@ def test_only_otel_variables_pass_to_actors(variables, monkeypatch):
     assert environment() == {"OTEL_SERVICE_NAME": "mine"}
 
 
-def run(code, **variables):
+def run(code, *arguments, returns=0, **variables):
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", code, *arguments],
         env={name: value for name, value in os.environ.items() if not name.startswith("OTEL_")} | variables,
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == returns, done.stderr
     return done
 
 
@@ -194,6 +194,40 @@ def test_the_command_line_sets_up_its_own_process_and_a_missing_exporter_does_no
     unusable = run(COMMAND, OTEL_TRACES_EXPORTER="console", OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT="abc")
     assert "Usage: kvpool simulate" in unusable.stdout
     assert "kvpool: not traced: the OTEL_* variables could not be used" in unusable.stderr
+
+
+FAILING = """
+import logging, sys
+import click
+from opentelemetry import trace
+from kvpool import cli
+from kvpool.errors import ConfigError
+
+@click.command()
+def command():
+    logging.getLogger("kvpool.client").warning("of the command")
+    raise ConfigError("too bad")
+
+sys.modules["command"] = sys.modules["__main__"]
+for name in ("status", "bench"):
+    cli._COMMANDS[name] = ("command:command", "")
+sys.argv = ["kvpool", sys.argv[1]]
+cli.main()
+"""
+
+
+def test_a_command_is_a_span_and_its_warnings_have_the_ids_of_it():
+    done = run(FAILING, "status", returns=2, OTEL_TRACES_EXPORTER="console")
+    span = json.loads(done.stdout)
+    assert (span["name"], span["parent_id"], span["status"]) == (
+        "kvpool.cli.status", None, {"status_code": "ERROR", "description": "too bad"},
+    )  # fmt: skip
+    trace_id, span_id = span["context"]["trace_id"][2:], span["context"]["span_id"][2:]
+    assert f"WARNING kvpool.client trace_id={trace_id} span_id={span_id} of the command" in done.stderr
+    assert "kvpool: too bad" in done.stderr
+    # Of commands of many calls there is none, which all their calls would be children of.
+    assert run(FAILING, "bench", returns=2, OTEL_TRACES_EXPORTER="console").stdout == ""
+    assert "trace_id" not in run(FAILING, "status", returns=2).stderr
 
 
 def test_a_library_user_gets_no_sdk_and_no_global_provider():
