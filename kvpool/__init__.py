@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from kvpool.memory.backend import Access
     from kvpool.pool.statistics import PoolStatistics
     from kvpool.presets import create_deepseek_ocr_cache_pool, create_vista_cache_pool
-    from kvpool.telemetry.application import record_metric
+    from kvpool.telemetry.metric import record_metric
 
 _HOMES = {
     "Access": "kvpool.memory.backend",
@@ -34,7 +34,7 @@ _HOMES = {
     "delete": "kvpool.client",
     "encode_block_id": "kvpool.cache.key",
     "load_config": "kvpool.config",
-    "record_metric": "kvpool.telemetry.application",
+    "record_metric": "kvpool.telemetry.metric",
 }
 
 __all__ = [

@@ -17,11 +17,14 @@ from typing import Any
 
 from kvpool.actors.executor import Executor
 from kvpool.actors.fleet import Fleet
+from kvpool.actors.pool_telemetry import PoolTelemetry
+from kvpool.actors.protocol import errors_of
 from kvpool.errors import InvalidRequestError, from_wire
 from kvpool.pool.instructions import Batch, EvictRequested, InvalidateRequested, RevokeRequested
 from kvpool.pool.leases import PINNER
 from kvpool.pool.listing import list_caches, list_models
 from kvpool.pool.state import PoolState
+from kvpool.telemetry.context import Carrier, is_carrier
 
 
 class Administration:
@@ -30,6 +33,7 @@ class Administration:
     _state: PoolState
     _executor: Executor
     _fleet: Fleet
+    _telemetry: PoolTelemetry
 
     # -- to see ---------------------------------------------------------------------------------------------------
 
@@ -103,7 +107,7 @@ class Administration:
         ----------
         items
             For each chain the model, by its number or a name that only one model of the tenant has, and the hashes:
-            16 bytes each, joined. What follows them (a trace context) is not looked at.
+            16 bytes each, joined. A trace context may follow.
 
         Returns
         -------
@@ -111,12 +115,17 @@ class Administration:
             ``("contains", {"model": number, "blocks": n, "devices": {name: blocks}, "hosts": {host: blocks}})``, or
             ``("error", class, message, details)``.
         """
+        began = time.monotonic()
         answers: list[tuple[Any, ...]] = []
-        for model, hashes, *_ in items:
-            try:
-                answers.append(("contains", self._state.directory.contains(tenant, model, hashes)))
-            except InvalidRequestError as error:
-                answers.append(("error", *error.to_wire()))
+        questions = [(model, hashes, _carrier(more)) for model, hashes, *more in items]
+        with self._telemetry.batch("contains", questions) as spans:
+            for model, hashes, _ in questions:
+                try:
+                    answers.append(("contains", self._state.directory.contains(tenant, model, hashes)))
+                except InvalidRequestError as error:
+                    answers.append(("error", *error.to_wire()))
+            spans.failed(errors_of(answers))
+        self._telemetry.answered("contains", questions, answers, time.monotonic() - began)
         return answers
 
     async def events(
@@ -198,3 +207,8 @@ class Administration:
 
     def _alive(self) -> list[int]:
         return [device.number for device in self._state.ledger.devices if device.lost is None]
+
+
+def _carrier(more: Sequence[Any]) -> Carrier | None:
+    """Return the trace context in what follows a question; questions by the bare handle have none."""
+    return more[0] if more and is_carrier(more[0]) else None

@@ -13,7 +13,7 @@ from functools import partial
 from opentelemetry.metrics import CallbackOptions, Meter, Observation
 
 from kvpool.pool.statistics import PoolStatistics
-from kvpool.telemetry.application import DURATION_BOUNDARIES_S
+from kvpool.telemetry.metric import DURATION_BOUNDARIES_S
 
 _MOST_MODELS = 100
 """Names of models that are told apart, first come first served: applications name models, and may name many."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -32,6 +33,9 @@ class NoOp:
 
 async def measure() -> dict[str, Any]:
     """Run the benchmark on a pool of its own; returns ``{"bench": ..., "rows": [...]}``."""
+    with_telemetry = telemetry.is_measurable()
+    if not with_telemetry:
+        print("telemetry is not measured: pip install 'kvpool[otlp]'", file=sys.stderr)
     ensure_own_ray()
     async with await CachePool.create(name=f"bench-{os.getpid()}", devices="host:1x256MiB") as pool:
         floor = make_worker(NoOp)
@@ -42,7 +46,7 @@ async def measure() -> dict[str, Any]:
         finally:
             kill(floor)
             await pool.delete(drain_s=10.0)
-    return {"bench": "concurrency", "rows": rows + await telemetry.rows()}
+    return {"bench": "concurrency", "rows": rows + (await telemetry.rows() if with_telemetry else [])}
 
 
 async def _rows(pool: CachePool, model: Model, floor: Any) -> list[dict[str, Any]]:

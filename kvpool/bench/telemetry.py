@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import json
 import os
 import sys
@@ -19,8 +18,8 @@ from opentelemetry import trace
 from kvpool.actors.cluster import call, kill, make_worker
 from kvpool.bench.rows import median, row
 from kvpool.client import CachePool, Model
-from kvpool.telemetry.application import record_metric
 from kvpool.telemetry.calls import client_call
+from kvpool.telemetry.metric import record_metric
 from kvpool.telemetry.sdk import adopt, environment, set_up_command_line
 
 SIZE_BYTES = 64 * 1024
@@ -88,11 +87,17 @@ class Client:
         return seconds
 
 
+def is_measurable() -> bool:
+    """Return whether what :func:`rows` needs is installed."""
+    try:
+        import opentelemetry.exporter.otlp.proto.http.trace_exporter  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
 async def rows() -> list[dict[str, Any]]:
     """Measure on two pools of its own; returns the rows. Ray must be connected."""
-    if importlib.util.find_spec("opentelemetry.exporter.otlp.proto.http") is None:
-        print("telemetry is not measured: pip install 'kvpool[otlp]'", file=sys.stderr)
-        return []
     async with _receiver() as port:
         variables = {
             "OTEL_TRACES_EXPORTER": "otlp",

@@ -10,8 +10,10 @@ from importlib import import_module
 from typing import Any
 
 import click
+from opentelemetry import trace
 
 from kvpool.errors import ConfigError, KvpoolError, ensure
+from kvpool.telemetry.calls import SCOPE, fail
 from kvpool.telemetry.sdk import set_up_command_line
 from kvpool.version import __version__
 
@@ -35,6 +37,9 @@ _COMMANDS = {
     "simulate": ("kvpool.cli.simulate:simulate", "Say what an eviction policy would hit on a trace."),
 }
 """Name to (where the command is, its line in the help)."""
+
+_OF_MANY_CALLS = ("bench", "replay")
+"""Commands without a span: it would put each of their calls into its trace, which costs more than the calls."""
 
 
 class LazyGroup(click.Group):
@@ -69,6 +74,7 @@ class LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except KvpoolError as error:
+            fail(trace.get_current_span(), type(error).__name__, error.message)
             click.echo(f"kvpool: {' '.join(str(error).split())}", err=True)
             ctx.exit(EXIT_ERROR)
 
@@ -79,9 +85,15 @@ class LazyGroup(click.Group):
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 @click.version_option(__version__, prog_name="kvpool")
-def main() -> None:
+@click.pass_context
+def main(ctx: click.Context) -> None:
     """One elastic pool of KV-cache memory for many models on a Ray cluster."""
     try:
         set_up_command_line()
     except ConfigError as error:
         click.echo(f"kvpool: not traced: {error}", err=True)
+    if ctx.invoked_subcommand not in _OF_MANY_CALLS:
+        span = trace.get_tracer(SCOPE, __version__).start_as_current_span(
+            f"kvpool.cli.{ctx.invoked_subcommand}", record_exception=False, set_status_on_exception=False
+        )  # an exception may be click's way to end well
+        ctx.with_resource(span)

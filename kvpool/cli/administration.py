@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import click
+from opentelemetry.context import get_current
 
 from kvpool.actors.protocol import STEPS_S
 from kvpool.cli.options import JSON, MODEL, NAME, ONE_MODEL, TENANT, format_key, format_model, parse_keys
@@ -21,6 +22,7 @@ from kvpool.cli.output import cannot_write, print_rows, write_json
 from kvpool.cli.spinner import working
 from kvpool.errors import InvalidRequestError, from_wire
 from kvpool.sizes import format_size, parse_size
+from kvpool.telemetry.context import inject
 
 _ANSWER_S = 30.0
 _PART = 1000
@@ -181,7 +183,7 @@ def contains(name: str, tenant: str, model: str | int, keys: tuple[bytes, ...], 
     A KEY is the text under which a cache was sealed, or a block's hash: hash: and 32 hexadecimal digits. Takes no
     lease, and counts as no use.
     """
-    (answer,) = _ask(name, "contains", tenant, [(model, b"".join(keys))])
+    (answer,) = _ask(name, "contains", tenant, [(model, b"".join(keys), inject(get_current()))])
     if answer[0] == "error":
         raise from_wire(answer[1:])
     found = answer[1]

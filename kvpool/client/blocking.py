@@ -71,8 +71,9 @@ class BlockingEventStream:
 
     def next(self, wait_s: float = _POLL_S) -> PoolEvent | None:
         """Return the next event; None if there is none within ``wait_s``, 30 s at most."""
-        event: PoolEvent | None = self._run(self._stream.next, wait_s)
-        return event
+        # An interrupted wait is left behind on the event loop: what comes to it must not be taken there.
+        self._run(self._stream.fill, wait_s)
+        return self._stream.take()
 
     def __iter__(self) -> Iterator[PoolEvent]:
         while True:

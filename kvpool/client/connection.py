@@ -198,8 +198,9 @@ class Connection:
         """Ask how much of a chain is resident; concurrent questions leave in one call."""
         self.check_loop()
         self.check_not_revoked()
-        _, found = await self.questions.ask((model, hashes))
-        return dict(found)
+        with self.questions.call() as trace:
+            _, found = await self.questions.ask((model, hashes), trace)
+            return dict(found)
 
     async def call(self, method: Any, *arguments: Any, timeout_s: float = ANSWER_S) -> Any:
         """Call a method of the pool actor that is not merged."""

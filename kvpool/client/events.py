@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -77,6 +78,7 @@ class EventStream:
 
         self._reader = EventReader(call, connection.tenant)
         self._came: deque[PoolEvent] = deque()
+        self._filling = asyncio.Lock()
 
     async def start(self) -> EventStream:
         """Begin to listen, and return this stream: what happens after this is in it."""
@@ -85,9 +87,34 @@ class EventStream:
 
     async def next(self, wait_s: float = _POLL_S) -> PoolEvent | None:
         """Return the next event; None if there is none within ``wait_s``, 30 s at most."""
-        if not self._came:
-            self._came.extend(await self._reader.poll(wait_s))
-        return self._came.popleft() if self._came else None
+        await self.fill(wait_s)
+        return self.take()
+
+    async def fill(self, wait_s: float = _POLL_S) -> None:
+        """Wait until there is an event to :meth:`take`, ``wait_s`` at most. Nothing is lost with one that is abandoned.
+
+        One that is abandoned without being cancelled goes on, and those that follow wait for it: two polls at once
+        would bring the same events.
+        """
+        if self._came:
+            return
+        try:
+            async with asyncio.timeout(wait_s):
+                await self._filling.acquire()
+        except TimeoutError:
+            return
+        try:
+            if not self._came:
+                self._came.extend(await self._reader.poll(wait_s))
+        finally:
+            self._filling.release()
+
+    def take(self) -> PoolEvent | None:
+        """Return the next of the events that have come, None if there is none. From any thread."""
+        try:
+            return self._came.popleft()
+        except IndexError:
+            return None
 
     def __aiter__(self) -> EventStream:
         return self

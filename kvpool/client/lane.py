@@ -100,9 +100,13 @@ class Lane:
             self._flush()
 
     async def _send(self, sent: list[_Entry]) -> None:
+        try:
+            span = batch_call(f"kvpool.{self.name}", sum(trace is None for _, trace, _ in sent))
+        except Exception as error:  # noqa: BLE001 - a span processor of the application's
+            _fail(sent, error)
+            return
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         timer = loop.call_later(ANSWER_S, self._give_up, task, sent)
-        span = batch_call(f"kvpool.{self.name}", sum(trace is None for _, trace, _ in sent))
         with span as shared:
             items = [(*item, shared if trace is None else trace) for item, trace, _ in sent]
             try:

@@ -7,15 +7,15 @@ configurator sets the global ones, and a Prometheus endpoint that cannot be clos
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 from opentelemetry import trace
 
 from kvpool.errors import ConfigError
-from kvpool.telemetry.logs import carry_trace_ids
+from kvpool.telemetry.logs import carry_trace_ids, print_trace_ids
 from kvpool.version import __version__
 
 if TYPE_CHECKING:
@@ -58,20 +58,25 @@ def tracer_provider(instance: str, **attributes: str) -> TracerProvider | None:
     Raises
     ------
     ConfigError
-        If an exporter is not installed, or cannot be set up.
+        If an exporter is not installed or cannot be set up, or the SDK takes a variable amiss.
     """
     names = _exporters("OTEL_TRACES_EXPORTER")
     if not names:
         return None
-    require_sdk()
-    from opentelemetry.sdk.trace import TracerProvider
-    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    with _whole() as made:
+        require_sdk()
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-    made = [_make("opentelemetry_traces_exporter", _exporter(name, "TRACES")) for name in names]
-    provider = TracerProvider(resource=_resource(instance, attributes))
-    for exporter in made:
-        provider.add_span_processor(BatchSpanProcessor(exporter))
-    return provider
+        exporters = []
+        for name in names:
+            exporters.append(_make("opentelemetry_traces_exporter", _exporter(name, "TRACES")))
+            made.callback(_discard, exporters[-1])
+        provider = TracerProvider(resource=_resource(instance, attributes))
+        made.callback(_discard, provider)
+        for exporter in exporters:
+            provider.add_span_processor(BatchSpanProcessor(exporter))
+        return provider
 
 
 def meter_provider(instance: str, **attributes: str) -> MeterProvider | None:
@@ -82,24 +87,23 @@ def meter_provider(instance: str, **attributes: str) -> MeterProvider | None:
     names = _exporters("OTEL_METRICS_EXPORTER")
     if not names:
         return None
-    require_sdk()
-    from opentelemetry.sdk.metrics import MeterProvider
-    from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetricReader
+    with _whole() as made:
+        require_sdk()
+        from opentelemetry.sdk.metrics import MeterProvider
+        from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetricReader
 
-    readers: list[MetricReader] = []
-    try:
+        readers: list[MetricReader] = []
         for name in names:
             if name == "prometheus":
                 readers.append(_prometheus_reader())
-                continue
-            made = _make("opentelemetry_metrics_exporter", _exporter(name, "METRICS"))
-            readers.append(made if isinstance(made, MetricReader) else PeriodicExportingMetricReader(made))
-    except BaseException:
-        for reader in readers:
-            with suppress(Exception):  # one that no provider has taken has nothing to say
-                reader.shutdown()
-        raise
-    return MeterProvider(metric_readers=readers, resource=_resource(instance, attributes))
+            else:
+                exporter = _make("opentelemetry_metrics_exporter", _exporter(name, "METRICS"))
+                made.callback(_discard, exporter)
+                readers.append(
+                    exporter if isinstance(exporter, MetricReader) else PeriodicExportingMetricReader(exporter)
+                )
+            made.callback(_discard, readers[-1])
+        return MeterProvider(metric_readers=readers, resource=_resource(instance, attributes))
 
 
 def shut_down(provider: TracerProvider | MeterProvider) -> None:
@@ -109,10 +113,11 @@ def shut_down(provider: TracerProvider | MeterProvider) -> None:
 
 
 def set_up_command_line() -> None:
-    """Let this process, which is the command line, trace its calls, unless something has set a provider already."""
+    """Let this process, which is the command line, trace its command, unless something has set a provider already."""
     if not environment():
         return
     carry_trace_ids()
+    print_trace_ids()
     if not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
         return  # started by opentelemetry-instrument, say
     provider = tracer_provider(f"cli-{os.getpid()}")
@@ -129,6 +134,25 @@ def require_sdk() -> None:
             f"OTEL_* variables ask for telemetry, but opentelemetry-sdk is not installed ({error}): "
             "pip install 'kvpool[otlp]' or 'kvpool[prometheus]', or set OTEL_SDK_DISABLED=true"
         ) from None
+
+
+@contextmanager
+def _whole() -> Iterator[ExitStack]:
+    """Let a block make all or nothing: the callbacks that it registers run if it fails, then with a ConfigError."""
+    with ExitStack() as made:
+        try:
+            yield made
+        except ConfigError:
+            raise
+        except Exception as error:  # the SDK raises what it likes, some of it as it is imported
+            raise ConfigError(f"the OTEL_* variables could not be used: {error}") from error
+        made.pop_all()
+
+
+def _discard(made: Any) -> None:
+    """Shut down an exporter, reader or provider that will not be used."""
+    with suppress(Exception):  # the error that is being told says more than that of a thing half made
+        made.shutdown()
 
 
 def _exporters(variable: str) -> list[str]:

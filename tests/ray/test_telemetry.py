@@ -28,7 +28,7 @@ from pool_actors import kill_device, until, until_lost, until_waiting
 import kvpool.telemetry.calls
 from kvpool import CachePool, ModelSpec, encode_block_id
 from kvpool.actors.metrics import PoolMetrics
-from kvpool.errors import CapacityError, NotSealedError
+from kvpool.errors import CapacityError, InvalidRequestError, NotSealedError
 from kvpool.telemetry.calls import SCOPE
 
 
@@ -65,35 +65,43 @@ def parents(spans: list[ReceivedSpan]) -> dict[str, str]:
 
 
 async def test_one_request_cache_is_one_connected_trace_below_the_callers_span(local_ray, receiver):
-    await run_driver(
+    printed = await run_driver(
         """
-        import asyncio
-        from opentelemetry import trace
+        import asyncio, logging
+        from opentelemetry import metrics, trace
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from kvpool import CachePool
         from kvpool.sync import CachePool as BlockingPool
 
-        provider = TracerProvider()
-        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-        trace.set_tracer_provider(provider)
+        complaints = logging.Handler(logging.WARNING)
+        complaints.emit = lambda record: print(record.getMessage())
+        logging.getLogger("opentelemetry").addHandler(complaints)
         tracer = trace.get_tracer("application")
 
         async def main():
             async with await CachePool.create(name="traced", devices="host:1x2MiB", page_size="64KiB") as pool:
+                # OTEL_* variables are set, and the application sets no provider: then kvpool sets none for it.
+                await (await pool.request_cache("m", size="64KiB")).release()
+                assert type(trace.get_tracer_provider()) is trace.ProxyTracerProvider
+                assert type(metrics.get_meter_provider()).__name__ == "_ProxyMeterProvider"
+
+                provider = TracerProvider()
+                provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+                trace.set_tracer_provider(provider)
                 with tracer.start_as_current_span("handle page"):
                     cache = await pool.request_cache("m", size="64KiB")
                 await cache.release()  # in no trace of the application's
                 with BlockingPool.connect("traced") as blocking, tracer.start_as_current_span("handle page, blocking"):
                     blocking.request_cache("m", size="64KiB").release()
                 await pool.delete()
-            assert trace.get_tracer_provider() is provider
 
         asyncio.run(main())
         """,
         ray_address=ray.get_runtime_context().gcs_address,
     )
+    assert "Overriding" not in printed  # what OpenTelemetry says to whoever sets a second provider
     spans = receiver.trace("handle page", 4)
     assert parents(spans) == {
         "handle page": "",
@@ -154,12 +162,31 @@ async def test_merged_calls_keep_their_traces_apart(receiver, make_pool, tracer,
     await asyncio.gather(*(cache.release() for cache in caches))
 
 
-async def test_a_call_without_sdk_or_span_is_still_one_trace_of_pool_and_device(receiver, make_pool):
+async def test_a_call_without_sdk_or_span_is_one_trace_of_pool_and_device_and_a_question_is_in_its_callers(
+    receiver, make_pool, monkeypatch, tracer
+):
     pool = await make_pool()
-    async with await pool.request_cache("m", size=4096):
-        pass
+    with monkeypatch.context() as without:
+        without.setattr(kvpool.telemetry.calls, "_tracer", trace.NoOpTracer())
+        async with await pool.request_cache("m", size=4096):
+            pass
     spans = receiver.trace("kvpool.device.allocate", 2)
     assert parents(spans) == {"kvpool.pool.request_caches": "", "kvpool.device.allocate": "kvpool.pool.request_caches"}
+
+    with tracer.start_as_current_span("router") as router:
+        await pool.contains("m", [encode_block_id(1)])
+    with tracer.start_as_current_span("mistaken") as mistaken, pytest.raises(InvalidRequestError):
+        await pool.contains("absent", [encode_block_id(1)])
+    await pool.actor.contains.remote("default", [("m", encode_block_id(1)), ("m", encode_block_id(1), "no context")])
+    spans = receiver.spans(lambda spans: sum(span.name == "kvpool.pool.contains" for span in spans) == 3)
+    asked = {span.trace: span for span in spans if span.name == "kvpool.pool.contains"}
+    traces = [f"{caller.get_span_context().trace_id:032x}" for caller in (router, mistaken)]
+    assert [asked.pop(each).attributes for each in traces] == [
+        {"kvpool.items": 1},
+        {"kvpool.items": 1, "error.type": "InvalidRequestError"},
+    ]
+    ((_, bare),) = asked.items()
+    assert (bare.parent, bare.attributes["kvpool.items"]) == ("", 2)
 
 
 async def test_a_wait_and_an_error_are_seen(receiver, make_pool, tracer, application):

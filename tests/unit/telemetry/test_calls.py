@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 from opentelemetry import baggage, trace
 from opentelemetry.context import attach, detach
+from opentelemetry.sdk.trace import SpanProcessor
 from opentelemetry.trace import NonRecordingSpan, SpanContext, StatusCode, TraceFlags
 
 from kvpool.client.lane import Lane
@@ -99,6 +100,19 @@ async def test_an_rpc_that_fails_is_an_error_of_its_span(tracer, finished):
         await call(lane, 1)
     (shared,) = finished.get_finished_spans()
     assert shared.attributes["error.type"] == "LimitError"
+
+
+async def test_a_span_that_cannot_be_started_is_told_to_the_callers_at_once(provider, tracer, lane):
+    class Broken(SpanProcessor):
+        def on_start(self, span, parent_context=None):
+            raise ZeroDivisionError("of the application")
+
+    provider.add_span_processor(Broken())
+    async with asyncio.timeout(10):
+        outcomes = await asyncio.gather(call(lane, 1), call(lane, 2), return_exceptions=True)
+    assert [type(each) for each in outcomes] == [ZeroDivisionError] * 2
+    async with asyncio.timeout(10):
+        await lane.drain()
 
 
 async def test_a_trace_that_is_not_sampled_is_passed_on_as_such(tracer, lane, actor, finished):

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
 
@@ -42,6 +43,12 @@ def providers():
     for provider in made:
         if provider is not None:
             provider.shutdown()
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 @pytest.mark.parametrize(
@@ -84,6 +91,36 @@ def test_what_is_not_installed_is_told_with_what_to_install(variables, monkeypat
         tracer_provider("pool")
 
 
+SPANS = {"TRACES_EXPORTER": "otlp"}
+METRICS = {"METRICS_EXPORTER": "otlp"}
+UNUSABLE = [
+    (tracer_provider, SPANS | {"BSP_MAX_QUEUE_SIZE": "0"}),
+    (tracer_provider, SPANS | {"BSP_MAX_EXPORT_BATCH_SIZE": "5000"}),
+    (tracer_provider, SPANS | {"BSP_SCHEDULE_DELAY": "0"}),
+    (tracer_provider, SPANS | {"SPAN_ATTRIBUTE_COUNT_LIMIT": "abc"}),
+    (meter_provider, METRICS | {"METRIC_EXPORT_INTERVAL": "0"}),
+    (meter_provider, METRICS | {"METRICS_EXEMPLAR_FILTER": "bogus"}),
+]
+
+
+@pytest.mark.parametrize(("make", "values"), UNUSABLE)
+def test_a_value_that_the_sdk_refuses_is_a_config_error_and_leaves_nothing_running(variables, make, values):
+    variables(**values)
+    before = set(threading.enumerate())
+    with pytest.raises(ConfigError, match=r"OTEL_\* variables could not be used: ."):
+        make("pool")
+    assert set(threading.enumerate()) <= before
+
+
+def test_an_endpoint_that_was_opened_is_closed_if_what_follows_fails(variables):
+    port = free_port()
+    variables(METRICS_EXPORTER="prometheus", EXPORTER_PROMETHEUS_PORT=port, METRICS_EXEMPLAR_FILTER="bogus")
+    with pytest.raises(ConfigError, match="could not be used"):
+        meter_provider("pool")
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("localhost", int(port)), timeout=10)
+
+
 def test_a_resource_of_the_environment_goes_before_our_own(variables, providers):
     variables(TRACES_EXPORTER="console")
     own = providers(tracer_provider, "p/host-0", **{"kvpool.pool": "p"}).resource.attributes
@@ -100,11 +137,9 @@ def test_the_sampler_is_that_of_the_variables(variables, providers):
 
 
 def test_an_endpoint_of_prometheus_has_a_registry_of_its_own_and_an_end(variables):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     url = f"http://127.0.0.1:{port}/metrics"
-    variables(METRICS_EXPORTER="prometheus", EXPORTER_PROMETHEUS_HOST="127.0.0.1", EXPORTER_PROMETHEUS_PORT=str(port))
+    variables(METRICS_EXPORTER="prometheus", EXPORTER_PROMETHEUS_HOST="127.0.0.1", EXPORTER_PROMETHEUS_PORT=port)
     provider = meter_provider("p", **{"kvpool.pool": "p"})
     provider.get_meter("t").create_counter("pages", "{page}", "Pages read").add(2)
     with urllib.request.urlopen(url, timeout=10) as answer:
@@ -127,13 +162,13 @@ def test_only_otel_variables_pass_to_actors(variables, monkeypatch):
     assert environment() == {"OTEL_SERVICE_NAME": "mine"}
 
 
-def run(code, **variables):
+def run(code, *arguments, returns=0, **variables):
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", code, *arguments],
         env={name: value for name, value in os.environ.items() if not name.startswith("OTEL_")} | variables,
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == returns, done.stderr
     return done
 
 
@@ -155,6 +190,44 @@ def test_the_command_line_sets_up_its_own_process_and_a_missing_exporter_does_no
     missing = run(COMMAND, OTEL_TRACES_EXPORTER="jaeger")
     assert "Usage: kvpool simulate" in missing.stdout
     assert "kvpool: not traced: exporter 'jaeger'" in missing.stderr
+    # A limit is read as the SDK is imported.
+    unusable = run(COMMAND, OTEL_TRACES_EXPORTER="console", OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT="abc")
+    assert "Usage: kvpool simulate" in unusable.stdout
+    assert "kvpool: not traced: the OTEL_* variables could not be used" in unusable.stderr
+
+
+FAILING = """
+import logging, sys
+import click
+from opentelemetry import trace
+from kvpool import cli
+from kvpool.errors import ConfigError
+
+@click.command()
+def command():
+    logging.getLogger("kvpool.client").warning("of the command")
+    raise ConfigError("too bad")
+
+sys.modules["command"] = sys.modules["__main__"]
+for name in ("status", "bench"):
+    cli._COMMANDS[name] = ("command:command", "")
+sys.argv = ["kvpool", sys.argv[1]]
+cli.main()
+"""
+
+
+def test_a_command_is_a_span_and_its_warnings_have_the_ids_of_it():
+    done = run(FAILING, "status", returns=2, OTEL_TRACES_EXPORTER="console")
+    span = json.loads(done.stdout)
+    assert (span["name"], span["parent_id"], span["status"]) == (
+        "kvpool.cli.status", None, {"status_code": "ERROR", "description": "too bad"},
+    )  # fmt: skip
+    trace_id, span_id = span["context"]["trace_id"][2:], span["context"]["span_id"][2:]
+    assert f"WARNING kvpool.client trace_id={trace_id} span_id={span_id} of the command" in done.stderr
+    assert "kvpool: too bad" in done.stderr
+    # Of commands of many calls there is none, which all their calls would be children of.
+    assert run(FAILING, "bench", returns=2, OTEL_TRACES_EXPORTER="console").stdout == ""
+    assert "trace_id" not in run(FAILING, "status", returns=2).stderr
 
 
 def test_a_library_user_gets_no_sdk_and_no_global_provider():

@@ -2,13 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 from kvpool import record_metric
 from kvpool.errors import InvalidRequestError
-from kvpool.telemetry import application
+from kvpool.telemetry import metric
 
 
 @pytest.fixture
@@ -16,8 +17,8 @@ def reader(monkeypatch):
     """What a provider of the application's would export."""
     reader = InMemoryMetricReader()
     provider = MeterProvider([reader], shutdown_on_exit=False)
-    monkeypatch.setattr(application.metrics, "get_meter", provider.get_meter)
-    monkeypatch.setattr(application, "_known", {})
+    monkeypatch.setattr(metric.metrics, "get_meter", provider.get_meter)
+    monkeypatch.setattr(metric, "_known", {})
     yield reader
     provider.shutdown()
 
@@ -66,7 +67,16 @@ def test_a_name_keeps_its_unit(reader):
     assert point.count == 2
 
 
-@pytest.mark.parametrize("value", [-1, math.nan, math.inf, "3", None, True])
+def test_numbers_of_numpy_are_values(reader):
+    for value in (np.float32(0.5), np.int64(3), np.float64(0.25)):
+        record_metric("pages", value, "{page}")
+    (point,) = exported(reader)["pages"].data.data_points
+    assert (point.count, point.sum, type(point.sum)) == (3, 3.75, float)
+
+
+@pytest.mark.parametrize(
+    "value", [-1, math.nan, math.inf, "3", None, True, 10**400, np.float32("inf"), np.True_, np.array([1.0, 2.0])]
+)
 def test_what_is_no_value_is_refused(reader, value):
     with pytest.raises(InvalidRequestError, match="finite number"):
         record_metric("pages", value, "{page}")

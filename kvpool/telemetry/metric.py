@@ -6,6 +6,7 @@ import math
 import re
 import threading
 from collections.abc import Mapping
+from numbers import Real
 
 from opentelemetry import metrics
 from opentelemetry.metrics import Histogram
@@ -21,6 +22,7 @@ DURATION_BOUNDARIES_S = (
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_./-]{0,254}")
 _UNIT = re.compile(r"[!-~]{1,63}")
+_NUMBERS = (float, int, Real)  # the usual ones first, by their own class: an abstract class takes longer to ask
 
 _lock = threading.Lock()
 _known: dict[str, tuple[str, Histogram]] = {}
@@ -44,7 +46,7 @@ def record_metric(
     name
         ``ocr.page.duration``, say: a letter first, then letters, digits, and ``_ . - /``.
     value
-        0 or more.
+        0 or more; NumPy's numbers will do.
     unit
         In UCUM: ``s``, ``By``, ``1``, ``{page}``. A name keeps its unit. Required.
     attributes
@@ -61,9 +63,13 @@ def record_metric(
     known = _known.get(name)
     if known is None or known[0] != unit:
         known = _make(name, unit, description)
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < math.inf:
-        raise InvalidRequestError(f"metric {name!r}: a value is a finite number, 0 or more, not {value!r}")
-    known[1].record(value, attributes)
+    try:
+        number = float(value) if isinstance(value, _NUMBERS) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        number = math.inf
+    if not 0 <= number < math.inf:
+        raise InvalidRequestError(f"metric {name!r}: a value is a finite number, 0 or more, not {value!r:.60}")
+    known[1].record(number, attributes)
 
 
 def _make(name: str, unit: str, description: str) -> tuple[str, Histogram]:
