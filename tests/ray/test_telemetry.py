@@ -335,19 +335,16 @@ async def fetch(url: str) -> str:
     return await asyncio.to_thread(read)
 
 
-async def test_a_second_pool_on_the_same_port_runs_without_metrics_and_says_so(endpoint, make_pool, caplog):
-    await make_pool()
+async def test_a_second_pool_on_the_same_port_runs_without_metrics_and_the_endpoint_ends_with_the_first(
+    endpoint, make_pool, caplog
+):
+    first = await make_pool()
     second = await make_pool()
     assert "OTEL_EXPORTER_PROMETHEUS_PORT" in caplog.text
     async with await second.request_cache("m", size=4096):
         pass
     assert "kvpool_memory_live_bytes" in await fetch(f"http://{endpoint}/metrics")
-
-
-async def test_the_endpoint_ends_with_the_pool(endpoint, make_pool):
-    pool = await make_pool()
-    await fetch(f"http://{endpoint}/metrics")
-    await pool.delete()
+    await first.delete()
     with pytest.raises(urllib.error.URLError):
         await fetch(f"http://{endpoint}/metrics")
 

@@ -10,7 +10,9 @@ import urllib.error
 import urllib.request
 
 import pytest
+from click.testing import CliRunner
 
+from kvpool.cli import administration
 from kvpool.errors import ConfigError
 from kvpool.telemetry import sdk
 from kvpool.telemetry.sdk import environment, meter_provider, shut_down, tracer_provider
@@ -228,6 +230,21 @@ def test_a_command_is_a_span_and_its_warnings_have_the_ids_of_it():
     # Of commands of many calls there is none, which all their calls would be children of.
     assert run(FAILING, "bench", returns=2, OTEL_TRACES_EXPORTER="console").stdout == ""
     assert "trace_id" not in run(FAILING, "status", returns=2).stderr
+
+
+def test_a_question_of_the_command_line_carries_its_trace(provider, monkeypatch):
+    asked = []
+
+    async def ask(_name, _method, _tenant, questions):
+        asked.extend(questions)
+        return [("contains", {"blocks": 0, "devices": {}})]
+
+    monkeypatch.setattr(administration, "_ask", ask)
+    with provider.get_tracer("t").start_as_current_span("kvpool.cli.contains") as span:
+        done = CliRunner().invoke(administration.contains, ["--model", "m", "key"])
+    assert done.output == "0 of 1 in the pool\n"
+    ((_, _, carrier),) = asked
+    assert dict(carrier)["traceparent"].split("-")[2] == f"{span.context.span_id:016x}"
 
 
 def test_a_library_user_gets_no_sdk_and_no_global_provider():
