@@ -73,7 +73,8 @@ class Invalidations:
         more. The answer comes when all devices have zeroed what nobody holds, what was free and what is left of
         earlier caches between live ones: ``{"caches", "bytes", "unsealed", "held"}``: what was published; caches that
         were being written and can no longer be sealed; and by client the ``(caches, bytes)`` that are still leased, to
-        be zeroed when their leases end. A look-up that was decided on before has been answered by then, too.
+        be zeroed when their leases end. A look-up that was decided on before has been answered by then, too. What an
+        earlier invalidation declared void is counted by its answer only, also where it is still leased.
 
         Raises
         ------
@@ -133,10 +134,9 @@ class Invalidations:
         ledger.voided.update(dict.fromkeys(((space, key) for key in wanted), ledger.invalidations))
         if not first:
             return np.array([], np.int64)
-        rows = with_descendants(index, np.array(first, np.int64))
-        ledger.note_removed(rows.tolist(), "invalidate")
-        index.bury(rows)
-        return rows
+        chained = with_descendants(index, np.array(first, np.int64))
+        ledger.note_removed(chained.tolist(), "invalidate")  # says nothing of those that are void already
+        return index.bury(space, chained)
 
     def _forget_voided(self) -> None:
         """Drop the marks of invalidations that no cache is old enough to have to heed."""

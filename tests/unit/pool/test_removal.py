@@ -353,6 +353,37 @@ def test_a_second_invalidation_ends_after_the_first(pool, monkeypatch):
     assert [pool.done.pop(batch)[0]["caches"] for batch in batches] == [8, 0, 0]
 
 
+def test_what_leads_to_content_that_is_void_already_can_be_invalidated_before_that_is_gone(pool):
+    put(pool, [1, 2, 3, 4, 5], OLD)
+    _, leased, *_ = pool.look_up([1, 2, 3])
+    first, second = (InvalidateRequested(Batch(1), None, "m", keys_of([key])) for key in (3, 1))
+    pool.handle(first)
+    pool.handle(second)
+    pool.settle()
+    assert [pool.done.pop(event.batch)[0] for event in (first, second)] == [
+        {"caches": 3, "bytes": 3 * BLOCK, "unsealed": 0, "held": {"c": (1, BLOCK)}},
+        {"caches": 2, "bytes": 2 * BLOCK, "unsealed": 0, "held": {"c": (2, 2 * BLOCK)}},
+    ]
+    pool.check()
+    put(pool, [1, 2, 3], NEW)
+    assert found(pool, [1, 2, 3]) == 3
+    pool.release(leased)
+    assert (pool.left(OLD), pool.live_bytes()) == (0, 3 * BLOCK)
+
+
+def test_what_leads_to_content_that_is_void_and_still_leased_can_be_invalidated(pool):
+    put(pool, [100], OLD)
+    put(pool, [101], OLD)
+    pool.evict()  # so that the next rows come in descending order
+    leaf = put(pool, [1, 2], OLD)[1]
+    pool.release([pool.look_up([1, 2])[1][0]])
+    assert pool.invalidate(keys=keys_of([2]))["held"] == {"c": (1, BLOCK)}
+    assert pool.invalidate(keys=keys_of([1])) == {"caches": 1, "bytes": BLOCK, "unsealed": 0, "held": {}}
+    assert found(pool, [1]) == 0
+    pool.release([leaf])
+    assert (pool.left(OLD), pool.live_bytes()) == (0, 0)
+
+
 def test_a_device_lost_meanwhile_does_not_keep_the_answer(pool):
     put(pool, range(8), OLD)
     invalidated = Batch(1)
