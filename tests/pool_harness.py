@@ -22,6 +22,7 @@ from kvpool.pool.instructions import (
     ClientGone,
     DeviceAnswered,
     EvictRequested,
+    Failed,
     Grant,
     InvalidateRequested,
     PinRequested,
@@ -69,6 +70,8 @@ class LocalPool:
                     self.outboxes[instruction.device].append(instruction)
                 case BatchDone():
                     self.done[instruction.batch] = instruction.batch.answers
+                case Failed():
+                    raise instruction.error
                 case Grant():
                     self.grants.setdefault(instruction.client, []).append((instruction.ticket, instruction.answer))
 
