@@ -21,6 +21,7 @@ from kvpool.pool.instructions import (
     CachesRequested,
     ClientGone,
     DeviceAnswered,
+    DeviceFreed,
     EvictRequested,
     Failed,
     Grant,
@@ -178,6 +179,7 @@ class LocalPool:
             ended, freed = store.disconnect(client)
             store.allocator.holder_gone(client)
             self.handle(ClientGone(client, number, ended, freed))
+            self.handle(DeviceFreed(number, (self._stamp(), store.allocator.usage().zombie_bytes)))
         self.settle()
 
     def check(self) -> None:

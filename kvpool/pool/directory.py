@@ -80,7 +80,7 @@ class Directory:
                 devices,
                 sizes,
                 ledger.invalidations,
-            ),  # fmt: skip
+            ),
             now,
             [trace] * len(ids),
         )

@@ -168,7 +168,11 @@ def test_what_a_revoked_client_may_write_to_is_given_to_nobody_before_it_is_drop
     # The page lives on for the other cache, but neither the hole nor the free part of it is given out.
     assert all(put(allocator, 10 + n, 16384, NEW).pages != mine.pages for n in range(6))
     allocator.check()
+    usage = allocator.usage()
+    assert usage.zombie_bytes == PAGE - 16384, "what is kept from everybody is not free"
+    assert usage.backed_bytes + usage.reserve_bytes + usage.zombie_bytes + usage.free_bytes == PAGES * PAGE
     allocator.dropped("revoked", serials)
+    assert allocator.usage().zombie_bytes == 0
     assert allocator.allocate(30, 16384).pages == allocator.allocate(31, 16384).pages == mine.pages
     for cache_id in (2, 30, 31):
         allocator.free(cache_id)
