@@ -21,7 +21,9 @@ from kvpool.pool.instructions import (
     CachesRequested,
     ClientGone,
     DeviceAnswered,
+    DeviceFreed,
     EvictRequested,
+    Failed,
     Grant,
     InvalidateRequested,
     PinRequested,
@@ -75,6 +77,8 @@ class LocalPool:
                     self.outboxes[instruction.device].append(instruction)
                 case BatchDone():
                     self.done[instruction.batch] = instruction.batch.answers
+                case Failed():
+                    raise instruction.error
                 case Grant():
                     self.grants.setdefault(instruction.client, []).append((instruction.ticket, instruction.answer))
 
@@ -181,6 +185,7 @@ class LocalPool:
             ended, freed = store.disconnect(client)
             store.allocator.holder_gone(client)
             self.handle(ClientGone(client, number, ended, freed))
+            self.handle(DeviceFreed(number, (self._stamp(), store.allocator.usage().zombie_bytes)))
         self.settle()
 
     def check(self) -> None:

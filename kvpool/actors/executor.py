@@ -23,6 +23,7 @@ from kvpool.pool.instructions import (
     DeviceFreed,
     DeviceLost,
     Event,
+    Failed,
     Grant,
     Instruction,
     PinRequested,
@@ -150,6 +151,8 @@ class Executor:
                         stream.put((instruction.ticket, instruction.answer))
                 case Waited():
                     self._telemetry.waited(instruction, now)
+                case Failed(operation, error):
+                    logger.error("what follows on %r of a device could not be decided", operation[0], exc_info=error)
         self.feed.notify()
         self._set_timer()
 

@@ -107,7 +107,12 @@ class Fleet:
     async def operate(self, number: int, operation: tuple[Any, ...]) -> Any:
         """Give a device an operation and return its answer."""
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self.put(Send(number, operation, lambda answer, _now: future.set_result(answer)))
+
+        def then(answer: Any, _now: float) -> None:
+            if not future.done():  # whoever asked may have been cancelled meanwhile
+                future.set_result(answer)
+
+        self.put(Send(number, operation, then))
         return await future
 
     async def ask(self, numbers: list[int], method: str) -> dict[int, Any]:

@@ -65,12 +65,13 @@ class CacheIndex(CacheTable):
         """Whether a cache's content was declared void: it may not be published, and nobody finds it."""
         return self._space[row] in self._void
 
-    def bury(self, rows: Rows) -> None:
-        """Declare the content of these rows, all of one space, void: from now on no key leads to them.
+    def bury(self, space: int, rows: Rows) -> Rows:
+        """Declare the content of those of these rows that are in ``space`` void: from now on no key leads to them.
 
-        They stay where they are, with their leases, and go like all others. Takes 60 ms for 200,000 published rows.
+        They are returned; the others were buried before, for chains go on into graves. They stay where they are, with
+        their leases, and go like all others. Takes 60 ms for 200,000 published rows.
         """
-        space = self._space[rows[0]]
+        rows = rows[np.frombuffer(self._space, np.int32)[rows] == space]
         grave = self._make_grave(space)
         known, buried, hashes = self._rows_by_hash[space], self._rows_by_hash[grave], self._hashes
         for row in rows.tolist():
@@ -78,6 +79,7 @@ class CacheIndex(CacheTable):
             if block_hash is not None:
                 buried[block_hash] = known.pop(block_hash)
         np.frombuffer(self._space, np.int32)[rows] = grave
+        return rows
 
     def bury_all(self, space: int) -> None:
         """Declare all that is in a space void, as :meth:`bury` does; takes 1 ms whatever its size."""

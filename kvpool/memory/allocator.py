@@ -265,7 +265,7 @@ class GPUMemoryAllocator:
 
     def usage(self) -> MemoryUsage:
         """Return the figures of this moment."""
-        return MemoryUsage.of(self._table, self._live_bytes, self._largest_bytes(None))
+        return MemoryUsage.of(self._table, self._live_bytes, self._shared.withheld_bytes, self._largest_bytes(None))
 
     def check(self) -> None:
         """Prove the whole account, or raise InvariantError: addresses, pages, what lives where, and who waits."""

@@ -8,16 +8,20 @@ from kvpool.memory.allocation import Allocation
 from kvpool.memory.backend import Backend
 from kvpool.memory.ranges import RangeAllocator
 
+_CALL_BYTES = 8192
+"""What could be zeroed in the time that a call takes."""
+
 
 class Scrubber:
     """Zeroes, step by step, every byte of a tenant's pages that is no live cache's.
 
-    The first step zeroes what lies between the caches in pages in use; the warm pages follow, a bounded number of bytes
-    a step. Until the last one, whatever the tenant is given is zeroed first (:meth:`busy`): so nothing that was there
-    when the scrub began survives by moving from a hole that is not reached yet into a new cache.
+    A step zeroes a bounded number of bytes: what lies between the caches in pages in use, then warm pages. Each page
+    is marked with the scrub that has been through it. Until the last step, whatever the tenant is given is zeroed first
+    (:meth:`busy`): so nothing that was there when the scrub began survives by moving from a hole that is not reached
+    yet into a new cache. A warm page that comes into use before it is reached is reached there, by a later step.
 
-    On two shared cores the first step took 0.45 s for 120,000 caches of 5,000 bytes, each with an end to be zeroed; 64
-    MiB of warm pages take 5 to 20 ms.
+    On two shared cores a step looks 120,000 caches through in 30 ms; 64 MiB take 5 to 20 ms to zero, in thousands of
+    pieces 35 ms.
 
     Parameters
     ----------
@@ -54,12 +58,12 @@ class Scrubber:
         number
             Which scrub this is a step of; each has a higher one than those before.
         most_bytes
-            Warm memory to zero in this step, at least a page.
+            Memory to zero in this step, at least a page. A call for less than 8 KiB counts as 8 KiB.
         """
-        if number > self._numbers.get(tenant, 0):
-            self._numbers[tenant] = number
-            self._zero_between_caches(tenant)
-        left_bytes = max(most_bytes, self._page_bytes)
+        self._numbers[tenant] = max(number, self._numbers.get(tenant, 0))
+        left_bytes = self._scrub_in_use(tenant, number, max(most_bytes, self._page_bytes))
+        if left_bytes is None:
+            return False
         for page in self._ranges.warm_pages(tenant):
             if page.scrubbed >= number:
                 continue
@@ -72,21 +76,36 @@ class Scrubber:
             del self._numbers[tenant]
         return True
 
-    def _zero_between_caches(self, tenant: str) -> None:
-        caches = sorted((each.offset, each.size_bytes) for each in self._live.values() if each.tenant == tenant)
-        used = sorted(
-            (index * self._page_bytes, len(each.pages) * self._page_bytes)
+    def _scrub_in_use(self, tenant: str, number: int, left_bytes: int) -> int | None:
+        """Zero between the caches in pages that the scrub has not reached; returns the bytes left, None: not done."""
+        ranges = {
+            index: each
             for index, (_, each) in self._ranges.in_use.items()
-            if each.tenant == tenant
-        )
-        position = 0
-        for start, size_bytes in used:
-            clean, end = start, start + size_bytes
-            while position < len(caches) and caches[position][0] < end:
-                offset, live_bytes = caches[position]
-                if offset > clean:
-                    self.zero(clean, offset - clean)
-                clean = offset + live_bytes
-                position += 1
-            if end > clean:
-                self.zero(clean, end - clean)
+            if each.tenant == tenant and any(page.scrubbed < number for page in each.pages)
+        }
+        if not ranges:
+            return left_bytes
+        caches: dict[int, list[tuple[int, int]]] = {index: [] for index in ranges}  # offset, bytes
+        for cache in self._live.values():
+            # A cache with pages of its own begins its range; a smaller one lies in a range of one page.
+            there = caches.get(cache.offset // self._page_bytes)
+            if there is not None:
+                there.append((cache.offset, cache.size_bytes))
+        for index, each in ranges.items():
+            if left_bytes < self._page_bytes:
+                return None
+            left_bytes -= self._zero_between(sorted(caches[index]), index, len(each.pages))
+            for page in each.pages:
+                page.scrubbed = number
+        return left_bytes
+
+    def _zero_between(self, caches: list[tuple[int, int]], index: int, pages: int) -> int:
+        """Zero what is no cache's in a range; returns the bytes that counts as."""
+        zeroed_bytes = 0
+        clean, end = index * self._page_bytes, (index + pages) * self._page_bytes
+        for offset, live_bytes in [*caches, (end, 0)]:
+            if offset > clean:
+                self.zero(clean, offset - clean)
+                zeroed_bytes += max(offset - clean, _CALL_BYTES)
+            clean = offset + live_bytes
+        return zeroed_bytes

@@ -34,6 +34,8 @@ class SharedPages:
         self._parts = {"default": BuddyAllocator(0, min_block_bytes, self._page_bytes)}
         #: By offset of a page in quarantine: its tenant, and the parts of it that are free and yet for nobody.
         self._withheld: dict[int, tuple[str, list[int]]] = {}
+        #: Bytes of these parts.
+        self.withheld_bytes = 0
 
     def allocate(self, tenant: str, size_bytes: int, max_size_bytes: int | None) -> Place | None:
         """Return offset and page of a part, or ``None`` if it needs a page and there is none."""
@@ -68,12 +70,16 @@ class SharedPages:
 
     def withhold(self, tenant: str, page: int) -> None:
         """Give no more parts of the page at offset ``page`` out, neither those that are free nor those that will be."""
-        self._withheld.setdefault(page, (tenant, []))[1].extend(self._parts[tenant].withhold(page))
+        parts = self._parts[tenant]
+        withheld = parts.withhold(page)
+        self._withheld.setdefault(page, (tenant, []))[1].extend(withheld)
+        self.withheld_bytes += sum(map(parts.allocation_size, withheld))
 
     def readmit(self, page: int) -> None:
         """End :meth:`withhold` for a page, if it was called; an empty page goes back to the arena."""
         tenant, withheld = self._withheld.pop(page, ("", []))
         for offset in withheld:
+            self.withheld_bytes -= self._parts[tenant].allocation_size(offset)
             self._parts[tenant].free(offset)
         if withheld and self._parts[tenant].is_free_block(page):
             self._parts[tenant].take(page)
@@ -96,9 +102,12 @@ class SharedPages:
         InvariantError
             If not.
         """
+        all_withheld_bytes = 0
         for tenant, parts in self._parts.items():
             parts.check()
             withheld = [part for owner, kept in self._withheld.values() if owner == tenant for part in kept]
             withheld_bytes = sum(map(parts.allocation_size, withheld))
+            all_withheld_bytes += withheld_bytes
             known_bytes = used_bytes.get(tenant, 0) + withheld_bytes
             ensure(parts.used_bytes == known_bytes, "no part of a page is lost", tenant=tenant)
+        ensure(self.withheld_bytes == all_withheld_bytes, "withheld bytes are counted", counted=self.withheld_bytes)

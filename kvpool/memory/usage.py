@@ -14,11 +14,11 @@ class MemoryUsage:
     capacity_bytes: int
     #: Requested by the caches that live there.
     live_bytes: int
-    #: Pages in which something lives.
+    #: Pages in which something lives, without the free parts of those in quarantine.
     backed_bytes: int
     #: Pages kept warm for their tenants.
     reserve_bytes: int
-    #: Pages given up that a client may still map.
+    #: Pages given up that a client may still map, and free parts of pages that a revoked one has not dropped yet.
     zombie_bytes: int
     #: Physical memory nobody has.
     free_bytes: int
@@ -26,15 +26,15 @@ class MemoryUsage:
     largest_bytes: int
 
     @classmethod
-    def of(cls, table: PageTable, live_bytes: int, largest_bytes: int) -> MemoryUsage:
-        """Return the figures of ``table``, with what lives in its pages and what would fit."""
+    def of(cls, table: PageTable, live_bytes: int, withheld_bytes: int, largest_bytes: int) -> MemoryUsage:
+        """Return the figures of ``table``, with what lives and is withheld in its pages, and what would fit."""
         page_bytes = table.page_size_bytes
         return cls(
             capacity_bytes=table.capacity_pages * page_bytes,
             live_bytes=live_bytes,
-            backed_bytes=table.in_use_pages * page_bytes,
+            backed_bytes=table.in_use_pages * page_bytes - withheld_bytes,
             reserve_bytes=table.warm_pages * page_bytes,
-            zombie_bytes=table.zombie_pages * page_bytes,
+            zombie_bytes=table.zombie_pages * page_bytes + withheld_bytes,
             free_bytes=table.free_pages * page_bytes,
             largest_bytes=largest_bytes,
         )

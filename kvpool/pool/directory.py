@@ -45,7 +45,7 @@ class Directory:
     def _look_up(self, now: float, batch: Batch, item: int, client: Client, content: tuple[Any, ...]) -> None:
         sequence, model_number, joined, trace = content
         ledger = self._ledger
-        index, counters = ledger.index, ledger.counters
+        index = ledger.index
         model = ledger.model(client, model_number)
         hashes = split_hashes(joined)
         rows = index.look_up(model.space, hashes, now=now)
@@ -54,10 +54,9 @@ class Directory:
             if index.device[row] not in reachable:  # its bytes lie on another host, where this client cannot map them
                 rows = rows[:position]
                 break
-        counters.lookups += 1
-        counters.blocks_looked_up += len(hashes)
-        model.blocks_looked_up += len(hashes)
+        ledger.counters.lookups += 1
         if not rows:
+            self._count(model, len(hashes), 0)
             ledger.answer(batch, item, ("hit", [], [], [], []))
             return
         index.pin(rows, now=now)
@@ -69,7 +68,19 @@ class Directory:
             ids,
             rows,
             lambda part, _positions: ("lease", client.id, sequence, part),
-            partial(self._looked_up, batch, item, client, sequence, model, ids, devices, sizes, ledger.invalidations),
+            partial(
+                self._looked_up,
+                batch,
+                item,
+                client,
+                sequence,
+                model,
+                len(hashes),
+                ids,
+                devices,
+                sizes,
+                ledger.invalidations,
+            ),
             now,
             [trace] * len(ids),
         )
@@ -81,6 +92,7 @@ class Directory:
         client: Client,
         sequence: int,
         model: Model,
+        asked: int,
         ids: list[int],
         devices: list[int],
         sizes: list[int],
@@ -98,9 +110,14 @@ class Directory:
             self._leases.not_given(ids[hits:], places[hits:], now)
             behind = [ids[position] for position in range(hits, len(ids)) if leased[position]]
             self._leases.release_ids(client, sequence, behind, nothing_more, now)
-        self._ledger.counters.blocks_hit += hits
-        model.blocks_hit += hits
+        self._count(model, asked, hits)
         self._ledger.answer(batch, item, ("hit", ids[:hits], devices[:hits], places[:hits], sizes[:hits]))
+
+    def _count(self, model: Model, asked: int, hits: int) -> None:
+        """Count a look-up's blocks. Both at once: what is looked up and not hit is a miss, and misses never go down."""
+        for figures in (self._ledger.counters, model):
+            figures.blocks_looked_up += asked
+            figures.blocks_hit += hits
 
     def _is_void(self, cache_id: int) -> bool:
         row = self._ledger.index.live_row(cache_id)

@@ -215,7 +215,14 @@ class Waited(NamedTuple):
     trace: Any
 
 
-Instruction = Send | BatchDone | Grant | Waited
+class Failed(NamedTuple):
+    """Instruction: report a bug. What should have followed on a device's answer to this operation raised an error."""
+
+    operation: tuple[Any, ...]
+    error: Exception
+
+
+Instruction = Send | BatchDone | Grant | Waited | Failed
 
 
 def distinct(traces: Iterable[Any]) -> tuple[Any, ...]:

@@ -70,10 +70,12 @@ class Invalidations:
         """Declare all content of a model void, or that under some keys and all that is chained behind it.
 
         From this decision on no look-up finds it, and what was asked for before cannot be sealed as such content any
-        more. The answer comes when all devices have zeroed what nobody holds, what was free and what is left of
-        earlier caches between live ones: ``{"caches", "bytes", "unsealed", "held"}``: what was published; caches that
-        were being written and can no longer be sealed; and by client the ``(caches, bytes)`` that are still leased, to
-        be zeroed when their leases end. A look-up that was decided on before has been answered by then, too.
+        more (nor, if more than ``MOST_HASHES`` keys of a model are invalidated meanwhile, as any other of it). The
+        answer comes when all devices have zeroed what nobody holds, what was free and what is left of earlier caches
+        between live ones: ``{"caches", "bytes", "unsealed", "held"}``: what was published; caches that were being
+        written and can no longer be sealed; and by client the ``(caches, bytes)`` that are still leased, to be zeroed
+        when their leases end. A look-up that was decided on before has been answered by then, too. What an earlier
+        invalidation declared void is counted by its answer only, also where it is still leased.
 
         Raises
         ------
@@ -93,7 +95,7 @@ class Invalidations:
             self._bury_all(each) if keys is None else self._bury(each, keys)
             for each in {each.space: each for each in models}.values()
         ]
-        self._forget_voided()
+        ledger.void_marks.forget(self._oldest())
         rows: Rows = deepest_first(index, np.concatenate(parts))
         published = rows[np.frombuffer(index.flags, np.uint8)[rows] & KEYED != 0]
         held = np.frombuffer(index.pins, np.uint32)[rows] > 0
@@ -115,7 +117,7 @@ class Invalidations:
     def _bury_all(self, model: Model) -> Rows:
         ledger = self._ledger
         rows = ledger.index.rows_of(model.space)
-        ledger.voided[model.space, None] = ledger.invalidations
+        ledger.void_marks.mark_all(model.space, ledger.invalidations)
         if ledger.journal.open:
             ledger.journal.add(Happened("cleared", model.tenant, model.name, reason="invalidate"))
         ledger.index.bury_all(model.space)
@@ -130,24 +132,22 @@ class Invalidations:
             row = index.live_row(cache_id)
             if writer.planned in wanted and index.space_of(row) == space:
                 first.append(row)
-        ledger.voided.update(dict.fromkeys(((space, key) for key in wanted), ledger.invalidations))
+        ledger.void_marks.mark(space, wanted, ledger.invalidations)
         if not first:
             return np.array([], np.int64)
-        rows = with_descendants(index, np.array(first, np.int64))
-        ledger.note_removed(rows.tolist(), "invalidate")
-        index.bury(rows)
-        return rows
+        chained = with_descendants(index, np.array(first, np.int64))
+        ledger.note_removed(chained.tolist(), "invalidate")  # says nothing of those that are void already
+        return index.bury(space, chained)
 
-    def _forget_voided(self) -> None:
-        """Drop the marks of invalidations that no cache is old enough to have to heed."""
-        ledger = self._ledger
-        born = [writer.born for writer in ledger.writers.values()]
-        born += [request.born for _, request in self._queue.items()]
-        oldest = min(born, default=ledger.invalidations)
-        if len(ledger.voided) and oldest == ledger.invalidations:
-            ledger.voided.clear()
-        else:
-            ledger.voided = {mark: number for mark, number in ledger.voided.items() if number > oldest}
+    def _oldest(self) -> dict[int, int]:
+        """Return by space how many invalidations there had been when the first who writes or waits there asked."""
+        index = self._ledger.index
+        born = [(index.space_of(index.live_row(i)), each.born) for i, each in self._ledger.writers.items()]
+        born += [(request.model.space, request.born) for _, request in self._queue.items()]
+        oldest: dict[int, int] = {}
+        for space, number in born:
+            oldest[space] = min(number, oldest.get(space, number))
+        return oldest
 
     def _next_void(self, work: _Invalidation, now: float) -> None:
         if self._line[0] is not work:

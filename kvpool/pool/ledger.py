@@ -21,6 +21,7 @@ from kvpool.errors import (
 from kvpool.pool.instructions import Batch, BatchDone, Continuation, Instruction, Send
 from kvpool.pool.journal import Happened, Journal
 from kvpool.pool.placement import make_placement
+from kvpool.pool.void_marks import VoidMarks
 from kvpool.sizes import round_up
 
 
@@ -151,8 +152,8 @@ class Ledger:
         self.journal = Journal()
         self.invalidations = 0
         """How many there have been."""
-        self.voided: dict[tuple[int, bytes | None], int] = {}
-        """By space and key (None: all of it), the number of the last invalidation that older writers must heed."""
+        self.void_marks = VoidMarks()
+        """Which of them older writers must heed."""
         self.out: list[Instruction] = []
         self._models: dict[tuple[str, str, str], int] = {}
         self._by_space: dict[int, Model] = {}
@@ -358,12 +359,12 @@ class Ledger:
     def check_not_void(self, row: int, cache_id: int, key: bytes | None = None) -> None:
         """Raise :class:`~kvpool.errors.InvalidatedError` if a cache's content was declared void, or may not get a key.
 
-        With ``key``: also when that key, or all of the model, was invalidated after the cache had been asked for.
+        With ``key``: also when that key, or all of the model, was invalidated after the cache had been asked for, or
+        so many keys that they are not remembered one by one (:class:`~kvpool.pool.void_marks.VoidMarks`).
         """
         void = self.index.is_void(row)
         if not void and key is not None and (writer := self.writers.get(cache_id)) is not None:
-            space = self.index.space_of(row)
-            void = max(self.voided.get((space, key), 0), self.voided.get((space, None), 0)) > writer.born
+            void = self.void_marks.last(self.index.space_of(row), key) > writer.born
         if void:
             raise InvalidatedError(
                 f"the content of cache {cache_id} was invalidated after it had been asked for: release it, and compute "

@@ -28,6 +28,7 @@ from kvpool.pool.instructions import (
     DeviceLost,
     Event,
     EvictRequested,
+    Failed,
     Instruction,
     InvalidateRequested,
     PinRequested,
@@ -212,13 +213,21 @@ class PoolState:
             raise InvariantError(f"device {event.device} answered {len(event.answers)} of {len(event.sent)} operations")
         self.ledger.devices[event.device].note_zombies(event.zombies)
         for sent, answer in zip(event.sent, event.answers, strict=True):
+            self._go_on(sent, answer, now)
+
+    def _go_on(self, sent: Send, answer: Answer, now: float) -> None:
+        try:
             sent.then(answer, now)
+        except Exception as error:  # noqa: BLE001 - whatever it is
+            # A bug, told by an instruction: raised from here it would keep the operations behind this one from going
+            # on, and what was decided before it from being carried out, and their clients would wait for ever.
+            self.ledger.out.append(Failed(sent.operation, error))
 
     def fail_operations(self, sent: list[Send], error: KvpoolError, now: float) -> list[Instruction]:
         """Answer operations that a lost device will never carry out with ``error``."""
         self.ledger.out = []
         for send in sent:
-            send.then(("error", *error.to_wire()), now)
+            self._go_on(send, ("error", *error.to_wire()), now)
         self.allocations.follow_up(now)
         return self.ledger.out
 

@@ -232,6 +232,19 @@ class PoolMachine(RuleBasedStateMachine):
         self.model.invalidate(tenant, model, keys)
         self.work(then)
 
+    @rule(
+        tenant=st.sampled_from(["a", "b"]),
+        model=MODEL,
+        chain=CHAIN,
+        position=st.integers(1, 4),
+        then=AFTERWARDS,
+    )
+    def invalidate_twice(self, tenant: str, model: str, chain: list[int], position: int, then: str) -> None:
+        """The second, of what leads to the first, before the first has ended."""
+        self.model.invalidate(tenant, model, [chain[position]])
+        self.model.invalidate(tenant, model, chain[position - 1 : position])
+        self.work(then)
+
     @precondition(lambda self: len(self.pool.live) > 1)
     @rule(device=DEVICE, really=st.integers(0, 3))
     def a_device_is_lost(self, device: int, really: int) -> None:

@@ -35,7 +35,7 @@ WEIGHTS = {
     "time": 3,
     "end": 1,
     "evict": 1,
-    "invalidate": 0.2,
+    "invalidate": 1,
     "revoke": 0.5,
     "let_go": 0.5,
 }
@@ -170,8 +170,10 @@ class Simulation:
             m for m in self.model.made.values() if (m.tenant, m.model) == (tenant, model) and m.planned is not None
         ]
         known = [int.from_bytes(m.planned or b"") for m in there[-200:] if index.live_row(m.id) >= 0]
-        some = self.some(known, 3) if known and self.chance.random() < 0.8 else None
+        some = self.some(known, 3) if known and self.chance.random() < 0.9 else None
         self.model.invalidate(tenant, model, some)
+        if some is not None and self.chance.random() < 0.5:  # what leads there as well, before that has ended
+            self.model.invalidate(tenant, model, some + self.some(known, 10))
 
     def revoke(self) -> None:
         name = self.somebody(self.model.holders())
@@ -210,3 +212,4 @@ def test_nothing_is_lost_or_mixed_up(seed: int) -> None:
     assert counters.duplicates > 0
     assert all(counters.evictions_by_reason.values()), counters.evictions_by_reason
     assert simulation.model.revocations > 0
+    assert len(simulation.model.invalidated) > 20

@@ -65,10 +65,13 @@ def test_what_is_buried_is_found_by_nobody_and_its_key_is_free() -> None:
     hashes = [encode_block_id(number) for number in range(4)]
     index.publish_all(rows, hashes)
     index.unpin(rows[:0:-1], now=1.0)  # the root is held
-    index.bury(np.array(rows[2:], np.int64))
+    assert index.bury(space, np.array(rows[2:], np.int64)).tolist() == rows[2:]
     assert index.match(space, hashes) == rows[:2]
     again = index.add_chain(space, 10, 0, 2, rows[1], now=2.0)
     index.publish_all(again, hashes[2:])
+    index.check()
+    chained = with_descendants(index, np.array(again, np.int64)[:1])
+    assert index.bury(space, np.array([*rows[2:], *chained], np.int64)).tolist() == again, "the others were before"
     index.check()
     index.bury_all(space)
     assert index.match(space, hashes) == []

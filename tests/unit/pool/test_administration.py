@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from pool_harness import PAGE, LocalPool, hashes, keys_of
 
@@ -92,6 +94,29 @@ def test_what_is_on_its_way_to_a_revoked_client_is_not_leaked(pool):
     pool.take(pool.state.disconnect("c")[1])
     pool.settle()
     pool.connect("c")
+
+
+def test_what_is_kept_from_everybody_after_a_revocation_is_not_free_in_the_books():
+    pool = LocalPool(devices=1, pages=2)
+    for client in ("c", "other"):
+        pool.connect(client)
+        pool.model(client)
+    kept, held = pool.request(BLOCK, "other"), pool.request(PAGE // 2)
+    assert kept[5][1] == held[5][1], "they share a page"
+    ((index, serial),) = held[5][1]
+    store = pool.stores[0]
+    os.close(store.allocator.export("c", "default", index, serial))
+    pool.revoke("c")
+    given = 0
+    while (answer := pool.request(BLOCK, "other"))[0] == "granted":
+        given += BLOCK
+    assert given == PAGE
+    details = error_of(answer).details
+    assert (details["free_bytes"], details["zombie_bytes"], details["largest_bytes"]) == (0, PAGE - BLOCK, 0)
+    pool.kill("c")
+    assert pool.request(PAGE // 2, "other")[0] == "granted"
+    pool.check()
+    pool.close()
 
 
 def test_a_tenants_clients_are_its_own_and_its_pins_can_be_ended(pool):

@@ -7,6 +7,7 @@ from pool_harness import PAGE, LocalPool, hashes, keys_of
 
 import kvpool.pool.invalidation
 import kvpool.pool.removal
+import kvpool.pool.void_marks
 from kvpool.errors import (
     InvalidatedError,
     InvalidRequestError,
@@ -242,7 +243,55 @@ def test_a_whole_cache_asked_for_before_cannot_get_an_invalidated_key(pool):
     assert pool.seal([after[1]], [key], model=whole) == ("sealed", [True])
     pool.release([before[1], after[1]])
     pool.invalidate("whole", keys_of([9]))
-    assert pool.state.ledger.voided == {}, "nobody is old enough to heed any of it"
+    assert len(pool.state.ledger.void_marks) == 0, "nobody is old enough to heed any of it"
+
+
+def test_a_key_that_is_invalidated_again_is_heeded_by_who_asked_between(pool):
+    whole = pool.model(name="whole", block_bytes=None)
+    pool.request(BLOCK, model=whole)
+    pool.invalidate("whole", keys_of([1]))
+    pool.invalidate("whole", keys_of([2]))
+    (first, *_), cache = pool.state.ledger.writers, pool.request(BLOCK, model=whole)
+    pool.release([first])
+    pool.invalidate("whole", keys_of([1]))
+    assert isinstance(error_of(pool.seal([cache[1]], keys_of([1]), model=whole)), InvalidatedError)
+    assert pool.seal([cache[1]], keys_of([2]), model=whole) == ("sealed", [True])
+
+
+def test_what_one_must_heed_who_never_seals_is_bounded_and_does_not_concern_others(pool, monkeypatch):
+    monkeypatch.setattr(kvpool.pool.void_marks, "MOST_HASHES", 100)
+    marks = pool.state.ledger.void_marks
+    whole = pool.model(name="whole", block_bytes=None)
+    pool.request(BLOCK)  # a working cache of another model
+    for n in range(3):
+        pool.invalidate("whole", keys_of(range(100 * n, 100 * n + 100)))
+    assert len(marks) == 0
+    before = pool.request(BLOCK, model=whole)
+    for n in range(10):
+        pool.invalidate("whole", keys_of(range(10 * n, 10 * n + 10)))
+    assert len(marks) == 100
+    between = [pool.request(BLOCK, model=whole) for _ in range(2)]
+    assert pool.seal([between[0][1]], keys_of([5]), model=whole) == ("sealed", [True]), "invalidated before it"
+    pool.invalidate("whole", keys_of(range(1000, 1001)))
+    assert len(marks) == 1, "all of the model from now on, for who asked before"
+    for cache in (before, between[1]):
+        assert isinstance(error_of(pool.seal([cache[1]], keys_of([77]), model=whole)), InvalidatedError)
+    after = pool.request(BLOCK, model=whole)
+    assert pool.seal([after[1]], keys_of([1000]), model=whole) == ("sealed", [True])
+    pool.release([before[1], between[1][1]])
+    pool.invalidate("whole", keys_of([9]))
+    assert len(marks) == 0
+
+
+def test_marks_that_nobody_heeds_any_more_do_not_count(pool, monkeypatch):
+    monkeypatch.setattr(kvpool.pool.void_marks, "MOST_HASHES", 100)
+    whole = pool.model(name="whole", block_bytes=None)
+    cache = pool.request(BLOCK, model=whole)
+    for n in range(100):  # there is always one who writes, but none for long
+        pool.invalidate("whole", keys_of(range(10 * n, 10 * n + 10)))
+        cache, old = pool.request(BLOCK, model=whole), cache
+        assert pool.seal([old[1]], keys_of([9999 + n]), model=whole) == ("sealed", [True])
+        assert len(pool.state.ledger.void_marks) <= 100
 
 
 def test_a_request_that_waited_meanwhile_counts_as_asked_for_before(pool):
@@ -352,6 +401,37 @@ def test_a_second_invalidation_ends_after_the_first(pool, monkeypatch):
     assert pool.left(OLD) == 0
     pool.settle()
     assert [pool.done.pop(batch)[0]["caches"] for batch in batches] == [8, 0, 0]
+
+
+def test_what_leads_to_content_that_is_void_already_can_be_invalidated_before_that_is_gone(pool):
+    put(pool, [1, 2, 3, 4, 5], OLD)
+    _, leased, *_ = pool.look_up([1, 2, 3])
+    first, second = (InvalidateRequested(Batch(1), None, "m", keys_of([key])) for key in (3, 1))
+    pool.handle(first)
+    pool.handle(second)
+    pool.settle()
+    assert [pool.done.pop(event.batch)[0] for event in (first, second)] == [
+        {"caches": 3, "bytes": 3 * BLOCK, "unsealed": 0, "held": {"c": (1, BLOCK)}},
+        {"caches": 2, "bytes": 2 * BLOCK, "unsealed": 0, "held": {"c": (2, 2 * BLOCK)}},
+    ]
+    pool.check()
+    put(pool, [1, 2, 3], NEW)
+    assert found(pool, [1, 2, 3]) == 3
+    pool.release(leased)
+    assert (pool.left(OLD), pool.live_bytes()) == (0, 3 * BLOCK)
+
+
+def test_what_leads_to_content_that_is_void_and_still_leased_can_be_invalidated(pool):
+    put(pool, [100], OLD)
+    put(pool, [101], OLD)
+    pool.evict()  # so that the next rows come in descending order
+    leaf = put(pool, [1, 2], OLD)[1]
+    pool.release([pool.look_up([1, 2])[1][0]])
+    assert pool.invalidate(keys=keys_of([2]))["held"] == {"c": (1, BLOCK)}
+    assert pool.invalidate(keys=keys_of([1])) == {"caches": 1, "bytes": BLOCK, "unsealed": 0, "held": {}}
+    assert found(pool, [1]) == 0
+    pool.release([leaf])
+    assert (pool.left(OLD), pool.live_bytes()) == (0, 0)
 
 
 def test_a_device_lost_meanwhile_does_not_keep_the_answer(pool):

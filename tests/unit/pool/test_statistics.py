@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from pool_harness import PAGE, LocalPool
+from pool_harness import PAGE, LocalPool, hashes
 
-from kvpool.pool.instructions import DeviceLost
+from kvpool.pool.instructions import Batch, DeviceLost, PrefixesLookedUp
 from kvpool.pool.statistics import PoolStatistics, collect
 
 
@@ -61,6 +61,24 @@ def test_what_happened_is_counted(pool):
     assert stats.errors == {"InvalidSizeError": 1}
     assert stats.models == {"m": 9}  # a cache and eight blocks
     assert stats.clients == 1
+
+
+def test_misses_never_go_down_while_look_ups_are_on_their_way(pool):
+    def misses():
+        model, stats = pool.state.ledger.models[0], collect(pool.state, {})
+        assert (model.blocks_looked_up, model.blocks_hit) == (stats.blocks_looked_up, stats.blocks_hit)
+        return stats.blocks_looked_up - stats.blocks_hit
+
+    pool.put(range(8))
+    pool.look_up([99])
+    assert misses() == 1
+    batch = Batch(2)
+    items = [(1, 0, hashes(range(10)), None), (2, 0, hashes([98]), None)]
+    pool.handle(PrefixesLookedUp(batch, "c", items))
+    assert misses() == 2, "the second is answered at once"
+    pool.settle()
+    assert [len(answer[1]) for answer in pool.done.pop(batch)] == [8, 0]
+    assert misses() == 4
 
 
 def test_ratios_come_from_bytes(pool):
