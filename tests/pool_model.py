@@ -110,6 +110,8 @@ class PoolModel:
         self.cancelled: set[int] = set()
         self.void: set[int] = set()
         """Ids of caches whose content has been invalidated, from that moment on."""
+        self.given_up: set[int] = set()
+        """Ids of caches whose makers gave them up beside such."""
         self.invalidated: list[tuple[str, str, set[bytes] | None]] = []
         """Each invalidation: tenant, model, keys."""
         self.ghosts: dict[str, list[Made]] = {}
@@ -410,7 +412,8 @@ class PoolModel:
             if mine and _error(answer, InvalidatedError):
                 for cache_id in ids:
                     self.made[cache_id].asked = None
-                    self.void.add(cache_id)  # its maker gives it up
+                    if cache_id not in self.void:  # another one of this batch was
+                        self.given_up.add(cache_id)
             return
         for cache_id, key, outcome in zip(ids, keys, answer[1], strict=True):
             made = self.made[cache_id]

@@ -116,7 +116,7 @@ async def test_the_bare_handle_speaks_builtin_types(pool):
     ((_, resident, ids, _, _),) = await answer("request_blocks", "bare", [(2, model, hashes, None, None, None)])
     assert (resident, len(ids)) == (0, 2)
     await answer("seal", "bare", [(3, model, ids, [encode_block_id(1), encode_block_id(2)], None)])
-    ((_, found, _, _),) = await answer("look_up", "bare", [(4, model, hashes, None)])
+    ((_, found, *_),) = await answer("look_up", "bare", [(4, model, hashes, None)])
     assert found == ids
     ((refused, kind, *_),) = await answer("request_caches", "bare", [(5, model, 1 << 40, 1 << 40, 0.0, None)])
     assert (refused, kind) == ("error", "InvalidSizeError")
