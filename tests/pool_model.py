@@ -408,9 +408,8 @@ class PoolModel:
             void |= {i for i, k in zip(ids, keys, strict=True) if self._was_invalidated(process.tenant, model, k)}
             assert not mine or not of_size or void or not self._is_here(process, ids), "only a block's size has a key"
             if mine and _error(answer, InvalidatedError):
-                for cache_id in ids:
+                for cache_id in ids:  # one that is void spoils it for all: the others may be sealed without it
                     self.made[cache_id].asked = None
-                    self.void.add(cache_id)  # its maker gives it up
             return
         for cache_id, key, outcome in zip(ids, keys, answer[1], strict=True):
             made = self.made[cache_id]
