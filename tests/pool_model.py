@@ -110,8 +110,6 @@ class PoolModel:
         self.cancelled: set[int] = set()
         self.void: set[int] = set()
         """Ids of caches whose content has been invalidated, from that moment on."""
-        self.given_up: set[int] = set()
-        """Ids of caches whose makers gave them up beside such."""
         self.invalidated: list[tuple[str, str, set[bytes] | None]] = []
         """Each invalidation: tenant, model, keys."""
         self.ghosts: dict[str, list[Made]] = {}
@@ -410,10 +408,8 @@ class PoolModel:
             void |= {i for i, k in zip(ids, keys, strict=True) if self._was_invalidated(process.tenant, model, k)}
             assert not mine or not of_size or void or not self._is_here(process, ids), "only a block's size has a key"
             if mine and _error(answer, InvalidatedError):
-                for cache_id in ids:
+                for cache_id in ids:  # one that is void spoils it for all: the others may be sealed without it
                     self.made[cache_id].asked = None
-                    if cache_id not in self.void:  # another one of this batch was
-                        self.given_up.add(cache_id)
             return
         for cache_id, key, outcome in zip(ids, keys, answer[1], strict=True):
             made = self.made[cache_id]

@@ -47,7 +47,7 @@ def _by_model(figure: str, snapshot: PoolSnapshot) -> Iterator[Reading]:
 
 def _evictions(snapshot: PoolSnapshot) -> Iterator[Reading]:
     for reason, count in {"capacity": 0, **snapshot.statistics.evictions_by_reason}.items():
-        yield count, {"reason": reason, "policy": snapshot.statistics.policy}
+        yield count, {"reason": reason}  # no policy: a total goes on where another one takes over
 
 
 def _queue(snapshot: PoolSnapshot) -> Iterator[Reading]:
@@ -88,14 +88,11 @@ class PoolMetrics:
     ----------
     meter
         Makes them.
-    policy
-        Name of the pool's eviction policy.
     """
 
-    def __init__(self, meter: Meter, policy: str) -> None:
+    def __init__(self, meter: Meter) -> None:
         self.snapshot: PoolSnapshot | None = None
         """Replaced as a whole, never changed."""
-        self._policy = policy
         self._models: set[str] = set()
         for name, unit, description, read in _SUMS:
             meter.create_observable_up_down_counter(name, [partial(self._observe, read)], unit, description)
@@ -124,9 +121,9 @@ class PoolMetrics:
         """Record that memory for ``model`` was granted."""
         self._allocation.record(duration_s, {"model": self.model_label(model)})
 
-    def evicted(self, device: str, tier: str, duration_s: float) -> None:
-        """Record that a device carried an eviction out."""
-        self._eviction.record(duration_s, {"device": device, "tier": tier, "policy": self._policy})
+    def evicted(self, device: str, tier: str, policy: str, duration_s: float) -> None:
+        """Record that a device carried an eviction out that a policy had decided on."""
+        self._eviction.record(duration_s, {"device": device, "tier": tier, "policy": policy})
 
     def waited(self, model: str, outcome: str, duration_s: float) -> None:
         """Record the end of a wait in the queue."""

@@ -35,7 +35,7 @@ from kvpool.actors.protocol import (
 )
 from kvpool.actors.stream import Stream
 from kvpool.config import PoolConfig
-from kvpool.errors import KvpoolError, PoolBusyError, PoolNotFoundError, ProtocolError
+from kvpool.errors import KvpoolError, PoolBusyError, PoolNotFoundError
 from kvpool.pool.instructions import (
     BlocksRequested,
     CachesRequested,
@@ -227,10 +227,15 @@ class PoolActor(Administration):
 
     async def grants(self, client: str, seen: int, wait_s: float) -> tuple[int, list[Any]]:
         """Return the outcomes of waiting requests after number ``seen`` (long poll of at most ``wait_s``)."""
+        ledger = self._state.ledger
         stream = self._executor.grants.get(client)
         if stream is None:
-            raise ProtocolError(f"client {client!r} is not connected to this pool (any more): connect again")
-        return await stream.poll(seen, wait_s)
+            raise ledger.not_connected(client)
+        # A revoked client is told what became of its requests; nothing comes after that.
+        last, outcomes = await stream.poll(seen, 0.0 if client in ledger.revoked else wait_s)
+        if not outcomes and client in ledger.revoked:
+            raise ledger.not_connected(client)
+        return last, outcomes
 
     async def describe_caches(self, client: str, ids: list[int]) -> list[Any]:
         """Return for each id a dict of what the pool knows of it, or an error."""

@@ -36,7 +36,6 @@ _CLOSE_S = 2.0
 """How long the last spans and metrics may take to leave when the pool ends, seconds."""
 
 _ALLOCATING = ("request_caches", "request_blocks")
-_GRANTED = ("granted", "blocks")
 
 _Provider = TypeVar("_Provider", "TracerProvider | None", "MeterProvider | None")
 
@@ -59,9 +58,7 @@ class PoolTelemetry:
         self._spans = self._set_up(tracer_provider)
         self._meters = self._set_up(meter_provider)
         self._tracer = (self._spans or NoOpTracerProvider()).get_tracer(SCOPE, __version__)
-        self._metrics = PoolMetrics(
-            (self._meters or NoOpMeterProvider()).get_meter(SCOPE, __version__), state.policy_name
-        )
+        self._metrics = PoolMetrics((self._meters or NoOpMeterProvider()).get_meter(SCOPE, __version__))
         self._errors: dict[str, int] = {}
         self._memory: dict[int, dict[str, int]] = {}
         self._loops: list[asyncio.Task[None]] = []
@@ -92,7 +89,7 @@ class PoolTelemetry:
         for _, (error_type, *_) in errors_of(answers):
             self._errors[error_type] = self._errors.get(error_type, 0) + 1
         if method in _ALLOCATING:
-            granted = {item[1] for item, answer in zip(items, answers, strict=True) if answer[0] in _GRANTED}
+            granted = {item[1] for item, answer in zip(items, answers, strict=True) if _grants(answer)}
             for model in granted:
                 self._metrics.allocated(self._state.ledger.models[model].name, duration_s)
 
@@ -101,10 +98,11 @@ class PoolTelemetry:
         if self._meters is None or not _evicts(send.operation):
             return send
         device = self._state.ledger.devices[send.device].name
+        policy = self._state.policy_name  # the one that decided, which may be another when the answer comes
 
         def then(answer: Answer, answered: float) -> None:
             if answer[:1] != ("error",):
-                self._metrics.evicted(device, HOST_TIER, answered - now)
+                self._metrics.evicted(device, HOST_TIER, policy, answered - now)
             send.then(answer, answered)
 
         return send._replace(then=then)
@@ -182,3 +180,7 @@ def _ended(loop: asyncio.Task[None]) -> None:
 
 def _evicts(operation: tuple[Any, ...]) -> bool:
     return bool(operation[0] == "evict" or (operation[0] == "allocate" and operation[-1]))
+
+
+def _grants(answer: Answer) -> bool:
+    return bool(answer[0] == "granted" or (answer[0] == "blocks" and answer[2]))  # else all were there, or none fits

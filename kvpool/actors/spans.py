@@ -167,7 +167,7 @@ class OperationSpans:
                     "kvpool.cache_bytes": size_bytes,
                     "kvpool.evicted": len(evict),
                 }
-            case (_, _, _, ids, *_):
+            case ("lease" | "seal" | "release" | "finish", _, _, ids, *_) | ("evict" | "void", ids, *_):
                 attributes["kvpool.caches"] = len(ids)
         return attributes
 

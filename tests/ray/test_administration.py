@@ -10,11 +10,14 @@ from footprint import mapped_inodes
 from pool_actors import device_actors, leased_bytes, pid_of, until, until_no_zombies, until_waiting
 
 from kvpool import CachePool, ModelSpec, encode_block_id, sync
+from kvpool.actors.cluster import call
+from kvpool.actors.protocol import PROTOCOL_VERSION, host_identity
 from kvpool.errors import (
     InvalidatedError,
     InvalidRequestError,
     LeaseRevokedError,
     PoolUnavailableError,
+    ProtocolError,
     UnknownPolicyError,
 )
 
@@ -229,6 +232,20 @@ async def test_a_revoked_process_that_waits_for_memory_is_told(pool):
                 with pytest.raises(LeaseRevokedError):
                     await waiting
         await cache.release()
+
+
+async def test_a_revoked_client_is_not_kept_waiting_for_grants(pool):
+    asks = {"protocol": PROTOCOL_VERSION, "id": "bare", "tenant": "default", "host": host_identity(), "token": "secret"}
+    await call(pool.actor.connect, asks)
+    with pytest.raises(ProtocolError, match="'nobody' is not connected"):
+        await call(pool.actor.grants, "nobody", 0, 600.0)
+    assert await call(pool.actor.grants, "bare", 0, 0.0) == (0, [])
+    await pool.revoke("bare")
+    with pytest.raises(LeaseRevokedError):
+        await call(pool.actor.grants, "bare", 0, 600.0, timeout_s=30.0)
+    await call(pool.actor.disconnect, "bare")
+    with pytest.raises(ProtocolError):
+        await call(pool.actor.grants, "bare", 0, 600.0)
 
 
 async def test_only_clients_of_the_own_tenant_can_be_revoked_or_seen(pool, start_process):

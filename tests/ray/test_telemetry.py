@@ -457,6 +457,6 @@ def test_every_metric_of_the_pool_is_asked_of_prometheus():
             return lambda name, *_, **__: self.names.append(name)
 
     meter = Meter()
-    PoolMetrics(meter, "lru")
+    PoolMetrics(meter)
     for name in meter.names:
         assert any(name.replace(".", "_") in expression for expression in EXPRESSIONS), name

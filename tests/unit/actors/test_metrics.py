@@ -35,7 +35,7 @@ class RecordingMeter:
 
 def instruments():
     meter = RecordingMeter()
-    PoolMetrics(meter, "lru")
+    PoolMetrics(meter)
     return meter.made
 
 
@@ -61,7 +61,7 @@ def reader():
 @pytest.fixture
 def pool_metrics(reader):
     provider = MeterProvider([reader], shutdown_on_exit=False)
-    yield PoolMetrics(provider.get_meter("t"), "lru")
+    yield PoolMetrics(provider.get_meter("t"))
     provider.shutdown()
 
 
@@ -97,8 +97,7 @@ def test_a_device_that_did_not_report_has_a_gap(reader, pool_metrics):
     assert found["kvpool.memory.fragmentation"] == [(on_first, 0.5)]
     assert found["kvpool.leases"] == [(on_first, 2)]
     assert found["kvpool.evictions"] == [
-        ({"reason": reason, "policy": "lru"}, count)
-        for reason, count in (("capacity", 7), ("request", 0), ("invalidate", 0))
+        ({"reason": reason}, count) for reason, count in (("capacity", 7), ("request", 0), ("invalidate", 0))
     ]
 
 
@@ -120,7 +119,7 @@ def test_models_beyond_a_hundred_are_counted_together(reader, pool_metrics):
 
 
 def test_durations_are_recorded_in_buckets_below_a_millisecond(reader, pool_metrics):
-    pool_metrics.evicted("host-0", "host", 0.0004)
+    pool_metrics.evicted("host-0", "host", "lru", 0.0004)
     pool_metrics.waited("m", "granted", 0.3)
     found = points(reader)
     ((attributes, point),) = found["kvpool.eviction.duration"]

@@ -113,6 +113,26 @@ def test_a_device_continues_each_trace_with_times_of_the_operation(tracer, finis
     assert (third.name, third.attributes["kvpool.caches"]) == ("kvpool.device.release", 1)
 
 
+@pytest.mark.parametrize(
+    ("operation", "caches"),
+    [
+        (("lease", "c", 1, [3, 4]), 2),
+        (("seal", "c", 1, [3], [b""]), 1),
+        (("finish", "c", 1, [3], [b""]), 1),
+        (("evict", [3, 4, 5]), 3),
+        (("void", [3], "pin:"), 1),
+        (("scrub", "tenant", 1, 4096), None),
+        (("connect", "c", "tenant", "token"), None),
+        (("revoke", "c"), None),
+        (("trim",), None),
+    ],
+)
+def test_caches_are_counted_of_operations_that_concern_caches(tracer, finished, operation, caches):
+    OperationSpans(tracer, "host-0", [(carrier(1),)]).done(operation, True)
+    (span,) = finished.get_finished_spans()
+    assert span.attributes.get("kvpool.caches") == caches
+
+
 def test_a_failed_operation_is_logged_within_its_span(tracer, finished, caplog):
     with caplog.at_level(logging.INFO, "kvpool.device"):
         spans = OperationSpans(tracer, "host-0", [(carrier(1),), ()])
