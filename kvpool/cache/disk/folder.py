@@ -44,7 +44,7 @@ class Folder(Protocol):
         ...
 
     def list(self, path: str) -> Iterator[Found]:
-        """Yield what lies in the folder itself (``""``) or in one of its folders."""
+        """Yield what lies in the folder itself (``""``) or in one of its folders, if that exists."""
         ...
 
     def size(self, path: str) -> int | None:

@@ -56,8 +56,14 @@ class LocalFolder:
             self._lock = None
 
     def list(self, path: str) -> Iterator[Found]:
-        with os.scandir(self._root / path) as entries:
-            for entry in entries:
+        try:
+            listing = os.scandir(self._root / path)
+        except FileNotFoundError:
+            if not path:
+                raise
+            return
+        with listing:
+            for entry in listing:
                 try:
                     is_folder = entry.is_dir(follow_symlinks=False)
                     status = entry.stat(follow_symlinks=False)
