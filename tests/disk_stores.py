@@ -52,7 +52,7 @@ class Faults:
 class FaultyFileSystem(MemoryFileSystem):
     """``faulty://``: the memory file system, with faults."""
 
-    protocol = "faulty"
+    protocol = ("faulty", "memory")
     store: dict[str, Any] = {}  # noqa: RUF012
     pseudo_dirs = [""]  # noqa: RUF012
     faults = Faults()
@@ -79,6 +79,19 @@ class FaultyFileSystem(MemoryFileSystem):
         return super().ls(path, detail, **kwargs)
 
 
+class MovingFileSystem(MemoryFileSystem):
+    """``moving://``: the memory file system as one of the stores that need a temporary name."""
+
+    protocol = "moving"
+    store: dict[str, Any] = {}  # noqa: RUF012
+    pseudo_dirs = [""]  # noqa: RUF012
+
+    @classmethod
+    def _strip_protocol(cls, path: Any) -> str:
+        return MemoryFileSystem._strip_protocol(str(path).removeprefix("moving://"))
+
+
+register_implementation("moving", MovingFileSystem, clobber=True)
 register_implementation("faulty", FaultyFileSystem, clobber=True)
 
 

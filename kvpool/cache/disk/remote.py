@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any
@@ -69,8 +70,14 @@ class RemoteFolder:
         folder = self._path(path.rpartition("/")[0])
         if folder != self._root:
             self._filesystem.makedirs(folder, exist_ok=True)
-        self._filesystem.pipe_file(final + TEMPORARY_SUFFIX, content)
-        self._filesystem.mv(final + TEMPORARY_SUFFIX, final)
+        temporary = final + TEMPORARY_SUFFIX
+        try:
+            self._filesystem.pipe_file(temporary, content)
+            self._filesystem.mv(temporary, final)
+        except Exception:
+            with contextlib.suppress(Exception):  # the first error is the one to tell; the next start removes the file
+                self._filesystem.rm_file(temporary)
+            raise
 
     def read(self, path: str, parts: Sequence[bytearray | memoryview]) -> int:
         content = memoryview(self._filesystem.cat_file(self._path(path)))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from disk_stores import Faults, FaultyFileSystem
+from disk_stores import Faults, FaultyFileSystem, MovingFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from kvpool.cache.disk.folder import folder_at
@@ -26,14 +26,12 @@ def faults() -> Iterator[Faults]:
     FaultyFileSystem.pseudo_dirs[:] = [""]
 
 
-@pytest.fixture(params=["file", "memory"])
+@pytest.fixture(params=["file", "memory", "moving"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    if request.param == "file":
-        yield f"file://{tmp_path}/tier"
-    else:
-        yield f"memory://{tmp_path}/tier"
-        MemoryFileSystem.store.clear()
-        MemoryFileSystem.pseudo_dirs[:] = [""]
+    yield f"{request.param}://{tmp_path}/tier"
+    for filesystem in (MemoryFileSystem, MovingFileSystem):
+        filesystem.store.clear()
+        filesystem.pseudo_dirs[:] = [""]
 
 
 @pytest.fixture
