@@ -20,6 +20,7 @@ Integers are little-endian. The length of a header follows from its key. (xxh3-1
 from __future__ import annotations
 
 import struct
+from functools import lru_cache
 
 import xxhash
 
@@ -45,7 +46,7 @@ class BadFileError(Exception):
 
 def header_bytes(key: CacheKey) -> int:
     """Return the length of the header of this key's file."""
-    return _FIELDS.size + len(_encode(key.tenant)) + len(_encode(key.fingerprint)) + _CHECKSUM_BYTES
+    return _FIELDS.size + _names_bytes(key.tenant, key.fingerprint) + _CHECKSUM_BYTES
 
 
 def make_header(key: CacheKey, parent: BlockHash | None, payload: memoryview) -> bytes:
@@ -113,6 +114,11 @@ def check_file(
         raise BadFileError("key")
     if xxhash.xxh3_128_digest(payload) != checksum:
         raise BadFileError("checksum")
+
+
+@lru_cache(maxsize=1024)  # few tenants and models, asked for with each file
+def _names_bytes(tenant: str, fingerprint: str) -> int:
+    return len(_encode(tenant)) + len(_encode(fingerprint))
 
 
 def _encode(name: str) -> bytes:

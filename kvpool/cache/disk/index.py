@@ -12,7 +12,7 @@ from kvpool.cache.key import BlockHash, CacheKey
 from kvpool.errors import ensure
 
 MOST_FILES = 1 << 20
-"""Files of one tier at most: the bound of its memory (an entry takes about 480 bytes) and of its start."""
+"""Files of one tier at most: the bound of its memory (an entry takes 380 bytes) and of its start."""
 
 
 class DiskEntry(NamedTuple):

@@ -14,6 +14,7 @@ times as long, and on an object store it would be one request each.
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import NamedTuple
 from urllib.parse import quote, unquote
 
@@ -39,6 +40,7 @@ class CacheName(NamedTuple):
     payload_bytes: int
 
 
+@lru_cache(maxsize=1024)  # few tenants and models, asked for with each file
 def space_name(tenant: str, fingerprint: str) -> str:
     """Return the folder of all keys of a tenant and fingerprint."""
     return f"{_quote(fingerprint)}@{_quote(tenant)}{SPACE_SUFFIX}"
