@@ -13,7 +13,7 @@ from kvpool.cache.disk.removals import Removals
 from kvpool.cache.disk.statistics import DiskCounters
 from kvpool.cache.disk.threads import Threads
 from kvpool.cache.key import CacheKey
-from kvpool.errors import TierError
+from kvpool.errors import KvpoolError, TierError
 
 _REFUSALS = {
     "budget": "it does not fit into the disk tier's budget, or all that could go for it is in use",
@@ -59,7 +59,7 @@ class Writer:
                 self._on_gone((known.key,))  # somebody has removed it behind our back
             await self.store(entry, payload)
             await self._threads.run(self._folder.sync, space_name(entry.key.tenant, entry.key.fingerprint))
-        except TierError:
+        except KvpoolError:
             raise
         except Exception as error:
             raise self._failure(entry, error) from error
@@ -90,7 +90,7 @@ class Writer:
                     raise
             finally:
                 index.unclaim(key)
-        except TierError:
+        except KvpoolError:
             raise
         except Exception as error:
             raise self._failure(entry, error) from error
