@@ -23,7 +23,7 @@ def scan(folder: Folder, index: DiskIndex, counters: DiskCounters) -> list[Remov
 
     Blocks. Opens no file but those of decided removals. Incomplete files and files that bear our suffix and are not
     ours are removed; what else lies in the folder is not touched. The order of use is not on disk: after a start, the
-    order in which files were written stands for it.
+    order in which files were written stands for it (by name within a tick of the store's clock).
     """
     top = list(folder.list(""))
     removals = _complete_removals(folder, top, counters)

@@ -24,7 +24,7 @@ from kvpool.cache.disk.statistics import DiskCounters, DiskStatistics
 from kvpool.cache.disk.threads import Threads, uncancelled
 from kvpool.cache.disk.writer import Writer, refusal
 from kvpool.cache.key import BlockHash, CacheKey, check_hash
-from kvpool.errors import InvalidRequestError, InvalidSizeError, TierError
+from kvpool.errors import InvalidRequestError, InvalidSizeError, KvpoolError, TierError
 
 DEFAULT_THREADS = 4
 DEFAULT_QUEUE_LIMIT = 256
@@ -81,7 +81,7 @@ class DiskTier:
         self._removing: Counter[CacheKey] = Counter()
         self._removals = Removals(folder, self._index, self._counters, self._writers)
         self._writer = Writer(folder, self._index, self._locks, self._counters, self._removals, self._writers, on_gone)
-        self._open = False
+        self._started = self._open = False
 
     async def start(self) -> Sequence[DiskEntry]:
         """Take the folder and find again what is in it; returns the entries, least recently used first.
@@ -89,14 +89,17 @@ class DiskTier:
         Raises
         ------
         TierError
-            If the folder cannot be used, or another process uses it.
+            If the folder cannot be used, another process uses it, or this was called before. Make a new tier then.
         """
+        if self._started:
+            raise TierError(f"the disk tier at {self._folder.url} was started before: make a new one", cause="started")
+        self._started = True
         try:
             await uncancelled(self._readers.run(self._folder.open))
             removals = await uncancelled(self._readers.run(scan, self._folder, self._index, self._counters))
-        except Exception as error:
-            self._folder.close()
-            if isinstance(error, TierError):
+        except BaseException as error:
+            await self.close()
+            if isinstance(error, KvpoolError) or not isinstance(error, Exception):
                 raise
             cause = self._counters.count_error("opening the folder", error)
             raise TierError(f"the disk tier at {self._folder.url} cannot be used: {error}", cause=cause) from error

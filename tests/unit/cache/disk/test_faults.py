@@ -149,6 +149,17 @@ async def test_a_folder_that_cannot_be_used_fails_the_start_with_its_cause(tmp_p
     await again.close()
 
 
+async def test_a_start_that_is_cancelled_gives_the_folder_back(open_tier, tmp_path, faults):
+    gate = faults.gates["list"] = threading.Event()
+    starting = asyncio.ensure_future(DiskTier(FaultyFolder(str(tmp_path), faults), 1 << 20).start())
+    await arrival(faults)
+    starting.cancel()
+    gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    await open_tier(str(tmp_path))
+
+
 async def test_a_file_in_place_of_the_folder(tmp_path):
     (tmp_path / "tier").write_bytes(b"")
     with pytest.raises(TierError, match="cannot be used"):

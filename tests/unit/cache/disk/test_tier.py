@@ -4,6 +4,7 @@ import asyncio
 import os
 import random
 import stat
+import threading
 
 import pytest
 from disk_stores import content_of, key_of, read
@@ -32,10 +33,12 @@ async def test_what_was_written_is_read_and_counted(open_tier, url):
     assert figures.errors == figures.bad_files == figures.given_up == {}
 
 
-async def test_a_restart_finds_everything_in_the_order_it_was_written(open_tier, url):
+async def test_a_restart_finds_everything_in_the_order_it_was_written(open_tier, url, tmp_path):
     first = await open_tier(url)
-    for number in (3, 1, 2):
+    for written_s, number in enumerate((3, 1, 2)):
         await first.write_through(key_of(number), None, content_of(number, SIZE + number))
+        if url.startswith("file:"):  # three files may fall into one tick of the clock
+            os.utime(tmp_path / "tier" / first.find(key_of(number)).path, (written_s, written_s))
     await first.close()
     assert first.find(key_of(3)) is None
     second = DiskTier(folder_at(url), 1 << 30)
@@ -157,6 +160,13 @@ async def test_a_closed_tier_and_one_not_started_refuse_and_find_nothing(open_ti
         assert not await tier.read_into(key_of(1), memoryview(bytearray(SIZE)))
 
 
+async def test_a_tier_starts_once(open_tier, url):
+    tier = await open_tier(url)
+    with pytest.raises(TierError, match="before"):
+        await tier.start()
+    await tier.write_through(key_of(1), None, content_of(1))
+
+
 @pytest.mark.parametrize("wrong", ["nosuchscheme://x/y", "file:///", "memory://"])
 def test_an_url_that_is_no_folder_is_refused(wrong):
     with pytest.raises(ConfigError):
@@ -171,9 +181,21 @@ async def test_a_second_tier_on_the_same_folder_is_refused_until_the_first_is_cl
     second = DiskTier(folder_at(str(tmp_path)), 1 << 20)
     with pytest.raises(TierError, match="another process"):
         await second.start()
+    await first.write_through(key_of(1), None, content_of(1))
     await first.close()
-    await second.start()
-    await second.close()
+    third = await open_tier(str(tmp_path))
+    assert await read(third, key_of(1)) == content_of(1)
+
+
+async def test_nothing_stays_open_after_closing(open_tier, tmp_path):
+    before = os.listdir("/proc/self/fd"), threading.active_count()
+    tier = await open_tier(str(tmp_path))
+    await asyncio.gather(*(tier.write_through(key_of(n), None, content_of(n)) for n in range(20)))
+    await asyncio.gather(*(read(tier, key_of(n)) for n in range(21)))
+    with pytest.raises(TierError):
+        await DiskTier(folder_at(str(tmp_path)), 1 << 20).start()
+    await tier.close()
+    assert (os.listdir("/proc/self/fd"), threading.active_count()) == before
 
 
 async def test_files_are_private_to_the_user(open_tier, tmp_path):
