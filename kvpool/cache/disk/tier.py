@@ -3,8 +3,9 @@
 **One file a cache.** Four threads that each write, sync and rename files of 2 MiB reach 1.3 GiB/s where one file of the
 same bytes with one sync at its end reaches 0.8 to 1.5 (two cores, ext4 on a virtual disk): the journal commits what
 several threads ask for at once. One thread reaches 0.5; many files written by one thread and synced together 0.7.
-Packing several caches into a file would pay for small ones only (64 KiB: 100 MiB/s, 1,500 files/s on a quiet disk), and would bind the
-life of a cache to that of its neighbours: one that is removed or evicted would keep its bytes until all have gone.
+Packing several caches into a file would pay for small ones only (64 KiB: 500 to 1,500 files a second, bound by the
+syncs), and would bind the life of a cache to that of its neighbours: one that is removed or evicted would keep its
+bytes until all have gone.
 """
 
 from __future__ import annotations
