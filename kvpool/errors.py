@@ -34,6 +34,7 @@ Each message says what was asked, what is possible, and what to do; ``details`` 
     │   └── ProtocolError                  peer speaks another version, or out of turn
     ├── SystemLimitError (OSError)         a limit of this system is too low (nofile, max_map_count, memory)
     ├── BackendError (OSError)             the operating system or driver refused a memory operation
+    ├── TierError (OSError)                the disk tier could not store, or not surely remove, what it was told to
     └── InvariantError                     a bug in kvpool: state that must never be
 """
 
@@ -187,6 +188,13 @@ class SystemLimitError(KvpoolError, OSError):
 
 class BackendError(KvpoolError, OSError):
     """The operating system or the driver refused a memory operation. ``details["errno"]`` holds its code."""
+
+
+class TierError(KvpoolError, OSError):
+    """The disk tier could not be opened, could not store durably, or could not surely remove what it was told to.
+
+    ``details["cause"]`` is the name under which the tier counts it (``"ENOSPC"``, ``"closed"``).
+    """
 
 
 class InvariantError(KvpoolError):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from kvpool.errors import InvalidRequestError
 
@@ -21,6 +21,14 @@ MOST_HASHES = 1 << 16
 
 BlockHash: TypeAlias = bytes
 """Chained content hash of a block: 16 bytes, independent of the process that computed it."""
+
+
+class CacheKey(NamedTuple):
+    """The whole name of a sealed cache's content."""
+
+    tenant: str
+    fingerprint: str
+    block_hash: BlockHash
 
 
 def encode_block_id(block_id: int) -> BlockHash:

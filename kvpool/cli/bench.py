@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -34,6 +35,22 @@ def concurrency(json_path: str | None) -> None:
     from kvpool.bench import concurrency as benchmark
 
     _report("concurrent requests of 64 KiB", lambda: asyncio.run(benchmark.measure()), json_path)
+
+
+@bench.command()
+@click.option(
+    "--folder",
+    type=click.Path(exists=True, file_okay=False, writable=True, path_type=Path),
+    default=".",
+    show_default=True,
+    help="Where to write 0.6 GiB for a while: a folder on the disk to be measured.",
+)
+@_JSON
+def disk(folder: Path, json_path: str | None) -> None:
+    """Time the disk tier: writing and reading back, beside dd of the same bytes in the same folder."""
+    from kvpool.bench import disk as benchmark
+
+    _report("the disk tier", lambda: asyncio.run(benchmark.measure(folder)), json_path)
 
 
 @bench.command("put-get")

@@ -1,0 +1,76 @@
+"""Removals that hold: once decided on disk, a crash half-way does not bring a file back.
+
+The names are first written to a file of their own. From then on all of them are to go: by the caller, or by the next
+start. Only when they are gone for sure does that file go, too; and before it has, nothing is written under those names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import xxhash
+
+from kvpool.cache.disk.folder import Folder
+from kvpool.cache.disk.index import DiskEntry
+from kvpool.cache.disk.names import removal_name
+
+_MAGIC = b"kvpool removal 1\n"
+_CHECKSUM_BYTES = 16
+_MOST_BYTES = 1 << 30
+
+
+class Removal:
+    """Caches whose files must go. Its methods block.
+
+    Parameters
+    ----------
+    number
+        Tells the removals of a folder apart.
+    entries
+        The caches.
+    """
+
+    def __init__(self, number: int, entries: Iterable[DiskEntry]) -> None:
+        self.number = number
+        self.entries = tuple(entries)
+        self.decided = False
+        """It will be completed, whatever happens."""
+
+    def decide(self, folder: Folder) -> None:
+        """Write the removal down."""
+        content = _MAGIC + "\n".join(entry.path for entry in self.entries).encode()
+        folder.write(removal_name(self.number), (content, xxhash.xxh3_128_digest(content)))
+        folder.sync("")
+        self.decided = True
+
+    def complete(self, folder: Folder) -> None:
+        """Remove the files, then what was written down. Raises the first error once all have been tried."""
+        errors: list[Exception] = []
+        paths = [entry.path for entry in self.entries]
+        for path in paths:
+            try:
+                folder.remove(path)
+            except Exception as error:  # noqa: BLE001  drivers raise what they like; raised below
+                errors.append(error)
+        if errors:
+            raise errors[0]
+        for space in sorted({path.partition("/")[0] for path in paths}):
+            folder.sync(space)
+        folder.remove(removal_name(self.number))
+        folder.sync("")
+
+
+def read_removal(folder: Folder, number: int, size_bytes: int) -> Removal | None:
+    """Return a removal that was decided in an earlier life, or None if its file is not what it should be."""
+    if not len(_MAGIC) + _CHECKSUM_BYTES <= size_bytes <= _MOST_BYTES:
+        return None
+    content = bytearray(size_bytes)
+    if folder.read(removal_name(number), (content,)) != size_bytes:
+        return None
+    named, checksum = content[:-_CHECKSUM_BYTES], content[-_CHECKSUM_BYTES:]
+    if not named.startswith(_MAGIC) or xxhash.xxh3_128_digest(named) != checksum:
+        return None
+    entries = [DiskEntry.at(path) for path in named[len(_MAGIC) :].decode().split("\n")]
+    removal = Removal(number, (entry for entry in entries if entry is not None))
+    removal.decided = True
+    return removal if None not in entries else None

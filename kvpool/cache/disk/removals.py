@@ -1,0 +1,128 @@
+"""Removals on their way: until one is complete, its keys are neither found nor written."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Iterable, Sequence
+
+from kvpool.cache.disk.folder import Folder
+from kvpool.cache.disk.index import DiskEntry, DiskIndex
+from kvpool.cache.disk.names import space_name
+from kvpool.cache.disk.removal import Removal
+from kvpool.cache.disk.statistics import DiskCounters
+from kvpool.cache.disk.threads import Threads
+from kvpool.cache.key import CacheKey
+from kvpool.errors import TierError
+
+
+class Removals:
+    """Carries removals out, again when the store refused. Callers hold a thread and their keys.
+
+    Parameters
+    ----------
+    folder, index, counters, threads
+        Of the tier.
+    """
+
+    def __init__(self, folder: Folder, index: DiskIndex, counters: DiskCounters, threads: Threads) -> None:
+        self._folder, self._index, self._counters, self._threads = folder, index, counters, threads
+        self._next_number = 0
+        self._stuck: dict[CacheKey, Removal] = {}
+        self._doubtful: set[str] = set()  # folders that may hold files which the index does not know
+        self._one_at_a_time = asyncio.Lock()  # two keys may be stuck in one removal
+
+    def take_over(self, removals: Iterable[Removal]) -> None:
+        """Go on with removals that the start could not complete."""
+        for removal in removals:
+            self._next_number = max(self._next_number, removal.number + 1)
+            self._enter(removal)
+
+    async def complete(self, key: CacheKey) -> bool:
+        """Complete what a key is stuck in, if anything; True if it may be written now."""
+        removal = self._stuck.get(key)
+        return removal is None or await self._carry_out(removal)
+
+    async def remove(self, keys: Iterable[CacheKey]) -> int:
+        """Remove caches for good; returns how many there were.
+
+        Raises
+        ------
+        TierError
+            If it is not sure that none of them comes back.
+        """
+        wanted = sorted(keys)
+        covered = {key for key in wanted if key in self._stuck}
+        unknown = [key for key in wanted if self._index.get(key) is None and key not in covered]
+        try:
+            strays = await self._threads.run(_find_strays, self._folder, unknown, self._doubtful)
+            # What was evicted is unlinked already, but a failure of power could still bring it back.
+            await self._threads.run(_sync_spaces, self._folder, unknown)
+        except Exception as error:
+            cause = self._counters.count_error("looking for what is to be removed", error)
+            raise TierError(f"caches to be removed may still be there: {error}", cause=cause) from error
+        entries = [entry for key in wanted if (entry := self._index.drop(key)) is not None] + strays
+        if entries:
+            self._enter(Removal(self._next_number, entries))
+            self._next_number += 1
+        for removal in dict.fromkeys(self._stuck[key] for key in wanted if key in self._stuck):
+            await self._carry_out(removal)
+        unsure = sum(key in self._stuck and not self._stuck[key].decided for key in wanted)
+        if unsure:
+            raise TierError(
+                f"{unsure} of {len(wanted)} caches could not be removed (the cause is counted and logged): they are "
+                "hidden, but the next start would find them; call again",
+                cause="removal",
+            )
+        self._counters.removed_files += len(entries)
+        return len(entries)
+
+    async def undo(self, entry: DiskEntry) -> None:
+        """Make sure that a write that failed has left nothing, or remember that it may have."""
+        try:
+            await self._threads.run(self._folder.remove, entry.path)
+        except Exception as error:  # noqa: BLE001  drivers raise what they like
+            self._counters.count_error(f"clearing {entry.path}", error)
+            self._doubtful.add(space_name(entry.key.tenant, entry.key.fingerprint))
+
+    def _enter(self, removal: Removal) -> None:
+        for entry in removal.entries:
+            self._stuck[entry.key] = removal
+            self._index.claim(entry)  # it takes room until it is gone
+
+    async def _carry_out(self, removal: Removal) -> bool:
+        """Decide and complete a removal as far as the store lets us; True if it is complete."""
+        async with self._one_at_a_time:
+            return self._stuck.get(removal.entries[0].key) is not removal or await self._try(removal)
+
+    async def _try(self, removal: Removal) -> bool:
+        try:
+            if not removal.decided:
+                await self._threads.run(removal.decide, self._folder)
+        except Exception as error:  # noqa: BLE001  nothing is lost if it can be completed without
+            self._counters.count_error("noting a removal", error)
+        try:
+            await self._threads.run(removal.complete, self._folder)
+        except Exception as error:  # noqa: BLE001  drivers raise what they like
+            self._counters.count_error("completing a removal", error)
+            return False
+        for entry in removal.entries:
+            del self._stuck[entry.key]
+            self._index.unclaim(entry.key)
+        return True
+
+
+def _find_strays(folder: Folder, keys: Sequence[CacheKey], doubtful: Collection[str]) -> list[DiskEntry]:
+    """Return files of these keys in doubtful folders."""
+    wanted = set(keys)
+    strays: dict[CacheKey, DiskEntry] = {}
+    for space in sorted({space_name(key.tenant, key.fingerprint) for key in keys}.intersection(doubtful)):
+        for found in folder.list(space):
+            entry = DiskEntry.at(f"{space}/{found.name}")
+            if entry is not None and entry.key in wanted:
+                strays[entry.key] = entry
+    return list(strays.values())
+
+
+def _sync_spaces(folder: Folder, keys: Sequence[CacheKey]) -> None:
+    for space in sorted({space_name(key.tenant, key.fingerprint) for key in keys}):
+        folder.sync(space)

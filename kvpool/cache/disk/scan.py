@@ -1,0 +1,113 @@
+"""What an earlier life left in the folder: found again by name, completed or cleared away."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from kvpool.cache.disk.folder import Folder, Found
+from kvpool.cache.disk.index import DiskEntry, DiskIndex
+from kvpool.cache.disk.names import TEMPORARY_SUFFIX, is_ours, parse_cache, parse_removal, parse_space
+from kvpool.cache.disk.removal import Removal, read_removal
+from kvpool.cache.disk.statistics import DiskCounters
+from kvpool.cache.key import CacheKey
+
+
+@dataclass(slots=True)
+class _Findings:
+    entries: list[tuple[float, str, DiskEntry]] = field(default_factory=list)
+    clear: list[str] = field(default_factory=list)
+
+
+def scan(folder: Folder, index: DiskIndex, counters: DiskCounters) -> list[Removal]:
+    """Enter all caches of a folder into an empty index, oldest first; returns removals that cannot be completed yet.
+
+    Blocks. Opens no file but those of decided removals. Incomplete files and files that bear our suffix and are not
+    ours are removed; what else lies in the folder is not touched. The order of use is not on disk: after a start, the
+    order in which files were written stands for it (by name within a tick of the store's clock).
+    """
+    top = list(folder.list(""))
+    removals = _complete_removals(folder, top, counters)
+    doomed = {entry.path for removal in removals for entry in removal.entries}
+    findings = _Findings()
+    for found in top:
+        if found.is_folder and parse_space(found.name) is not None:
+            _read_space(folder, found.name, doomed, findings, counters)
+        elif not found.is_folder and is_ours(found.name) and parse_removal(found.name) is None:
+            _clear(found.name, findings, counters)
+    findings.entries.sort(key=lambda item: item[:2])
+    for _, path, entry in findings.entries:
+        if index.get(entry.key) is not None:  # a name that somebody made by hand: one key has one size and one parent
+            counters.count_bad("name", path)
+            findings.clear.append(path)
+            continue
+        index.add(entry)
+    for path in findings.clear:
+        _remove(folder, path, counters)
+    _fit(folder, index, counters)
+    return removals
+
+
+def _complete_removals(folder: Folder, top: list[Found], counters: DiskCounters) -> list[Removal]:
+    left: list[Removal] = []
+    for found in top:
+        number = None if found.is_folder else parse_removal(found.name)
+        if number is None:
+            continue
+        # An error here fails the start: without knowing what was to be removed, nothing may be read.
+        removal = read_removal(folder, number, found.size_bytes)
+        if removal is None:
+            counters.count_bad("removal", found.name)
+            folder.remove(found.name)
+            continue
+        try:
+            removal.complete(folder)
+        except Exception as error:  # noqa: BLE001  drivers raise what they like
+            counters.count_error(f"completing the removal {found.name}", error)
+            left.append(removal)
+    return left
+
+
+def _read_space(folder: Folder, space: str, doomed: set[str], findings: _Findings, counters: DiskCounters) -> None:
+    names = parse_space(space) or ("", "")  # one pair of strings for all keys
+    try:
+        for found in folder.list(space):
+            path = f"{space}/{found.name}"
+            if found.is_folder or not is_ours(found.name) or path in doomed:
+                continue
+            name = parse_cache(found.name)
+            if name is None:
+                _clear(path, findings, counters)
+                continue
+            entry = DiskEntry(CacheKey(*names, name.block_hash), name.parent, name.payload_bytes)
+            if found.size_bytes == entry.file_bytes:
+                findings.entries.append((found.modified_s, path, entry))
+            else:
+                counters.count_bad("size", path)
+                findings.clear.append(path)
+    except Exception as error:  # noqa: BLE001  one folder that cannot be read does not cost the others
+        counters.count_error(f"reading {space}", error)
+
+
+def _clear(path: str, findings: _Findings, counters: DiskCounters) -> None:
+    if path.endswith(TEMPORARY_SUFFIX):
+        counters.leftover_files += 1
+    else:
+        counters.count_bad("name", path)
+    findings.clear.append(path)
+
+
+def _fit(folder: Folder, index: DiskIndex, counters: DiskCounters) -> None:
+    """Evict what is too much when the budget has become smaller."""
+    for entry in index.victims(0, lambda key: False) or ():
+        if _remove(folder, entry.path, counters):
+            index.drop(entry.key)
+            counters.evicted_files += 1
+
+
+def _remove(folder: Folder, path: str, counters: DiskCounters) -> bool:
+    try:
+        folder.remove(path)
+    except Exception as error:  # noqa: BLE001  drivers raise what they like
+        counters.count_error(f"removing {path}", error)
+        return False
+    return True

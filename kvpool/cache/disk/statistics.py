@@ -1,0 +1,93 @@
+"""Counts of what happened to a disk tier, and the log: one line for each cause."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections import Counter
+from dataclasses import dataclass
+
+logger = logging.getLogger("kvpool.disk")
+
+
+@dataclass(frozen=True, slots=True)
+class DiskStatistics:
+    """A disk tier at one moment; counts are since its start."""
+
+    files: int
+    used_bytes: int
+    """Headers included; also files being written and files that could not be removed."""
+    budget_bytes: int
+    waiting_writes: int
+    """Admitted and not done."""
+    hits: int
+    misses: int
+    """Reads that found nothing, or nothing that could be used."""
+    written_files: int
+    written_bytes: int
+    """Of payloads."""
+    read_bytes: int
+    evicted_files: int
+    removed_files: int
+    """On request."""
+    bad_files: dict[str, int]
+    """Files that were not what their names said, and were removed, by cause: ``size`` (torn, truncated), ``checksum``,
+    ``header``, ``foreign``, ``version``, ``key``, ``missing``, ``name``, ``removal``."""
+    leftover_files: int
+    """Incomplete files of an earlier life that were removed at the start."""
+    errors: dict[str, int]
+    """Operations that the store refused, by cause: ``ENOSPC``, ``EACCES``, or the class of a driver's error."""
+    given_up: dict[str, int]
+    """Writes that were not even tried, by cause: ``queue_full``, ``budget``, ``removed``, ``closed``."""
+
+
+class DiskCounters:
+    """Counts, and logs the first of each cause.
+
+    Parameters
+    ----------
+    url
+        Of the tier, for the log.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self.hits = self.misses = 0
+        self.written_files = self.written_bytes = self.read_bytes = 0
+        self.evicted_files = self.removed_files = self.leftover_files = 0
+        self.bad_files: Counter[str] = Counter()
+        self.errors: Counter[str] = Counter()
+        self.given_up: Counter[str] = Counter()
+
+    def count_error(self, what: str, error: BaseException) -> str:
+        """Count an error of the store; returns its cause."""
+        cause = cause_of(error)
+        self.errors[cause] += 1
+        self._log(self.errors, cause, "%s failed: %s", what, error)
+        return cause
+
+    def count_bad(self, cause: str, path: str) -> None:
+        """Count a file that is not what its name says."""
+        self.bad_files[cause] += 1
+        self._log(self.bad_files, cause, "%s is not used and removed: bad %s", path, cause)
+
+    def count_given_up(self, cause: str) -> None:
+        """Count a write that was not tried."""
+        self.given_up[cause] += 1
+        self._log(self.given_up, cause, "a cache is not stored: %s", cause)
+
+    def _log(self, counts: Counter[str], cause: str, message: str, *values: object) -> None:
+        if counts[cause] == 1:
+            logger.warning("disk tier %s: " + message + " (more of this cause is only counted)", self._url, *values)
+
+
+def cause_of(error: BaseException) -> str:
+    """Return the name under which an error is counted: its errno's, or its class."""
+    number = getattr(error, "errno", None)
+    if isinstance(number, int):
+        return errno.errorcode.get(number, str(number))
+    # Drivers raise the plain classes without a number.
+    return _CAUSES.get(type(error).__name__, type(error).__name__)
+
+
+_CAUSES = {"FileNotFoundError": "ENOENT", "PermissionError": "EACCES"}

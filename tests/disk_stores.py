@@ -1,0 +1,115 @@
+"""Keys and contents for tests of the disk tier, and stores that fail on demand."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from fsspec import register_implementation
+from fsspec.implementations.memory import MemoryFileSystem
+
+from kvpool.cache.disk.folder import Found, folder_at
+from kvpool.cache.disk.tier import DiskTier
+from kvpool.cache.key import CacheKey, encode_block_id
+
+DEADLINE_S = 30.0
+
+
+def key_of(number: int, tenant: str = "default", fingerprint: str = "f") -> CacheKey:
+    return CacheKey(tenant, fingerprint, encode_block_id(number))
+
+
+def content_of(number: int, size_bytes: int = 5000) -> memoryview:
+    return memoryview((number.to_bytes(8, "little") * (size_bytes // 8 + 1))[:size_bytes])
+
+
+async def read(tier: DiskTier, key: CacheKey) -> bytes | None:
+    """What the tier has under a key, or None for a miss."""
+    entry = tier.find(key)
+    into = bytearray(entry.size_bytes if entry else 1)
+    return bytes(into) if await tier.read_into(key, memoryview(into)) else None
+
+
+class Faults:
+    """Errors to raise and gates to wait at, by the name of an operation."""
+
+    def __init__(self) -> None:
+        self.errors: dict[str, BaseException] = {}
+        self.gates: dict[str, threading.Event] = {}
+        self.arrived = threading.Semaphore(0)
+        """Released by each operation that waits at a gate."""
+
+    def check(self, operation: str) -> None:
+        gate = self.gates.get(operation)
+        if gate is not None:
+            self.arrived.release()
+            assert gate.wait(DEADLINE_S), "a gate was never opened"
+        if operation in self.errors:
+            raise self.errors[operation]
+
+
+class FaultyFileSystem(MemoryFileSystem):
+    """``faulty://``: the memory file system, with faults."""
+
+    protocol = ("faulty", "memory")
+    store: dict[str, Any] = {}  # noqa: RUF012
+    pseudo_dirs = [""]  # noqa: RUF012
+    faults = Faults()
+
+    @classmethod
+    def _strip_protocol(cls, path: Any) -> str:
+        return MemoryFileSystem._strip_protocol(str(path).removeprefix("faulty://"))
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **kwargs: Any) -> None:
+        self.faults.check("put")
+        super().pipe_file(path, value, mode, **kwargs)
+        self.faults.check("put_answer")
+
+    def cat_file(self, path: str, start: Any = None, end: Any = None, **kwargs: Any) -> bytes:
+        self.faults.check("get")
+        return super().cat_file(path, start, end, **kwargs)
+
+    def _rm(self, path: str) -> None:
+        self.faults.check("delete")
+        super()._rm(path)
+
+    def ls(self, path: str, detail: bool = True, **kwargs: Any) -> Any:
+        self.faults.check("list")
+        return super().ls(path, detail, **kwargs)
+
+
+class MovingFileSystem(MemoryFileSystem):
+    """``moving://``: the memory file system as one of the stores that need a temporary name."""
+
+    protocol = "moving"
+    store: dict[str, Any] = {}  # noqa: RUF012
+    pseudo_dirs = [""]  # noqa: RUF012
+
+    @classmethod
+    def _strip_protocol(cls, path: Any) -> str:
+        return MemoryFileSystem._strip_protocol(str(path).removeprefix("moving://"))
+
+
+register_implementation("moving", MovingFileSystem, clobber=True)
+register_implementation("faulty", FaultyFileSystem, clobber=True)
+
+
+class FaultyFolder:
+    """Any folder, with faults in its operations."""
+
+    def __init__(self, url: str, faults: Faults) -> None:
+        self._folder, self._faults, self.url = folder_at(url), faults, url
+
+    def __getattr__(self, name: str) -> Any:
+        operation = getattr(self._folder, name)
+
+        def checked(*args: Any) -> Any:
+            self._faults.check(name)
+            return operation(*args)
+
+        return checked
+
+    def list(self, path: str) -> Iterator[Found]:
+        self._faults.check("list")
+        return self._folder.list(path)

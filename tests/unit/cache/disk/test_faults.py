@@ -1,0 +1,335 @@
+"""Stores that fail, vanish or are slow: the tier goes on, counts, and logs once for each cause."""
+
+import asyncio
+import errno
+import shutil
+import threading
+
+import pytest
+from disk_stores import DEADLINE_S, FaultyFolder, content_of, key_of, read
+
+from kvpool.cache.disk.folder import folder_at
+from kvpool.cache.disk.index import DiskEntry
+from kvpool.cache.disk.removal import Removal
+from kvpool.cache.disk.tier import DiskTier
+from kvpool.errors import TierError
+
+FILE = DiskEntry(key_of(0), None, 5000).file_bytes
+URL = "faulty://tier"
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+DENIED = PermissionError(errno.EACCES, "Permission denied")
+
+
+class DriverError(Exception):
+    """What drivers raise: no OSError."""
+
+
+class Killed(BaseException):
+    """Goes through all that catches errors, like the end of the process."""
+
+
+def once(caplog, text):
+    return sum(text in message for message in caplog.messages) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"), [(FULL, "ENOSPC"), (DENIED, "EACCES"), (DriverError("throttled"), "DriverError")]
+)
+async def test_a_store_that_takes_nothing(open_tier, faults, caplog, error, cause):
+    tier = await open_tier(URL)
+    await tier.write_through(key_of(0), None, content_of(0))
+    faults.errors["put"] = error
+    for number in range(1, 4):
+        assert not await tier.write_back(key_of(number), None, content_of(number))
+    with pytest.raises(TierError) as caught:
+        await tier.write_through(key_of(4), None, content_of(4))
+    assert caught.value.details["cause"] == cause
+    assert tier.statistics().errors == {cause: 4}
+    assert once(caplog, str(error))
+    assert [await read(tier, key_of(number)) for number in range(2)] == [content_of(0), None]
+    assert (tier.statistics().files, tier.statistics().used_bytes) == (1, FILE)
+    faults.errors.clear()
+    assert await tier.write_back(key_of(1), None, content_of(1))
+    assert await read(tier, key_of(1)) == content_of(1)
+
+
+async def test_a_store_that_gives_nothing_costs_misses_and_no_files(open_tier, faults, caplog):
+    tier = await open_tier(URL)
+    await tier.write_through(key_of(0), None, content_of(0))
+    faults.errors["get"] = DriverError("timed out")
+    assert [await read(tier, key_of(0)) for _ in range(3)] == [None] * 3
+    assert (tier.statistics().errors, tier.statistics().misses) == ({"DriverError": 3}, 3)
+    assert once(caplog, "timed out")
+    faults.errors.clear()
+    assert await read(tier, key_of(0)) == content_of(0)
+
+
+async def test_a_put_that_was_done_and_reported_as_failed_does_not_come_back_after_a_removal(open_tier, faults):
+    tier = await open_tier(URL)
+    faults.errors.update(put_answer=DriverError("connection lost"), delete=DriverError("connection lost"))
+    assert not await tier.write_back(key_of(0), None, content_of(0))
+    faults.errors.clear()
+    assert await tier.remove([key_of(0)]) == 1
+    await tier.close()
+    tier = await open_tier(URL)
+    assert await read(tier, key_of(0)) is None
+
+
+async def test_a_folder_removed_under_the_tier(open_tier, tmp_path, caplog):
+    gone = []
+    folder = tmp_path / "tier"
+    tier = await open_tier(str(folder), on_gone=gone.extend)
+    for number in range(3):
+        await tier.write_through(key_of(number), None, content_of(number))
+    shutil.rmtree(folder)
+    assert [await read(tier, key_of(number)) for number in range(2)] == [None, None]
+    assert gone == [key_of(0), key_of(1)]
+    assert not await tier.write_back(key_of(5), None, content_of(5))
+    with pytest.raises(TierError):  # it is entered, but no longer there: not acknowledged again
+        await tier.write_through(key_of(2), None, content_of(2))
+    assert tier.statistics().errors == {"ENOENT": 4}
+    assert once(caplog, "No such file")
+    assert not folder.exists(), "a mount point is not filled while its disk is away"
+    assert tier.statistics().files == 0
+
+
+async def test_a_durable_write_of_what_somebody_deleted_is_written_again(open_tier, tmp_path):
+    tier = await open_tier(str(tmp_path))
+    await tier.write_through(key_of(0), None, content_of(0))
+    (tmp_path / tier.find(key_of(0)).path).unlink()
+    await tier.write_through(key_of(0), None, content_of(0))
+    assert await read(tier, key_of(0)) == content_of(0)
+
+
+async def test_a_disk_that_cannot_sync_names_acknowledges_nothing(open_tier, tmp_path, faults):
+    tier = await open_tier(FaultyFolder(str(tmp_path), faults))
+    faults.errors["sync"] = OSError(errno.EIO, "Input/output error")
+    assert await tier.write_back(key_of(0), None, content_of(0))
+    for _ in range(2):
+        with pytest.raises(TierError):
+            await tier.write_through(key_of(0), None, content_of(0))
+    faults.errors.clear()
+    await tier.write_through(key_of(0), None, content_of(0))
+
+
+async def test_what_cannot_be_evicted_keeps_its_room_and_goes_first_later(open_tier, faults):
+    gone = []
+    tier = await open_tier(URL, 2 * FILE, on_gone=gone.extend)
+    for number in range(2):
+        await tier.write_back(key_of(number), None, content_of(number))
+    faults.errors["delete"] = DENIED
+    assert not await tier.write_back(key_of(2), None, content_of(2))
+    assert (tier.statistics().used_bytes, tier.statistics().evicted_files, gone) == (2 * FILE, 0, [])
+    assert await read(tier, key_of(1)) == content_of(1)
+    faults.errors.clear()
+    assert await tier.write_back(key_of(2), None, content_of(2))
+    assert gone == [key_of(0)]
+
+
+async def test_a_bad_file_that_cannot_be_removed_stays_a_miss(open_tier, tmp_path, faults):
+    tier = await open_tier(FaultyFolder(str(tmp_path), faults))
+    await tier.write_through(key_of(0), None, content_of(0))
+    (tmp_path / tier.find(key_of(0)).path).write_bytes(b"?" * FILE)
+    faults.errors["remove"] = DENIED
+    assert [await read(tier, key_of(0)) for _ in range(2)] == [None, None]
+    assert (tier.statistics().bad_files, tier.statistics().errors) == ({"foreign": 2}, {"EACCES": 2})
+
+
+@pytest.mark.parametrize("operation", ["open", "list"])
+async def test_a_folder_that_cannot_be_used_fails_the_start_with_its_cause(tmp_path, faults, operation):
+    faults.errors[operation] = DENIED
+    tier = DiskTier(FaultyFolder(str(tmp_path), faults), 1 << 20)
+    with pytest.raises(TierError, match="Permission denied") as caught:
+        await tier.start()
+    assert caught.value.details["cause"] == "EACCES"
+    faults.errors.clear()
+    again = DiskTier(folder_at(str(tmp_path)), 1 << 20)
+    await again.start()
+    await again.close()
+
+
+async def test_a_start_that_is_cancelled_gives_the_folder_back(open_tier, tmp_path, faults):
+    gate = faults.gates["list"] = threading.Event()
+    starting = asyncio.ensure_future(DiskTier(FaultyFolder(str(tmp_path), faults), 1 << 20).start())
+    await arrival(faults)
+    starting.cancel()
+    gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    await open_tier(str(tmp_path))
+
+
+async def test_a_file_in_place_of_the_folder(tmp_path):
+    (tmp_path / "tier").write_bytes(b"")
+    with pytest.raises(TierError, match="cannot be used"):
+        await DiskTier(folder_at(str(tmp_path / "tier")), 1 << 20).start()
+
+
+# -- removals ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_decided_removal_holds_over_a_restart_though_the_files_could_not_be_removed(open_tier, faults):
+    tier = await open_tier(URL)
+    for number in range(3):
+        await tier.write_through(key_of(number), None, content_of(number))
+    faults.errors["delete"] = DENIED
+    assert await tier.remove([key_of(0), key_of(1)]) == 2
+    for _ in range(2):
+        assert [await read(tier, key_of(number)) for number in range(3)] == [None, None, content_of(2)]
+        assert not await tier.write_back(key_of(0), None, content_of(0)), "the next start would remove it"
+        assert (tier.statistics().files, tier.statistics().used_bytes) == (1, 3 * FILE)
+        await tier.close()
+        tier = await open_tier(URL)
+    faults.errors.clear()
+    await tier.write_through(key_of(0), None, content_of(0))
+    await tier.close()
+    tier = await open_tier(URL)
+    assert [await read(tier, key_of(number)) for number in range(3)] == [content_of(0), None, content_of(2)]
+    assert tier.statistics().used_bytes == 2 * FILE
+
+
+async def test_a_removal_that_can_neither_be_noted_nor_done_says_so_and_can_be_repeated(open_tier, faults):
+    tier = await open_tier(URL)
+    await tier.write_through(key_of(0), None, content_of(0))
+    faults.errors.update(put=FULL, delete=DENIED)
+    for _ in range(2):
+        with pytest.raises(TierError, match="call again"):
+            await tier.remove([key_of(0)])
+        assert await read(tier, key_of(0)) is None
+    del faults.errors["delete"]  # a full store still lets things go
+    await tier.remove([key_of(0)])
+    faults.errors.clear()
+    await tier.close()
+    tier = await open_tier(URL)
+    assert await read(tier, key_of(0)) is None
+
+
+async def test_a_crash_between_deciding_and_removing_is_made_good_by_the_next_start(open_tier, tmp_path, faults):
+    tier = await open_tier(FaultyFolder(str(tmp_path), faults))
+    for number in range(3):
+        await tier.write_through(key_of(number), None, content_of(number))
+    folder = FaultyFolder(str(tmp_path), faults)
+    removal = Removal(0, [tier.find(key_of(0)), tier.find(key_of(1))])
+    removal.decide(folder)
+    faults.errors["remove"] = Killed()
+    with pytest.raises(Killed):
+        removal.complete(folder)
+    await tier.close()
+    tier = await open_tier(str(tmp_path))
+    assert [await read(tier, key_of(number)) for number in range(3)] == [None, None, content_of(2)]
+
+
+async def test_a_corrupt_note_of_a_removal_is_counted_and_goes(open_tier, tmp_path):
+    (tmp_path / "3.kvremoved").write_bytes(b"kvpool removal 1\nx" + bytes(16))
+    tier = await open_tier(str(tmp_path))
+    assert tier.statistics().bad_files == {"removal": 1}
+    assert not (tmp_path / "3.kvremoved").exists()
+
+
+# -- slow stores ------------------------------------------------------------------------------------------------------
+
+
+async def arrival(faults):
+    assert await asyncio.to_thread(faults.arrived.acquire, True, DEADLINE_S)
+
+
+async def test_a_slow_store_costs_caches_never_the_event_loop(open_tier, faults, caplog):
+    tier = await open_tier(URL, threads=2, queue_limit=4)
+    gate = faults.gates["put"] = threading.Event()
+    writes = [asyncio.ensure_future(tier.write_back(key_of(n), None, content_of(n))) for n in range(4)]
+    for _ in range(2):
+        await arrival(faults)
+    durable = asyncio.ensure_future(tier.write_through(key_of(8), None, content_of(8)))
+    for number in (9, 10):
+        assert not await tier.write_back(key_of(number), None, content_of(number))
+    assert tier.statistics().given_up == {"queue_full": 2}
+    assert once(caplog, "queue_full")
+    assert tier.statistics().waiting_writes == 4
+    assert not durable.done()
+    gate.set()
+    assert await asyncio.gather(*writes) == [True] * 4
+    await durable
+    assert tier.statistics().files == 5
+    assert tier.statistics().waiting_writes == 0
+
+
+async def test_reads_do_not_wait_behind_slow_writes_and_are_bounded(open_tier, faults):
+    tier = await open_tier(URL, threads=1, queue_limit=2)
+    await tier.write_through(key_of(0), None, content_of(0))
+    gate = faults.gates["put"] = threading.Event()
+    write = asyncio.ensure_future(tier.write_back(key_of(1), None, content_of(1)))
+    await arrival(faults)
+    assert await read(tier, key_of(0)) == content_of(0)
+    gate.set()
+    assert await write
+    gate = faults.gates["get"] = threading.Event()
+    reads = [asyncio.ensure_future(read(tier, key_of(n))) for n in (0, 1)]
+    await arrival(faults)
+    assert await read(tier, key_of(0)) is None, "as many reads wait as may"
+    gate.set()
+    assert await asyncio.gather(*reads) == [content_of(0), content_of(1)]
+
+
+async def test_a_cancelled_call_keeps_the_memory_until_its_thread_is_done(open_tier, faults):
+    tier = await open_tier(URL, threads=1)
+    gate = faults.gates["put"] = threading.Event()
+    running, waiting = [
+        asyncio.ensure_future(tier.write_through(key_of(number), None, content_of(number))) for number in range(2)
+    ]
+    await arrival(faults)
+    for write in (running, waiting):
+        write.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert not running.done()
+    gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert [await read(tier, key_of(number)) for number in range(2)] == [content_of(0), None]
+    assert tier.statistics().waiting_writes == 0
+
+
+async def test_a_removal_outlasts_a_write_of_the_same_key_that_is_under_way_and_one_that_waits(open_tier, faults):
+    tier = await open_tier(URL, threads=1)
+    gate = faults.gates["put"] = threading.Event()
+    under_way = asyncio.ensure_future(tier.write_through(key_of(0), None, content_of(0)))
+    await arrival(faults)
+    waits = asyncio.ensure_future(tier.write_through(key_of(0), None, content_of(0)))
+    await asyncio.sleep(0)
+    removal = asyncio.ensure_future(tier.remove([key_of(0)]))
+    await asyncio.sleep(0)
+    later = asyncio.ensure_future(tier.write_back(key_of(0), None, content_of(0)))
+    gate.set()
+    await under_way
+    with pytest.raises(TierError, match="removed meanwhile"):
+        await waits
+    assert await removal == 1
+    assert await later, "a write that was asked for after the removal holds"
+    assert await read(tier, key_of(0)) == content_of(0)
+
+
+async def test_a_file_being_read_is_not_evicted(open_tier, faults):
+    tier = await open_tier(URL, 2 * FILE)
+    for number in range(2):
+        await tier.write_back(key_of(number), None, content_of(number))
+    gate = faults.gates["get"] = threading.Event()
+    reading = asyncio.ensure_future(read(tier, key_of(0)))
+    await arrival(faults)
+    assert await tier.write_back(key_of(2), None, content_of(2))
+    assert tier.find(key_of(1)) is None, "the least recently used that nobody reads"
+    gate.set()
+    assert await reading == content_of(0)
+
+
+async def test_closing_finishes_what_runs_and_gives_up_what_waits(open_tier, faults):
+    tier = await open_tier(URL, threads=1)
+    gate = faults.gates["put"] = threading.Event()
+    writes = [asyncio.ensure_future(tier.write_back(key_of(n % 2), None, content_of(n % 2))) for n in range(4)]
+    await arrival(faults)
+    closing = asyncio.ensure_future(tier.close())
+    await asyncio.sleep(0)
+    gate.set()
+    await closing
+    assert await asyncio.gather(*writes) == [True, False, False, False]
+    assert tier.statistics().given_up == {"closed": 3}
