@@ -45,7 +45,7 @@ def concurrency(json_path: str | None) -> None:
     show_default=True,
     help="Where to write 0.6 GiB for a while: a folder on the disk to be measured.",
 )
-@_JSON
+@JSON
 def disk(folder: Path, json_path: str | None) -> None:
     """Time the disk tier: writing and reading back, beside dd of the same bytes in the same folder."""
     from kvpool.bench import disk as benchmark
