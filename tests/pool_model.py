@@ -23,7 +23,6 @@ from kvpool.errors import (
     CapacityError,
     DeviceLostError,
     DoubleReleaseError,
-    InvalidatedError,
     InvalidRequestError,
     InvalidSizeError,
     KvpoolError,
@@ -110,6 +109,8 @@ class PoolModel:
         self.cancelled: set[int] = set()
         self.void: set[int] = set()
         """Ids of caches whose content has been invalidated, from that moment on."""
+        self.sealing: Counter[int] = Counter()
+        """Seals of each cache that are not answered yet."""
         self.invalidated: list[tuple[str, str, set[bytes] | None]] = []
         """Each invalidation: tenant, model, keys."""
         self.ghosts: dict[str, list[Made]] = {}
@@ -367,7 +368,10 @@ class PoolModel:
     # -- sealing and sharing ------------------------------------------------------------------------------------------
 
     def seal(self, name: str, model: str, ids: Sequence[int], keys: Sequence[bytes], *, finish: bool) -> None:
+        if any(self.sealing[cache_id] for cache_id in ids):
+            return  # were the first refused for a cache beside it, the second would decide on the key
         process = self.clients[name]
+        self.sealing.update(ids)
         sure = set(process.sure())
         for cache_id, key in zip(ids, keys, strict=True):
             made = self.made[cache_id]
@@ -396,6 +400,7 @@ class PoolModel:
         answers: list[Any],
     ) -> None:
         (answer,) = answers
+        self.sealing.subtract(ids)
         assert not void or answer[0] == "error", "what was asked for before an invalidation is not sealed after it"
         if finish:
             process.finishing.difference_update(ids)
@@ -407,9 +412,10 @@ class PoolModel:
             of_size = all(self.made[i].size_bytes == BLOCK_BYTES[model] for i in ids if i in self.made)
             void |= {i for i, k in zip(ids, keys, strict=True) if self._was_invalidated(process.tenant, model, k)}
             assert not mine or not of_size or void or not self._is_here(process, ids), "only a block's size has a key"
-            if mine and _error(answer, InvalidatedError):
-                for cache_id in ids:  # one that is void spoils it for all: the others may be sealed without it
-                    self.made[cache_id].asked = None
+            for cache_id, key in zip(ids, keys, strict=True):  # one that is refused spoils it for all
+                made = self.made.get(cache_id)
+                if made is not None and made.maker == process.name and made.asked == (process.tenant, model, key):
+                    made.asked = made.asked if made.sealed else None  # it may be sealed without the others
             return
         for cache_id, key, outcome in zip(ids, keys, answer[1], strict=True):
             made = self.made[cache_id]

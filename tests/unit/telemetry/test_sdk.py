@@ -235,7 +235,7 @@ def test_a_command_is_a_span_and_its_warnings_have_the_ids_of_it():
 def test_a_question_of_the_command_line_carries_its_trace(provider, monkeypatch):
     asked = []
 
-    async def ask(_name, _method, _tenant, questions):
+    def ask(_name, _method, _tenant, questions):
         asked.extend(questions)
         return [("contains", {"blocks": 0, "devices": {}})]
 
