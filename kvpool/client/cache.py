@@ -80,9 +80,7 @@ class VirtualKVCache:
     async def map(self) -> None:
         """Map the cache's pages in this process (done before the cache is handed to the caller)."""
         with self._lease.given_back_on_failure():
-            await self._connection.map(
-                [self._device], [(self._offset, self._pages, self.generation)], self._access(None)
-            )
+            await self._connection.map_pages(self._device, self._pages, self._access(None))
 
     @property
     def blocks(self) -> tuple[CacheBlock, ...]:

@@ -265,20 +265,21 @@ class Connection:
 
     async def map(self, devices: Sequence[int], places: Sequence[Place], access: Access) -> None:
         """Map the pages of these places; off the event loop when the owner must be asked."""
-        try:
-            await self._map(devices, places, access)
-        except InvalidRequestError:  # the arenas are closed
-            self.check_not_revoked()
-            raise
-
-    async def _map(self, devices: Sequence[int], places: Sequence[Place], access: Access) -> None:
         wanted: dict[int, dict[tuple[int, int], None]] = {}
         for device, place in zip(devices, places, strict=True):
             wanted.setdefault(device, {}).update(dict.fromkeys(place[1]))
         for device, pages in wanted.items():
-            arena = self.arenas[device]
-            if not arena.is_mapped(list(pages), access):
-                await asyncio.to_thread(arena.ensure, list(pages), access)
+            await self.map_pages(device, list(pages), access)
+
+    async def map_pages(self, device: int, pages: Sequence[tuple[int, int]], access: Access) -> None:
+        """Map these pages of one device, each named once."""
+        arena = self.arenas[device]
+        try:
+            if not arena.is_mapped(pages, access):
+                await asyncio.to_thread(arena.ensure, pages, access)
+        except InvalidRequestError:  # the arenas are closed
+            self.check_not_revoked()
+            raise
 
     # -- leases that an administrator ended -----------------------------------------------------------------------
 

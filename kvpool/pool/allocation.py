@@ -57,13 +57,17 @@ class Allocations:
         client = ledger.client(client_id)
         ledger.counters.requests += len(items)
         orders = Orders()
+        checked: tuple[Any, ...] | None = None  # what a batch asks for is mostly the same thing many times over
         for item, (sequence, model, size_bytes, max_size_bytes, timeout_s, trace) in enumerate(items):
+            asked = (model, size_bytes, max_size_bytes, timeout_s)
             try:
                 request = CacheRequest(
                     client, ledger.model(client, model), sequence, size_bytes, max_size_bytes, timeout_s,
                     now + timeout_s, batch, item, trace, now, born=ledger.invalidations,
                 )  # fmt: skip
-                self._check(request)
+                if asked != checked:
+                    self._check(request)
+                    checked = asked
             except KvpoolError as error:
                 self._ledger.refuse(batch, item, error)
                 continue

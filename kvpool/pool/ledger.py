@@ -86,7 +86,7 @@ class Writer(NamedTuple):
     born: int
     """How many invalidations there had been when it was asked for."""
     planned: bytes | None
-    """Hash of the block that it was asked for."""
+    """Hash of the block that it was asked for; None: it is no block."""
 
 
 @dataclass(slots=True)
@@ -304,15 +304,16 @@ class Ledger:
         now: float,
         *,
         born: int | None = None,
-        planned: bytes | None = None,
     ) -> int:
-        """Enter a cache that ``client`` will write, for the block ``planned`` if it is one; returns its row.
+        """Enter a cache that ``client`` will write; returns its row.
 
         ``born``: how many invalidations there had been when it was asked for, if that was not now.
         """
         footprint_bytes = device.footprint_bytes(size_bytes, max_size_bytes)
-        row = self.index.add(space, footprint_bytes, device.number, parent_row, now=now)
-        self._enter(client, [row], [planned], size_bytes, self.invalidations if born is None else born)
+        index = self.index
+        row = index.add(space, footprint_bytes, device.number, parent_row, now=now)
+        index.asked_bytes[row] = size_bytes
+        self.writers[index.id_of(row)] = Writer(client.id, self.invalidations if born is None else born, None)
         return row
 
     def add_chain(
@@ -331,16 +332,11 @@ class Ledger:
         rows = self.index.add_chain(
             space, footprint_bytes, device.number, len(planned), parent_row, now=now, chain=chain
         )
-        self._enter(client, rows, planned, size_bytes, self.invalidations)
-        return rows
-
-    def _enter(
-        self, client: Client, rows: Sequence[int], planned: Sequence[bytes | None], size_bytes: int, born: int
-    ) -> None:
         index, writers = self.index, self.writers
         for row, key in zip(rows, planned, strict=True):
             index.asked_bytes[row] = size_bytes
-            writers[index.id_of(row)] = Writer(client.id, born, key)
+            writers[index.id_of(row)] = Writer(client.id, self.invalidations, key)
+        return rows
 
     def forget(self, cache_id: int) -> None:
         """Take a cache off the books, unless it is off already (its client's death may have been first)."""
