@@ -25,6 +25,9 @@ _MOST_CONCURRENT = 20_000
 """Calls of one actor in flight at most. No call waits for memory, so this bounds long polls: one a client or device."""
 
 
+_KNOCK_S = 5.0
+"""How long a named address may take to accept a connection, seconds."""
+
 _END_S = 30.0
 """How long the end of a killed actor may take, seconds."""
 
@@ -61,9 +64,17 @@ def ensure_ray(*, start: Callable[[], Any] | None = None) -> None:
         )
     if ray.is_initialized():
         return
+    address = os.environ.get("RAY_ADDRESS", "auto")
+    try:
+        knock(address)
+    except OSError as error:
+        raise PoolNotFoundError(
+            f"nobody answers at RAY_ADDRESS={address} ({error}): name the head's address and port, or unset it; "
+            "'kvpool doctor' says more"
+        ) from error
     try:
         ray.init(
-            address=os.environ.get("RAY_ADDRESS", "auto"),
+            address=address,
             namespace=NAMESPACE,
             log_to_driver=False,
             logging_level=logging.WARNING,
@@ -72,9 +83,16 @@ def ensure_ray(*, start: Callable[[], Any] | None = None) -> None:
         if start is None:
             raise PoolNotFoundError(
                 f"there is no Ray cluster to find a pool in ({error}); start one with 'ray start --head', or call "
-                "ray.init() first"
+                "ray.init() first. Does it want a token ('export RAY_AUTH_MODE=token')? 'kvpool doctor' knows"
             ) from error
         start()
+
+
+def knock(address: str) -> None:
+    """Raise OSError if ``address`` is a ``HOST:PORT`` at which nobody listens: Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if port.isdigit() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_S).close()
 
 
 def start_local_ray() -> None:

@@ -54,8 +54,17 @@ def format_key(key: bytes) -> str:
     return _HASH + key.hex()
 
 
+def _configured_name() -> str:
+    """Return the name under which ``kvpool start`` would start a pool here: so the other commands mean the same one."""
+    from kvpool.config import load_config
+
+    return load_config().name
+
+
 JSON = click.option("--json", "json_path", metavar="FILE", help="Write JSON to FILE ('-': standard output) instead.")
-NAME = click.option("--name", default="kvpool", show_default=True, help="Name of the pool.")
+NAME = click.option(
+    "--name", default=_configured_name, help="Name of the pool.  [default: that of KVPOOL_NAME or kvpool.yaml, kvpool]"
+)
 TENANT = click.option("--tenant", help="Only this tenant's.  [default: all]")
 
 _MODEL_HELP = "Name of a model, or its number from 'kvpool ls': --model=#3."

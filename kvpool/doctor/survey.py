@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import os
 import pickle
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,6 @@ from kvpool.doctor.facts import Facts, gather, greet
 from kvpool.errors import KvpoolError, PoolNotFoundError
 
 _SURVEY_S = 90.0
-_KNOCK_S = 5.0
 _NODE_S = 40.0
 _POOL_S = 15.0
 
@@ -83,11 +81,11 @@ def survey(sockets: list[Path]) -> Survey:
 
 
 async def _survey(sockets: list[Path]) -> Survey:
-    from kvpool.actors.cluster import ensure_ray, node_addresses, node_ids, pool_names
+    from kvpool.actors.cluster import ensure_ray, knock, node_addresses, node_ids, pool_names
 
     named = os.environ.get("RAY_ADDRESS", "auto")
     try:
-        _knock(named)
+        knock(named)
         ensure_ray()
     except PoolNotFoundError as error:
         absent = "Could not find any running Ray instance" in str(error.__cause__)
@@ -102,13 +100,6 @@ async def _survey(sockets: list[Path]) -> Survey:
     hosts = frozenset(names[node] for node in node_ids() if node in names)
     pools = await asyncio.gather(*(_ask_pool(name) for name in pool_names()))
     return Survey(nodes=dict(zip(names.values(), facts, strict=True)), hosts=hosts, pools=list(pools))
-
-
-def _knock(address: str) -> None:
-    """Raise OSError if nobody listens at ``HOST:PORT``: Ray itself would try for over a minute."""
-    host, _, port = address.rpartition(":")
-    if port.isdigit() and "/" not in host:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_S).close()
 
 
 async def _ask_node(node: str, sockets: list[Path]) -> Facts | str:

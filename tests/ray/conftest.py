@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def local_ray() -> Iterator[None]:
     """A Ray of this test session. Model processes are shipped to it by value: workers cannot import test modules."""
     ray.cloudpickle.register_pickle_by_value(model_process)
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, namespace="kvpool")
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, namespace="kvpool")
     yield
     ray.shutdown()
 

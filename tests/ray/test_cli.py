@@ -13,10 +13,10 @@ from click.testing import CliRunner
 from command_line import Cli, call_process
 
 from kvpool import CachePool
-from kvpool.actors.cluster import pool_names
+from kvpool.actors.cluster import ensure_ray, pool_names
 from kvpool.cli import main
 from kvpool.client import delete
-from kvpool.errors import ProtocolError
+from kvpool.errors import PoolNotFoundError, ProtocolError
 from kvpool.workload import generate, unique_blocks
 
 MIB = 1 << 20
@@ -218,3 +218,21 @@ async def test_a_pool_is_started_from_a_node_that_has_no_devices(
     monkeypatch.delenv("KVPOOL_HOST")
     async with await CachePool.connect(name) as pool:
         await pool.delete()
+
+
+async def test_every_command_means_the_pool_of_the_configuration(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "kvpool.yaml").write_text(f"name: {name}\ndevices: host:1x4MiB\n", encoding="utf-8")
+    for command in (["start"], ["status", "--json", "-"], ["stop"]):
+        done = await asyncio.to_thread(CliRunner().invoke, main, command)
+        assert done.exit_code == 0, done.output
+    assert name not in pool_names()
+
+
+def test_an_address_at_which_nobody_listens_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6")
+    with pytest.raises(PoolNotFoundError, match=r"nobody answers at RAY_ADDRESS=127\.0\.0\.1:6"):
+        ensure_ray(start=pytest.fail)
