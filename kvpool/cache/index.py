@@ -220,10 +220,11 @@ class CacheIndex(CacheTable):
     def publish_all(self, rows: Sequence[int], hashes: Sequence[BlockHash]) -> None:
         """Seal and :meth:`publish` several caches."""
         flags, pins, spaces, known = self.flags, self.pins, self._space, self._hashes
+        void, by_hash = self._void, self._rows_by_hash
         for row, block_hash in zip(rows, hashes, strict=True):
-            if not pins[row] or flags[row] & KEYED or not flags[row] or spaces[row] in self._void:
+            if not pins[row] or flags[row] & KEYED or not flags[row] or (void and spaces[row] in void):
                 ensure(False, "publishing a cache that is gone, has a key or has no holder", row=row)
-            holder = self._rows_by_hash[spaces[row]].setdefault(block_hash, row)
+            holder = by_hash[spaces[row]].setdefault(block_hash, row)
             if holder != row:
                 ensure(False, "publishing under a key that is taken", row=row, holder=holder)
             known[row] = block_hash

@@ -127,6 +127,7 @@ class LeafFirstLRU(CacheEvictionPolicy):
         if device >= len(self._first):
             return
         parent, children, devices, stamp = self._parent, self._children, self._device, self._stamp
+        before, after = self._before, self._after
         exposed = self._exposed[device]
         self._drop_dead(exposed)
         copied = False  # of many exposed rows mostly the first few are asked for
@@ -134,14 +135,17 @@ class LeafFirstLRU(CacheEvictionPolicy):
         gone: dict[int, int] = {}  # children of parked rows among those yielded
         linked = self._first[device]
         while exposed or freed or linked >= 0:
-            entry = min(
-                stamp[linked] << _ROW_BITS | linked if linked >= 0 else _LAST,
-                exposed[0] if exposed else _LAST,
-                freed[0] if freed else _LAST,
-            )
-            row = entry & ((1 << _ROW_BITS) - 1)
+            if not exposed and not freed:
+                row = entry = linked
+            else:
+                entry = min(
+                    stamp[linked] << _ROW_BITS | linked if linked >= 0 else _LAST,
+                    exposed[0] if exposed else _LAST,
+                    freed[0] if freed else _LAST,
+                )
+                row = entry & ((1 << _ROW_BITS) - 1)
             if row == linked:
-                linked = self._after[linked]
+                linked = after[linked]
             elif freed and freed[0] == entry:
                 heappop(freed)
             else:
@@ -151,7 +155,7 @@ class LeafFirstLRU(CacheEvictionPolicy):
                     heappop(exposed)
             yield row
             above = parent[row]
-            if above >= 0 and devices[above] == device and stamp[above] and self._before[above] == _UNLINKED:
+            if above >= 0 and devices[above] == device and stamp[above] and before[above] == _UNLINKED:
                 gone[above] = gone.get(above, 0) + 1
                 if gone[above] == children[above]:
                     heappush(freed, stamp[above] << _ROW_BITS | above)
