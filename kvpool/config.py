@@ -6,7 +6,7 @@ import os
 import re
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml  # type: ignore[import-untyped]
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
@@ -49,6 +49,15 @@ class DevicePlan(NamedTuple):
 PowerOfTwoBytes = Annotated[int, BeforeValidator(parse_size), AfterValidator(_power_of_two)]
 
 
+class TierPlan(NamedTuple):
+    """What lies below one device. Built-in types only."""
+
+    host_bytes: int
+    disk_url: str | None
+    disk_bytes: int
+    write_policy: str
+
+
 class PoolConfig(BaseSettings):
     """What a pool is made of. Frozen; unknown keys are refused.
 
@@ -72,7 +81,19 @@ class PoolConfig(BaseSettings):
     reserve: float = Field(0.5, ge=0.0, le=1.0, description="share of a device that may be kept as warm pages")
     policy: str = Field("lru", description="eviction policy: a name, or module:name of one's own")
     placement: str = Field("least_loaded", description="which device a new cache goes to")
-    gc_threshold: float = Field(0.8, gt=0.0, le=1.0, description="kept for eviction ahead of need, not in this version")
+    gc_threshold: float = Field(
+        0.8, gt=0.0, le=1.0, description="share of a device in use from which on what goes next is copied down ahead"
+    )
+    host_memory: SizeBytes | None = Field(
+        None, description="bytes of host memory below each device, for what is evicted there; by default none"
+    )
+    disk_url: str | None = Field(
+        None, description="folder or fsspec URL for what is evicted from memory, or is to survive; by default none"
+    )
+    disk_budget: SizeBytes = Field(10 * 1024 * MIB, description="most bytes of the disk tier of each device")
+    write_policy: Literal["write_back", "write_through", "none"] = Field(
+        "write_back", description="what goes to disk: what is evicted, also each put before it is answered, or nothing"
+    )
     queue_limit: int = Field(10_000, ge=1, description="most requests that may wait for memory")
     timeout_s: float = Field(
         30.0, gt=0.0, allow_inf_nan=False, description="how long a request waits for memory unless it says otherwise"
@@ -151,6 +172,11 @@ class PoolConfig(BaseSettings):
                     "larger or the page smaller"
                 )
         return plans
+
+    def tier_plan(self, device: str) -> TierPlan:
+        """Return what lies below a device; each has a folder of its own."""
+        url = None if self.disk_url is None else f"{self.disk_url.rstrip('/')}/{self.name}/{device}"
+        return TierPlan(self.host_memory or 0, url, self.disk_budget, self.write_policy)
 
     def socket_path(self, number: int, epoch: int) -> Path:
         """Return where a device listens. ``epoch`` tells the private folders of one name's pools apart."""

@@ -86,9 +86,9 @@ class VirtualKVCache:
         """See :meth:`kvpool.VirtualKVCache.tensor`."""
         return self._cache.tensor(dtype, shape, offset_bytes=offset_bytes, access=access)
 
-    def seal(self, key: bytes | str | None = None) -> None:
+    def seal(self, key: bytes | str | None = None, *, durable: bool = False) -> None:
         """See :meth:`kvpool.VirtualKVCache.seal`."""
-        _run(self._cache.seal, key)
+        _run(self._cache.seal, key, durable=durable)
 
     def info(self) -> dict[str, Any]:
         """See :meth:`kvpool.VirtualKVCache.info`."""
@@ -153,6 +153,16 @@ class PrefixHit(_LeasedBlocks):
 
     def __init__(self, hit: client.PrefixHit) -> None:
         super().__init__(hit)
+        self._hit = hit
+
+    @property
+    def coming(self) -> int:
+        """How many blocks behind these lie in lower tiers, and are being brought up."""
+        return self._hit.coming
+
+    def fetch(self, *, timeout_s: float | None = None) -> int:
+        """See :meth:`kvpool.PrefixHit.fetch`."""
+        return _run(self._hit.fetch, timeout_s=timeout_s)
 
     def __enter__(self) -> PrefixHit:
         return self
@@ -180,13 +190,13 @@ class NewBlocks(_LeasedBlocks):
         """Hashes of the new blocks, in their order."""
         return self._blocks.hashes
 
-    def seal(self) -> None:
+    def seal(self, *, durable: bool = False) -> None:
         """See :meth:`kvpool.NewBlocks.seal`."""
-        _run(self._blocks.seal)
+        _run(self._blocks.seal, durable=durable)
 
-    def finish(self) -> None:
+    def finish(self, *, durable: bool = False) -> None:
         """See :meth:`kvpool.NewBlocks.finish`."""
-        _run(self._blocks.finish)
+        _run(self._blocks.finish, durable=durable)
 
     def __enter__(self) -> NewBlocks:
         return self
@@ -245,9 +255,12 @@ class Model:
         *,
         parent: bytes | None = None,
         output_tokens: int | None = None,
+        durable: bool = False,
     ) -> int:
         """See :meth:`kvpool.Model.put_blocks`."""
-        return _run(self._model.put_blocks, hashes, tensors, parent=parent, output_tokens=output_tokens)
+        return _run(
+            self._model.put_blocks, hashes, tensors, parent=parent, output_tokens=output_tokens, durable=durable
+        )
 
 
 class CachePool(BlockingAdministration):

@@ -444,7 +444,7 @@ class PoolModel:
     def _looked_up(
         self, process: Process, keys: list[Key], sure: int, since: tuple[int, int], answers: list[Any]
     ) -> None:
-        ((kind, ids, devices, places, _),) = answers
+        ((kind, ids, devices, places, _, _),) = answers
         assert kind == "hit"
         if not process.alive:
             return

@@ -11,17 +11,23 @@ import contextlib
 import gc
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opentelemetry.trace import NoOpTracerProvider
 
+from kvpool.actors.lower_operations import KINDS, LowerOperations, make_tiers
 from kvpool.actors.priority import run_at_normal_priority
 from kvpool.actors.protocol import host_identity
 from kvpool.actors.spans import OperationSpans
 from kvpool.actors.stream import Stream
+from kvpool.cache.disk.index import DiskEntry
+from kvpool.cache.key import CacheKey
+from kvpool.cache.lower_tiers import LowerTiers
 from kvpool.cache.store import DeviceStore, Operation
-from kvpool.errors import ConfigError, ProtocolError
+from kvpool.config import TierPlan
+from kvpool.errors import ConfigError, ProtocolError, TierError
 from kvpool.memory.allocator import GPUMemoryAllocator
 from kvpool.memory.host import HostBackend
 from kvpool.memory.limits import require_memory
@@ -58,6 +64,8 @@ class DeviceActor:
         Capacity of the pool's other devices on the same node, which are promised the same memory.
     environment
         Variables that this process takes over: ``OTEL_*`` of the process that created the pool.
+    tiers
+        The fields of a :class:`~kvpool.config.TierPlan`: what lies below this device. None: nothing.
     """
 
     def __init__(
@@ -73,6 +81,7 @@ class DeviceActor:
         epoch: int,
         beside_bytes: int = 0,
         environment: dict[str, str] | None = None,
+        tiers: dict[str, Any] | None = None,
     ) -> None:
         adopt(environment or {})
         carry_trace_ids()
@@ -82,6 +91,10 @@ class DeviceActor:
         self._min_block_bytes, self._reserve_bytes = min_block_bytes, reserve_bytes
         self._beside_bytes = beside_bytes
         self._socket_path = Path(socket_path)
+        self._plan = TierPlan(**tiers) if tiers else TierPlan(0, None, 0, "none")
+        self._tiers: LowerTiers | None = None
+        self._lower: LowerOperations | None = None
+        self._found: Sequence[DiskEntry] = ()
         self._started = False
         self._provider = self._make_provider()
         self._tracer = (self._provider or NoOpTracerProvider()).get_tracer(SCOPE, __version__)
@@ -107,9 +120,12 @@ class DeviceActor:
         run_at_normal_priority()
         backend = HostBackend()
         pages = self._capacity_bytes // self._page_bytes
+        below_pages = self._plan.host_bytes // self._page_bytes
         # Memory is taken as it is used, so what the devices started before were promised still counts as free.
-        require_memory(pages + self._beside_bytes // self._page_bytes, self._page_bytes, backend.mem_info())
-        backend.probe(pages=pages, mapped_pages=pages, page_size_bytes=self._page_bytes)
+        beside_pages = self._beside_bytes // self._page_bytes
+        require_memory(pages + below_pages + beside_pages, self._page_bytes, backend.mem_info())
+        both = pages + below_pages
+        backend.probe(pages=both, mapped_pages=both, page_size_bytes=self._page_bytes)
         self._allocator = GPUMemoryAllocator(
             backend,
             self._capacity_bytes,
@@ -122,6 +138,10 @@ class DeviceActor:
         self._server = PageServer(
             self._socket_path, self, self._store.authorize, self._client_gone, self._client_connected
         )
+        self._tiers = make_tiers(self._plan, self._page_bytes, self._tell_gone)
+        if self._tiers is not None:
+            self._found = await self._tiers.start()
+            self._lower = LowerOperations(self._store, self._tiers)
         await self._server.start()
         gc.collect()
         gc.freeze()
@@ -134,7 +154,17 @@ class DeviceActor:
             "page_bytes": self._page_bytes,
             "arena_bytes": self._arena_bytes,
             "min_block_bytes": self._min_block_bytes,
+            "has_lower": self._lower is not None,
         }
+
+    async def found(self) -> list[tuple[str, str, list[tuple[bytes, bytes | None, int]]]]:
+        """Return, once, what was found below when it started: by tenant and fingerprint ``(hash, parent, bytes)``."""
+        found, self._found = self._found, ()
+        spaces: dict[tuple[str, str], list[tuple[bytes, bytes | None, int]]] = {}
+        for entry in found:
+            space = spaces.setdefault((entry.key.tenant, entry.key.fingerprint), [])
+            space.append((entry.key.block_hash, entry.parent, entry.size_bytes))
+        return [(*space, entries) for space, entries in spaces.items()]
 
     def _make_provider(self) -> TracerProvider | None:
         try:
@@ -152,18 +182,53 @@ class DeviceActor:
         The stamp orders these figures: the answer and an event may overtake each other on their way to the pool.
         """
         spans = OperationSpans(self._tracer, self._name, traces)
-        answers = self._store.apply(operations, time.monotonic(), spans.done)
+        answers: list[Any] = []
+        waiting: list[Operation] = []
+        for operation in operations:
+            if self._lower is None or operation[0] not in KINDS:
+                waiting.append(operation)
+                continue
+            # The pool has one call of this kind in flight, so nothing of what it decided comes in between.
+            answers += self._store.apply(waiting, time.monotonic(), spans.done)
+            waiting = []
+            answers.append(await self._lower.carry_out(operation))
+            spans.done(operation, answers[-1])
+        answers += self._store.apply(waiting, time.monotonic(), spans.done)
         for operation in operations:
             if operation[0] == "revoke":
                 self._server.revoke(operation[1])
         self._request_drops()
         return answers, self._zombies()
 
+    async def fill(self, tenant: str, fingerprint: str, entries: list[tuple[int, bytes]]) -> list[bool]:
+        """Bring content up from below; see :meth:`LowerOperations.fill`."""
+        return await self._operations().fill(tenant, fingerprint, entries)
+
+    async def persist(self, tenant: str, fingerprint: str, entries: list[tuple[int, bytes, bytes | None]]) -> list[Any]:
+        """Write caches through to the disk; see :meth:`LowerOperations.persist`."""
+        if self._lower is None:
+            error = TierError("this pool has no disk tier: set disk_url to have durable content", cause="no_disk")
+            return [("error", *error.to_wire())] * len(entries)
+        return await self._lower.persist(tenant, fingerprint, entries)
+
+    async def forgotten(self, number: int, tenant: str, fingerprint: str) -> Any:
+        """Wait for a removal from below; see :meth:`LowerOperations.forgotten`."""
+        return await self._operations().forgotten(number, tenant, fingerprint)
+
+    def _operations(self) -> LowerOperations:
+        if self._lower is None:
+            raise ProtocolError(f"device {self._name} has no lower tiers: the pool asks it for what it does not have")
+        return self._lower
+
+    async def lower_tiers(self) -> dict[str, Any] | None:
+        """Return the figures of what lies below this device, None if nothing does."""
+        return None if self._tiers is None else self._tiers.statistics()
+
     async def events(self, seen: int, wait_s: float) -> tuple[int, list[tuple[Any, ...]]]:
         """Return what happened after event number ``seen``, waiting for it up to ``wait_s``.
 
-        Events are ``("gone", client, ended ids, freed ids)`` and ``("freed", (stamp, zombie bytes))``. Those up to
-        ``seen`` are forgotten: the pool has them.
+        Events are ``("gone", client, ended ids, freed ids)``, ``("freed", (stamp, zombie bytes))`` and ``("lower_gone",
+        [(tenant, fingerprint, hash), …])``. Those up to ``seen`` are forgotten: the pool has them.
         """
         return await self._events.poll(seen, wait_s)
 
@@ -192,6 +257,8 @@ class DeviceActor:
     async def shutdown(self) -> None:
         """Close the socket and give all memory back. The actor is of no use afterwards."""
         await self._server.close()
+        if self._tiers is not None:
+            await self._tiers.close()
         self._allocator.close()
         with contextlib.suppress(OSError):  # not empty while other devices of the pool still have their sockets in it
             self._socket_path.parent.rmdir()
@@ -238,6 +305,9 @@ class DeviceActor:
     def _zombies(self) -> tuple[int, int]:
         self._stamp += 1
         return self._stamp, self._allocator.usage().zombie_bytes
+
+    def _tell_gone(self, keys: Sequence[CacheKey]) -> None:
+        self._tell(("lower_gone", [tuple(key) for key in keys]))
 
     def _tell(self, event: tuple[Any, ...]) -> None:
         self._events.put(event)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable
 
 from kvpool.errors import InvalidRequestError, PoolBusyError
-from kvpool.pool.leases import PINNER
+from kvpool.pool.leases import PINNER, RAISER
 
 _LOOK_S = 0.05
 """Time between two looks at the leases, seconds."""
@@ -29,7 +29,7 @@ def check_drain_time(drain_s: object) -> None:
 
 
 async def drain(pool: str, leases: Callable[[], Awaitable[dict[str, int]]], wait_s: float, leaving: str | None) -> None:
-    """Wait until no client but ``leaving`` holds leases; what is pinned by word does not count.
+    """Wait until no client but ``leaving`` holds leases; what is pinned by word, or comes up, does not count.
 
     ``leases`` returns the bytes that each client holds.
 
@@ -42,7 +42,7 @@ async def drain(pool: str, leases: Callable[[], Awaitable[dict[str, int]]], wait
     while held := {
         client: size_bytes
         for client, size_bytes in (await leases()).items()
-        if client != leaving and not client.startswith(PINNER)
+        if client != leaving and not client.startswith((PINNER, RAISER))
     }:
         if time.monotonic() >= deadline:
             who = ", ".join(f"{client}: {size} bytes" for client, size in sorted(held.items())[:8])

@@ -26,7 +26,12 @@ from kvpool.pool.instructions import (
     Failed,
     Grant,
     Instruction,
+    LowerGone,
+    Move,
+    Moved,
+    PersistRequested,
     PinRequested,
+    PrefixesFetched,
     PrefixesLookedUp,
     ReleaseRequested,
     SealRequested,
@@ -41,6 +46,8 @@ logger = logging.getLogger("kvpool.pool")
 _METHODS: dict[tuple[Any, ...], str] = {
     (CachesRequested,): "request_caches",
     (PrefixesLookedUp,): "look_up",
+    (PrefixesFetched,): "fetch",
+    (PersistRequested,): "persist",
     (BlocksRequested,): "request_blocks",
     (SealRequested, False): "seal",
     (SealRequested, True): "seal_and_release",
@@ -82,6 +89,11 @@ class Executor:
                 self.decide(ClientGone(client, number, ended, freed))
             case ("freed", zombies):
                 self.decide(DeviceFreed(number, zombies))
+            case ("lower_gone", keys):
+                self.decide(LowerGone(number, keys))
+
+    def _moved(self, move: Move, answer: Any) -> None:
+        self.decide(Moved(move, answer))
 
     def _device_lost(self, number: int, sent: list[Send], reason: str) -> None:
         device = self._state.ledger.devices[number]
@@ -141,6 +153,8 @@ class Executor:
             match instruction:
                 case Send():
                     self.fleet.put(self._telemetry.timed(instruction, now))
+                case Move():
+                    self.fleet.move(instruction, self._moved)
                 case BatchDone():
                     future = self._done.pop(instruction.batch)
                     if not future.cancelled():

@@ -15,8 +15,9 @@ from kvpool.actors.device_actor import DeviceActor
 from kvpool.actors.outbox import Outbox
 from kvpool.actors.protocol import NAMESPACE
 from kvpool.config import PoolConfig
+from kvpool.errors import DeviceLostError, InvariantError
 from kvpool.memory.host import HostBackend
-from kvpool.pool.instructions import Send
+from kvpool.pool.instructions import Move, Send
 
 logger = logging.getLogger("kvpool.pool")
 
@@ -56,6 +57,7 @@ class Fleet:
         self._sockets: dict[int, Path] = {}
         self._outboxes: dict[int, Outbox] = {}
         self._watchers: set[asyncio.Task[None]] = set()
+        self._moves: set[asyncio.Task[None]] = set()
         self._killed: set[int] = set()
 
     async def start(self, config: PoolConfig, environment: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
@@ -86,9 +88,10 @@ class Fleet:
                     config.name, f"host-{number}", capacity_bytes, page_bytes, config.min_block,
                     capacity_bytes * config.arena_factor, int(capacity_bytes * config.reserve),
                     str(self._sockets[number]), epoch, promised_bytes[node], dict(environment or {}),
+                    config.tier_plan(f"host-{number}")._asdict(),
                     node=node,
                 )  # fmt: skip
-                promised_bytes[node] += capacity_bytes
+                promised_bytes[node] += capacity_bytes + (config.host_memory or 0)
                 described.append(await submit(actor.start))
         except BaseException:
             await self.end(list(range(len(described))))
@@ -103,6 +106,25 @@ class Fleet:
     def put(self, send: Send) -> None:
         """Give a device an operation, after all that it was given before."""
         self._outboxes[send.device].put(send)
+
+    def move(self, move: Move, then: Callable[[Move, Any], None]) -> None:
+        """Let a device move bytes, and go on with its answer, or with the error that kept it from moving them."""
+        task = asyncio.create_task(self._move(move, then))
+        self._moves.add(task)
+        task.add_done_callback(self._moves.discard)
+
+    async def _move(self, move: Move, then: Callable[[Move, Any], None]) -> None:
+        try:
+            answer = await submit(getattr(self._actors[move.device], move.method), *move.arguments)
+        except ActorLost as error:
+            answer = ("error", *DeviceLostError(f"device {move.device} is gone: {error}").to_wire())
+        except Exception as error:  # a bug there must not keep those waiting who count on an answer
+            logger.exception("device %d could not %s", move.device, move.method)
+            answer = ("error", *InvariantError(f"device {move.device} could not {move.method}: {error}").to_wire())
+        try:
+            then(move, answer)
+        except Exception:
+            logger.exception("what follows on %r of device %d could not be decided", move.method, move.device)
 
     async def operate(self, number: int, operation: tuple[Any, ...]) -> Any:
         """Give a device an operation and return its answer."""
@@ -128,8 +150,8 @@ class Fleet:
 
     async def end(self, numbers: list[int]) -> None:
         """Let these devices give their memory back, and end all."""
-        for watcher in self._watchers:
-            watcher.cancel()
+        for task in (*self._watchers, *self._moves):
+            task.cancel()
         closed: dict[int, Any] = {}
         try:
             closed = await self.ask(numbers, "shutdown")

@@ -28,6 +28,7 @@ from kvpool.actors.priority import run_at_normal_priority
 from kvpool.actors.protocol import (
     BLOCKS_ITEM,
     CACHE_ITEM,
+    FETCH_ITEM,
     LEASE_ITEM,
     PREFIX_ITEM,
     PROTOCOL_VERSION,
@@ -39,7 +40,9 @@ from kvpool.errors import KvpoolError, PoolBusyError, PoolNotFoundError
 from kvpool.pool.instructions import (
     BlocksRequested,
     CachesRequested,
+    PersistRequested,
     PinRequested,
+    PrefixesFetched,
     PrefixesLookedUp,
     ReleaseRequested,
     SealRequested,
@@ -75,8 +78,9 @@ class PoolActor(Administration):
         print_trace_ids()
         self._config = PoolConfig(**config)
         self._state = PoolState(
-            self._config.name, self._config.policy, self._config.placement, self._config.queue_limit
-        )
+            self._config.name, self._config.policy, self._config.placement, self._config.queue_limit,
+            self._config.gc_threshold,
+        )  # fmt: skip
         self._telemetry = PoolTelemetry(self._state)
         self._executor = Executor(self._state, self._telemetry)
         self._fleet = self._executor.fleet
@@ -192,8 +196,20 @@ class PoolActor(Administration):
         return await self._lease(CachesRequested, CACHE_ITEM, client, items)
 
     async def look_up(self, client: str, items: list[Any]) -> list[Any]:
-        """Find and lease prefixes: ``("hit", ids, devices, places, sizes)``, sizes only where a model has no blocks."""
+        """Find and lease prefixes: ``("hit", ids, devices, places, sizes, coming)``.
+
+        Sizes only where a model has no blocks. ``coming``: how many blocks behind the hit lie in lower tiers and are on
+        their way up; :meth:`fetch` leases them.
+        """
         return await self._lease(PrefixesLookedUp, PREFIX_ITEM, client, items)
+
+    async def fetch(self, client: str, items: list[Any]) -> list[Any]:
+        """Lease what comes up behind the blocks a client has: a ``hit`` as in :meth:`look_up`, or ``("queued", n)``."""
+        return await self._lease(PrefixesFetched, FETCH_ITEM, client, items)
+
+    async def persist(self, client: str, items: list[Any]) -> list[Any]:
+        """Write blocks through to disk: ``("persisted", [True or an error for each hash])`` once they are there."""
+        return await self._executor.submit(PersistRequested, PREFIX_ITEM, client, items)
 
     async def request_blocks(self, client: str, items: list[Any]) -> list[Any]:
         """Ask for new blocks: ``("blocks", already resident, ids, devices, places)``, as many as fit."""
@@ -221,7 +237,7 @@ class PoolActor(Administration):
 
     async def cancel(self, client: str, tickets: list[int]) -> list[int]:
         """Stop waiting; returns those of the tickets that still waited. The others' outcomes are on their way."""
-        waiting = [ticket for ticket in tickets if ticket in self._state.allocations.queue]
+        waiting = [ticket for ticket in tickets if self._state.is_waiting(ticket)]
         self._executor.decide(TicketsCancelled(client, waiting))
         return waiting
 
@@ -275,7 +291,12 @@ class PoolActor(Administration):
                 device["page_bytes"],
                 device["min_block_bytes"],
                 device["arena_bytes"],
+                device["has_lower"],
             )
+        found = await self._fleet.ask([n for n, each in enumerate(self._described) if each["has_lower"]], "found")
+        for number, spaces in found.items():
+            for tenant, fingerprint, entries in spaces:
+                self._state.below.add(number, tenant, fingerprint, entries)
         self._telemetry.follow(self._alive(), self._memory_of)
         logger.info("pool %s started: %s", self._config.name, self._described)
         gc.collect()

@@ -11,7 +11,7 @@ from typing import Any
 from kvpool.errors import InvalidRequestError
 from kvpool.telemetry.context import is_carrier
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Goes up with every change of a message. ``connect`` compares it: Ray keeps running an old job's actor code.
 
 ``describe``, ``leases`` and ``delete`` are called across versions: :mod:`kvpool.actors.compatibility` says how.
@@ -25,6 +25,7 @@ STEPS_S = 600.0
 
 CACHE_ITEM = {"sequence": int, "model": int, "size": int, "max_size": int, "timeout_s": (int, float)}
 PREFIX_ITEM = {"sequence": int, "model": int, "hashes": bytes}
+FETCH_ITEM = {"sequence": int, "model": int, "hashes": bytes, "first": int, "timeout_s": (int, float)}
 BLOCKS_ITEM = {
     "sequence": int,
     "model": int,
@@ -73,7 +74,7 @@ def errors_of(answers: Sequence[Any]) -> list[tuple[int, tuple[str, str, dict[st
         kind = answer[0]
         if kind == "error":
             found.append((item, answer[1:]))
-        elif kind in ("released", "sealed"):
+        elif kind in ("released", "sealed", "persisted"):
             for outcome in answer[1]:
                 if outcome is not True and isinstance(outcome, tuple):
                     found.append((item, outcome[1:]))

@@ -146,6 +146,26 @@ class DeviceStore:
         known = self._clients.get(client)
         return known is not None and known.revoked
 
+    def record(self, cache_id: int) -> CacheRecord | None:
+        """Return what is known of a cache here, or None."""
+        return self._caches.get(cache_id)
+
+    def sealed(self, cache_id: int) -> CacheRecord | None:
+        """Return a cache whose content is whole and to be kept, or None."""
+        record = self._caches.get(cache_id)
+        return record if record is not None and record.sealed and not (record.void or record.doomed) else None
+
+    def hold(self, ids: Sequence[int]) -> None:
+        """Keep caches in their place beyond all leases, while their bytes are read."""
+        for cache_id in ids:
+            self._caches[cache_id].leases += 1
+            self._lease_count += 1
+
+    def unhold(self, ids: Sequence[int]) -> None:
+        """End what :meth:`hold` began."""
+        for cache_id in ids:
+            self._end_leases(self._caches[cache_id], 1)
+
     @property
     def caches(self) -> int:
         """Number of caches on this device."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from kvpool.client.connection import Connection
 from kvpool.client.lane import Lane
 from kvpool.client.lease import Lease
-from kvpool.client.spec import ModelSpec
+from kvpool.client.spec import ModelSpec, join_hashes
 from kvpool.client.view import open_view
 from kvpool.errors import KvpoolError, PoolUnavailableError, from_wire
 from kvpool.memory.backend import Access
@@ -106,10 +106,54 @@ class LeasedBlocks:
 
 
 class PrefixHit(LeasedBlocks):
-    """The longest resident run of the hashes that were looked up: read-only, perhaps empty."""
+    """The longest resident run of the hashes that were looked up: read-only, perhaps empty.
+
+    Blocks behind it may lie in a lower tier (:attr:`coming`); :meth:`fetch` adds them.
+    """
+
+    def __init__(
+        self, connection: Connection, spec: ModelSpec, model: int, hashes: Sequence[bytes], answer: Any
+    ) -> None:
+        _, ids, devices, places, _sizes, coming = answer
+        super().__init__(connection, spec, ids, devices, places)
+        self.coming: int = coming
+        """How many blocks behind these lie in lower tiers, and are being brought up since the look-up."""
+        self._model = model
+        self._hashes = list(hashes)
 
     async def __aenter__(self) -> PrefixHit:
         return self
+
+    async def fetch(self, *, timeout_s: float | None = None) -> int:
+        """Wait until the blocks that are :attr:`coming` are there, and add them; returns how many there are now.
+
+        Fewer come if a tier has lost them, or if there is no room for them on the device.
+
+        Parameters
+        ----------
+        timeout_s
+            How long to wait, seconds; what is there by then is added. By default the pool's ``timeout_s``.
+
+        Raises
+        ------
+        DoubleReleaseError
+            If the blocks were released.
+        """
+        self._lease.check_held()
+        if not self.coming:
+            return self.num_blocks
+        wait_s = self._connection.config["timeout_s"] if timeout_s is None else timeout_s
+        joined = join_hashes(self._hashes)
+        _, ids, devices, places, *_ = await self._connection.fetch(self._model, joined, self.num_blocks, wait_s)
+        self.coming = 0
+        if ids and not self._lease.extend(ids, self._block_bytes * len(ids)):
+            self._connection.release_soon(ids)
+            self._lease.check_held()
+        self._ids += ids
+        self._devices += devices
+        self._places += places
+        await self._connection.map(devices, places, self.access)
+        return self.num_blocks
 
 
 class NewBlocks(LeasedBlocks):
@@ -144,8 +188,11 @@ class NewBlocks(LeasedBlocks):
     async def __aenter__(self) -> NewBlocks:
         return self
 
-    async def seal(self) -> None:
+    async def seal(self, *, durable: bool = False) -> None:
         """Make the blocks immutable and visible to all. What another client stored meanwhile stays in their place.
+
+        With ``durable``, or where the pool's ``write_policy`` is ``write_through``, it returns when they are on disk
+        and survive every process; :class:`~kvpool.errors.TierError` says that they are sealed, but not surely there.
 
         New views are read-only from then on, also when the call is cancelled: the pool may have sealed them already.
         """
@@ -162,12 +209,24 @@ class NewBlocks(LeasedBlocks):
         if not any(map(_stored, outcomes)):
             self._sealed = before
         _check(outcomes)
+        if self._is_durable(durable):
+            _, written = await self._connection.ask(self._connection.persists, self._model, join_hashes(self.hashes))
+            _check(written)
 
-    async def finish(self) -> None:
-        """:meth:`seal` and :meth:`release` in one call to the pool."""
+    def _is_durable(self, asked: bool) -> bool:
+        return asked or self._connection.config["write_policy"] == "write_through"
+
+    async def finish(self, *, durable: bool = False) -> None:
+        """:meth:`seal` and :meth:`release`; in one call to the pool, unless they are to be durable."""
         if not self._ids:
             return
         self._connection.check_loop()
+        if self._is_durable(durable):
+            try:
+                await self.seal(durable=durable)
+            finally:
+                await self.release()
+            return
         if not self._lease.release_by_word():  # views are alive: the lease ends with the last of them
             await self.seal()
             return

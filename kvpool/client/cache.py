@@ -13,6 +13,7 @@ from kvpool.client.spec import content_hash
 from kvpool.client.view import open_view
 from kvpool.errors import (
     CacheStateError,
+    InvalidRequestError,
     KvpoolError,
     PoolUnavailableError,
     SealedError,
@@ -154,8 +155,11 @@ class VirtualKVCache:
         self.access_count += 1
         return open_view(self._lease, arena.address(self._offset + offset_bytes, access), shape, name, access)
 
-    async def seal(self, key: bytes | str | None = None) -> None:
+    async def seal(self, key: bytes | str | None = None, *, durable: bool = False) -> None:
         """Make the cache immutable; with a key, make it known under it to all clients of the tenant.
+
+        With ``durable``, or where the pool's ``write_policy`` is ``write_through``, it returns when a cache with a key
+        is on disk and survives every process.
 
         Views that are open stay writable (writing on is a breach). When another client sealed the same key first,
         that cache stays, and this handle changes over to it: open tensors keep the old memory.
@@ -164,12 +168,18 @@ class VirtualKVCache:
         ------
         SealedError
             If it is sealed already with another key.
+        InvalidRequestError
+            If it is to be durable, and has no key by which it could be found again.
+        TierError
+            If it is sealed, but not surely on disk.
         CacheStateError
             If the cache that was sealed first under the key cannot be had here: it lies where this process cannot map
             it, or is evicted and sealed anew again and again.
         """
         self._lease.check_held()
         hashed = content_hash(key) if key is not None else None
+        if durable and hashed is None:
+            raise InvalidRequestError("a cache is durable under its key: give seal() a key")
         if self._seal_answered and hashed == self.key:
             return
         # Before the call: when it is cancelled, the pool may have sealed the cache already.
@@ -181,6 +191,10 @@ class VirtualKVCache:
         except KvpoolError:
             self.sealed = before
             raise
+        if hashed is not None and (durable or self._connection.config["write_policy"] == "write_through"):
+            _, (written,) = await self._connection.ask(self._connection.persists, self._model, hashed)
+            if written is not True:
+                raise from_wire(written[1:])
 
     async def _seal(self, key: bytes | None) -> None:
         for _ in range(_MOST_ROUNDS):
@@ -199,7 +213,7 @@ class VirtualKVCache:
 
     async def _change_over(self, key: bytes) -> bool:
         """Take the cache that was sealed first under ``key``; False if it is gone again."""
-        _, ids, devices, places, _ = await self._connection.ask(self._connection.prefixes, self._model, key)
+        _, ids, devices, places, *_ = await self._connection.ask(self._connection.prefixes, self._model, key)
         if not ids:
             return False
         own = self._lease

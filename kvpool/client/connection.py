@@ -61,6 +61,8 @@ class Connection:
         self._background: set[asyncio.Task[Any]] = set()
         self.caches = Lane("request_caches", actor, client, self._abandoned)
         self.prefixes = Lane("look_up", actor, client, self._abandoned)
+        self.fetches = Lane("fetch", actor, client, self._abandoned)
+        self.persists = Lane("persist", actor, client, self._abandoned)
         self.blocks = Lane("request_blocks", actor, client, self._abandoned)
         self.seals = Lane("seal", actor, client, self._abandoned)
         self.finishes = Lane("seal_and_release", actor, client, self._abandoned)
@@ -182,6 +184,14 @@ class Connection:
             item = (self.next_sequence(), model, size_bytes, max_size_bytes, timeout_s)
             answer = await self.caches.ask(item, trace)
             return answer if answer[0] == "granted" else await self._waiting.wait(answer[1])
+
+    async def fetch(self, model: int, hashes: bytes, first: int, timeout_s: float) -> Any:
+        """Lease what comes up behind the ``first`` blocks of a chain; returns the ``hit`` answer."""
+        self.check_loop()
+        self.check_not_revoked()
+        with self.fetches.call() as trace:
+            answer = await self.fetches.ask((self.next_sequence(), model, hashes, first, timeout_s), trace)
+            return answer if answer[0] == "hit" else await self._waiting.wait(answer[1])
 
     async def ask(self, lane: Lane, *content: Any) -> Any:
         """Submit one item to a lane and return its answer."""

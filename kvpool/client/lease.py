@@ -43,6 +43,15 @@ class Lease:
         self._lock = threading.RLock()
         connection.leases.add(self)
 
+    def extend(self, ids: Sequence[int], size_bytes: int) -> bool:
+        """Make more caches part of the lease; False if it has ended by word meanwhile."""
+        with self._lock:
+            if self.released:
+                return False
+            self.ids += ids
+            self.size_bytes += size_bytes
+            return True
+
     @property
     def in_use(self) -> bool:
         """Whether anything may still read or write the memory by what this lease gave."""

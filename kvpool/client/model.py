@@ -65,18 +65,23 @@ class Model:
         Its tensors are read-only.
         """
         hashed = content_hash(key)
-        _, ids, devices, places, sizes = await self._connection.ask(self._connection.prefixes, self.number, hashed)
+        answer = await self._connection.ask(self._connection.prefixes, self.number, hashed)
+        if answer[5]:  # it lies in a lower tier
+            answer = await self._connection.fetch(self.number, hashed, 0, self._connection.config["timeout_s"])
+        _, ids, devices, places, sizes, _ = answer
         if not ids:
             return None
         hit = ids[0], devices[0], places[0], sizes[0] if sizes else self.spec.block_size_bytes
         return await VirtualKVCache.found(self._connection, self.number, self.name, hashed, hit)
 
     async def match_prefix(self, hashes: Sequence[bytes]) -> PrefixHit:
-        """Find and lease the longest run of leading ``hashes`` that is in the pool; empty if there is none."""
-        _, ids, devices, places, _ = await self._connection.ask(
-            self._connection.prefixes, self.number, join_hashes(hashes)
-        )
-        hit = PrefixHit(self._connection, self.spec, ids, devices, places)
+        """Find and lease the longest run of leading ``hashes`` that is on a device; empty if there is none.
+
+        What lies behind it in lower tiers begins to come up: the hit says how many blocks are ``coming``, and
+        ``await hit.fetch()`` adds them. Meanwhile the first ones can be used.
+        """
+        answer = await self._connection.ask(self._connection.prefixes, self.number, join_hashes(hashes))
+        hit = PrefixHit(self._connection, self.spec, self.number, hashes, answer)
         await hit.map()
         return hit
 
@@ -110,6 +115,7 @@ class Model:
         *,
         parent: bytes | None = None,
         output_tokens: int | None = None,
+        durable: bool = False,
     ) -> int:
         """Store blocks with one copy; returns how many leading hashes are in the pool now.
 
@@ -123,6 +129,8 @@ class Model:
             Hash in front of the first block; None: a root.
         output_tokens
             Length of the answer to the request, where it is known: a hint for the eviction policy.
+        durable
+            Return only when the blocks that were stored by this call are on disk, so that they survive every process.
 
         Raises
         ------
@@ -132,10 +140,13 @@ class Model:
             If number, shape or dtype do not fit the model.
         ParentNotResidentError
             If ``parent`` is not in the pool.
+        TierError
+            If ``durable`` was asked for, and they are stored but not surely on disk.
         """
         sources, keep = source_addresses(self.spec, tensors, len(hashes))
         blocks = await self._new_blocks(hashes, parent, output_tokens)
-        await fill(blocks, sources[blocks.resident : blocks.stored], self.spec.block_size_bytes or 0)
+        wanted = sources[blocks.resident : blocks.stored]
+        await fill(blocks, wanted, self.spec.block_size_bytes or 0, durable=durable)
         del keep
         return blocks.stored
 

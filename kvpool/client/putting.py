@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 
 from kvpool.client.blocks import NewBlocks
-from kvpool.client.copying import copy_blocks
+from kvpool.memory.copying import copy_blocks
 
 _INLINE_BYTES = 1 << 18
 """Copies up to this size are done on the event loop: handing them to a thread would take longer."""
@@ -19,7 +19,7 @@ _MOST_THREADS = 4
 """Threads that copy for one call. One core does not use up a server's memory bandwidth; a few do."""
 
 
-async def fill(blocks: NewBlocks, sources: Sequence[int], block_bytes: int) -> None:
+async def fill(blocks: NewBlocks, sources: Sequence[int], block_bytes: int, *, durable: bool = False) -> None:
     """Copy the bytes at ``sources`` into leased new blocks, and seal and release them.
 
     (Copying in parts, while the pool is asked for the next ones and seals the ones before, was slower on two cores:
@@ -34,7 +34,7 @@ async def fill(blocks: NewBlocks, sources: Sequence[int], block_bytes: int) -> N
             copy_blocks(destinations, sources, block_bytes)
         else:
             await _in_threads(destinations, sources, block_bytes, threads_for(size_bytes))
-        await blocks.finish()
+        await blocks.finish(durable=durable)
 
 
 def threads_for(size_bytes: int) -> int:

@@ -7,7 +7,7 @@ nothing that is not sealed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,9 +15,12 @@ from kvpool.cache.key import check_hash, split_hashes
 from kvpool.cache.store import FREED, RELEASED
 from kvpool.errors import CacheStateError, InvalidRequestError, SealedError, UnknownCacheError
 from kvpool.pool.fanout import Fanout, nothing_more
-from kvpool.pool.instructions import Batch
+from kvpool.pool.instructions import Answer, Batch
 from kvpool.pool.leases import Leases
 from kvpool.pool.ledger import Client, Ledger, Model
+
+BringUp = Callable[[Client, Model, Sequence[bytes], Sequence[int], float], tuple[int, Any]]
+"""Begins to bring up what lies below behind a chain's leading run; returns how many blocks are on their way."""
 
 
 class Directory:
@@ -37,6 +40,8 @@ class Directory:
         self._ledger = ledger
         self._fanout = fanout
         self._leases = leases
+        self.bring_up: BringUp | None = None
+        """Set where devices have lower tiers."""
 
     def look_up(self, batch: Batch, client_id: str, items: Sequence[tuple[Any, ...]], now: float) -> None:
         """Find and lease the longest resident run of each item's hashes."""
@@ -45,19 +50,51 @@ class Directory:
     def _look_up(self, now: float, batch: Batch, item: int, client: Client, content: tuple[Any, ...]) -> None:
         sequence, model_number, joined, trace = content
         ledger = self._ledger
-        index = ledger.index
         model = ledger.model(client, model_number)
         hashes = split_hashes(joined)
-        rows = index.look_up(model.space, hashes, now=now)
-        reachable = set(client.devices)
-        for position, row in enumerate(rows):
-            if index.device[row] not in reachable:  # its bytes lie on another host, where this client cannot map them
-                rows = rows[:position]
-                break
+        rows = self.reachable(client, ledger.index.look_up(model.space, hashes, now=now))
         ledger.counters.lookups += 1
+        coming = 0
+        if self.bring_up is not None and len(rows) < len(hashes):
+            # Guarded, so that making room for what comes up never cuts the chain in front of it.
+            ledger.index.guard(rows, now=now)
+            coming, _ = self.bring_up(client, model, hashes, rows, now)
+            ledger.index.unpin(rows[::-1], now=now)
+
+        def answer(hit: Answer) -> None:
+            ledger.answer(batch, item, hit)
+
+        self.lease_run(client, sequence, model, rows, len(hashes) - coming, coming, trace, answer, now)
+
+    def reachable(self, client: Client, rows: list[int]) -> list[int]:
+        """Return the leading run of rows whose bytes lie where the client can map them: not on another host."""
+        device, devices = self._ledger.index.device, set(client.devices)
+        for position, row in enumerate(rows):
+            if device[row] not in devices:
+                return rows[:position]
+        return rows
+
+    def lease_run(
+        self,
+        client: Client,
+        sequence: int,
+        model: Model,
+        rows: Sequence[int],
+        asked: int,
+        coming: int,
+        trace: Any,
+        answer: Callable[[Answer], None],
+        now: float,
+    ) -> None:
+        """Lease these rows of a chain, and answer ``("hit", ids, devices, places, sizes, coming)``.
+
+        ``asked`` is how many blocks they were looked up among, for the counters.
+        """
+        ledger = self._ledger
+        index = ledger.index
         if not rows:
-            self._count(model, len(hashes), 0)
-            ledger.answer(batch, item, ("hit", [], [], [], []))
+            self._count(model, asked, 0)
+            answer(("hit", [], [], [], [], coming))
             return
         index.pin(rows, now=now)
         ids = [index.id_of(row) for row in rows]
@@ -70,12 +107,12 @@ class Directory:
             lambda part, _positions: ("lease", client.id, sequence, part),
             partial(
                 self._looked_up,
-                batch,
-                item,
+                answer,
                 client,
                 sequence,
                 model,
-                len(hashes),
+                asked,
+                coming,
                 ids,
                 devices,
                 sizes,
@@ -87,12 +124,12 @@ class Directory:
 
     def _looked_up(
         self,
-        batch: Batch,
-        item: int,
+        answer: Callable[[Answer], None],
         client: Client,
         sequence: int,
         model: Model,
         asked: int,
+        coming: int,
         ids: list[int],
         devices: list[int],
         sizes: list[int],
@@ -111,7 +148,7 @@ class Directory:
             behind = [ids[position] for position in range(hits, len(ids)) if leased[position]]
             self._leases.release_ids(client, sequence, behind, nothing_more, now)
         self._count(model, asked, hits)
-        self._ledger.answer(batch, item, ("hit", ids[:hits], devices[:hits], places[:hits], sizes[:hits]))
+        answer(("hit", ids[:hits], devices[:hits], places[:hits], sizes[:hits], coming if hits == len(ids) else 0))
 
     def _count(self, model: Model, asked: int, hits: int) -> None:
         """Count a look-up's blocks. Both at once: what is looked up and not hit is a miss, and misses never go down."""

@@ -15,6 +15,7 @@ from kvpool.cache.index import CacheIndex
 from kvpool.cache.table import KEYED
 from kvpool.errors import InvalidRequestError, InvalidSizeError
 from kvpool.pool import removal
+from kvpool.pool.below import Below
 from kvpool.pool.instructions import Answer, Batch
 from kvpool.pool.leases import Leases
 from kvpool.pool.ledger import Ledger
@@ -47,10 +48,13 @@ class Evictions:
         The pool's books.
     leases
         Told that memory came free.
+    below
+        Where evicted content goes.
     """
 
-    def __init__(self, ledger: Ledger, leases: Leases) -> None:
+    def __init__(self, ledger: Ledger, leases: Leases, below: Below) -> None:
         self._ledger = ledger
+        self._below = below
         self._leases = leases
 
     def evict(
@@ -146,6 +150,7 @@ class Evictions:
     def _evict_rows(self, work: _Eviction, rows: list[int]) -> list[Gone]:
         index = self._ledger.index
         gone = [Gone(index.device[row], index.id_of(row), index.is_void(row)) for row in rows]
+        self._below.lower(rows)
         size_bytes = self._ledger.count_evictions(rows, "request")
         index.remove_all(rows)
         work.caches += len(rows)

@@ -61,6 +61,22 @@ class PrefixesLookedUp(NamedTuple):
     items: Sequence[tuple[Any, ...]]
 
 
+class PrefixesFetched(NamedTuple):
+    """Items: ``(sequence, model, hashes, first, timeout_s, trace)``: lease what comes up behind ``first``."""
+
+    batch: Batch
+    client: str
+    items: Sequence[tuple[Any, ...]]
+
+
+class PersistRequested(NamedTuple):
+    """Items: ``(sequence, model, hashes, trace)``: these blocks, in the pool now, are to survive everything."""
+
+    batch: Batch
+    client: str
+    items: Sequence[tuple[Any, ...]]
+
+
 class SealRequested(NamedTuple):
     """Items: ``(sequence, model, ids, hashes or None for each id, trace)``; ``finish`` releases what was sealed."""
 
@@ -147,6 +163,20 @@ class ClientGone(NamedTuple):
     freed: Sequence[int]
 
 
+class Moved(NamedTuple):
+    """A device moved bytes as told, or could not: its answer, or an error."""
+
+    move: Move
+    answer: Answer
+
+
+class LowerGone(NamedTuple):
+    """A device lost content from its lower tiers: ``(tenant, fingerprint, hash)`` of each."""
+
+    device: int
+    keys: Sequence[tuple[str, str, bytes]]
+
+
 class DeviceLost(NamedTuple):
     """A device died, and what was only there with it."""
 
@@ -162,6 +192,8 @@ Event = (
     CachesRequested
     | BlocksRequested
     | PrefixesLookedUp
+    | PrefixesFetched
+    | PersistRequested
     | SealRequested
     | ReleaseRequested
     | PinRequested
@@ -172,6 +204,8 @@ Event = (
     | DeviceAnswered
     | DeviceFreed
     | ClientGone
+    | Moved
+    | LowerGone
     | DeviceLost
     | Tick
 )
@@ -185,6 +219,19 @@ class Send(NamedTuple):
     then: Continuation
     traces: tuple[Any, ...] = ()
     """The different traces of the items that it is for."""
+
+
+class Move(NamedTuple):
+    """Instruction: let a device move bytes between its memory and its lower tiers, and continue with its answer.
+
+    ``method`` of the device actor is called with ``arguments``, beside the operations and in no order with them: what
+    it works on must be held by then.
+    """
+
+    device: int
+    method: str
+    arguments: tuple[Any, ...]
+    then: Continuation
 
 
 class BatchDone(NamedTuple):
@@ -222,7 +269,7 @@ class Failed(NamedTuple):
     error: Exception
 
 
-Instruction = Send | BatchDone | Grant | Waited | Failed
+Instruction = Send | Move | BatchDone | Grant | Waited | Failed
 
 
 def distinct(traces: Iterable[Any]) -> tuple[Any, ...]:

@@ -16,7 +16,9 @@ from kvpool.cache.table import KEYED
 from kvpool.errors import DeviceLostError, InvalidRequestError
 from kvpool.memory.tickets import TicketQueue
 from kvpool.pool import removal
-from kvpool.pool.instructions import Answer, Batch
+from kvpool.pool.below import Below
+from kvpool.pool.fanout import nothing_more
+from kvpool.pool.instructions import Answer, Batch, Move
 from kvpool.pool.journal import Happened
 from kvpool.pool.leases import Leases
 from kvpool.pool.ledger import Ledger, Model
@@ -37,6 +39,8 @@ class _Invalidation:
     scrubs: dict[int, list[str]]
     """By device, the tenants whose free memory is still to be scrubbed."""
     answer: dict[str, Any]
+    lower: int = 0
+    """Devices that have not removed it from their lower tiers yet."""
     held: dict[str, list[int]] = field(default_factory=dict)
     waits: bool = False
     """For those before it to end."""
@@ -56,10 +60,13 @@ class Invalidations:
         Told of leases that end.
     queue
         Requests that wait: their caches count as asked for when they were.
+    below
+        What lies there goes, too.
     """
 
-    def __init__(self, ledger: Ledger, leases: Leases, queue: TicketQueue[CacheRequest]) -> None:
+    def __init__(self, ledger: Ledger, leases: Leases, queue: TicketQueue[CacheRequest], below: Below) -> None:
         self._ledger = ledger
+        self._below = below
         self._leases = leases
         self._queue = queue
         self._line: deque[_Invalidation] = deque()
@@ -91,10 +98,12 @@ class Invalidations:
             for key in keys:
                 check_hash(key)
         ledger.invalidations += 1
-        parts = [
-            self._bury_all(each) if keys is None else self._bury(each, keys)
-            for each in {each.space: each for each in models}.values()
-        ]
+        chained: dict[int, set[bytes]] = {}
+        parts: list[Rows] = []
+        for each in {each.space: each for each in models}.values():
+            parts.append(self._bury_all(each) if keys is None else self._bury(each, keys))
+            known = (index.key_of(row) for row in parts[-1].tolist()) if keys is not None else ()
+            chained[each.space] = {key for key in known if key is not None}
         ledger.void_marks.forget(self._oldest())
         rows: Rows = deepest_first(index, np.concatenate(parts))
         published = rows[np.frombuffer(index.flags, np.uint8)[rows] & KEYED != 0]
@@ -113,6 +122,9 @@ class Invalidations:
         # Those that somebody holds, first and at once: the end of a lease that comes later must find them void.
         leased: list[int] = rows[held].tolist()
         self._evict_void(work, leased, now)
+        # After these: what is being made durable is held, so it is refused from now on, or removed with the rest.
+        for each in {each.space: each for each in models}.values():
+            self._forget_lower(work, each, keys, chained[each.space])
 
     def _bury_all(self, model: Model) -> Rows:
         ledger = self._ledger
@@ -138,6 +150,29 @@ class Invalidations:
         chained = with_descendants(index, np.array(first, np.int64))
         ledger.note_removed(chained.tolist(), "invalidate")  # says nothing of those that are void already
         return index.bury(space, chained)
+
+    def _forget_lower(
+        self, work: _Invalidation, model: Model, keys: Sequence[bytes] | None, chained: set[bytes]
+    ) -> None:
+        """Let the lower tiers remove what is void: told in order with what goes down, and waited for beside it."""
+        ledger = self._ledger
+        if keys is None:
+            self._below.forget_all(model)
+            names = None
+        else:
+            names = sorted(self._below.forget(model, chained.union(keys)))
+        for device in ledger.devices:
+            if device.has_lower and device.lost is None:
+                arguments = (work.number, model.tenant, model.fingerprint)
+                ledger.send(device.number, ("forget", *arguments, names), nothing_more)
+                work.lower += 1
+                ledger.out.append(Move(device.number, "forgotten", arguments, partial(self._forgotten, work)))
+
+    def _forgotten(self, work: _Invalidation, answer: Answer, now: float) -> None:
+        work.lower -= 1
+        if isinstance(answer, tuple) and answer[0] == "error" and answer[1] != DeviceLostError.__name__:
+            work.answer = {"error": answer}
+        self._end_if_done(work, now)
 
     def _oldest(self) -> dict[int, int]:
         """Return by space how many invalidations there had been when the first who writes or waits there asked."""
@@ -212,7 +247,7 @@ class Invalidations:
             self._end_if_done(work, now)
 
     def _end_if_done(self, work: _Invalidation, now: float) -> None:
-        if not work.scrubs:
+        if not work.scrubs and not work.lower and not work.ids and self._line[0] is work:
             self._line.popleft()
             held = {client: tuple(figures) for client, figures in sorted(work.held.items())}
             self._ledger.answer(work.batch, 0, work.answer.get("error", work.answer | {"held": held}))

@@ -16,6 +16,9 @@ from kvpool.pool.ledger import Client, Ledger
 PINNER = "pin:"
 """Prefix of the pseudo-client that holds what a tenant pinned by word. It has no token, so nobody can connect as it."""
 
+RAISER = "raise:"
+"""Prefix of the pseudo-client that holds what comes up for a tenant from the tiers below, until it is there."""
+
 
 class Leases:
     """Ends leases, and holds what is pinned by word.

@@ -40,6 +40,8 @@ class Device:
     zombie_stamp: int = 0
     lost: str | None = None
     evictions: int = 0
+    has_lower: bool = False
+    """Whether there are tiers below it."""
 
     def footprint_bytes(self, size_bytes: int, max_size_bytes: int) -> int:
         """Return what a cache takes here: whole pages, unless it is small enough to share one.
@@ -121,6 +123,10 @@ class Counters:
     blocks_looked_up: int = 0
     blocks_hit: int = 0
     blocks_stored: int = 0
+    blocks_lowered: int = 0
+    """Sent to the tiers below when they were evicted."""
+    blocks_raised: int = 0
+    """Brought up from there."""
     evictions: int = 0
     evicted_bytes: int = 0
     clients_died: int = 0
@@ -351,6 +357,10 @@ class Ledger:
     def model_of(self, row: int) -> Model | None:
         """Return the model for which a cache was made; None once its content is void."""
         return self._by_space.get(self.index.space_of(row))
+
+    def model_in(self, space: int) -> Model:
+        """Return the model whose content a namespace has."""
+        return self._by_space[space]
 
     def check_not_void(self, row: int, cache_id: int, key: bytes | None = None) -> None:
         """Raise :class:`~kvpool.errors.InvalidatedError` if a cache's content was declared void, or may not get a key.

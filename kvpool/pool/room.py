@@ -9,6 +9,7 @@ import numpy as np
 from kvpool.cache.chains import deepest_first, depths, with_ancestors, with_descendants
 from kvpool.cache.table import KEYED
 from kvpool.errors import CapacityError
+from kvpool.pool.below import Below
 from kvpool.pool.fanout import nothing_more
 from kvpool.pool.leases import PINNER
 from kvpool.pool.ledger import Client, Device, Ledger, Model
@@ -26,10 +27,13 @@ class Room:
     ----------
     ledger
         The pool's books.
+    below
+        Where evicted content goes.
     """
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, below: Below) -> None:
         self._ledger = ledger
+        self._below = below
         self.news = 0
         """How often room came free so far."""
         self.changed = False
@@ -81,8 +85,13 @@ class Room:
         if len(client.devices) > 1:
             found = self.find(client, size_bytes, size_bytes, {})
             return None if found is None else (found[0], 1, found[1])
+        device = self._ledger.devices[client.devices[0]]
+        there = self.find_on(device, size_bytes, count)
+        return None if there is None else (device, *there)
+
+    def find_on(self, device: Device, size_bytes: int, count: int) -> tuple[int, list[int]] | None:
+        """Return how many of ``count`` caches of one size go to a device, and the ids evicted there for them."""
         ledger = self._ledger
-        device = ledger.devices[client.devices[0]]
         need_bytes = device.footprint_bytes(size_bytes, size_bytes)
         free_bytes = max(ledger.free_bytes(device), 0)
         evicted: list[int] = []
@@ -92,7 +101,7 @@ class Room:
             evicted = self.evict(device, count * need_bytes - free_bytes, need_bytes - free_bytes)
             free_bytes = ledger.free_bytes(device)
         fitting = min(count, free_bytes // need_bytes)
-        return (device, fitting, evicted) if fitting > 0 else None
+        return (fitting, evicted) if fitting > 0 else None
 
     def admit(self, client: Client, model: Model, hashes: Sequence[bytes], rows: Sequence[int], now: float) -> int:
         """Return how many blocks of a chain behind its leading run ``rows`` are worth the room they take."""
@@ -160,6 +169,7 @@ class Room:
             by_device.setdefault(index.device[row], []).append(index.id_of(row))
             if index.is_void(row):
                 void.setdefault(index.device[row], []).append(index.id_of(row))
+        self._below.lower(rows)
         ledger.count_evictions(rows, "capacity")
         index.remove_all(rows)
         for device, ids in void.items():  # zeroed by this, ahead of the operation that evicts them for somebody

@@ -12,9 +12,12 @@ from typing import Any
 
 from kvpool.cache.key import fingerprint
 from kvpool.errors import InvariantError, KvpoolError, ProtocolError
+from kvpool.pool.ahead import CopiesAhead
 from kvpool.pool.allocation import Allocations
+from kvpool.pool.below import Below
 from kvpool.pool.blocks import BlockAllocations
 from kvpool.pool.directory import Directory
+from kvpool.pool.durability import Durability
 from kvpool.pool.evictions import Evictions
 from kvpool.pool.fanout import Fanout
 from kvpool.pool.instructions import (
@@ -31,7 +34,12 @@ from kvpool.pool.instructions import (
     Failed,
     Instruction,
     InvalidateRequested,
+    LowerGone,
+    Move,
+    Moved,
+    PersistRequested,
     PinRequested,
+    PrefixesFetched,
     PrefixesLookedUp,
     ReleaseRequested,
     RevokeRequested,
@@ -41,8 +49,9 @@ from kvpool.pool.instructions import (
     TicketsCancelled,
 )
 from kvpool.pool.invalidation import Invalidations
-from kvpool.pool.leases import PINNER, Leases
+from kvpool.pool.leases import PINNER, RAISER, Leases
 from kvpool.pool.ledger import Client, Device, Ledger, Model
+from kvpool.pool.raising import Raising
 from kvpool.pool.revocation import Revocations
 from kvpool.pool.room import Room
 
@@ -58,29 +67,47 @@ class PoolState:
         Names of the eviction and placement policy.
     queue_limit
         How many requests may wait for memory at once.
+    gc_threshold
+        Share of a device in use from which on what is next to go is copied to the tiers below.
     """
 
-    def __init__(self, name: str, policy: str, placement: str, queue_limit: int) -> None:
+    def __init__(self, name: str, policy: str, placement: str, queue_limit: int, gc_threshold: float = 0.8) -> None:
         self.name = name
         self.policy_name = policy
         self.placement_name = placement
         self.ledger = Ledger(policy, placement)
-        room = Room(self.ledger)
+        self.below = Below(self.ledger)
+        room = Room(self.ledger, self.below)
         self.allocations = Allocations(self.ledger, room, queue_limit)
         self.blocks = BlockAllocations(self.ledger, room)
         fanout = Fanout(self.ledger)
         self.leases = Leases(self.ledger, fanout, self.allocations.retry)
         self.directory = Directory(self.ledger, fanout, self.leases)
-        self.evictions = Evictions(self.ledger, self.leases)
-        self.invalidations = Invalidations(self.ledger, self.leases, self.allocations.queue)
+        self.raising = Raising(self.ledger, room, self.below, self.directory, fanout, self.leases)
+        self.copies = CopiesAhead(self.ledger, gc_threshold)
+        self.durability = Durability(self.ledger, fanout)
+        self.evictions = Evictions(self.ledger, self.leases, self.below)
+        self.invalidations = Invalidations(self.ledger, self.leases, self.allocations.queue, self.below)
         self.revocations = Revocations(self.ledger, self.leases, self.allocations)
 
     def add_device(
-        self, name: str, host: str, capacity_bytes: int, page_bytes: int, min_block_bytes: int, arena_bytes: int
+        self,
+        name: str,
+        host: str,
+        capacity_bytes: int,
+        page_bytes: int,
+        min_block_bytes: int,
+        arena_bytes: int,
+        has_lower: bool = False,
     ) -> Device:
         """Enter a device into the books; clients that connect from now on can be given its memory."""
-        device = Device(len(self.ledger.devices), name, host, capacity_bytes, page_bytes, min_block_bytes, arena_bytes)
+        device = Device(
+            len(self.ledger.devices), name, host, capacity_bytes, page_bytes, min_block_bytes, arena_bytes,
+            has_lower=has_lower,
+        )  # fmt: skip
         self.ledger.devices.append(device)
+        if has_lower:
+            self.directory.bring_up = self.raising.begin
         self.ledger.index.add_device(device.number)
         return device
 
@@ -97,7 +124,7 @@ class PoolState:
             If it is connected already, or no device is on its host.
         """
         ledger = self.ledger
-        if client in ledger.clients or client in ledger.revoked or client.startswith(PINNER):
+        if client in ledger.clients or client in ledger.revoked or client.startswith((PINNER, RAISER)):
             raise ProtocolError(f"client {client!r} is connected already, or its name is not for clients")
         reachable = [d.number for d in ledger.devices if d.host == host and d.lost is None]
         if not reachable:
@@ -122,6 +149,7 @@ class PoolState:
         ledger = self.ledger
         ledger.out = []
         self.allocations.cancel_client(client)
+        self.raising.cancel_client(client)
         left = ledger.clients.pop(client, None) or ledger.revoked.pop(client, None)
         devices = [n for n in left.devices if ledger.devices[n].lost is None] if left else []
         batch = Batch(len(devices))
@@ -186,7 +214,12 @@ class PoolState:
                 self.invalidations.invalidate(*event, now)
             case RevokeRequested():
                 self.revocations.revoke(*event, now)
+            case PrefixesFetched():
+                self.raising.fetch(event.batch, event.client, event.items, now)
+            case PersistRequested():
+                self.durability.persist(event.batch, event.client, event.items, now)
             case TicketsCancelled():
+                self.raising.cancel(event.client, event.tickets)
                 self.allocations.cancel(event.client, event.tickets)
                 self.allocations.retry(now)
             case DeviceAnswered():
@@ -194,19 +227,31 @@ class PoolState:
             case DeviceFreed():
                 self.ledger.devices[event.device].note_zombies(event.zombies)
                 self.allocations.retry(now)
+            case Moved():
+                self._go_on(event.move, event.answer, now)
+            case LowerGone():
+                self.below.gone(event.device, event.keys)
             case ClientGone():
                 self.allocations.cancel_client(event.client)
+                self.raising.cancel_client(event.client)
                 self.ledger.revoked.pop(event.client, None)
                 if self.ledger.clients.pop(event.client, None) is not None:
                     self.ledger.counters.clients_died += 1
                 self.leases.leases_ended(event.ended, event.freed, now)
             case DeviceLost():
+                self.below.device_lost(event.device)
                 self.leases.device_lost(event.device, event.reason, now)
             case Tick():
+                self.raising.expire(now)
                 self.allocations.expire(now)
                 self.allocations.retry(now)
         self.allocations.follow_up(now)
+        self.copies.follow_up(now)
         return self.ledger.out
+
+    def is_waiting(self, ticket: int) -> bool:
+        """Whether a request still waits, for memory or for what comes up."""
+        return ticket in self.allocations.queue or ticket in self.raising
 
     def _device_answered(self, event: DeviceAnswered, now: float) -> None:
         if len(event.sent) != len(event.answers):
@@ -215,13 +260,13 @@ class PoolState:
         for sent, answer in zip(event.sent, event.answers, strict=True):
             self._go_on(sent, answer, now)
 
-    def _go_on(self, sent: Send, answer: Answer, now: float) -> None:
+    def _go_on(self, sent: Send | Move, answer: Answer, now: float) -> None:
         try:
             sent.then(answer, now)
         except Exception as error:  # noqa: BLE001 - whatever it is
             # A bug, told by an instruction: raised from here it would keep the operations behind this one from going
             # on, and what was decided before it from being carried out, and their clients would wait for ever.
-            self.ledger.out.append(Failed(sent.operation, error))
+            self.ledger.out.append(Failed(sent.operation if isinstance(sent, Send) else (sent.method,), error))
 
     def fail_operations(self, sent: list[Send], error: KvpoolError, now: float) -> list[Instruction]:
         """Answer operations that a lost device will never carry out with ``error``."""
@@ -233,7 +278,8 @@ class PoolState:
 
     def next_deadline(self) -> float | None:
         """Return when the next waiting request must be answered, or None if none waits."""
-        return self.allocations.queue.next_deadline()
+        deadlines = (self.allocations.queue.next_deadline(), self.raising.next_deadline())
+        return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
     def check(self) -> None:
         """Raise :class:`~kvpool.errors.InvariantError` if the books do not add up."""

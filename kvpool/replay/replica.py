@@ -34,6 +34,7 @@ class Replica:
             raise RuntimeError("look_up before start")
         hashes = [encode_block_id(block_id) for block_id in ids]
         hit = await self._model.match_prefix(hashes)
+        await hit.fetch()
         self._open[number] = (hit, tuple(ids), hashes, output_tokens)
         return hit.num_blocks
 

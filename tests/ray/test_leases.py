@@ -190,7 +190,7 @@ async def test_a_key_whose_cache_is_never_found_is_given_up(pool, monkeypatch):
         await first.seal("key")
 
         async def nothing(_item, _trace):
-            return "hit", [], [], [], []
+            return "hit", [], [], [], [], 0
 
         monkeypatch.setattr(pool._connection.prefixes, "ask", nothing)
         with pytest.raises(CacheStateError, match="keeps vanishing"):

@@ -119,6 +119,10 @@ class DiskTier:
         """Return what is known of a cache on disk, or None. No use, no hit, no miss."""
         return self._index.get(key) if self._open and key not in self._removing else None
 
+    def entries(self) -> list[DiskEntry]:
+        """Return all that is on disk, least recently used first."""
+        return list(self._index)
+
     def statistics(self) -> DiskStatistics:
         """Return the figures of now."""
         counters = self._counters

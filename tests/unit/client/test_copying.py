@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from kvpool.client import copying
-from kvpool.client.copying import copy_blocks, source_addresses
+from kvpool.client.copying import source_addresses
 from kvpool.client.spec import ModelSpec
 from kvpool.errors import TensorMismatchError
+from kvpool.memory import copying
+from kvpool.memory.copying import copy_blocks
 
 SPEC = ModelSpec("m", dtype="float32", block_shape=(2, 3))
 BLOCK = 24

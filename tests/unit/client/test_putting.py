@@ -22,7 +22,7 @@ class Blocks:
     def addresses(self):
         return self._addresses
 
-    async def finish(self):
+    async def finish(self, *, durable=False):
         self.events.append("finished")
 
     async def __aenter__(self):

@@ -45,7 +45,7 @@ def test_a_block_looked_up_by_a_client_that_died_stays_in_the_pool(pool):
     batch = Batch(1)
     pool.handle(PrefixesLookedUp(batch, "mortal", [(1, 0, hashes([1, 2]), None)]))
     pool.kill("mortal")
-    assert pool.done[batch] == [("hit", [], [], [], [])]
+    assert pool.done[batch] == [("hit", [], [], [], [], 0)]
     hit = pool.look_up([1, 2])[1]
     assert len(hit) == 2
     pool.release(hit)

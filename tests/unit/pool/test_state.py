@@ -250,7 +250,7 @@ def test_another_clients_unsealed_cache_cannot_be_published(pool):
     pool.handle(PrefixesLookedUp(look_up, "c", [(2, 0, hashes([5]), None)]))
     pool.settle()
     assert isinstance(error_of(pool.done[seal][0]), UnknownCacheError)
-    assert pool.done[look_up] == [("hit", [], [], [], [])]  # not for one moment
+    assert pool.done[look_up] == [("hit", [], [], [], [], 0)]  # not for one moment
     assert isinstance(error_of(pool.seal(ids, keys_of([5]), client="thief", finish=True)), UnknownCacheError)
     assert pool.seal(ids, keys_of([1]), finish=True) == ("sealed", [True])  # and its writer goes on undisturbed
 

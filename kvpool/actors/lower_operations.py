@@ -1,0 +1,173 @@
+"""What the pool asks of a device's lower tiers, carried out beside what lives on the device.
+
+Operations come in order with those of the store (:mod:`kvpool.cache.store`), each awaited before the next:
+
+============================================================ =======================================================
+operation                                                    answer
+============================================================ =======================================================
+``("lower", tenant, fingerprint, entries)``                  for each whether it can be found below from now on
+``("copy", tenant, fingerprint, entries)``                   the same; they are not about to be freed
+``("hold", tenant, fingerprint, hashes)``                    ``True``: not to be pushed out until they are filled
+``("unhold", tenant, fingerprint, hashes)``                  ``True``
+``("forget", number, tenant, fingerprint, hashes or None)``  ``True``: begun; :meth:`LowerOperations.forgotten` waits
+============================================================ =======================================================
+
+An entry is ``(id, hash, parent's hash or None)``. What takes as long as a disk takes is a method of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from kvpool.cache.disk.folder import folder_at
+from kvpool.cache.disk.tier import DiskTier
+from kvpool.cache.host_tier import HostTier
+from kvpool.cache.key import CacheKey
+from kvpool.cache.lower_tiers import LowerTiers, OnGone, Source
+from kvpool.cache.store import DeviceStore
+from kvpool.config import TierPlan
+from kvpool.errors import InvalidatedError, KvpoolError, TierError, UnknownCacheError, ensure
+from kvpool.memory.allocator import GPUMemoryAllocator
+from kvpool.memory.host import HostBackend
+
+logger = logging.getLogger("kvpool.device")
+
+KINDS = ("lower", "copy", "hold", "unhold", "forget")
+"""Operations that are not the store's."""
+
+Entry = tuple[int, bytes, bytes | None]
+
+
+def make_tiers(plan: TierPlan, page_bytes: int, on_gone: Callable[[Sequence[CacheKey]], None]) -> LowerTiers | None:
+    """Return the tiers that a plan names, or None if it names none.
+
+    Raises
+    ------
+    ConfigError
+        If the folder of the disk tier is no URL that can be used.
+    """
+    url = plan.disk_url if plan.write_policy != "none" else None
+    host = None
+    if url is not None:
+        folder_at(url)  # an address that cannot be used is told now
+
+    def make_disk(on_gone: OnGone) -> DiskTier:
+        return DiskTier(folder_at(url or ""), plan.disk_bytes, on_gone=on_gone)
+
+    if plan.host_bytes >= page_bytes:
+        host = HostTier(GPUMemoryAllocator(HostBackend(), plan.host_bytes, page_bytes))
+    if host is None and url is None:
+        return None
+    return LowerTiers(host, make_disk if url is not None else None, on_gone)
+
+
+class LowerOperations:
+    """Moves caches between a device's memory and its lower tiers, by the ids and keys that the pool names.
+
+    Parameters
+    ----------
+    store
+        What lives on the device.
+    tiers
+        What lies below it.
+    """
+
+    def __init__(self, store: DeviceStore, tiers: LowerTiers) -> None:
+        self._store = store
+        self._tiers = tiers
+        self._removals: dict[tuple[int, str, str], asyncio.Future[Any]] = {}
+
+    async def carry_out(self, operation: tuple[Any, ...]) -> Any:
+        """Carry out one operation; returns its answer."""
+        match operation:
+            case ("lower", tenant, fingerprint, entries):
+                return await self._move_down(tenant, fingerprint, entries, self._tiers.demote)
+            case ("copy", tenant, fingerprint, entries):
+                return await self._move_down(tenant, fingerprint, entries, self._tiers.copy_ahead)
+            case ("hold", tenant, fingerprint, hashes):
+                self._tiers.hold([CacheKey(tenant, fingerprint, each) for each in hashes])
+            case ("unhold", tenant, fingerprint, hashes):
+                self._tiers.unhold([CacheKey(tenant, fingerprint, each) for each in hashes])
+            case ("forget", number, tenant, fingerprint, hashes):
+                removal = asyncio.ensure_future(self._remove(tenant, fingerprint, hashes))
+                self._removal(number, tenant, fingerprint).set_result(removal)
+        return True
+
+    async def _remove(self, tenant: str, fingerprint: str, hashes: Sequence[bytes] | None) -> int:
+        if hashes is None:
+            return await self._tiers.remove_space(tenant, fingerprint)
+        return await self._tiers.remove([CacheKey(tenant, fingerprint, each) for each in hashes])
+
+    def _removal(self, *name: Any) -> asyncio.Future[Any]:
+        return self._removals.setdefault(name, asyncio.get_running_loop().create_future())
+
+    async def forgotten(self, number: int, tenant: str, fingerprint: str) -> Any:
+        """Wait until a removal that was told by ``forget`` is sure; returns how many caches it was of, or an error."""
+        name = (number, tenant, fingerprint)
+        try:
+            removal = await self._removal(*name)  # this call may have overtaken the operation
+            return await removal
+        except KvpoolError as error:
+            return ("error", *error.to_wire())
+        finally:
+            self._removals.pop(name, None)
+
+    async def _move_down(
+        self, tenant: str, fingerprint: str, entries: Sequence[Entry], move: Callable[[list[Source]], Any]
+    ) -> list[bool]:
+        sources = [self._source(tenant, fingerprint, entry) for entry in entries]
+        there = iter(await move([source for source in sources if source is not None]))
+        return [source is not None and next(there) for source in sources]
+
+    def _source(self, tenant: str, fingerprint: str, entry: Entry) -> Source | None:
+        cache_id, block_hash, parent = entry
+        record = self._store.sealed(cache_id)
+        if record is None:
+            return None
+        address = self._store.allocator.address + record.offset
+        return Source(CacheKey(tenant, fingerprint, block_hash), parent, address, record.size_bytes)
+
+    async def fill(self, tenant: str, fingerprint: str, entries: Sequence[tuple[int, bytes]]) -> list[bool]:
+        """Bring content up into caches that are leased for it: ``(id, hash)``; returns for each if it is there."""
+        keys = [CacheKey(tenant, fingerprint, block_hash) for _, block_hash in entries]
+        base = self._store.allocator.address
+        try:
+            records = [self._store.record(cache_id) for cache_id, _ in entries]
+            targets = [
+                Source(key, None, base + record.offset, record.size_bytes)
+                for key, record in zip(keys, records, strict=True)
+                if record is not None
+            ]
+            ensure(len(targets) == len(entries), "what is filled is leased until then")
+            return await self._tiers.fill(targets)
+        finally:
+            self._tiers.unhold(keys)  # they were held since the pool decided on this
+
+    async def persist(self, tenant: str, fingerprint: str, entries: Sequence[Entry]) -> list[Any]:
+        """Write caches through to the disk; returns True or an error for each."""
+        outcomes: list[Any] = [None] * len(entries)
+        sources: list[Source] = []
+        for position, entry in enumerate(entries):
+            source = self._source(tenant, fingerprint, entry)
+            if source is None:
+                gone = InvalidatedError if self._store.record(entry[0]) is not None else UnknownCacheError
+                error: KvpoolError = gone(
+                    f"cache {entry[0]} is not to be kept any more: store it again if it is still wanted",
+                    cache_id=entry[0],
+                )
+                outcomes[position] = ("error", *error.to_wire())
+            else:
+                sources.append(source)
+        wanted = [position for position, outcome in enumerate(outcomes) if outcome is None]
+        ids = [entries[position][0] for position in wanted]
+        self._store.hold(ids)  # beyond the client's lease, which may end with the client while a thread reads this
+        try:
+            errors: list[TierError | None] = await self._tiers.write_through(sources)
+        finally:
+            self._store.unhold(ids)
+        for position, failed in zip(wanted, errors, strict=True):
+            outcomes[position] = True if failed is None else ("error", *failed.to_wire())
+        return outcomes

@@ -1,0 +1,77 @@
+"""Blocks that are to survive every process: written through to the disk below their device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from kvpool.cache.key import split_hashes
+from kvpool.errors import TierError
+from kvpool.pool.fanout import Fanout
+from kvpool.pool.instructions import Answer, Batch, Move
+from kvpool.pool.ledger import Client, Ledger
+
+
+class Durability:
+    """Makes blocks durable.
+
+    Parameters
+    ----------
+    ledger
+        The pool's books.
+    fanout
+        Decides on each item of a batch.
+    """
+
+    def __init__(self, ledger: Ledger, fanout: Fanout) -> None:
+        self._ledger = ledger
+        self._fanout = fanout
+
+    def persist(self, batch: Batch, client_id: str, items: Sequence[tuple[Any, ...]], now: float) -> None:
+        """Answer each item ``("persisted", [True or an error for each hash])`` when its blocks are on disk."""
+        self._fanout.each(batch, client_id, items, partial(self._persist, now))
+
+    def _persist(self, now: float, batch: Batch, item: int, client: Client, content: tuple[Any, ...]) -> None:
+        _sequence, model_number, joined, _trace = content
+        ledger = self._ledger
+        index = ledger.index
+        model = ledger.model(client, model_number)
+        hashes = split_hashes(joined)
+        outcomes: list[Any] = [None] * len(hashes)
+        by_device: dict[int, list[int]] = {}
+        held: list[int] = []
+        for position, row in enumerate(index.find_all(model.space, hashes)):
+            if row < 0:
+                error = TierError(
+                    f"block {hashes[position].hex()} is not in the pool any more: store it again", cause="gone"
+                )
+                outcomes[position] = ("error", *error.to_wire())
+                continue
+            held.append(row)
+            by_device.setdefault(index.device[row], []).append(position)
+        # Held until they are written: what is declared void meanwhile is refused by the device, or removed after it.
+        index.guard(held, now=now)
+        ids = {row: index.id_of(row) for row in held}
+        open_moves = len(by_device)
+
+        def written(positions: list[int], answer: Answer, now: float) -> None:
+            nonlocal open_moves
+            for place, position in enumerate(positions):
+                outcomes[position] = answer if isinstance(answer, tuple) else answer[place]
+            open_moves -= 1
+            if not open_moves:
+                left = [row for row in held if index.live_row(ids[row]) == row]
+                index.unpin(left[::-1], now=now)
+                ledger.answer(batch, item, ("persisted", outcomes))
+
+        if not by_device:
+            ledger.answer(batch, item, ("persisted", outcomes))
+        for device, positions in by_device.items():
+            entries = []
+            for position in positions:
+                row = index.find(model.space, hashes[position])
+                above = index.parent[row]
+                entries.append((index.id_of(row), hashes[position], index.key_of(above) if above >= 0 else None))
+            arguments = (model.tenant, model.fingerprint, entries)
+            ledger.out.append(Move(device, "persist", arguments, partial(written, positions)))
