@@ -25,6 +25,7 @@ class Cell(NamedTuple):
     policy: str
     capacity: float
     seed: int
+    host_capacity: float | None = None
 
 
 class ComparisonRow(NamedTuple):
@@ -65,7 +66,8 @@ def run_cells(
         rows: list[SimulationRow] = []
         for cell in cells:
             before = len(rows) * len(requests)
-            rows.append(simulate(requests, cell.policy, cell.capacity, _report_from(on_progress, before), cell.seed))
+            report = _report_from(on_progress, before)
+            rows.append(simulate(requests, cell.policy, cell.capacity, report, cell.seed, cell.host_capacity))
         return rows
     # Spawned, not forked: whoever calls this may have threads.
     context = multiprocessing.get_context("spawn")
@@ -106,11 +108,14 @@ def _run_in_process(number: int, cell: Cell) -> SimulationRow:
     def report(count: int) -> None:
         done[number] = count
 
-    return simulate(requests, cell.policy, cell.capacity, report, cell.seed)
+    return simulate(requests, cell.policy, cell.capacity, report, cell.seed, cell.host_capacity)
 
 
 def compare(
-    requests: Sequence[TraceRequest], rows: Iterable[SimulationRow], capacities: Sequence[float]
+    requests: Sequence[TraceRequest],
+    rows: Iterable[SimulationRow],
+    capacities: Sequence[float],
+    host_capacity: float | None = None,
 ) -> list[ComparisonRow]:
     """Return one row for each policy, in their order, and one for the bound that none can pass, at the end."""
     ratios: dict[str, dict[float, list[float]]] = {}
@@ -120,7 +125,7 @@ def compare(
         ComparisonRow(policy, tuple(fmean(at[c]) for c in capacities), tuple(pstdev(at[c]) for c in capacities))
         for policy, at in ratios.items()
     ]
-    bounds = tuple(100 * offline_bound(requests, capacity) for capacity in capacities)
+    bounds = tuple(100 * offline_bound(requests, capacity, host_capacity) for capacity in capacities)
     return [*table, ComparisonRow(BOUND, bounds, (0.0,) * len(bounds))]
 
 

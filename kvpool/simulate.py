@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import islice
+from itertools import islice, takewhile
 from time import thread_time
 from typing import TypedDict
 
 from kvpool.bound import most_prefix_hits
+from kvpool.cache.host_index import HostEntry, HostIndex, Kind
 from kvpool.cache.index import CacheIndex
-from kvpool.cache.key import BlockHash, encode_block_id
+from kvpool.cache.key import BlockHash, CacheKey, encode_block_id
 from kvpool.cache.table import NO_ROW
 from kvpool.errors import InvalidRequestError
 from kvpool.workload import TraceRequest, unique_blocks
@@ -25,11 +26,15 @@ class SimulationRow(TypedDict):
     capacity: float
     """As asked: share of the unique blocks, or blocks."""
     capacity_blocks: int
+    host_capacity_blocks: int
+    """Of a host tier below; 0: there is none."""
     requests: int
     blocks: int
     """Blocks looked up, all requests together."""
     prefix_hit_ratio: float
     """Leading resident blocks of the requests / all their blocks, looked up before the request changes anything."""
+    host_hit_ratio: float
+    """The part of it that came from the host tier."""
     evictions: int
     accesses_per_s: float
     """Blocks handled in a second of one core's time, whatever else runs there; encoding the ids is not counted."""
@@ -70,15 +75,20 @@ def capacity_in_blocks(capacity: float, unique: int) -> int:
     return capacity
 
 
-def offline_bound(requests: Sequence[TraceRequest], capacity: float) -> float:
+def offline_bound(requests: Sequence[TraceRequest], capacity: float, host_capacity: float | None = None) -> float:
     """Return the prefix hit ratio that no policy can pass at that capacity, because it would take the future.
+
+    With a host tier, that of both together: what lies in either is a hit.
 
     Raises
     ------
     InvalidRequestError
         As :func:`simulate` does.
     """
-    capacity_blocks = capacity_in_blocks(capacity, _unique_blocks(requests))
+    unique = _unique_blocks(requests)
+    capacity_blocks = capacity_in_blocks(capacity, unique)
+    if host_capacity is not None:
+        capacity_blocks = min(capacity_blocks + capacity_in_blocks(host_capacity, unique), unique)
     chains = [request.hash_ids for request in requests]
     return most_prefix_hits(chains, capacity_blocks) / sum(map(len, chains))
 
@@ -89,6 +99,7 @@ def simulate(
     capacity: float = 0.05,
     on_progress: Callable[[int], None] | None = None,
     seed: int = 0,
+    host_capacity: float | None = None,
 ) -> SimulationRow:
     """Replay the requests one after another against a pool of ``capacity`` blocks.
 
@@ -107,6 +118,9 @@ def simulate(
         Told now and then how many requests are done.
     seed
         Of what the policy draws at random.
+    host_capacity
+        Of a host tier below, in the same terms: what is evicted goes there, and comes up again with the next request
+        for it. None: there is none.
 
     Raises
     ------
@@ -117,9 +131,10 @@ def simulate(
     """
     capacity_blocks = capacity_in_blocks(capacity, _unique_blocks(requests))
     index = CacheIndex(policy, seed)
+    host = None if host_capacity is None else _Host(capacity_in_blocks(host_capacity, _unique_blocks(requests)))
     chains = _encode(requests)
     blocks = sum(map(len, chains))
-    hits = evictions = 0
+    hits = host_hits = evictions = 0
     started_s = thread_time()
     index.add_device(0)
     space = index.space("default", "simulated")
@@ -128,16 +143,33 @@ def simulate(
         rows = index.look_up(space, hashes, now=now)
         hits += len(rows)
         index.pin(rows, now=now)
+        if host is not None and (coming := host.run(hashes[len(rows) :])):
+            wanted = hashes[len(rows) : len(rows) + coming]
+            short = len(index) + len(wanted) - capacity_blocks
+            if short > 0:
+                victims = list(islice(index.policy.victims(0), short))
+                host.lower(index, victims)
+                index.remove_all(victims)
+                evictions += len(victims)
+            raised = wanted[: capacity_blocks - len(index)]
+            hits += len(raised)
+            host_hits += len(raised)
+            new = index.add_chain(space, 1, 0, len(raised), rows[-1] if rows else NO_ROW, now=now, chain=hashes)
+            index.publish_all(new, raised)
+            host.raised(wanted, len(raised))
+            rows += new
         missing = hashes[len(rows) :]
         if hashes:
             index.policy.answered(space, hashes, rows, request.output_length, now)
         short = len(index) + len(missing) - capacity_blocks
-        if short > 0:
+        if short > 0 and host is None:  # what a policy would not store has its place below
             admitted = index.policy.admit(space, hashes, rows, (0,), 1, short, now)
             short -= len(missing) - admitted
             missing = missing[:admitted]
         if short > 0:
             victims = list(islice(index.policy.victims(0), short))
+            if host is not None:
+                host.lower(index, victims)
             index.remove_all(victims)
             evictions += len(victims)
         stored = missing[: capacity_blocks - len(index)]
@@ -156,12 +188,57 @@ def simulate(
         seed=seed,
         capacity=capacity,
         capacity_blocks=capacity_blocks,
+        host_capacity_blocks=0 if host is None else host.index.budget_bytes,
         requests=len(requests),
         blocks=blocks,
         prefix_hit_ratio=hits / blocks,
+        host_hit_ratio=host_hits / blocks,
         evictions=evictions,
         accesses_per_s=blocks / max(elapsed_s, 1e-9),  # a clock may not have moved
     )
+
+
+class _Host:
+    """A host tier of so many blocks: the index of the real one, with blocks of one byte."""
+
+    def __init__(self, capacity_blocks: int) -> None:
+        self.index = HostIndex(capacity_blocks)
+
+    def run(self, hashes: Sequence[BlockHash]) -> int:
+        """Return how many leading blocks are here, and keep them from being pushed out by what goes down for them."""
+        keys = list(takewhile(lambda key: self.index.get(key) is not None, map(_key, hashes)))
+        self.index.hold(keys)
+        return len(keys)
+
+    def raised(self, hashes: Sequence[BlockHash], count: int) -> None:
+        """Note that the first ``count`` of these have come up; the others stay."""
+        for place, key in enumerate(map(_key, hashes)):
+            entry = self.index.get(key)
+            self.index.unhold((key,))
+            if entry is not None and place < count:
+                self.index.turn(entry, Kind.COPY)
+
+    def lower(self, index: CacheIndex, rows: Sequence[int]) -> None:
+        """Take what is about to be evicted."""
+        for row in rows:
+            block_hash = index.key_of(row)
+            if block_hash is None:
+                continue
+            key = _key(block_hash)
+            entry = self.index.get(key)
+            if entry is not None:
+                self.index.turn(entry, Kind.SOLE)
+                continue
+            if self.index.used_bytes == self.index.budget_bytes:
+                going = self.index.first_to_go(*Kind)
+                if going is None:
+                    continue
+                self.index.remove(going)
+            self.index.add(HostEntry(key, None, 1, Kind.SOLE, 0))
+
+
+def _key(block_hash: BlockHash) -> CacheKey:
+    return CacheKey("default", "simulated", block_hash)
 
 
 def _unique_blocks(requests: Sequence[TraceRequest]) -> int:

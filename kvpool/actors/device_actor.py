@@ -194,9 +194,11 @@ class DeviceActor:
             answers.append(await self._lower.carry_out(operation))
             spans.done(operation, answers[-1])
         answers += self._store.apply(waiting, time.monotonic(), spans.done)
-        for operation in operations:
+        for place, operation in enumerate(operations):
             if operation[0] == "revoke":
                 self._server.revoke(operation[1])
+            elif operation == ("trim",) and self._tiers is not None:
+                answers[place] += self._tiers.trim()
         self._request_drops()
         return answers, self._zombies()
 
@@ -220,10 +222,6 @@ class DeviceActor:
             raise ProtocolError(f"device {self._name} has no lower tiers: the pool asks it for what it does not have")
         return self._lower
 
-    async def lower_tiers(self) -> dict[str, Any] | None:
-        """Return the figures of what lies below this device, None if nothing does."""
-        return None if self._tiers is None else self._tiers.statistics()
-
     async def events(self, seen: int, wait_s: float) -> tuple[int, list[tuple[Any, ...]]]:
         """Return what happened after event number ``seen``, waiting for it up to ``wait_s``.
 
@@ -232,8 +230,11 @@ class DeviceActor:
         """
         return await self._events.poll(seen, wait_s)
 
-    async def memory(self) -> dict[str, int]:
-        """Return this device's bytes (live, backed, reserve, zombie, free, largest), and its caches and leases."""
+    async def memory(self) -> dict[str, Any]:
+        """Return this device's bytes (live, backed, reserve, zombie, free, largest), its caches and leases.
+
+        And ``lower``: the figures of its lower tiers, None if it has none.
+        """
         usage = self._allocator.usage()
         return {
             "live": usage.live_bytes,
@@ -244,6 +245,7 @@ class DeviceActor:
             "largest": usage.largest_bytes,
             "caches": self._store.caches,
             "leases": self._store.lease_count,
+            "lower": None if self._tiers is None else self._tiers.statistics(),
         }
 
     async def leases(self) -> dict[str, int]:

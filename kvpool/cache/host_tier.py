@@ -70,6 +70,10 @@ class HostTier:
         self._allocator.wipe(handle)
         self._allocator.free(handle)
 
+    def trim(self) -> int:
+        """Give memory in which nothing lies back to the system; returns its bytes."""
+        return self._allocator.trim()
+
     def close(self) -> None:
         """Give all memory back."""
         self._allocator.close()

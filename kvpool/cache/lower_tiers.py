@@ -515,6 +515,10 @@ class LowerTiers:
             raise error
         return len(found)
 
+    def trim(self) -> int:
+        """Give host memory in which nothing lies back to the system; returns its bytes."""
+        return 0 if self._host is None else self._host.trim()
+
     # -- what is under way ----------------------------------------------------------------------------------------
 
     def _take_off(self, keys: Iterable[CacheKey]) -> _Flight:

@@ -47,6 +47,12 @@ def parse_capacity(text: str | float) -> float:
     help="Share of the trace's unique blocks (0.05; 1.0 is all) or number of blocks (5000). Repeat for several.  "
     "[default: 0.05; of several policies 0.01, 0.05, 0.1, 0.25, 0.5]",
 )
+@click.option(
+    "--host-capacity",
+    type=parse_capacity,
+    metavar="SHARE|BLOCKS",
+    help="Of a host tier below, to which what is evicted goes, and from which it comes up.  [default: none]",
+)
 @click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="Runs of each, averaged.")
 @click.option(
     "--processes",
@@ -59,6 +65,7 @@ def simulate(
     trace: Path,
     policies: tuple[str, ...],
     capacities: tuple[float, ...],
+    host_capacity: float | None,
     seeds: int,
     processes: int | None,
     out: Path | None,
@@ -79,9 +86,14 @@ def simulate(
     requests = list(read_trace(trace))
     unique = unique_blocks(requests)
     if unique:
-        for capacity in capacities:
+        for capacity in (*capacities, *(() if host_capacity is None else (host_capacity,))):
             capacity_in_blocks(capacity, unique)
-    cells = [Cell(policy, capacity, seed) for policy in names for capacity in capacities for seed in range(seeds)]
+    cells = [
+        Cell(policy, capacity, seed, host_capacity)
+        for policy in names
+        for capacity in capacities
+        for seed in range(seeds)
+    ]
     with progress(f"simulating {trace.name}", total=len(cells) * len(requests)) as report:
         rows = run_cells(requests, cells, processes or len(os.sched_getaffinity(0)), report)
     title = f"{trace.name}: {len(requests):,} requests, {unique:,} unique blocks"
@@ -91,7 +103,7 @@ def simulate(
         else:
             print_rows(title, rows)
         return
-    table = compare(requests, rows, capacities)
+    table = compare(requests, rows, capacities, host_capacity)
     payload = as_json(rows, table, capacities)
     if json_path is not None:
         write_json(json_path, payload)

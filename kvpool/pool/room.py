@@ -112,8 +112,8 @@ class Room:
         for device in devices:
             size_bytes = device.footprint_bytes(model.block_bytes or 0, model.block_bytes or 0)
             free += max(ledger.free_bytes(device), 0) // size_bytes
-        if wanted <= free:
-            return wanted
+        if wanted <= free or any(device.has_lower for device in devices):
+            return wanted  # with tiers below, what a policy would not store has its place there
         numbers = [device.number for device in devices]
         return ledger.policy.admit(model.space, hashes, rows, numbers, size_bytes, wanted - free, now)
 

@@ -37,6 +37,8 @@ class DeviceStatistics:
     lost: str | None
     reported: bool
     """Whether the device told its figures; else they are zeros."""
+    lower: dict[str, Any] | None
+    """What its lower tiers hold and did (:meth:`kvpool.cache.lower_tiers.LowerTiers.statistics`); None: it has none."""
 
     @property
     def utilization(self) -> float:
@@ -54,7 +56,8 @@ class PoolStatistics:
     """A whole pool: its policies, its devices, and totals since it began.
 
     ``models`` counts, by name, the caches and blocks that models were given; ``evictions_by_reason`` why content left
-    (``capacity``, ``request`` by an administrator, ``invalidate``).
+    (``capacity``, ``request`` by an administrator, ``invalidate``); ``blocks_lowered`` and ``blocks_raised`` what went
+    to the tiers below the devices and came up again, ``lower_keys`` what lies there now.
     """
 
     name: str
@@ -74,6 +77,9 @@ class PoolStatistics:
     blocks_looked_up: int
     blocks_hit: int
     blocks_stored: int
+    blocks_lowered: int
+    blocks_raised: int
+    lower_keys: int
     evictions: int
     evicted_bytes: int
     evictions_by_reason: dict[str, int]
@@ -138,7 +144,7 @@ class PoolStatistics:
 
 def collect(
     state: PoolState,
-    memory: dict[int, dict[str, int]],
+    memory: dict[int, dict[str, Any]],
     *,
     policy_requested: str | None = None,
     preset: str | None = None,
@@ -151,7 +157,7 @@ def collect(
         The pool's state.
     memory
         For each device number what it reported: ``live``, ``backed``, ``reserve``, ``zombie``, ``free`` bytes,
-        ``caches`` and ``leases``. A device that is missing counts as empty.
+        ``caches``, ``leases``, and ``lower``, the figures of its lower tiers. A device that is missing counts as empty.
     policy_requested, preset
         What the pool was asked for, where something else stands in for it.
     """
@@ -179,6 +185,7 @@ def collect(
                 evictions=device.evictions,
                 lost=device.lost,
                 reported=number in memory,
+                lower=reported.get("lower"),
             )
         )
     models: dict[str, int] = {}
@@ -199,6 +206,7 @@ def collect(
         clients=len(ledger.clients),
         models=models,
         keys=index.published,
+        lower_keys=len(state.below),
         waiting=len(state.allocations.queue),
         **totals,
     )

@@ -1,0 +1,159 @@
+"""Pools with host memory and disk below their devices."""
+
+import asyncio
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pool_actors import kill_device
+
+from kvpool import ModelSpec, encode_block_id
+from kvpool.errors import TierError
+
+BLOCK_BYTES = 32 * 1024
+SPEC = ModelSpec("m", block_bytes=BLOCK_BYTES)
+CHAIN = 8
+
+
+def chain(number):
+    return [encode_block_id(1000 * number + place + 1) for place in range(CHAIN)]
+
+
+def content(number):
+    return np.stack([np.full(BLOCK_BYTES, (number * CHAIN + place) % 251, np.uint8) for place in range(CHAIN)])
+
+
+async def read(model, number):
+    """Look a chain up, wait for what comes up, and verify all of it; returns how many blocks there were."""
+    async with await model.match_prefix(chain(number)) as hit:
+        await hit.fetch()
+        for block, expected in zip(hit.numpy(), content(number), strict=False):
+            assert (block == expected).all()
+        return hit.num_blocks
+
+
+async def put(model, number, **how):
+    return await model.put_blocks(chain(number), content(number), **how)
+
+
+async def tiers(pool):
+    return (await pool.stats()).devices[0].lower
+
+
+async def test_three_times_the_devices_memory_runs_through_device_host_and_disk(make_pool, tmp_path):
+    pool = await make_pool("host:1x2MiB", host_memory="2MiB", disk_url=str(tmp_path / "disk"))
+    model = await pool.model(SPEC)
+    chains = 3 * (2 << 20) // (CHAIN * BLOCK_BYTES)
+    for number in range(chains):
+        assert await put(model, number) == CHAIN
+
+    for _ in range(3):
+        for number in range(chains):
+            assert await read(model, number) == CHAIN
+
+    figures = await tiers(pool)
+    assert (figures["dropped"], figures["misses"]) == (0, 0)
+    assert figures["disk"]["hits"] > 0
+    assert figures["raised"] > figures["disk"]["hits"]  # some from host memory
+
+
+async def test_several_who_ask_for_the_same_share_what_comes_up(make_pool, tmp_path):
+    pool = await make_pool("host:1x1MiB", host_memory="2MiB")
+    model = await pool.model(SPEC)
+    for number in range(5):
+        await put(model, number)
+
+    assert await asyncio.gather(*(read(model, 0) for _ in range(6))) == [CHAIN] * 6
+
+    assert (await tiers(pool))["raised"] <= CHAIN
+
+
+async def test_a_look_up_tells_what_is_coming_and_does_not_wait_for_it(make_pool):
+    pool = await make_pool("host:1x1MiB", host_memory="2MiB")
+    model = await pool.model(SPEC)
+    for number in range(5):
+        await put(model, number)
+
+    async with await model.match_prefix(chain(0)) as hit:
+        assert hit.num_blocks + hit.coming == CHAIN
+        assert hit.coming > 0
+        assert await hit.fetch() == CHAIN
+        assert hit.coming == 0
+        assert len(hit.tensors()) == CHAIN
+
+
+async def test_durable_blocks_are_found_again_after_a_kill_and_a_new_start(make_pool, tmp_path):
+    url = str(tmp_path / "disk")
+    pool = await make_pool("host:1x2MiB", disk_url=url, name=f"t{os.getpid()}-durable")
+    model = await pool.model(SPEC)
+    assert await put(model, 1, durable=True) == CHAIN
+    await put(model, 2)
+    await kill_device(pool, 0)
+    await pool.delete()
+
+    again = await make_pool("host:1x2MiB", disk_url=url, name=pool.name)
+    model = await again.model(SPEC)
+    assert await read(model, 1) == CHAIN
+    assert await read(model, 2) in range(CHAIN + 1)  # never wrong
+
+
+async def test_what_is_not_surely_on_disk_is_not_acknowledged_as_durable(make_pool, tmp_path):
+    pool = await make_pool()
+    model = await pool.model(SPEC)
+    with pytest.raises(TierError, match="disk_url"):
+        await put(model, 1, durable=True)
+    assert await read(model, 1) == CHAIN  # it is stored all the same
+
+
+async def test_every_put_is_durable_where_the_write_policy_says_so(make_pool, tmp_path):
+    pool = await make_pool(disk_url=str(tmp_path / "disk"), write_policy="write_through")
+    model = await pool.model(SPEC)
+    await put(model, 1)
+    assert (await tiers(pool))["disk"]["files"] == CHAIN
+
+
+async def test_invalidated_content_is_gone_from_every_tier(make_pool, tmp_path):
+    folder = tmp_path / "disk"
+    pool = await make_pool("host:1x1MiB", host_memory="1MiB", disk_url=str(folder))
+    model = await pool.model(SPEC)
+    for number in range(12):
+        await put(model, number)
+    await put(model, 13, durable=True)
+    assert list(folder.rglob("*.kvcache"))
+
+    await pool.invalidate("m", [chain(0)[0]])
+    assert await read(model, 0) == 0
+    assert await read(model, 1) == CHAIN
+
+    await pool.invalidate("m")
+    assert [await read(model, number) for number in range(14)] == [0] * 14
+    assert not list(folder.rglob("*.kvcache"))
+    figures = await tiers(pool)
+    assert (figures["host"]["caches"], figures["disk"]["files"]) == (0, 0)
+
+
+async def test_a_pool_goes_on_when_its_disk_vanishes(make_pool, tmp_path):
+    folder = tmp_path / "disk"
+    pool = await make_pool("host:1x1MiB", host_memory="512KiB", disk_url=str(folder))
+    model = await pool.model(SPEC)
+    for number in range(10):
+        await put(model, number)
+    for path in sorted(folder.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    folder.rmdir()
+
+    for number in range(10, 20):
+        assert await put(model, number) == CHAIN
+    assert await read(model, 19) == CHAIN
+    assert all([await read(model, number) <= CHAIN for number in range(20)])
+    assert (await tiers(pool))["disk"]["errors"]
+
+
+async def test_a_folder_that_cannot_be_used_leaves_a_pool_without_disk(make_pool, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("not a folder")
+    pool = await make_pool(disk_url=str(file))
+    model = await pool.model(SPEC)
+    assert await put(model, 1) == CHAIN
+    assert str(Path(file)) in (await tiers(pool))["disk_problem"]
