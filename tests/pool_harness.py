@@ -10,6 +10,7 @@ import ctypes
 from collections import deque
 from typing import Any
 
+from kvpool.actors.lower_operations import KINDS
 from kvpool.cache.key import encode_block_id
 from kvpool.cache.store import DeviceStore
 from kvpool.memory.allocator import GPUMemoryAllocator
@@ -26,16 +27,64 @@ from kvpool.pool.instructions import (
     Failed,
     Grant,
     InvalidateRequested,
+    Move,
+    Moved,
     PinRequested,
+    PrefixesFetched,
     PrefixesLookedUp,
     ReleaseRequested,
     RevokeRequested,
     SealRequested,
     Send,
+    Tick,
 )
 from kvpool.pool.state import PoolState
 
 PAGE = 64 * 1024
+
+
+class Shelf:
+    """What lies below one device: real bytes, without limits and without delay."""
+
+    def __init__(self) -> None:
+        self.content: dict[tuple[str, str, bytes], tuple[bytes | None, bytes]] = {}
+        self.refuses = False
+        """It keeps nothing of what goes down."""
+        self.fills = 0
+
+    def carry_out(self, store: DeviceStore, operation: Any) -> Any:
+        match operation:
+            case ("lower" | "copy", tenant, fingerprint, entries):
+                return [self._keep(store, tenant, fingerprint, *entry) for entry in entries]
+            case ("forget", _, tenant, fingerprint, names):
+                for key in list(self.content):
+                    if key[:2] == (tenant, fingerprint) and (names is None or key[2] in names):
+                        del self.content[key]
+        return True
+
+    def _keep(self, store: DeviceStore, tenant: str, fingerprint: str, cache_id: int, key: bytes, parent: Any) -> bool:
+        record = store.sealed(cache_id)
+        if record is None or self.refuses:
+            return False
+        read = ctypes.string_at(store.allocator.address + record.offset, record.size_bytes)
+        self.content[tenant, fingerprint, key] = parent, read
+        return True
+
+    def fill(self, store: DeviceStore, tenant: str, fingerprint: str, entries: Any) -> list[bool]:
+        self.fills += 1
+        filled = []
+        for cache_id, key in entries:
+            record, found = store.record(cache_id), self.content.get((tenant, fingerprint, key))
+            if found is not None:
+                ctypes.memmove(store.allocator.address + record.offset, found[1], len(found[1]))
+            filled.append(found is not None)
+        return filled
+
+    def forgotten(self, store: DeviceStore, *name: Any) -> int:
+        return 0
+
+    def persist(self, store: DeviceStore, tenant: str, fingerprint: str, entries: Any) -> list[Any]:
+        return [self._keep(store, tenant, fingerprint, *entry) for entry in entries]
 
 
 class LocalPool:
@@ -49,9 +98,13 @@ class LocalPool:
         queue_limit: int = 100,
         placement="least_loaded",
         policy="lru",
+        lower: bool = False,
+        gc_threshold: float = 1.0,
     ):
         self.now = 0.0
-        self.state = PoolState("test", policy, placement, queue_limit)
+        self.moves: list[Move] = []
+        self.shelves = [Shelf() for _ in range(devices)] if lower else []
+        self.state = PoolState("test", policy, placement, queue_limit, gc_threshold)
         self.stores: list[DeviceStore] = []
         self.outboxes: list[deque[Send]] = []
         self.grants: dict[str, list[tuple[int, Any]]] = {}
@@ -61,7 +114,7 @@ class LocalPool:
             self.stores.append(DeviceStore(allocator))
             self.outboxes.append(deque())
             self.state.add_device(
-                f"host-{number}", "here", pages * page_bytes, page_bytes, 4096, 8 * pages * page_bytes
+                f"host-{number}", "here", pages * page_bytes, page_bytes, 4096, 8 * pages * page_bytes, lower
             )
 
     def close(self) -> None:
@@ -75,6 +128,8 @@ class LocalPool:
             match instruction:
                 case Send():
                     self.outboxes[instruction.device].append(instruction)
+                case Move():
+                    self.moves.append(instruction)
                 case BatchDone():
                     self.done[instruction.batch] = instruction.batch.answers
                 case Failed():
@@ -88,10 +143,32 @@ class LocalPool:
         if not sent:
             return False
         self.outboxes[device].clear()
-        answers = self.stores[device].apply([send.operation for send in sent])
+        answers = [self._carry_out(device, send.operation) for send in sent]
         zombies = (self._stamp(), self.stores[device].allocator.usage().zombie_bytes)
         self.take(self.state.handle(DeviceAnswered(device, sent, answers, zombies), self.now))
         return True
+
+    def _carry_out(self, device: int, operation: Any) -> Any:
+        if operation[0] in KINDS:
+            return self.shelves[device].carry_out(self.stores[device], operation)
+        return self.stores[device].apply([operation])[0]
+
+    def move(self, number: int = 0) -> None:
+        """Let a device carry out one of the moves that it was told."""
+        move = self.moves.pop(number)
+        answer = getattr(self.shelves[move.device], move.method)(self.stores[move.device], *move.arguments)
+        self.take(self.state.handle(Moved(move, answer), self.now))
+
+    def tick(self) -> None:
+        """Time has passed."""
+        self.handle(Tick())
+
+    def settle_all(self) -> None:
+        """Let the devices carry out all that they were told, moves included."""
+        self.settle()
+        while self.moves:
+            self.move()
+            self.settle()
 
     def _stamp(self) -> int:
         self._last_stamp = getattr(self, "_last_stamp", 0) + 1
@@ -134,6 +211,34 @@ class LocalPool:
 
     def seal(self, cache_ids, keys, client="c", model=0, finish=False):
         return self.ask(SealRequested, client, [(1, model, cache_ids, keys, None)], finish)[0]
+
+    def fetch(self, ids, first, client="c", model=0, timeout_s=30.0):
+        return self.ask(PrefixesFetched, client, [(1, model, hashes(ids), first, timeout_s, None)])[0]
+
+    def read(self, ids, client="c", model=0) -> list[int]:
+        """Look a chain up, fetch what is below, and return the first byte of each block."""
+        hit = self.look_up(ids, client, model)
+        places, found = list(zip(hit[2], hit[3], strict=True)), list(hit[1])
+        if hit[5]:
+            more = self.fetch(ids, len(found), client, model)
+            if more[0] == "queued":
+                self.settle_all()
+                ((_, more),) = [each for each in self.grants.pop(client) if each[0] == more[1]]
+            places += zip(more[2], more[3], strict=True)
+            found += more[1]
+        seen = [ctypes.string_at(self.stores[d].allocator.address + place[0], 1)[0] for d, place in places]
+        if found:
+            self.release(found, client)
+        return seen
+
+    def store(self, ids, client="c", model=0, block_bytes=4096) -> int:
+        """Store a chain whose blocks hold their ids' lowest byte; returns how many blocks are in the pool then."""
+        _, resident, cache_ids, devices, places = self.blocks(ids, client, model)
+        for block, device, place in zip(ids[resident:], devices, places, strict=False):
+            self.fill(device, place, block_bytes, block % 256)
+        if cache_ids:
+            self.seal(cache_ids, keys_of(ids)[resident : resident + len(cache_ids)], client, model, finish=True)
+        return resident + len(cache_ids)
 
     def release(self, cache_ids, client="c"):
         return self.ask(ReleaseRequested, client, [(1, list(cache_ids), None)])[0]

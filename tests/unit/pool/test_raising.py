@@ -1,0 +1,261 @@
+"""What goes to the tiers below, and comes up again."""
+
+from random import Random
+
+import pytest
+from pool_harness import LocalPool, hashes, keys_of
+
+from kvpool.errors import DeviceLostError
+from kvpool.pool.instructions import (
+    Batch,
+    DeviceLost,
+    InvalidateRequested,
+    LowerGone,
+    Moved,
+    PrefixesFetched,
+    TicketsCancelled,
+)
+
+PAGES = 4
+BLOCKS = PAGES * 16  # of 4 KiB
+
+
+@pytest.fixture
+def pool():
+    local = LocalPool(pages=PAGES, lower=True)
+    for client in ("c", "d"):
+        local.connect(client)
+    local.model()
+    local.model("d")
+    yield local
+    local.settle_all()
+    local.check()
+    local.close()
+
+
+def full(pool, first=1):
+    """Fill the device with one chain; returns its ids."""
+    ids = list(range(first, first + BLOCKS))
+    assert pool.store(ids) == BLOCKS
+    return ids
+
+
+def begin_fetch(pool, ids, first=0, client="c", timeout_s=30.0):
+    answer = pool.fetch(ids, first, client, timeout_s=timeout_s)
+    assert answer[0] == "queued"
+    return answer[1]
+
+
+def granted(pool, ticket, client="c"):
+    ((_, answer),) = [grant for grant in pool.grants.get(client, []) if grant[0] == ticket]
+    return answer
+
+
+def test_evicted_content_comes_up_with_its_bytes(pool):
+    first = full(pool)
+    second = full(pool, 100)
+    assert pool.read(second) == second
+    assert pool.read(first) == first
+    assert pool.read(second) == second
+    counters = pool.state.ledger.counters
+    assert counters.blocks_raised == 2 * BLOCKS
+    assert counters.blocks_hit == counters.blocks_looked_up == 3 * BLOCKS
+
+
+def test_a_look_up_tells_what_is_coming_and_does_not_wait(pool):
+    first = full(pool)
+    assert pool.store([*first[:8], *range(200, 220)]) == 28
+    hit = pool.look_up(first)
+    assert len(hit[1]) + hit[5] == BLOCKS
+    assert hit[5] == 20
+    pool.release(hit[1])
+    pool.settle_all()
+    assert pool.look_up(first)[5] == 0  # it came up though nobody waited
+    assert pool.shelves[0].fills == 1
+
+
+def test_who_asks_for_what_is_coming_joins(pool):
+    first = full(pool)
+    full(pool, 100)
+    tickets = {client: begin_fetch(pool, first, client=client) for client in ("c", "d")}
+    pool.settle_all()
+    assert pool.shelves[0].fills == 1
+    for client, ticket in tickets.items():
+        answer = granted(pool, ticket, client)
+        assert len(answer[1]) == BLOCKS
+        pool.release(answer[1], client)
+
+
+def test_what_was_not_kept_is_not_promised(pool):
+    pool.shelves[0].refuses = True
+    first = full(pool)
+    full(pool, 100)
+    assert pool.look_up(first)[1:2] + pool.look_up(first)[5:] == ([], 0)
+
+
+def test_behind_a_block_that_is_lost_nothing_comes(pool):
+    first = full(pool)
+    full(pool, 100)
+    model = pool.state.ledger.models[0]
+    del pool.shelves[0].content[model.tenant, model.fingerprint, keys_of(first)[5]]
+    assert pool.read(first) == first[:5]
+    assert pool.look_up(first)[5] == 0  # and is not promised again
+
+
+def test_a_device_tells_what_its_tiers_lost(pool):
+    first = full(pool)
+    full(pool, 100)
+    model = pool.state.ledger.models[0]
+    pool.handle(LowerGone(0, [(model.tenant, model.fingerprint, keys_of(first)[0])]))
+    assert pool.look_up(first)[5] == 0
+
+
+def test_a_block_stored_while_the_same_comes_up_stays(pool):
+    first = full(pool)
+    full(pool, 100)
+    ticket = begin_fetch(pool, first[:4])
+    assert pool.store(first[:4]) == 4
+    pool.settle_all()
+    answer = granted(pool, ticket)
+    assert len(answer[1]) == 4
+    pool.release(answer[1])
+    assert pool.read(first[:4]) == first[:4]
+
+
+def test_content_invalidated_on_its_way_is_not_published(pool):
+    first = full(pool)
+    full(pool, 100)
+    ticket = begin_fetch(pool, first[:4])
+    batch = Batch(1)
+    pool.handle(InvalidateRequested(batch, None, "m", keys_of(first[1:2])))
+    pool.settle_all()
+    assert pool.done.pop(batch)
+    answer = granted(pool, ticket)
+    assert len(answer[1]) == 1
+    pool.release(answer[1])
+    assert pool.read(first) == first[:1]
+    assert not [key for key in pool.shelves[0].content if key[2] in keys_of(first[1:])]
+
+
+def test_what_is_chained_behind_invalidated_content_goes_from_below_too(pool):
+    first = full(pool)
+    full(pool, 100)
+    batch = Batch(1)
+    pool.handle(InvalidateRequested(batch, None, "m", keys_of(first[:1])))
+    pool.settle_all()
+    assert pool.look_up(first)[5] == 0
+    assert not [key for key in pool.shelves[0].content if key[2] in keys_of(first)]
+
+
+def test_a_fetch_ends_at_its_deadline_with_what_is_there(pool):
+    first = full(pool)
+    full(pool, 100)
+    ticket = begin_fetch(pool, first, timeout_s=2.0)
+    assert pool.state.next_deadline() == pool.now + 2.0
+    pool.now += 2.0
+    pool.tick()
+    assert granted(pool, ticket)[1] == []
+
+
+def test_who_gives_up_gets_no_leases(pool):
+    first = full(pool)
+    full(pool, 100)
+    ticket = begin_fetch(pool, first)
+    assert pool.state.is_waiting(ticket)
+    pool.handle(TicketsCancelled("c", [ticket]))
+    pool.settle_all()
+    assert not pool.grants
+    assert pool.stores[0].lease_count == 0
+
+
+def test_who_dies_gets_no_leases(pool):
+    first = full(pool)
+    full(pool, 100)
+    begin_fetch(pool, first, client="d")
+    pool.kill("d")
+    pool.settle_all()
+    assert pool.stores[0].lease_count == 0
+
+
+def test_a_device_lost_meanwhile_brings_nothing_up(pool):
+    first = full(pool)
+    full(pool, 100)
+    ticket = begin_fetch(pool, first)
+    pool.handle(DeviceLost(0, "killed"))
+    move = pool.moves.pop()
+    error = DeviceLostError("gone")
+    pool.take(pool.state.handle(Moved(move, ("error", *error.to_wire())), pool.now))
+    assert granted(pool, ticket)[1] == []
+    pool.outboxes[0].clear()
+
+
+def test_more_than_there_is_room_for_comes_as_far_as_it_fits(pool):
+    first = full(pool)
+    full(pool, 100)
+    held = pool.look_up(list(range(100, 100 + BLOCKS // 2)))[1]
+    assert len(pool.read(first)) == BLOCKS - len(held)
+    pool.release(held)
+
+
+def test_what_goes_next_is_copied_ahead_and_stays():
+    pool = LocalPool(pages=PAGES, lower=True, gc_threshold=0.5)
+    pool.connect()
+    pool.model()
+    ids = full(pool)
+    for _ in range(8):
+        pool.now += 1
+        pool.tick()
+        pool.settle_all()
+    copied = {key[2] for key in pool.shelves[0].content}
+    assert len(copied) >= BLOCKS * 0.6 - 1  # down to the low watermark
+    assert copied == set(keys_of(ids[-len(copied) :]))  # the tail goes first
+    assert len(pool.look_up(ids)[1]) == BLOCKS
+    pool.close()
+
+
+def test_a_fetch_that_begins_beyond_its_hashes_is_refused(pool):
+    assert pool.fetch([1, 2], 3)[1] == "InvalidRequestError"
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_whatever_the_order_every_block_has_its_bytes(seed):
+    """Chains that share their beginnings, stored, read, evicted and invalidated while devices and moves lag behind."""
+    random = Random(seed)
+    pool = LocalPool(devices=2, pages=2, lower=True, gc_threshold=0.6)
+    for client in ("c", "d"):
+        pool.connect(client)
+        pool.model(client)
+    chains = [[*range(tree * 50 + 1, tree * 50 + 9), *range(leaf * 20 + 201, leaf * 20 + 213)]
+              for leaf, tree in enumerate((0, 0, 1, 1, 2))]  # fmt: skip
+    waiting: list[Batch] = []
+    void = 0
+    for _ in range(120):
+        pool.now += 0.1
+        client, ids = random.choice("cd"), random.choice(chains)
+        match random.randrange(7):
+            case 0 | 1:
+                assert pool.store(ids, client) <= len(ids)
+            case 2 | 3:
+                seen = pool.read(ids, client)
+                assert seen == [block % 256 for block in ids[: len(seen)]]
+            case 4:
+                waiting.append(Batch(1))
+                pool.handle(PrefixesFetched(waiting[-1], client, [(1, 0, hashes(ids), 0, 5.0, None)]))
+            case 5:
+                for _ in range(random.randrange(4)):
+                    if pool.moves:
+                        pool.move(random.randrange(len(pool.moves)))
+                    pool.step(random.randrange(2))
+            case 6 if random.random() < 0.2:
+                batch = Batch(1)
+                pool.handle(InvalidateRequested(batch, None, "m", keys_of(ids[:1])))
+                pool.settle_all()
+                void += len(pool.done.pop(batch))
+                assert pool.read(ids, client) == []
+    pool.now += 10
+    pool.tick()
+    pool.settle_all()
+    for store in pool.stores:
+        assert not any(name.startswith("raise:") for name in store.leases())
+    pool.check()
+    pool.close()
