@@ -20,6 +20,9 @@ from kvpool.sizes import format_size
 @click.option("--memory-per-device", help="Size of a device, where --devices names none: '1GiB'.")
 @click.option("--policy", help="Eviction policy.  [default: lru]")
 @click.option("--placement", help="round_robin or least_loaded.  [default: least_loaded]")
+@click.option("--host-memory", help="Host memory below each device, for what is evicted: '4GiB'.  [default: none]")
+@click.option("--disk-url", help="Folder or fsspec URL below that.  [default: none]")
+@click.option("--disk-budget", help="Most bytes there, for each device.  [default: 10GiB]")
 @click.option("--preset", type=click.Choice(["vista", "deepseek-ocr"]), help="Sizes and policy of a known application.")
 @click.option("--num-gpus", type=int, default=1, show_default=True, help="Devices of a preset.")
 @JSON
@@ -123,8 +126,28 @@ def _show(stats: Any, json_path: str | None) -> None:
             for device in stats.devices
         ],
     )
+    lower = [device for device in stats.devices if device.lower is not None]
+    if lower:
+        print_rows("below the devices", [_lower_row(device.name, device.lower) for device in lower])
     click.echo(
         f"{stats.clients} clients, {stats.keys:,} keys, {stats.waiting} requests waiting; "
         f"{stats.blocks_hit:,} of {stats.blocks_looked_up:,} blocks hit ({stats.hit_ratio:.1%}), "
         f"{stats.evictions:,} evictions, {stats.refusals:,} refusals"
     )
+
+
+def _lower_row(name: str, lower: dict[str, Any]) -> dict[str, Any]:
+    host, disk = lower["host"], lower["disk"]
+    if disk is not None:
+        on_disk = f"{format_size(disk['used_bytes'])} of {format_size(disk['budget_bytes'])}"
+    else:
+        on_disk = lower["disk_problem"] or "-"
+    return {
+        "device": name,
+        "host memory": f"{format_size(host['used_bytes'])} of {format_size(host['capacity_bytes'])}" if host else "-",
+        "disk": on_disk,
+        "went down": lower["lowered"],
+        "came up": lower["raised"],
+        "dropped": lower["dropped"],
+        "errors": sum(disk["errors"].values()) if disk is not None else 0,
+    }
