@@ -1,9 +1,7 @@
-"""Copying blocks into pool memory: the one copy of ``put_blocks``."""
+"""Where the blocks of ``put_blocks`` lie that are copied into pool memory."""
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Sequence
 from typing import Any
 
 from kvpool.client.spec import ModelSpec
@@ -40,22 +38,6 @@ def source_addresses(spec: ModelSpec, tensors: Any, count: int) -> tuple[list[in
             raise TensorMismatchError("blocks are torch tensors or numpy arrays in host memory")
         _check(spec, block, tuple(block.shape))
     return [_address(block) for block in blocks], blocks
-
-
-def copy_blocks(destinations: Sequence[int], sources: Sequence[int], block_bytes: int) -> None:
-    """Copy blocks between addresses, neighbours that lie the same way on both sides in one go."""
-    start = 0
-    count = len(destinations)
-    while start < count:
-        end = start + 1
-        while (
-            end < count
-            and destinations[end] - destinations[end - 1] == block_bytes
-            and sources[end] - sources[end - 1] == block_bytes
-        ):
-            end += 1
-        ctypes.memmove(destinations[start], sources[start], (end - start) * block_bytes)
-        start = end
 
 
 def _contiguous(block: Any) -> Any:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 
 from kvpool.client.blocks import NewBlocks
-from kvpool.client.copying import copy_blocks
+from kvpool.memory.copying import copy_blocks
 
 _INLINE_BYTES = 1 << 18
 """Copies up to this size are done on the event loop: handing them to a thread would take longer."""

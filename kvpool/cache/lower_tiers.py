@@ -1,0 +1,591 @@
+"""What lies below one device: the host tier, the disk below it, and how caches move between them and the device.
+
+One event loop takes all decisions, threads only move bytes. Each operation on a key is entered in
+:class:`~kvpool.cache.under_way.UnderWay`, where a removal makes it void: it ends without a trace, and the removal waits
+for that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+from kvpool.cache.disk.threads import uncancelled
+from kvpool.cache.disk.tier import DiskTier
+from kvpool.cache.host_index import HostEntry, Kind
+from kvpool.cache.host_tier import HostMemory, HostTier
+from kvpool.cache.key import BlockHash, CacheKey
+from kvpool.cache.mover import Move, Mover
+from kvpool.cache.source import Source, check_sources
+from kvpool.cache.staging import StagedWrites
+from kvpool.cache.tier_statistics import TierCounters, tier_statistics
+from kvpool.cache.under_way import UnderWay, Work
+from kvpool.cache.write_behind import WriteBehind
+from kvpool.errors import InvalidSizeError, TierError
+
+logger = logging.getLogger("kvpool.tiers")
+
+_Result = TypeVar("_Result")
+
+_DISK_CALLS = 16
+"""Reads, and durable writes, and copies to disk, that are under way at most: well below the bound of the tier's queue,
+where more would be misses."""
+
+_ALLOCATIONS_AT_ONCE = 32
+"""Before others get the event loop: new memory takes half a millisecond a page."""
+
+
+class Below(NamedTuple):
+    """A cache that can be found below the device."""
+
+    tier: str
+    """``"host"`` or ``"disk"``."""
+    parent: BlockHash | None
+    size_bytes: int
+
+
+class _Arrival:
+    """A cache on its way into the host tier."""
+
+    def __init__(self, source: Source, work: Work) -> None:
+        self.source, self.work = source, work
+        self.memory: HostMemory | None = None
+
+
+class LowerTiers:
+    """The tiers below one device. No fault of theirs is an error of :meth:`demote` or :meth:`fill`: it is a miss.
+
+    All methods belong to one event loop. Memory named in a call must stay as it is until the call returns, also when
+    that is cancelled: the cancellation takes effect when no thread uses the memory any more.
+
+    Parameters
+    ----------
+    host
+        The host tier, this device's alone, or None.
+    disk
+        The disk tier, not started yet, this device's alone, or None.
+    on_gone
+        Called with keys that could be found below until now and no longer can: dropped from the host and not on disk,
+        evicted from the disk and not in the host. Not for :meth:`remove`. (By the time that a caller reads that
+        a cache was kept, it may have gone again, and this have been called.)
+    patience_s
+        How long :meth:`demote` waits for a slow store, at most.
+    watermark
+        Share of the host tier beyond which the oldest caches that lie there alone are written to the disk.
+    """
+
+    def __init__(
+        self,
+        host: HostTier | None,
+        disk: DiskTier | None,
+        on_gone: Callable[[Sequence[CacheKey]], None],
+        *,
+        patience_s: float = 1.0,
+        watermark: float = 0.9,
+    ) -> None:
+        self._host, self._disk, self._on_gone = host, disk, on_gone
+        self._patience_s, self._watermark = patience_s, watermark
+        self._problem: str | None = None
+        self._under_way = UnderWay()
+        self._arriving: dict[CacheKey, asyncio.Future[None]] = {}
+        self._removals: set[asyncio.Future[None]] = set()
+        self._untold: dict[CacheKey, None] = {}
+        self._down, self._up = Mover("kvpool-demote"), Mover("kvpool-fill")
+        self._reads, self._writes = asyncio.Semaphore(_DISK_CALLS), asyncio.Semaphore(_DISK_CALLS)
+        self._behind: WriteBehind | None = None
+        self._staged: StagedWrites | None = None
+        self._counters = TierCounters()
+        self._closed = False
+        if host is not None:
+            host.on_drop = self._dropped
+        if disk is not None:
+            disk.on_gone = self._gone_from_disk
+
+    async def start(self) -> list[CacheKey]:
+        """Start the disk; returns what it has found again, the oldest first (:meth:`below` tells sizes and parents).
+
+        A disk that cannot be used is logged, told by :meth:`statistics`, and done without.
+        """
+        if self._disk is None:
+            return []
+        try:
+            found = await self._disk.start()
+        except TierError as error:
+            logger.warning("going on without the disk tier: %s", error)
+            self._problem, self._disk = str(error), None
+            return []
+        if self._host is not None:
+            self._behind = WriteBehind(self._host, self._disk, self._under_way, self._watermark)
+        else:
+            self._staged = StagedWrites(self._disk, self._down, self._under_way)
+        return [entry.key for entry in found]
+
+    async def close(self) -> None:
+        """Give up what waits, finish what has a thread, and give the host memory back. Files stay. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        await self._under_way.close()
+        while self._removals:
+            await asyncio.wait(self._removals)
+        if self._disk is not None:
+            await self._disk.close()
+        self._down.close()
+        self._up.close()
+        if self._host is not None:
+            self._host.close()
+        self._untold.clear()
+
+    # -- finding --------------------------------------------------------------------------------------------------
+
+    def find(self, key: CacheKey) -> str | None:
+        """Return the tier in which a cache can be found, ``"host"`` or ``"disk"``, or None. No use, no hit."""
+        found = self.below(key)
+        return None if found is None else found.tier
+
+    def below(self, key: CacheKey) -> Below | None:
+        """Return what is known of a cache that can be found below, or None. No use, no hit."""
+        if self._under_way.refuses(key):
+            return None
+        entry = self._host_entry(key)
+        if entry is not None:
+            return Below("host", entry.parent, entry.size_bytes)
+        saved = self._disk.find(key) if self._disk is not None else None
+        return None if saved is None else Below("disk", saved.parent, saved.size_bytes)
+
+    def statistics(self) -> dict[str, Any]:
+        """Return the figures of now; built-in types only."""
+        return tier_statistics(self._host, self._disk, self._problem, self._counters)
+
+    # -- down -----------------------------------------------------------------------------------------------------
+
+    async def demote(self, sources: Sequence[Source]) -> list[bool]:
+        """Keep caches whose memory is about to be used again; for each, whether it can be found below.
+
+        Returns when the memory is no longer needed: at once for what is below already, after copying, and after
+        waiting for a slow store for ``patience_s`` at most, then without what could not be kept.
+
+        Parameters
+        ----------
+        sources
+            In the order in which they are given up: of these, the first will be dropped first.
+
+        Raises
+        ------
+        InvalidRequestError
+            If a source cannot be one; nothing was changed.
+        """
+        return await uncancelled(self._demote(check_sources(sources)))
+
+    async def copy_ahead(self, sources: Sequence[Source]) -> list[bool]:
+        """Copy caches that the device keeps, ahead of need; for each, whether it can be found below.
+
+        Only what can be had elsewhere makes room for them. Without a host tier they are written to the disk.
+
+        Raises
+        ------
+        InvalidRequestError
+            If a source cannot be one; nothing was changed.
+        """
+        checked = check_sources(sources)
+        if self._host is not None:
+            return await uncancelled(self._copy_ahead(checked))
+        disk = self._disk
+        if disk is None:
+            return [False] * len(checked)
+        stored = await _all([self._on_disk(each.key, self._writes, _write_back(disk, each)) for each in checked])
+        self._counters.copied_ahead += stored.count(True)
+        return [each is True for each in stored]
+
+    async def write_through(self, sources: Sequence[Source]) -> list[TierError | None]:
+        """Write caches to the disk; None for each that survives the death of every process and a failure of power.
+
+        Raises
+        ------
+        InvalidRequestError
+            If a source cannot be one; nothing was changed.
+        """
+        checked = check_sources(sources)
+        disk = self._disk
+        if disk is None:
+            why = "set disk_url" if self._problem is None else self._problem
+            return [TierError(f"a cache cannot be stored durably without a disk tier: {why}", cause="no_disk")] * len(
+                checked
+            )
+        return await _all([self._write_through(disk, source) for source in checked])
+
+    async def _demote(self, sources: list[Source]) -> list[bool]:
+        deadline = asyncio.get_running_loop().time() + self._patience_s
+        unique = {source.key: source for source in sources}
+        await self._all_arrived(unique)
+        kept = {key for key, source in unique.items() if self._is_below(source, None)}
+        new = [source for key, source in unique.items() if key not in kept]
+        if new and self._host is not None:
+            kept |= await self._bring(self._host, new, Kind.SOLE, deadline)
+        elif new and self._staged is not None:
+            staged = self._staged
+            stored = await _all([staged.write(source, deadline) for source in new])
+            kept |= {source.key for source, there in zip(new, stored, strict=True) if there}
+        if self._behind is not None:
+            self._behind.wake(sum(source.size_bytes for source in unique.values()))
+        kept = self._still_below(kept)
+        self._counters.demoted += len(kept)
+        self._counters.not_kept += sum(key not in kept and not self._under_way.refuses(key) for key in unique)
+        return [source.key in kept for source in sources]
+
+    async def _copy_ahead(self, sources: list[Source]) -> list[bool]:
+        unique = {source.key: source for source in sources}
+        await self._all_arrived(unique)
+        kept = {key for key, source in unique.items() if self._is_below(source, Kind.COPY)}
+        new = [source for key, source in unique.items() if key not in kept]
+        if new and self._host is not None:
+            arrived = await self._bring(self._host, new, Kind.COPY, 0.0)
+            self._counters.copied_ahead += len(arrived)
+            kept |= arrived
+        kept = self._still_below(kept)
+        return [source.key in kept for source in sources]
+
+    def _still_below(self, keys: Iterable[CacheKey]) -> set[CacheKey]:
+        """Leave out what was removed, or dropped again, while others of the batch were on their way."""
+        return {key for key in keys if self.below(key) is not None}
+
+    async def _all_arrived(self, keys: Iterable[CacheKey]) -> None:
+        """Return when none of these keys is on its way into the host tier."""
+        wanted = list(keys)
+        while coming := [self._arriving[key] for key in wanted if key in self._arriving]:
+            await asyncio.wait(coming)
+
+    def _is_below(self, source: Source, kind: Kind | None) -> bool:
+        """Whether a cache lies below; if in the host, as the newest of a kind (None: it leaves the device)."""
+        if self._under_way.refuses(source.key):
+            return False
+        entry = self._host_entry(source.key)
+        if entry is not None and entry.size_bytes == source.size_bytes and self._host is not None:
+            self._host.index.use(entry, self._kind_alone(source) if kind is None else kind)
+            return True
+        if self._disk is None or not self._is_on_disk(source):
+            return False
+        self._disk.touch(source.key)
+        return True
+
+    async def _bring(self, host: HostTier, sources: list[Source], kind: Kind, deadline: float) -> set[CacheKey]:
+        """Copy caches into the host tier as ``COPY`` or ``SOLE``; returns the keys of those that are there."""
+        arrivals: list[_Arrival] = []
+        for source in sources:
+            work = self._under_way.begin(source.key)
+            if work is not None:
+                self._arriving[source.key] = asyncio.get_running_loop().create_future()
+                arrivals.append(_Arrival(source, work))
+        try:
+            # In the order of addresses, so that neighbours stay neighbours and are copied in one go.
+            in_place = sorted(arrivals, key=lambda arrival: arrival.source.address)
+            for number, arrival in enumerate(in_place, start=1):
+                arrival.memory = await self._memory(host, arrival.source, kind, deadline)
+                if not number % _ALLOCATIONS_AT_ONCE:
+                    await asyncio.sleep(0)
+            await self._down.copy(
+                [
+                    Move(arrival.memory.address, arrival.source.address, arrival.source.size_bytes)
+                    for arrival in in_place
+                    if arrival.memory is not None
+                ]
+            )
+            arrived = set()
+            for arrival in arrivals:
+                source, memory = arrival.source, arrival.memory
+                if memory is not None and not arrival.work.void:
+                    arrival.memory = None
+                    host.enter(
+                        source.key, source.parent, memory, kind if kind is Kind.COPY else self._kind_alone(source)
+                    )
+                    arrived.add(source.key)
+            void = [arrival.memory for arrival in arrivals if arrival.memory is not None]
+            if void:
+                await self._down.run(host.wipe, void)
+            return arrived
+        finally:
+            for arrival in arrivals:
+                if arrival.memory is not None:
+                    host.give_back(arrival.memory)
+                self._arriving.pop(arrival.source.key).set_result(None)
+                self._under_way.end(arrival.work)
+
+    async def _memory(self, host: HostTier, source: Source, kind: Kind, deadline: float) -> HostMemory | None:
+        """Take memory in the host tier; for a sole one also where others must leave for the disk, or for nowhere."""
+        tenant, size_bytes = source.key.tenant, source.size_bytes
+        other = host.index.get(source.key)
+        if other is not None:  # of another size: whoever says so last is believed
+            if other.holds:
+                return None
+            host.drop(other)
+            self._dropped(other)
+        memory = host.allocate(tenant, size_bytes, Kind.SAVED)
+        if kind is Kind.COPY:
+            return memory
+        room_bytes = host.room_bytes(size_bytes)
+        while memory is None and self._behind is not None and room_bytes <= host.capacity_bytes:
+            if not await self._behind.saved_one(room_bytes, deadline):
+                break
+            memory = host.allocate(tenant, size_bytes, Kind.SAVED)
+        return host.allocate(tenant, size_bytes, Kind.SOLE) if memory is None else memory
+
+    async def _write_through(self, disk: DiskTier, source: Source) -> TierError | None:
+        async def write() -> bool:
+            await disk.write_through(source.key, source.parent, source.view())
+            return True
+
+        try:
+            written = await self._on_disk(source.key, self._writes, write)
+        except TierError as error:
+            return error
+        if not written:
+            return TierError("a cache is not stored: it was removed meanwhile", cause="removed")
+        entry = self._host_entry(source.key)
+        if entry is not None and entry.kind is Kind.SOLE and self._host is not None:
+            self._host.index.use(entry, self._kind_alone(source))
+        return None
+
+    # -- up -------------------------------------------------------------------------------------------------------
+
+    async def fill(self, targets: Sequence[Source]) -> list[bool]:
+        """Bring caches up into memory of the device; for each, whether all its bytes are there.
+
+        False is a miss, and what the memory holds then is worth nothing. What lies in the host tier stays there as a
+        copy. One that is removed meanwhile is a miss.
+
+        Raises
+        ------
+        InvalidRequestError
+            If a target cannot be one; nothing was changed.
+        """
+        checked = check_sources(targets)
+        filled = [False] * len(checked)
+        held: list[tuple[int, HostEntry, Work]] = []
+        reads: dict[int, asyncio.Task[bool]] = {}
+        for number, target in enumerate(checked):
+            entry = self._host_entry(target.key)
+            if entry is None or entry.size_bytes != target.size_bytes:
+                if self._disk is not None:
+                    reads[number] = asyncio.ensure_future(self._read(self._disk, target))
+            elif self._host is not None and (work := self._under_way.begin(target.key)) is not None:
+                self._host.index.hold(entry)
+                held.append((number, entry, work))
+        try:
+            if held and self._host is not None:
+                await self._copy_up(self._host, checked, held, filled)
+            if reads:
+                await asyncio.wait(reads.values())
+        finally:
+            await _settle(reads.values())
+        for number, read in reads.items():
+            filled[number] = read.result()
+        self._counters.fills += filled.count(True)
+        self._counters.misses += filled.count(False)
+        return filled
+
+    async def _copy_up(
+        self, host: HostTier, targets: list[Source], held: list[tuple[int, HostEntry, Work]], filled: list[bool]
+    ) -> None:
+        try:
+            moves = [Move(targets[number].address, entry.address, entry.size_bytes) for number, entry, _ in held]
+            await self._up.copy(sorted(moves))
+            for number, entry, work in held:
+                if not work.void:
+                    host.index.use(entry, Kind.COPY)
+                    filled[number] = True
+                    self._counters.host_hits += 1
+        finally:
+            for _, entry, work in held:
+                host.index.release(entry)
+                self._under_way.end(work)
+
+    async def _read(self, disk: DiskTier, target: Source) -> bool:
+        async def read() -> bool:
+            try:
+                return await disk.read_into(target.key, target.view())
+            except InvalidSizeError:  # what is there is another cache than the caller thinks
+                return False
+
+        return await self._on_disk(target.key, self._reads, read) is True
+
+    # -- removing -------------------------------------------------------------------------------------------------
+
+    async def remove(self, keys: Iterable[CacheKey]) -> int:
+        """Remove caches from every tier for good; returns how many could be found.
+
+        They cannot be found from the call on. What is under way on them ends without a trace, and is waited for. When
+        this returns, their host memory is zero, no crash brings a file back, and they may be stored anew.
+
+        Raises
+        ------
+        TierError
+            If it is not sure that the disk keeps none. They are not found in this life: call again.
+        """
+        wanted = set(keys)
+        found = {key for key in wanted if self.below(key) is not None}
+        with self._under_way.removal(wanted):
+            memories = self._take_out(wanted)
+            await uncancelled(self._remove(wanted, memories, partial(self._remove_files, wanted)))
+        return len(found)
+
+    async def remove_space(self, tenant: str, fingerprint: str) -> int:
+        """Remove all caches of a tenant and fingerprint, as :meth:`remove` does; returns how many could be found.
+
+        Raises
+        ------
+        TierError
+            As :meth:`remove`.
+        """
+        in_host = [entry.key for entry in (self._host.index if self._host is not None else ())]
+        wanted = {key for key in in_host if (key.tenant, key.fingerprint) == (tenant, fingerprint)}
+        found = {key for key in wanted if self.below(key) is not None}
+        wanted.update(self._under_way.keys_of(tenant, fingerprint))
+        if self._disk is not None:
+            found |= {key for key in self._disk.keys_of(tenant, fingerprint) if not self._under_way.refuses(key)}
+        with self._under_way.removal_of_space(tenant, fingerprint):
+            memories = self._take_out(wanted)
+            files = partial(self._remove_space_files, tenant, fingerprint, wanted)
+            await uncancelled(self._remove(wanted, memories, files))
+        return len(found)
+
+    def scrub(self, tenant: str, number: int, most_bytes: int) -> bool:
+        """Zero what caches of a tenant that were dropped from the host tier have left there, one step; True: done.
+
+        As :meth:`~kvpool.memory.allocator.GPUMemoryAllocator.scrub` for the device's own memory.
+        """
+        return self._host is None or self._host.scrub(tenant, number, most_bytes)
+
+    def _take_out(self, keys: Iterable[CacheKey]) -> list[HostMemory]:
+        """Let nobody find these in the host any more; returns their memory, which may still be read."""
+        if self._host is None:
+            return []
+        entries = [entry for key in keys if (entry := self._host.index.get(key)) is not None]
+        return [self._host.take_out(entry) for entry in entries]
+
+    async def _remove(
+        self, keys: Collection[CacheKey], memories: list[HostMemory], files: Callable[[], Coroutine[Any, Any, None]]
+    ) -> None:
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._removals.add(done)
+        try:
+            await self._under_way.idle(keys)
+            if memories and self._host is not None:
+                await self._down.run(self._host.wipe, memories)
+            while memories and self._host is not None:
+                self._host.give_back(memories.pop())
+            await files()
+        finally:
+            self._removals.discard(done)
+            done.set_result(None)
+
+    async def _remove_files(self, keys: Collection[CacheKey]) -> None:
+        if self._disk is not None:
+            await self._disk.remove(keys)
+        elif self._problem is not None:
+            raise TierError(f"files of removed caches may be left in the disk tier: {self._problem}", cause="no_disk")
+
+    async def _remove_space_files(self, tenant: str, fingerprint: str, keys: Collection[CacheKey]) -> None:
+        found = await self._disk.space(tenant, fingerprint) if self._disk is not None else set()
+        await self._remove_files(found.union(keys))
+
+    # -- what happened below --------------------------------------------------------------------------------------
+
+    def _dropped(self, entry: HostEntry) -> None:
+        """Note that the host tier has dropped an entry for room."""
+        if self._disk is None or self._disk.find(entry.key) is None:
+            self._counters.dropped += entry.kind is Kind.SOLE
+            self._tell((entry.key,))
+
+    def _gone_from_disk(self, keys: Sequence[CacheKey]) -> None:
+        for key in keys:
+            entry = self._host_entry(key)
+            if entry is None or self._host is None:
+                self._tell((key,))
+            elif entry.kind is Kind.SAVED:
+                self._host.index.use(entry, Kind.SOLE)
+                self._host.index.make_oldest(entry)
+
+    def _tell(self, keys: Iterable[CacheKey]) -> None:
+        """Tell that keys are gone, all of one turn of the event loop together."""
+        if not self._untold:
+            asyncio.get_running_loop().call_soon(self._tell_now)
+        self._untold.update(dict.fromkeys(keys))
+
+    def _tell_now(self) -> None:
+        # Not what has come back in this turn, nor what is being removed.
+        gone = [key for key in self._untold if not self._under_way.refuses(key) and self.below(key) is None]
+        self._untold.clear()
+        if gone:
+            self._on_gone(gone)
+
+    # -- one key on the disk --------------------------------------------------------------------------------------
+
+    def _host_entry(self, key: CacheKey) -> HostEntry | None:
+        return None if self._host is None else self._host.index.get(key)
+
+    def _is_on_disk(self, source: Source) -> bool:
+        saved = None if self._disk is None else self._disk.find(source.key)
+        return saved is not None and saved.size_bytes == source.size_bytes
+
+    def _kind_alone(self, source: Source) -> Kind:
+        """What a host entry is once the device does not have it."""
+        return Kind.SAVED if self._is_on_disk(source) else Kind.SOLE
+
+    async def _on_disk(
+        self, key: CacheKey, room: asyncio.Semaphore, call: Callable[[], Coroutine[Any, Any, _Result]]
+    ) -> _Result | None:
+        """Call the disk tier; None if the key is being removed, or was meanwhile."""
+
+        async def in_turn() -> _Result:
+            async with room:
+                return await call()
+
+        work = self._under_way.begin(key)
+        if work is None:
+            return None
+        task = work.task = asyncio.ensure_future(in_turn())
+        try:
+            await asyncio.wait((task,))
+        finally:
+            await _settle((task,))
+            self._under_way.end(work)
+        return None if work.void or task.cancelled() else task.result()
+
+
+def _write_back(disk: DiskTier, source: Source) -> Callable[[], Coroutine[Any, Any, bool]]:
+    async def write() -> bool:
+        return await disk.write_back(source.key, source.parent, source.view())
+
+    return write
+
+
+async def _all(work: Sequence[Coroutine[Any, Any, _Result]]) -> list[_Result]:
+    """Do all at the same time. When cancelled, cancel them, and wait for their end: they use memory of the caller."""
+    tasks = [asyncio.ensure_future(each) for each in work]
+    try:
+        if tasks:
+            await asyncio.wait(tasks)
+    finally:
+        await _settle(tasks)
+    return [task.result() for task in tasks]
+
+
+async def _settle(tasks: Collection[asyncio.Task[Any]]) -> None:
+    """Cancel the tasks that are not done, and return when all are, however often this is cancelled."""
+    going = {task for task in tasks if not task.done()}
+    for task in going:
+        task.cancel()
+    cancelled: asyncio.CancelledError | None = None
+    while going:
+        try:
+            _, going = await asyncio.wait(going)
+        except asyncio.CancelledError as error:
+            cancelled = error
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()  # else one that nobody asks for would be reported
+    if cancelled is not None:
+        raise cancelled
