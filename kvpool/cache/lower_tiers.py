@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -426,7 +427,7 @@ class LowerTiers:
         """
         wanted = set(keys)
         found = {key for key in wanted if self.below(key) is not None}
-        with self._under_way.removal(wanted):
+        with self._removing(), self._under_way.removal(wanted):
             memories = self._take_out(wanted)
             await uncancelled(self._remove(wanted, memories, partial(self._remove_files, wanted)))
         return len(found)
@@ -445,7 +446,7 @@ class LowerTiers:
         wanted.update(self._under_way.keys_of(tenant, fingerprint))
         if self._disk is not None:
             found |= {key for key in self._disk.keys_of(tenant, fingerprint) if not self._under_way.refuses(key)}
-        with self._under_way.removal_of_space(tenant, fingerprint):
+        with self._removing(), self._under_way.removal_of_space(tenant, fingerprint):
             memories = self._take_out(wanted)
             files = partial(self._remove_space_files, tenant, fingerprint, wanted)
             await uncancelled(self._remove(wanted, memories, files))
@@ -460,26 +461,33 @@ class LowerTiers:
 
     def _take_out(self, keys: Iterable[CacheKey]) -> list[HostMemory]:
         """Let nobody find these in the host any more; returns their memory, which may still be read."""
-        if self._host is None:
+        if self._host is None or self._closed:
             return []
         entries = [entry for key in keys if (entry := self._host.index.get(key)) is not None]
         return [self._host.take_out(entry) for entry in entries]
 
-    async def _remove(
-        self, keys: Collection[CacheKey], memories: list[HostMemory], files: Callable[[], Coroutine[Any, Any, None]]
-    ) -> None:
+    @contextmanager
+    def _removing(self) -> Iterator[None]:
+        """Keep :meth:`close` waiting until the end of the block."""
+        if self._closed and self._disk is not None:
+            raise TierError("caches cannot be removed: the tiers are closed", cause="closed")
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._removals.add(done)
         try:
-            await self._under_way.idle(keys)
-            if memories and self._host is not None:
-                await self._down.run(self._host.wipe, memories)
-            while memories and self._host is not None:
-                self._host.give_back(memories.pop())
-            await files()
+            yield
         finally:
             self._removals.discard(done)
             done.set_result(None)
+
+    async def _remove(
+        self, keys: Collection[CacheKey], memories: list[HostMemory], files: Callable[[], Coroutine[Any, Any, None]]
+    ) -> None:
+        await self._under_way.idle(keys)
+        if memories and self._host is not None:
+            await self._down.run(self._host.wipe, memories)
+            for memory in memories:
+                self._host.give_back(memory)
+        await files()
 
     async def _remove_files(self, keys: Collection[CacheKey]) -> None:
         if self._disk is not None:

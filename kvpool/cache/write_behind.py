@@ -69,7 +69,7 @@ class WriteBehind:
         return any(_stored(write) for write in done)
 
     def _save(self, credit_bytes: int) -> None:
-        self._credit_bytes = credit_bytes
+        self._credit_bytes = max(credit_bytes, 0)
         while self._credit_bytes > 0 and len(self._writes) < _WRITES_AT_ONCE:
             entry = self._host.index.oldest_of(Kind.SOLE)
             if entry is None:
