@@ -144,7 +144,7 @@ def simulate(
         hits += len(rows)
         index.pin(rows, now=now)
         if host is not None and (coming := host.run(hashes[len(rows) :])):
-            wanted = hashes[len(rows) : len(rows) + coming]
+            wanted = hashes[len(rows) : len(rows) + len(coming)]
             short = len(index) + len(wanted) - capacity_blocks
             if short > 0:
                 victims = list(islice(index.policy.victims(0), short))
@@ -156,7 +156,7 @@ def simulate(
             host_hits += len(raised)
             new = index.add_chain(space, 1, 0, len(raised), rows[-1] if rows else NO_ROW, now=now, chain=hashes)
             index.publish_all(new, raised)
-            host.raised(wanted, len(raised))
+            host.raised(coming, len(raised))
             rows += new
         missing = hashes[len(rows) :]
         if hashes:
@@ -204,19 +204,20 @@ class _Host:
     def __init__(self, capacity_blocks: int) -> None:
         self.index = HostIndex(capacity_blocks)
 
-    def run(self, hashes: Sequence[BlockHash]) -> int:
-        """Return how many leading blocks are here, and keep them from being pushed out by what goes down for them."""
-        keys = list(takewhile(lambda key: self.index.get(key) is not None, map(_key, hashes)))
-        self.index.hold(keys)
-        return len(keys)
+    def run(self, hashes: Sequence[BlockHash]) -> list[HostEntry]:
+        """Return the leading blocks that are here, held, so that what goes down for them does not push them out."""
+        entries = list(takewhile(lambda entry: entry is not None, map(self.index.get, map(_key, hashes))))
+        found = [entry for entry in entries if entry is not None]
+        for entry in found:
+            self.index.hold(entry)
+        return found
 
-    def raised(self, hashes: Sequence[BlockHash], count: int) -> None:
+    def raised(self, entries: Sequence[HostEntry], count: int) -> None:
         """Note that the first ``count`` of these have come up; the others stay."""
-        for place, key in enumerate(map(_key, hashes)):
-            entry = self.index.get(key)
-            self.index.unhold((key,))
-            if entry is not None and place < count:
-                self.index.turn(entry, Kind.COPY)
+        for place, entry in enumerate(entries):
+            if place < count:
+                self.index.use(entry, Kind.COPY)
+            self.index.release(entry)
 
     def lower(self, index: CacheIndex, rows: Sequence[int]) -> None:
         """Take what is about to be evicted."""
@@ -227,14 +228,14 @@ class _Host:
             key = _key(block_hash)
             entry = self.index.get(key)
             if entry is not None:
-                self.index.turn(entry, Kind.SOLE)
+                self.index.use(entry, Kind.SOLE)
                 continue
-            if self.index.used_bytes == self.index.budget_bytes:
-                going = self.index.first_to_go(*Kind)
+            if not self.index.fits(1):
+                going = self.index.oldest(Kind.SOLE)
                 if going is None:
                     continue
-                self.index.remove(going)
-            self.index.add(HostEntry(key, None, 1, Kind.SOLE, 0))
+                self.index.drop(going.key)
+            self.index.add(HostEntry(key, None, 1, 1, Kind.SOLE))
 
 
 def _key(block_hash: BlockHash) -> CacheKey:

@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from opentelemetry.trace import NoOpTracerProvider
 
-from kvpool.actors.lower_operations import KINDS, LowerOperations, make_tiers
+from kvpool.actors.lower_operations import KINDS, LowerOperations, open_tiers
 from kvpool.actors.priority import run_at_normal_priority
 from kvpool.actors.protocol import host_identity
 from kvpool.actors.spans import OperationSpans
 from kvpool.actors.stream import Stream
-from kvpool.cache.disk.index import DiskEntry
 from kvpool.cache.key import CacheKey
 from kvpool.cache.lower_tiers import LowerTiers
 from kvpool.cache.store import DeviceStore, Operation
@@ -94,7 +93,7 @@ class DeviceActor:
         self._plan = TierPlan(**tiers) if tiers else TierPlan(0, None, 0, "none")
         self._tiers: LowerTiers | None = None
         self._lower: LowerOperations | None = None
-        self._found: Sequence[DiskEntry] = ()
+        self._found: Sequence[CacheKey] = ()
         self._started = False
         self._provider = self._make_provider()
         self._tracer = (self._provider or NoOpTracerProvider()).get_tracer(SCOPE, __version__)
@@ -138,9 +137,9 @@ class DeviceActor:
         self._server = PageServer(
             self._socket_path, self, self._store.authorize, self._client_gone, self._client_connected
         )
-        self._tiers = make_tiers(self._plan, self._page_bytes, self._tell_gone)
-        if self._tiers is not None:
-            self._found = await self._tiers.start()
+        opened = await open_tiers(self._plan, self._page_bytes, self._tell_gone)
+        if opened is not None:
+            self._tiers, self._found = opened
             self._lower = LowerOperations(self._store, self._tiers)
         await self._server.start()
         gc.collect()
@@ -161,9 +160,11 @@ class DeviceActor:
         """Return, once, what was found below when it started: by tenant and fingerprint ``(hash, parent, bytes)``."""
         found, self._found = self._found, ()
         spaces: dict[tuple[str, str], list[tuple[bytes, bytes | None, int]]] = {}
-        for entry in found:
-            space = spaces.setdefault((entry.key.tenant, entry.key.fingerprint), [])
-            space.append((entry.key.block_hash, entry.parent, entry.size_bytes))
+        for key in found:
+            known = self._tiers.below(key) if self._tiers is not None else None
+            if known is not None:
+                space = spaces.setdefault((key.tenant, key.fingerprint), [])
+                space.append((key.block_hash, known.parent, known.size_bytes))
         return [(*space, entries) for space, entries in spaces.items()]
 
     def _make_provider(self) -> TracerProvider | None:

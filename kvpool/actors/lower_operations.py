@@ -26,12 +26,13 @@ from kvpool.cache.disk.folder import folder_at
 from kvpool.cache.disk.tier import DiskTier
 from kvpool.cache.host_tier import HostTier
 from kvpool.cache.key import CacheKey
-from kvpool.cache.lower_tiers import LowerTiers, OnGone, Source
+from kvpool.cache.lower_tiers import LowerTiers
+from kvpool.cache.source import Source
 from kvpool.cache.store import DeviceStore
 from kvpool.config import TierPlan
 from kvpool.errors import InvalidatedError, KvpoolError, TierError, UnknownCacheError, ensure
-from kvpool.memory.allocator import GPUMemoryAllocator
 from kvpool.memory.host import HostBackend
+from kvpool.sizes import MIB
 
 logger = logging.getLogger("kvpool.device")
 
@@ -40,28 +41,36 @@ KINDS = ("lower", "copy", "hold", "unhold", "forget")
 
 Entry = tuple[int, bytes, bytes | None]
 
+_TRIES, _PAUSE_S = 10, 0.3
+"""How often, and how long apart, a folder is tried that another process uses."""
 
-def make_tiers(plan: TierPlan, page_bytes: int, on_gone: Callable[[Sequence[CacheKey]], None]) -> LowerTiers | None:
-    """Return the tiers that a plan names, or None if it names none.
+_SCRUB_BYTES = 64 * MIB
+"""Host memory that is zeroed in one step: about 10 ms."""
+
+
+async def open_tiers(
+    plan: TierPlan, page_bytes: int, on_gone: Callable[[Sequence[CacheKey]], None]
+) -> tuple[LowerTiers, list[CacheKey]] | None:
+    """Start the tiers that a plan names; returns them and what was found there, or None if it names none.
 
     Raises
     ------
     ConfigError
-        If the folder of the disk tier is no URL that can be used.
+        If the URL of the disk tier cannot be used.
     """
     url = plan.disk_url if plan.write_policy != "none" else None
-    host = None
-    if url is not None:
-        folder_at(url)  # an address that cannot be used is told now
-
-    def make_disk(on_gone: OnGone) -> DiskTier:
-        return DiskTier(folder_at(url or ""), plan.disk_bytes, on_gone=on_gone)
-
-    if plan.host_bytes >= page_bytes:
-        host = HostTier(GPUMemoryAllocator(HostBackend(), plan.host_bytes, page_bytes))
-    if host is None and url is None:
+    if plan.host_bytes < page_bytes and url is None:
         return None
-    return LowerTiers(host, make_disk if url is not None else None, on_gone)
+    for left in reversed(range(_TRIES)):
+        host = HostTier(HostBackend(), plan.host_bytes, page_bytes) if plan.host_bytes >= page_bytes else None
+        disk = None if url is None else DiskTier(folder_at(url), plan.disk_bytes)
+        tiers = LowerTiers(host, disk, on_gone)
+        found = await tiers.start()
+        if tiers.problem_cause != "locked" or not left:
+            return tiers, found
+        await tiers.close()  # the device of a pool before this one may be about to end
+        await asyncio.sleep(_PAUSE_S)
+    return None
 
 
 class LowerOperations:
@@ -92,14 +101,20 @@ class LowerOperations:
             case ("unhold", tenant, fingerprint, hashes):
                 self._tiers.unhold([CacheKey(tenant, fingerprint, each) for each in hashes])
             case ("forget", number, tenant, fingerprint, hashes):
-                removal = asyncio.ensure_future(self._remove(tenant, fingerprint, hashes))
+                removal = asyncio.ensure_future(self._remove(number, tenant, fingerprint, hashes))
                 self._removal(number, tenant, fingerprint).set_result(removal)
         return True
 
-    async def _remove(self, tenant: str, fingerprint: str, hashes: Sequence[bytes] | None) -> int:
+    async def _remove(self, number: int, tenant: str, fingerprint: str, hashes: Sequence[bytes] | None) -> int:
         if hashes is None:
-            return await self._tiers.remove_space(tenant, fingerprint)
-        return await self._tiers.remove([CacheKey(tenant, fingerprint, each) for each in hashes])
+            removed = await self._tiers.remove_space(tenant, fingerprint)
+        else:
+            keys = [CacheKey(tenant, fingerprint, each) for each in hashes]
+            removed = await self._tiers.remove(self._tiers.with_descendants(keys))
+        # What was dropped before has left its bytes. Each step does its part: this polls nothing.
+        while not self._tiers.scrub(tenant, number, _SCRUB_BYTES):  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        return removed
 
     def _removal(self, *name: Any) -> asyncio.Future[Any]:
         return self._removals.setdefault(name, asyncio.get_running_loop().create_future())

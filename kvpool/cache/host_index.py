@@ -1,134 +1,175 @@
-"""What lies in host memory below a device: in which order it goes, and what of it would be lost by that."""
+"""What lies in the host tier below a device, and what goes first when something else must fit.
+
+Three kinds, in the order in which they go. A *copy* lies on the device above as well: dropping it loses nothing. A
+*saved* one lies on disk as well: dropping it loses time. A *sole* one is lost when it is dropped.
+"""
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator
+import enum
+from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import Enum
 
 from kvpool.cache.key import BlockHash, CacheKey
 from kvpool.errors import ensure
 
 
-class Kind(Enum):
-    """What becomes of content when its entry goes."""
+class Kind(enum.IntEnum):
+    """Where else an entry's content lies. What has the lower number is dropped first."""
 
-    COPY = "copy"
-    """The device above has it, too."""
-    SAFE = "safe"
-    """The disk below has it."""
-    SOLE = "sole"
-    """It lies nowhere else."""
+    COPY = 0
+    """On the device above."""
+    SAVED = 1
+    """On disk, and not on the device above."""
+    SOLE = 2
+    """Nowhere."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class HostEntry:
-    """A cache in host memory."""
+    """A cache in the host tier. Its index alone changes it."""
 
     key: CacheKey
     parent: BlockHash | None
     size_bytes: int
+    room_bytes: int
+    """What it takes of the budget."""
     kind: Kind
-    handle: int
-    """By which its memory is known."""
+    memory_id: int = 0
+    """Of its memory, for the tier that has any."""
+    address: int = 0
+    holds: int = 0
+    """Who reads its memory right now: while there are any, it is not dropped for room."""
 
 
 class HostIndex:
-    """Entries by key, those that came or were used last at the end. Integers only: no bytes, no clock.
-
-    What goes first is what costs least: copies, then what is safe on disk, then the rest; of each the oldest. Caches
-    come down in the order of the device's policy, the least worth first and the tail of a chain before its root, so the
-    oldest is worth least here, too.
+    """Entries by key, and by kind in the order of demotion and use. Integers only: no bytes, no clock.
 
     Parameters
     ----------
     budget_bytes
-        Of all entries together.
+        Room for all entries together.
     """
 
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
-        self.used_bytes = 0
         self._entries: dict[CacheKey, HostEntry] = {}
-        self._kinds: dict[Kind, OrderedDict[CacheKey, None]] = {kind: OrderedDict() for kind in Kind}
-        self._kind_bytes: Counter[Kind] = Counter()
-        self._held: Counter[CacheKey] = Counter()
+        # Oldest first; those that are held are in none.
+        self._orders: tuple[OrderedDict[CacheKey, HostEntry], ...] = tuple(OrderedDict() for _ in Kind)
+        self._kind_bytes = [0] * len(Kind)
+        self._idle_bytes = [0] * len(Kind)
+        self._claimed_bytes = 0
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def __iter__(self) -> Iterator[HostEntry]:
-        return iter(list(self._entries.values()))
+        """Yield the entries, in no order."""
+        return iter(self._entries.values())
 
-    def get(self, key: CacheKey) -> HostEntry | None:
-        """Return the entry of a key, or None."""
-        return self._entries.get(key)
+    @property
+    def used_bytes(self) -> int:
+        """Room that entries take, and what is claimed."""
+        return sum(self._kind_bytes) + self._claimed_bytes
 
-    def bytes_of(self, kind: Kind) -> int:
-        """Return the bytes of all entries of a kind."""
+    def kind_bytes(self, kind: Kind) -> int:
+        """Room that all entries of a kind take."""
         return self._kind_bytes[kind]
 
+    def get(self, key: CacheKey) -> HostEntry | None:
+        """Return the entry of a key without counting as use."""
+        return self._entries.get(key)
+
     def add(self, entry: HostEntry) -> None:
-        """Enter a cache, as the newest of its kind. There must be room for it, and none of its key."""
-        ensure(entry.key not in self._entries, "a key lies in host memory once", key=str(entry.key))
-        ensure(self.used_bytes + entry.size_bytes <= self.budget_bytes, "host memory is kept within its budget")
+        """Enter a cache as the newest of its kind; there must be room."""
+        ensure(entry.key not in self._entries, "a key is entered twice in the host index")
+        ensure(self.fits(entry.room_bytes), "an entry is added to a full host index", room_bytes=entry.room_bytes)
         self._entries[entry.key] = entry
-        self._kinds[entry.kind][entry.key] = None
-        self._kind_bytes[entry.kind] += entry.size_bytes
-        self.used_bytes += entry.size_bytes
+        self._kind_bytes[entry.kind] += entry.room_bytes
+        self._line_up(entry)
 
-    def turn(self, entry: HostEntry, kind: Kind) -> None:
-        """Note what an entry is from now on, as the newest of that kind."""
-        del self._kinds[entry.kind][entry.key]
-        self._kind_bytes[entry.kind] -= entry.size_bytes
+    def drop(self, key: CacheKey) -> HostEntry:
+        """Forget a cache, held or not, and return what it was."""
+        entry = self._entries.pop(key)
+        self._kind_bytes[entry.kind] -= entry.room_bytes
+        if not entry.holds:
+            self._leave_line(entry)
+        return entry
+
+    def use(self, entry: HostEntry, kind: Kind) -> None:
+        """Make an entry the newest of a kind, which may be the one that it has."""
+        self._kind_bytes[entry.kind] -= entry.room_bytes
+        self._kind_bytes[kind] += entry.room_bytes
+        if entry.holds:
+            entry.kind = kind
+            return
+        self._leave_line(entry)
         entry.kind = kind
-        self._kinds[kind][entry.key] = None
-        self._kind_bytes[kind] += entry.size_bytes
+        self._line_up(entry)
 
-    def saved(self, entry: HostEntry) -> None:
-        """Note that a sole entry is on disk now. It keeps its age."""
-        ensure(entry.kind is Kind.SOLE, "only what lies nowhere else is saved")
-        self.turn(entry, Kind.SAFE)  # sole ones are saved in the order of their age
+    def make_oldest(self, entry: HostEntry) -> None:
+        """Let an entry be the next of its kind to go, unless it is held."""
+        if not entry.holds:
+            self._orders[entry.kind].move_to_end(entry.key, last=False)
 
-    def remove(self, entry: HostEntry) -> None:
-        """Forget a cache."""
-        del self._entries[entry.key], self._kinds[entry.kind][entry.key]
-        self._kind_bytes[entry.kind] -= entry.size_bytes
-        self.used_bytes -= entry.size_bytes
+    def hold(self, entry: HostEntry) -> None:
+        """Keep an entry from being the oldest of anything; once for each who reads it."""
+        if not entry.holds:
+            self._leave_line(entry)
+        entry.holds += 1
 
-    def hold(self, keys: Iterable[CacheKey]) -> None:
-        """Keep these from going, whether they are here yet or not, as often as :meth:`unhold` is not called."""
-        self._held.update(keys)
+    def release(self, entry: HostEntry) -> None:
+        """End one hold. The last one makes it the newest of its kind, if it has not been dropped meanwhile."""
+        ensure(entry.holds > 0, "an entry is released that nobody holds")
+        entry.holds -= 1
+        if not entry.holds and self._entries.get(entry.key) is entry:
+            self._line_up(entry)
 
-    def unhold(self, keys: Iterable[CacheKey]) -> None:
-        """End what :meth:`hold` began, where it did."""
-        for key in keys:
-            if self._held[key] > 1:
-                self._held[key] -= 1
-            else:
-                del self._held[key]
+    def oldest(self, last: Kind) -> HostEntry | None:
+        """Return what goes next: the oldest of the lowest kind, ``last`` at most; None if all such ones are held."""
+        for kind in list(Kind)[: last + 1]:
+            entry = self.oldest_of(kind)
+            if entry is not None:
+                return entry
+        return None
 
-    def is_held(self, key: CacheKey) -> bool:
-        """Whether a key is kept from going."""
-        return key in self._held
+    def oldest_of(self, kind: Kind) -> HostEntry | None:
+        """Return the oldest of one kind, None if all such ones are held."""
+        return next(iter(self._orders[kind].values()), None)
 
-    def oldest(self, *kinds: Kind) -> Iterator[HostEntry]:
-        """Yield what is not held, kind by kind, the oldest first. Nothing may change while it is consumed."""
-        for kind in kinds:
-            for key in self._kinds[kind]:
-                if key not in self._held:
-                    yield self._entries[key]
+    def fits(self, room_bytes: int) -> bool:
+        """Whether there is so much room now."""
+        return self.used_bytes + room_bytes <= self.budget_bytes
 
-    def first_to_go(self, *kinds: Kind) -> HostEntry | None:
-        """Return what goes first of these kinds, or None."""
-        return next(self.oldest(*kinds), None)
+    def could_fit(self, room_bytes: int, last: Kind) -> bool:
+        """Whether there were so much room if all that is not held went, of kinds up to ``last``."""
+        return self.used_bytes - sum(self._idle_bytes[: last + 1]) + room_bytes <= self.budget_bytes
+
+    def claim(self, room_bytes: int) -> None:
+        """Take room for what is no entry: not yet, or no longer."""
+        ensure(self.fits(room_bytes), "room is claimed that there is not", room_bytes=room_bytes)
+        self._claimed_bytes += room_bytes
+
+    def unclaim(self, room_bytes: int) -> None:
+        """Give that room back."""
+        self._claimed_bytes -= room_bytes
+        ensure(self._claimed_bytes >= 0, "room is given back that was not claimed", room_bytes=room_bytes)
 
     def check(self) -> None:
-        """Raise :class:`~kvpool.errors.InvariantError` unless keys, kinds and bytes agree."""
-        by_kind = {key: kind for kind, keys in self._kinds.items() for key in keys}
-        ensure(by_kind == {key: entry.kind for key, entry in self._entries.items()}, "each entry has its kind")
+        """Raise InvariantError unless orders and sums are right. O(entries), for tests."""
         for kind in Kind:
-            total = sum(entry.size_bytes for entry in self._entries.values() if entry.kind is kind)
-            ensure(total == self._kind_bytes[kind], "bytes of a kind", kind=kind.value)
-        ensure(self.used_bytes == sum(self._kind_bytes.values()) <= self.budget_bytes, "bytes within the budget")
+            entries = [entry for entry in self if entry.kind is kind]
+            idle = {entry.key: entry for entry in entries if not entry.holds}
+            ensure(idle == dict(self._orders[kind]), "who is idle stands in line", kind=kind)
+            ensure(self._kind_bytes[kind] == sum(entry.room_bytes for entry in entries), "bytes of a kind", kind=kind)
+            ensure(self._idle_bytes[kind] == sum(entry.room_bytes for entry in idle.values()), "idle bytes", kind=kind)
+        ensure(0 <= self.used_bytes <= self.budget_bytes, "the budget holds", used_bytes=self.used_bytes)
+
+    def _line_up(self, entry: HostEntry) -> None:
+        self._orders[entry.kind][entry.key] = entry
+        self._idle_bytes[entry.kind] += entry.room_bytes
+
+    def _leave_line(self, entry: HostEntry) -> None:
+        del self._orders[entry.kind][entry.key]
+        self._idle_bytes[entry.kind] -= entry.room_bytes

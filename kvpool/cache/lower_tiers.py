@@ -1,568 +1,646 @@
-"""What lies below one device's memory: host memory, then disk; and how caches move between them.
+"""What lies below one device: the host tier, the disk below it, and how caches move between them and the device.
 
-Down: a cache that the device evicts is copied to host memory, unless it is there, or on disk, already. When host memory
-fills up, the oldest that lies nowhere else is written to disk in the background. Up: a cache is copied into memory of
-the device; its entry in host memory stays, and is the first to go. No failure of the store reaches the caller: what
-cannot be kept is a miss later, and counted.
+One event loop takes all decisions, threads only move bytes. Each operation on a key is entered in
+:class:`~kvpool.cache.under_way.UnderWay`, where a removal makes it void: it ends without a trace, and the removal waits
+for that.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import logging
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 from kvpool.cache.disk.index import DiskEntry
 from kvpool.cache.disk.threads import uncancelled
 from kvpool.cache.disk.tier import DiskTier
 from kvpool.cache.host_index import HostEntry, Kind
-from kvpool.cache.host_tier import HostTier
+from kvpool.cache.host_tier import HostMemory, HostTier
 from kvpool.cache.key import BlockHash, CacheKey
-from kvpool.errors import KvpoolError, TierError, ensure
-from kvpool.memory.copying import copy_blocks
+from kvpool.cache.mover import Move, Mover
+from kvpool.cache.source import Source, check_sources
+from kvpool.cache.staging import StagedWrites
+from kvpool.cache.tier_statistics import TierCounters, tier_statistics
+from kvpool.cache.under_way import UnderWay, Work
+from kvpool.cache.write_behind import WriteBehind
+from kvpool.errors import InvalidSizeError, TierError
 
 logger = logging.getLogger("kvpool.tiers")
 
-OnGone = Callable[[Sequence[CacheKey]], None]
+_Result = TypeVar("_Result")
 
-_WRITES = 8
-"""Caches that are written to disk at once, ahead of need: more than the tier has threads, so that none waits."""
+_DISK_CALLS = 16
+"""Reads, and durable writes, and copies to disk, that are under way at most: well below the bound of the tier's queue,
+where more would be misses."""
 
-_MOST_SOLE = 0.75
-"""Share of host memory that may lie nowhere else: from there on the oldest is written to disk."""
-
-_REST_S = 5.0
-"""How long the disk is left alone after a write that failed, seconds."""
-
-_TRIES, _PAUSE_S = 10, 0.3
-"""How often, and how long apart, a folder is tried that another process uses: the one before may be about to end."""
+_ALLOCATIONS_AT_ONCE = 32
+"""Before others get the event loop: new memory takes half a millisecond a page."""
 
 
-class Source(NamedTuple):
-    """A cache in memory of this process: to be kept, or to be filled."""
+class Below(NamedTuple):
+    """A cache that can be found below the device."""
 
-    key: CacheKey
+    tier: str
+    """``"host"`` or ``"disk"``."""
     parent: BlockHash | None
-    address: int
     size_bytes: int
 
 
-@dataclass(slots=True, eq=False)
-class _Flight:
-    """Caches on their way, and which of them were removed meanwhile."""
+class _Arrival:
+    """A cache on its way into the host tier."""
 
-    keys: frozenset[CacheKey]
-    removed: set[CacheKey] = field(default_factory=set)
-    landed: asyncio.Event = field(default_factory=asyncio.Event)
-
-
-@dataclass(slots=True)
-class _Counters:
-    lowered: int = 0
-    lowered_bytes: int = 0
-    raised: int = 0
-    raised_bytes: int = 0
-    misses: int = 0
-    dropped: int = 0
-    dropped_bytes: int = 0
+    def __init__(self, source: Source, work: Work) -> None:
+        self.source, self.work = source, work
+        self.memory: HostMemory | None = None
 
 
 class LowerTiers:
-    """Host memory and disk below one device. Belongs to one event loop, which decides; threads only move bytes.
+    """The tiers below one device. No fault of theirs is an error of :meth:`demote` or :meth:`fill`: it is a miss.
+
+    All methods belong to one event loop. Memory named in a call must stay as it is until the call returns, also when
+    that is cancelled: the cancellation takes effect when no thread uses the memory any more.
 
     Parameters
     ----------
     host
-        Host memory; None: there is none.
-    make_disk
-        Makes the disk tier, given what it is to call when content is gone; None: there is none.
+        The host tier, this device's alone, or None.
+    disk
+        The disk tier, not started yet, this device's alone, or None.
     on_gone
-        Told of keys that could be found here and no longer can. Not of those that were removed by word.
-    wait_s
-        How long :meth:`demote` may wait for a slow store before it drops what lies nowhere else, seconds.
+        Called with keys that could be found below until now and no longer can: dropped from the host and not on disk,
+        evicted from the disk and not in the host. Not for :meth:`remove`. (By the time that a caller reads that
+        a cache was kept, it may have gone again, and this have been called.)
+    patience_s
+        How long :meth:`demote` waits for a slow store, at most.
+    watermark
+        Share of the host tier beyond which the oldest caches that lie there alone are written to the disk.
     """
 
     def __init__(
         self,
         host: HostTier | None,
-        make_disk: Callable[[OnGone], DiskTier] | None,
-        on_gone: OnGone,
-        wait_s: float = 1.0,
+        disk: DiskTier | None,
+        on_gone: Callable[[Sequence[CacheKey]], None],
+        *,
+        patience_s: float = 1.0,
+        watermark: float = 0.9,
     ) -> None:
-        ensure(host is not None or make_disk is not None, "lower tiers are at least one")
-        self._host = host
-        self._make_disk = make_disk
-        self._disk: DiskTier | None = None
-        self._on_gone = on_gone
-        self._wait_s = wait_s
+        self._host, self._disk, self._on_gone = host, disk, on_gone
+        self._patience_s, self._watermark = patience_s, watermark
         self._problem: str | None = None
-        self._flights: set[_Flight] = set()
-        self._counters = _Counters()
-        self._rests_until = 0.0
-        self._saver: asyncio.Task[None] | None = None
-        self._progress = asyncio.Event()
-        self._copier = ThreadPoolExecutor(2, "kvpool-tiers")
+        self.problem_cause: str | None = None
+        """Why the disk could not be started."""
+        self._under_way = UnderWay()
+        self._arriving: dict[CacheKey, asyncio.Future[None]] = {}
+        self._removals: set[asyncio.Future[None]] = set()
+        self._untold: dict[CacheKey, None] = {}
+        self._down, self._up = Mover("kvpool-demote"), Mover("kvpool-fill")
+        self._reads, self._writes = asyncio.Semaphore(_DISK_CALLS), asyncio.Semaphore(_DISK_CALLS)
+        self._behind: WriteBehind | None = None
+        self._staged: StagedWrites | None = None
+        self._counters = TierCounters()
+        self._promised: dict[CacheKey, list[HostEntry]] = {}
         self._closed = False
+        if host is not None:
+            host.on_drop = self._dropped
+        if disk is not None:
+            disk.on_gone = self._gone_from_disk
 
-    async def start(self) -> Sequence[DiskEntry]:
-        """Open the disk tier; returns what is found there. Without it, all goes on by host memory alone."""
-        if self._make_disk is None:
-            return ()
-        for left in reversed(range(_TRIES)):
-            disk = self._make_disk(self._disk_lost)
-            try:
-                found = await disk.start()
-            except TierError as error:
-                if error.details.get("cause") == "locked" and left:
-                    await asyncio.sleep(_PAUSE_S)
-                    continue
-                self._problem = error.message
-                logger.warning("going on without the disk tier: %s", error.message)
-                return ()
-            self._disk = disk
-            return found
-        return ()
+    async def start(self) -> list[CacheKey]:
+        """Start the disk; returns what it has found again, the oldest first (:meth:`below` tells sizes and parents).
+
+        A disk that cannot be used is logged, told by :meth:`statistics`, and done without.
+        """
+        if self._disk is None:
+            return []
+        try:
+            found = await self._disk.start()
+        except TierError as error:
+            logger.warning("going on without the disk tier: %s", error)
+            self._problem, self._disk = str(error), None
+            self.problem_cause = error.details.get("cause")
+            return []
+        if self._host is not None:
+            self._behind = WriteBehind(self._host, self._disk, self._under_way, self._watermark)
+        else:
+            self._staged = StagedWrites(self._disk, self._down, self._under_way)
+        return [entry.key for entry in found]
 
     async def close(self) -> None:
-        """Finish what is under way and give all memory back. Files stay."""
+        """Give up what waits, finish what has a thread, and give the host memory back. Files stay. Idempotent."""
+        if self._closed:
+            return
         self._closed = True
-        if self._saver is not None:
-            self._saver.cancel()
-            await asyncio.wait([self._saver])
-        while self._flights:
-            await next(iter(self._flights)).landed.wait()
+        await self._under_way.close()
+        while self._removals:
+            await asyncio.wait(self._removals)
         if self._disk is not None:
             await self._disk.close()
-        await asyncio.to_thread(self._copier.shutdown)
+        self._down.close()
+        self._up.close()
         if self._host is not None:
             self._host.close()
+        self._untold.clear()
+
+    # -- finding --------------------------------------------------------------------------------------------------
 
     def find(self, key: CacheKey) -> str | None:
-        """Return the tier in which a cache can be found, ``host`` or ``disk``, or None."""
-        if self._host is not None and self._host.index.get(key) is not None:
-            return "host"
-        return "disk" if self._disk is not None and self._disk.find(key) is not None else None
+        """Return the tier in which a cache can be found, ``"host"`` or ``"disk"``, or None. No use, no hit."""
+        found = self.below(key)
+        return None if found is None else found.tier
 
-    def hold(self, keys: Iterable[CacheKey]) -> None:
-        """Keep caches from being pushed out until they are filled, or :meth:`unhold` is called."""
-        if self._host is not None:
-            self._host.index.hold(keys)
+    def below(self, key: CacheKey) -> Below | None:
+        """Return what is known of a cache that can be found below, or None. No use, no hit."""
+        if self._under_way.refuses(key):
+            return None
+        entry = self._host_entry(key)
+        if entry is not None:
+            return Below("host", entry.parent, entry.size_bytes)
+        saved = self._disk.find(key) if self._disk is not None else None
+        return None if saved is None else Below("disk", saved.parent, saved.size_bytes)
 
-    def unhold(self, keys: Iterable[CacheKey]) -> None:
-        """End what :meth:`hold` began."""
-        if self._host is not None:
-            self._host.index.unhold(keys)
-
-    # -- down -----------------------------------------------------------------------------------------------------
-
-    async def demote(self, sources: Sequence[Source]) -> list[bool]:
-        """Keep caches whose memory is about to be used for others; returns for each whether it can be found here.
-
-        Returns when that memory is no longer needed. Waits for a slow store only as long as ``wait_s`` says (a write
-        straight from that memory, where there is no host tier, is waited for to its end, once begun).
-        """
-        deadline = asyncio.get_running_loop().time() + self._wait_s
-        return await uncancelled(self._go_down(sources, Kind.SOLE, deadline))
-
-    async def copy_ahead(self, sources: Sequence[Source]) -> list[bool]:
-        """Copy caches that stay where they are for now, so that their demotion takes no copying."""
-        return await uncancelled(self._go_down(sources, Kind.COPY, 0.0))
-
-    async def _go_down(self, sources: Sequence[Source], kind: Kind, deadline: float) -> list[bool]:
-        flight = self._take_off(source.key for source in sources)
-        try:
-            there = [self._is_kept(source.key, kind) for source in sources]
-            missing = [place for place, kept in enumerate(there) if not kept]
-            if missing and not self._closed:
-                wanted = [sources[place] for place in missing]
-                if self._host is not None:
-                    kept = await self._to_host(self._host, flight, wanted, kind, deadline)
-                else:
-                    kept = await self._to_disk(wanted, deadline)
-                for place, is_kept in zip(missing, kept, strict=True):
-                    there[place] = is_kept
-            return [kept and source.key not in flight.removed for source, kept in zip(sources, there, strict=True)]
-        finally:
-            self._land(flight)
-            self._save()
-
-    def _is_kept(self, key: CacheKey, kind: Kind) -> bool:
-        """Whether a cache lies here already; from now on as what ``kind`` says."""
-        host, on_disk = self._host, self._disk is not None and self._disk.find(key) is not None
-        entry = host.index.get(key) if host is not None else None
-        if host is not None and entry is not None:
-            if kind is not Kind.COPY:
-                host.index.turn(entry, Kind.SAFE if on_disk else Kind.SOLE)
-            return True
-        return on_disk
-
-    async def _to_host(
-        self, host: HostTier, flight: _Flight, sources: Sequence[Source], kind: Kind, deadline: float
-    ) -> list[bool]:
-        kept = [False] * len(sources)
-        place = 0
-        while place < len(sources):
-            taken: list[tuple[int, int]] = []  # place, handle: as many as there is room for at once
-            while place < len(sources):
-                handle = self._take(host, sources[place], kind)
-                if handle is None and not taken and kind is Kind.SOLE:
-                    handle = await self._take_late(host, sources[place], deadline)
-                    if handle is None:
-                        self._count_dropped(sources[place].size_bytes)
-                elif handle is None and taken:
-                    break
-                if handle is not None:
-                    taken.append((place, handle))
-                place += 1
-            if not taken:
-                continue
-            await self._copy(
-                [(host.address(handle), sources[at].address, sources[at].size_bytes) for at, handle in taken]
-            )
-            for at, handle in taken:
-                source = sources[at]
-                if source.key in flight.removed:
-                    host.wipe(handle)
-                elif self._host_has(host, source.key, kind):
-                    host.give_back(handle)
-                    kept[at] = True
-                else:
-                    on_disk = self._disk is not None and self._disk.find(source.key) is not None
-                    now = Kind.SAFE if on_disk and kind is Kind.SOLE else kind
-                    host.enter(source.key, source.parent, source.size_bytes, now, handle)
-                    kept[at] = True
-                    self._counters.lowered += 1
-                    self._counters.lowered_bytes += source.size_bytes
-        return kept
-
-    def _host_has(self, host: HostTier, key: CacheKey, kind: Kind) -> bool:
-        """Whether another flight brought the same meanwhile."""
-        return host.index.get(key) is not None and self._is_kept(key, kind)
-
-    def _take(self, host: HostTier, source: Source, kind: Kind) -> int | None:
-        """Take memory by dropping what is lost by that nowhere, or, with no disk to save it, what is oldest."""
-        kinds: tuple[Kind, ...] = (Kind.COPY, Kind.SAFE)
-        if kind is Kind.SOLE and self._disk is None:
-            kinds += (Kind.SOLE,)
-        return host.take(source.key, source.size_bytes, kinds, self._dropped)
-
-    async def _take_late(self, host: HostTier, source: Source, deadline: float) -> int | None:
-        """Take memory once something is saved on disk, or, at the deadline, by dropping what is not."""
-        loop = asyncio.get_running_loop()
-        while (left_s := deadline - loop.time()) > 0 and self._save():
-            self._progress.clear()
-            try:
-                async with asyncio.timeout(left_s):
-                    await self._progress.wait()
-            except TimeoutError:
-                break
-            handle = self._take(host, source, Kind.SOLE)
-            if handle is not None:
-                return handle
-        kinds = (Kind.COPY, Kind.SAFE, Kind.SOLE)
-        return host.take(source.key, source.size_bytes, kinds, self._dropped)
-
-    def _dropped(self, entry: HostEntry) -> None:
-        if entry.kind is Kind.SOLE:
-            self._count_dropped(entry.size_bytes)
-            self._on_gone((entry.key,))
-
-    def _count_dropped(self, size_bytes: int) -> None:
-        self._counters.dropped += 1
-        self._counters.dropped_bytes += size_bytes
-
-    async def _copy(self, moves: Sequence[tuple[int, int, int]]) -> None:
-        """Copy ``(to, from, bytes)`` in a thread."""
-        by_size: dict[int, tuple[list[int], list[int]]] = {}
-        for destination, source, size_bytes in moves:
-            destinations, sources = by_size.setdefault(size_bytes, ([], []))
-            destinations.append(destination)
-            sources.append(source)
-        loop = asyncio.get_running_loop()
-        for size_bytes, (destinations, sources) in by_size.items():
-            await loop.run_in_executor(self._copier, copy_blocks, destinations, sources, size_bytes)
-
-    async def _to_disk(self, sources: Sequence[Source], deadline: float) -> list[bool]:
-        """Write straight from the device's memory. Those that have no thread by the deadline are given up."""
-        if self._disk is None:
-            return [False] * len(sources)
-        writes = [
-            asyncio.ensure_future(self._disk.write_back(source.key, source.parent, _view(source))) for source in sources
-        ]
-        left_s = max(deadline - asyncio.get_running_loop().time(), 0.0) if deadline else None
-        _, late = await asyncio.wait(writes, timeout=left_s)
-        for write in late:
-            write.cancel()
-        outcomes = await asyncio.gather(*writes, return_exceptions=True)
-        kept = [outcome is True for outcome in outcomes]
-        for source, is_kept in zip(sources, kept, strict=True):
-            if is_kept:
-                self._counters.lowered += 1
-                self._counters.lowered_bytes += source.size_bytes
-            else:
-                self._count_dropped(source.size_bytes)
-        return kept
-
-    # -- from host memory to disk ---------------------------------------------------------------------------------
-
-    def _save(self) -> bool:
-        """Have what lies nowhere else written to disk where it is due; True while that goes on."""
-        if self._saver is not None and not self._saver.done():
-            return True
-        host = self._host
-        if host is None or self._disk is None or self._closed or not self._is_due(host):
-            return False
-        self._saver = asyncio.get_running_loop().create_task(self._save_all(host, self._disk))
-        return True
-
-    def _is_due(self, host: HostTier) -> bool:
-        index = host.index
-        rests = asyncio.get_running_loop().time() < self._rests_until
-        return not rests and index.bytes_of(Kind.SOLE) > _MOST_SOLE * index.budget_bytes
-
-    async def _save_all(self, host: HostTier, disk: DiskTier) -> None:
-        writes: set[asyncio.Future[None]] = set()
-        try:
-            while True:
-                while len(writes) < _WRITES and self._is_due(host):
-                    entry = host.index.first_to_go(Kind.SOLE)  # not one that is held: some are being written
-                    if entry is None:
-                        break
-                    host.index.hold((entry.key,))
-                    writes.add(asyncio.ensure_future(self._save_one(host, disk, entry)))
-                if not writes:
-                    return
-                _, writes = await asyncio.wait(writes, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            if writes:  # cancelled by close(): their memory must outlive their threads
-                await uncancelled(_all(writes))
-            self._progress.set()
-
-    async def _save_one(self, host: HostTier, disk: DiskTier, entry: HostEntry) -> None:
-        flight = self._take_off((entry.key,))
-        view = _view(Source(entry.key, entry.parent, host.address(entry.handle), entry.size_bytes))
-        try:
-            saved = await disk.write_back(entry.key, entry.parent, view)
-            if entry.key in flight.removed:
-                return
-            if saved and entry.kind is Kind.SOLE:
-                host.index.saved(entry)
-            elif not saved:  # room is made by dropping meanwhile
-                self._rests_until = asyncio.get_running_loop().time() + _REST_S
-        finally:
-            host.index.unhold((entry.key,))
-            self._land(flight)
-            self._progress.set()
-
-    def _disk_lost(self, keys: Sequence[CacheKey]) -> None:
-        """The disk tier no longer has these: what host memory has of them is the only one."""
-        gone = []
-        for key in keys:
-            entry = self._host.index.get(key) if self._host is not None else None
-            if self._host is None or entry is None:
-                gone.append(key)
-            elif entry.kind is Kind.SAFE:
-                self._host.index.turn(entry, Kind.SOLE)
-        if gone:
-            self._on_gone(gone)
-
-    # -- up -------------------------------------------------------------------------------------------------------
-
-    async def fill(self, targets: Sequence[Source]) -> list[bool]:
-        """Copy caches to where the targets say; True where all bytes are right, False for a miss."""
-        self.hold(target.key for target in targets)
-        try:
-            return await uncancelled(self._go_up(targets))
-        finally:
-            self.unhold(target.key for target in targets)
-
-    async def _go_up(self, targets: Sequence[Source]) -> list[bool]:
-        flight = self._take_off(target.key for target in targets)
-        try:
-            filled = [False] * len(targets)
-            moves, reads = [], []
-            for place, target in enumerate(targets):
-                entry = self._host.index.get(target.key) if self._host is not None else None
-                if self._host is not None and entry is not None and entry.size_bytes == target.size_bytes:
-                    moves.append((place, (target.address, self._host.address(entry.handle), target.size_bytes)))
-                else:
-                    reads.append(place)
-            copying = self._copy([move for _, move in moves])
-            _, *read = await asyncio.gather(copying, *(self._read(targets[place]) for place in reads))
-            for place, _ in moves:
-                filled[place] = True
-            for place, is_read in zip(reads, read, strict=True):
-                filled[place] = bool(is_read)
-            for place, target in enumerate(targets):
-                if target.key in flight.removed:
-                    filled[place] = False
-                if filled[place]:
-                    self._counters.raised += 1
-                    self._counters.raised_bytes += target.size_bytes
-                    entry = self._host.index.get(target.key) if self._host is not None else None
-                    if self._host is not None and entry is not None:
-                        self._host.index.turn(entry, Kind.COPY)
-                else:
-                    self._counters.misses += 1
-            return filled
-        finally:
-            self._land(flight)
-
-    async def _read(self, target: Source) -> bool:
-        if self._disk is None or self._closed:
-            return False
-        try:
-            return await self._disk.read_into(target.key, _view(target))
-        except KvpoolError as error:  # its size is another than was asked for
-            logger.warning("reading from disk: %s", error.message)
-            return False
-
-    # -- for good -------------------------------------------------------------------------------------------------
-
-    async def write_through(self, sources: Sequence[Source]) -> list[TierError | None]:
-        """Write caches to disk so that they survive everything; returns for each why it is not, or None."""
-        if self._disk is None:
-            why = self._problem or "this pool has none: set disk_url"
-            error = TierError(f"nothing can be made durable without a disk tier: {why}", cause="no_disk")
-            return [error] * len(sources)
-        flight = self._take_off(source.key for source in sources)
-        try:
-            return await uncancelled(_gather(self._write_through(self._disk, source, flight) for source in sources))
-        finally:
-            self._land(flight)
-
-    async def _write_through(self, disk: DiskTier, source: Source, flight: _Flight) -> TierError | None:
-        try:
-            await disk.write_through(source.key, source.parent, _view(source))
-        except TierError as error:
-            return error
-        entry = self._host.index.get(source.key) if self._host is not None else None
-        if self._host is not None and entry is not None and entry.kind is Kind.SOLE:
-            self._host.index.saved(entry)
-        if source.key in flight.removed:
-            return TierError("the content was removed while it was written", cause="removed")
-        return None
-
-    async def remove(self, keys: Iterable[CacheKey]) -> int:
-        """Remove caches, and all that is chained behind them, from every tier; returns how many there were.
-
-        They cannot be found from the call on. When this returns, host memory is zeroed and no crash brings any back.
-
-        Raises
-        ------
-        TierError
-            If the disk tier is not sure of that.
-        """
-        wanted = self._with_descendants(set(keys))
-        return await uncancelled(self._remove(wanted))
-
-    async def remove_space(self, tenant: str, fingerprint: str) -> int:
-        """:meth:`remove` all content of a namespace."""
-        everything = {key for key in self._keys() if key[:2] == (tenant, fingerprint)}
-        return await uncancelled(self._remove(everything))
-
-    def _keys(self) -> Iterable[CacheKey]:
-        if self._host is not None:
-            yield from (entry.key for entry in self._host.index)
-        if self._disk is not None:
-            yield from (entry.key for entry in self._disk.entries())
-        for flight in self._flights:
-            yield from flight.keys
-
-    def _with_descendants(self, keys: set[CacheKey]) -> set[CacheKey]:
-        children: dict[CacheKey, list[CacheKey]] = {}
-        entries: list[HostEntry | DiskEntry] = [*self._host.index] if self._host is not None else []
-        entries += self._disk.entries() if self._disk is not None else []
-        for entry in entries:
-            if entry.parent is not None:
-                children.setdefault(entry.key._replace(block_hash=entry.parent), []).append(entry.key)
-        behind = list(keys)
-        while behind:
-            for child in children.get(behind.pop(), ()):
-                if child not in keys:
-                    keys.add(child)
-                    behind.append(child)
-        return keys
-
-    async def _remove(self, keys: set[CacheKey]) -> int:
-        under_way = [flight for flight in self._flights if not flight.keys.isdisjoint(keys)]
-        for flight in under_way:
-            flight.removed |= flight.keys & keys
-        found = {key for key in keys if self.find(key) is not None}
-        graves = []
-        if self._host is not None:
-            for key in keys:
-                entry = self._host.index.get(key)
-                if entry is not None:
-                    self._host.index.remove(entry)
-                    graves.append(entry)
-        error: TierError | None = None
-        if self._disk is not None:
-            try:
-                await self._disk.remove(keys)
-            except TierError as failed:
-                error = failed
-        for flight in under_way:  # they read and write the memory
-            await flight.landed.wait()
-        for entry in graves:
-            if self._host is not None:
-                self._host.wipe(entry.handle)
-        if error is not None:
-            raise error
-        return len(found)
+    def statistics(self) -> dict[str, Any]:
+        """Return the figures of now; built-in types only."""
+        return tier_statistics(self._host, self._disk, self._problem, self._counters)
 
     def trim(self) -> int:
         """Give host memory in which nothing lies back to the system; returns its bytes."""
         return 0 if self._host is None else self._host.trim()
 
-    # -- what is under way ----------------------------------------------------------------------------------------
+    def hold(self, keys: Iterable[CacheKey]) -> None:
+        """Keep caches from being pushed out of the host tier until :meth:`unhold`: they are wanted above.
 
-    def _take_off(self, keys: Iterable[CacheKey]) -> _Flight:
-        flight = _Flight(frozenset(keys))
-        self._flights.add(flight)
-        return flight
+        What goes down to make room for them on the device could push out the very content that is wanted.
+        """
+        for key in keys:
+            entry = self._host_entry(key)
+            if entry is not None and self._host is not None:
+                self._host.index.hold(entry)
+                self._promised.setdefault(key, []).append(entry)
 
-    def _land(self, flight: _Flight) -> None:
-        self._flights.discard(flight)
-        flight.landed.set()
+    def unhold(self, keys: Iterable[CacheKey]) -> None:
+        """End what :meth:`hold` began, if it did."""
+        for key in keys:
+            held = self._promised.get(key)
+            if held and self._host is not None:
+                self._host.index.release(held.pop())
+                if not held:
+                    del self._promised[key]
 
-    def statistics(self) -> dict[str, Any]:
-        """Return the figures of now, as built-in types."""
-        counters = self._counters
-        host = self._host.index if self._host is not None else None
-        disk = self._disk.statistics() if self._disk is not None else None
-        return {
-            "host": None
-            if host is None
-            else {
-                "capacity_bytes": host.budget_bytes,
-                "used_bytes": host.used_bytes,
-                "caches": len(host),
-                **{f"{kind.value}_bytes": host.bytes_of(kind) for kind in Kind},
-            },
-            "disk": None if disk is None else asdict(disk),
-            "disk_problem": self._problem,
-            "lowered": counters.lowered,
-            "lowered_bytes": counters.lowered_bytes,
-            "raised": counters.raised,
-            "raised_bytes": counters.raised_bytes,
-            "misses": counters.misses,
-            "dropped": counters.dropped,
-            "dropped_bytes": counters.dropped_bytes,
-        }
+    def with_descendants(self, keys: Iterable[CacheKey]) -> set[CacheKey]:
+        """Return these keys, and those of all that lies below and is chained behind them. O(entries)."""
+        children: dict[CacheKey, list[CacheKey]] = {}
+        for entry in (*(self._host.index if self._host is not None else ()), *self._saved()):
+            if entry.parent is not None:
+                children.setdefault(entry.key._replace(block_hash=entry.parent), []).append(entry.key)
+        found = set(keys)
+        behind = list(found)
+        while behind:
+            for child in children.get(behind.pop(), ()):
+                if child not in found:
+                    found.add(child)
+                    behind.append(child)
+        return found
+
+    def _saved(self) -> list[DiskEntry]:
+        return self._disk.entries() if self._disk is not None else []
+
+    # -- down -----------------------------------------------------------------------------------------------------
+
+    async def demote(self, sources: Sequence[Source]) -> list[bool]:
+        """Keep caches whose memory is about to be used again; for each, whether it can be found below.
+
+        Returns when the memory is no longer needed: at once for what is below already, after copying, and after
+        waiting for a slow store for ``patience_s`` at most, then without what could not be kept.
+
+        Parameters
+        ----------
+        sources
+            In the order in which they are given up: of these, the first will be dropped first.
+
+        Raises
+        ------
+        InvalidRequestError
+            If a source cannot be one; nothing was changed.
+        """
+        return await uncancelled(self._demote(check_sources(sources)))
+
+    async def copy_ahead(self, sources: Sequence[Source]) -> list[bool]:
+        """Copy caches that the device keeps, ahead of need; for each, whether it can be found below.
+
+        Only what can be had elsewhere makes room for them. Without a host tier they are written to the disk.
+
+        Raises
+        ------
+        InvalidRequestError
+            If a source cannot be one; nothing was changed.
+        """
+        checked = check_sources(sources)
+        if self._host is not None:
+            return await uncancelled(self._copy_ahead(checked))
+        disk = self._disk
+        if disk is None:
+            return [False] * len(checked)
+        stored = await _all([self._on_disk(each.key, self._writes, _write_back(disk, each)) for each in checked])
+        self._counters.copied_ahead += stored.count(True)
+        return [each is True for each in stored]
+
+    async def write_through(self, sources: Sequence[Source]) -> list[TierError | None]:
+        """Write caches to the disk; None for each that survives the death of every process and a failure of power.
+
+        Raises
+        ------
+        InvalidRequestError
+            If a source cannot be one; nothing was changed.
+        """
+        checked = check_sources(sources)
+        disk = self._disk
+        if disk is None:
+            why = "set disk_url" if self._problem is None else self._problem
+            return [TierError(f"a cache cannot be stored durably without a disk tier: {why}", cause="no_disk")] * len(
+                checked
+            )
+        return await _all([self._write_through(disk, source) for source in checked])
+
+    async def _demote(self, sources: list[Source]) -> list[bool]:
+        deadline = asyncio.get_running_loop().time() + self._patience_s
+        unique = {source.key: source for source in sources}
+        await self._all_arrived(unique)
+        kept = {key for key, source in unique.items() if self._is_below(source, None)}
+        new = [source for key, source in unique.items() if key not in kept]
+        if new and self._host is not None:
+            kept |= await self._bring(self._host, new, Kind.SOLE, deadline)
+        elif new and self._staged is not None:
+            staged = self._staged
+            stored = await _all([staged.write(source, deadline) for source in new])
+            kept |= {source.key for source, there in zip(new, stored, strict=True) if there}
+        if self._behind is not None:
+            self._behind.wake(sum(source.size_bytes for source in unique.values()))
+        kept = self._still_below(kept)
+        self._counters.demoted += len(kept)
+        self._counters.not_kept += sum(key not in kept and not self._under_way.refuses(key) for key in unique)
+        return [source.key in kept for source in sources]
+
+    async def _copy_ahead(self, sources: list[Source]) -> list[bool]:
+        unique = {source.key: source for source in sources}
+        await self._all_arrived(unique)
+        kept = {key for key, source in unique.items() if self._is_below(source, Kind.COPY)}
+        new = [source for key, source in unique.items() if key not in kept]
+        if new and self._host is not None:
+            arrived = await self._bring(self._host, new, Kind.COPY, 0.0)
+            self._counters.copied_ahead += len(arrived)
+            kept |= arrived
+        kept = self._still_below(kept)
+        return [source.key in kept for source in sources]
+
+    def _still_below(self, keys: Iterable[CacheKey]) -> set[CacheKey]:
+        """Leave out what was removed, or dropped again, while others of the batch were on their way."""
+        return {key for key in keys if self.below(key) is not None}
+
+    async def _all_arrived(self, keys: Iterable[CacheKey]) -> None:
+        """Return when none of these keys is on its way into the host tier."""
+        wanted = list(keys)
+        while coming := [self._arriving[key] for key in wanted if key in self._arriving]:
+            await asyncio.wait(coming)
+
+    def _is_below(self, source: Source, kind: Kind | None) -> bool:
+        """Whether a cache lies below; if in the host, as the newest of a kind (None: it leaves the device)."""
+        if self._under_way.refuses(source.key):
+            return False
+        entry = self._host_entry(source.key)
+        if entry is not None and entry.size_bytes == source.size_bytes and self._host is not None:
+            self._host.index.use(entry, self._kind_alone(source) if kind is None else kind)
+            return True
+        if self._disk is None or not self._is_on_disk(source):
+            return False
+        self._disk.touch(source.key)
+        return True
+
+    async def _bring(self, host: HostTier, sources: list[Source], kind: Kind, deadline: float) -> set[CacheKey]:
+        """Copy caches into the host tier as ``COPY`` or ``SOLE``; returns the keys of those that are there."""
+        arrivals: list[_Arrival] = []
+        for source in sources:
+            work = self._under_way.begin(source.key)
+            if work is not None:
+                self._arriving[source.key] = asyncio.get_running_loop().create_future()
+                arrivals.append(_Arrival(source, work))
+        try:
+            # In the order of addresses, so that neighbours stay neighbours and are copied in one go.
+            in_place = sorted(arrivals, key=lambda arrival: arrival.source.address)
+            for number, arrival in enumerate(in_place, start=1):
+                arrival.memory = await self._memory(host, arrival.source, kind, deadline)
+                if not number % _ALLOCATIONS_AT_ONCE:
+                    await asyncio.sleep(0)
+            await self._down.copy(
+                [
+                    Move(arrival.memory.address, arrival.source.address, arrival.source.size_bytes)
+                    for arrival in in_place
+                    if arrival.memory is not None
+                ]
+            )
+            arrived = set()
+            for arrival in arrivals:
+                source, memory = arrival.source, arrival.memory
+                if memory is not None and not arrival.work.void:
+                    arrival.memory = None
+                    host.enter(
+                        source.key, source.parent, memory, kind if kind is Kind.COPY else self._kind_alone(source)
+                    )
+                    arrived.add(source.key)
+            void = [arrival.memory for arrival in arrivals if arrival.memory is not None]
+            if void:
+                await self._down.run(host.wipe, void)
+            return arrived
+        finally:
+            for arrival in arrivals:
+                if arrival.memory is not None:
+                    host.give_back(arrival.memory)
+                self._arriving.pop(arrival.source.key).set_result(None)
+                self._under_way.end(arrival.work)
+
+    async def _memory(self, host: HostTier, source: Source, kind: Kind, deadline: float) -> HostMemory | None:
+        """Take memory in the host tier; for a sole one also where others must leave for the disk, or for nowhere."""
+        tenant, size_bytes = source.key.tenant, source.size_bytes
+        other = host.index.get(source.key)
+        if other is not None:  # of another size: whoever says so last is believed
+            if other.holds:
+                return None
+            host.drop(other)
+            self._dropped(other)
+        memory = host.allocate(tenant, size_bytes, Kind.SAVED)
+        if kind is Kind.COPY:
+            return memory
+        room_bytes = host.room_bytes(size_bytes)
+        while memory is None and self._behind is not None and room_bytes <= host.capacity_bytes:
+            if not await self._behind.saved_one(room_bytes, deadline):
+                break
+            memory = host.allocate(tenant, size_bytes, Kind.SAVED)
+        return host.allocate(tenant, size_bytes, Kind.SOLE) if memory is None else memory
+
+    async def _write_through(self, disk: DiskTier, source: Source) -> TierError | None:
+        async def write() -> bool:
+            await disk.write_through(source.key, source.parent, source.view())
+            return True
+
+        try:
+            written = await self._on_disk(source.key, self._writes, write)
+        except TierError as error:
+            return error
+        if not written:
+            return TierError("a cache is not stored: it was removed meanwhile", cause="removed")
+        entry = self._host_entry(source.key)
+        if entry is not None and entry.kind is Kind.SOLE and self._host is not None:
+            self._host.index.use(entry, self._kind_alone(source))
+        return None
+
+    # -- up -------------------------------------------------------------------------------------------------------
+
+    async def fill(self, targets: Sequence[Source]) -> list[bool]:
+        """Bring caches up into memory of the device; for each, whether all its bytes are there.
+
+        False is a miss, and what the memory holds then is worth nothing. What lies in the host tier stays there as a
+        copy. One that is removed meanwhile is a miss.
+
+        Raises
+        ------
+        InvalidRequestError
+            If a target cannot be one; nothing was changed.
+        """
+        checked = check_sources(targets)
+        filled = [False] * len(checked)
+        held: list[tuple[int, HostEntry, Work]] = []
+        reads: dict[int, asyncio.Task[bool]] = {}
+        for number, target in enumerate(checked):
+            entry = self._host_entry(target.key)
+            if entry is None or entry.size_bytes != target.size_bytes:
+                if self._disk is not None:
+                    reads[number] = asyncio.ensure_future(self._read(self._disk, target))
+            elif self._host is not None and (work := self._under_way.begin(target.key)) is not None:
+                self._host.index.hold(entry)
+                held.append((number, entry, work))
+        try:
+            if held and self._host is not None:
+                await self._copy_up(self._host, checked, held, filled)
+            if reads:
+                await asyncio.wait(reads.values())
+        finally:
+            await _settle(reads.values())
+        for number, read in reads.items():
+            filled[number] = read.result()
+        self._counters.fills += filled.count(True)
+        self._counters.misses += filled.count(False)
+        return filled
+
+    async def _copy_up(
+        self, host: HostTier, targets: list[Source], held: list[tuple[int, HostEntry, Work]], filled: list[bool]
+    ) -> None:
+        try:
+            moves = [Move(targets[number].address, entry.address, entry.size_bytes) for number, entry, _ in held]
+            await self._up.copy(sorted(moves))
+            for number, entry, work in held:
+                if not work.void:
+                    host.index.use(entry, Kind.COPY)
+                    filled[number] = True
+                    self._counters.host_hits += 1
+        finally:
+            for _, entry, work in held:
+                host.index.release(entry)
+                self._under_way.end(work)
+
+    async def _read(self, disk: DiskTier, target: Source) -> bool:
+        async def read() -> bool:
+            try:
+                return await disk.read_into(target.key, target.view())
+            except InvalidSizeError:  # what is there is another cache than the caller thinks
+                return False
+
+        return await self._on_disk(target.key, self._reads, read) is True
+
+    # -- removing -------------------------------------------------------------------------------------------------
+
+    async def remove(self, keys: Iterable[CacheKey]) -> int:
+        """Remove caches from every tier for good; returns how many could be found.
+
+        They cannot be found from the call on. What is under way on them ends without a trace, and is waited for. When
+        this returns, their host memory is zero, no crash brings a file back, and they may be stored anew.
+
+        Raises
+        ------
+        TierError
+            If it is not sure that the disk keeps none. They are not found in this life: call again.
+        """
+        wanted = set(keys)
+        found = {key for key in wanted if self.below(key) is not None}
+        with self._removing(), self._under_way.removal(wanted):
+            memories = self._take_out(wanted)
+            await uncancelled(self._remove(wanted, memories, partial(self._remove_files, wanted)))
+        return len(found)
+
+    async def remove_space(self, tenant: str, fingerprint: str) -> int:
+        """Remove all caches of a tenant and fingerprint, as :meth:`remove` does; returns how many could be found.
+
+        Raises
+        ------
+        TierError
+            As :meth:`remove`.
+        """
+        in_host = [entry.key for entry in (self._host.index if self._host is not None else ())]
+        wanted = {key for key in in_host if (key.tenant, key.fingerprint) == (tenant, fingerprint)}
+        found = {key for key in wanted if self.below(key) is not None}
+        wanted.update(self._under_way.keys_of(tenant, fingerprint))
+        if self._disk is not None:
+            found |= {key for key in self._disk.keys_of(tenant, fingerprint) if not self._under_way.refuses(key)}
+        with self._removing(), self._under_way.removal_of_space(tenant, fingerprint):
+            memories = self._take_out(wanted)
+            files = partial(self._remove_space_files, tenant, fingerprint, wanted)
+            await uncancelled(self._remove(wanted, memories, files))
+        return len(found)
+
+    def scrub(self, tenant: str, number: int, most_bytes: int) -> bool:
+        """Zero what caches of a tenant that were dropped from the host tier have left there, one step; True: done.
+
+        As :meth:`~kvpool.memory.allocator.GPUMemoryAllocator.scrub` for the device's own memory.
+        """
+        return self._host is None or self._host.scrub(tenant, number, most_bytes)
+
+    def _take_out(self, keys: Iterable[CacheKey]) -> list[HostMemory]:
+        """Let nobody find these in the host any more; returns their memory, which may still be read."""
+        if self._host is None or self._closed:
+            return []
+        entries = [entry for key in keys if (entry := self._host.index.get(key)) is not None]
+        return [self._host.take_out(entry) for entry in entries]
+
+    @contextmanager
+    def _removing(self) -> Iterator[None]:
+        """Keep :meth:`close` waiting until the end of the block."""
+        if self._closed and self._disk is not None:
+            raise TierError("caches cannot be removed: the tiers are closed", cause="closed")
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._removals.add(done)
+        try:
+            yield
+        finally:
+            self._removals.discard(done)
+            done.set_result(None)
+
+    async def _remove(
+        self, keys: Collection[CacheKey], memories: list[HostMemory], files: Callable[[], Coroutine[Any, Any, None]]
+    ) -> None:
+        await self._under_way.idle(keys)
+        if memories and self._host is not None:
+            await self._down.run(self._host.wipe, memories)
+            for memory in memories:
+                self._host.give_back(memory)
+        await files()
+
+    async def _remove_files(self, keys: Collection[CacheKey]) -> None:
+        if self._disk is not None:
+            await self._disk.remove(keys)
+        elif self._problem is not None:
+            raise TierError(f"files of removed caches may be left in the disk tier: {self._problem}", cause="no_disk")
+
+    async def _remove_space_files(self, tenant: str, fingerprint: str, keys: Collection[CacheKey]) -> None:
+        found = await self._disk.space(tenant, fingerprint) if self._disk is not None else set()
+        await self._remove_files(found.union(keys))
+
+    # -- what happened below --------------------------------------------------------------------------------------
+
+    def _dropped(self, entry: HostEntry) -> None:
+        """Note that the host tier has dropped an entry for room."""
+        if self._disk is None or self._disk.find(entry.key) is None:
+            self._counters.dropped += entry.kind is Kind.SOLE
+            self._tell((entry.key,))
+
+    def _gone_from_disk(self, keys: Sequence[CacheKey]) -> None:
+        for key in keys:
+            entry = self._host_entry(key)
+            if entry is None or self._host is None:
+                self._tell((key,))
+            elif entry.kind is Kind.SAVED:
+                self._host.index.use(entry, Kind.SOLE)
+                self._host.index.make_oldest(entry)
+
+    def _tell(self, keys: Iterable[CacheKey]) -> None:
+        """Tell that keys are gone, all of one turn of the event loop together."""
+        if not self._untold:
+            asyncio.get_running_loop().call_soon(self._tell_now)
+        self._untold.update(dict.fromkeys(keys))
+
+    def _tell_now(self) -> None:
+        # Not what has come back in this turn, nor what is being removed.
+        gone = [key for key in self._untold if not self._under_way.refuses(key) and self.below(key) is None]
+        self._untold.clear()
+        if gone:
+            self._on_gone(gone)
+
+    # -- one key on the disk --------------------------------------------------------------------------------------
+
+    def _host_entry(self, key: CacheKey) -> HostEntry | None:
+        return None if self._host is None else self._host.index.get(key)
+
+    def _is_on_disk(self, source: Source) -> bool:
+        saved = None if self._disk is None else self._disk.find(source.key)
+        return saved is not None and saved.size_bytes == source.size_bytes
+
+    def _kind_alone(self, source: Source) -> Kind:
+        """What a host entry is once the device does not have it."""
+        return Kind.SAVED if self._is_on_disk(source) else Kind.SOLE
+
+    async def _on_disk(
+        self, key: CacheKey, room: asyncio.Semaphore, call: Callable[[], Coroutine[Any, Any, _Result]]
+    ) -> _Result | None:
+        """Call the disk tier; None if the key is being removed, or was meanwhile."""
+
+        async def in_turn() -> _Result:
+            async with room:
+                return await call()
+
+        work = self._under_way.begin(key)
+        if work is None:
+            return None
+        task = work.task = asyncio.ensure_future(in_turn())
+        try:
+            await asyncio.wait((task,))
+        finally:
+            await _settle((task,))
+            self._under_way.end(work)
+        return None if work.void or task.cancelled() else task.result()
 
 
-def _view(source: Source) -> memoryview:
-    return memoryview((ctypes.c_char * source.size_bytes).from_address(source.address)).cast("B")
+def _write_back(disk: DiskTier, source: Source) -> Callable[[], Coroutine[Any, Any, bool]]:
+    async def write() -> bool:
+        return await disk.write_back(source.key, source.parent, source.view())
+
+    return write
 
 
-async def _all(tasks: Iterable[asyncio.Future[Any]]) -> None:
-    await asyncio.gather(*tasks, return_exceptions=True)
+async def _all(work: Sequence[Coroutine[Any, Any, _Result]]) -> list[_Result]:
+    """Do all at the same time. When cancelled, cancel them, and wait for their end: they use memory of the caller."""
+    tasks = [asyncio.ensure_future(each) for each in work]
+    try:
+        if tasks:
+            await asyncio.wait(tasks)
+    finally:
+        await _settle(tasks)
+    return [task.result() for task in tasks]
 
 
-async def _gather(work: Iterable[Any]) -> list[Any]:
-    return list(await asyncio.gather(*work))
+async def _settle(tasks: Collection[asyncio.Task[Any]]) -> None:
+    """Cancel the tasks that are not done, and return when all are, however often this is cancelled."""
+    going = {task for task in tasks if not task.done()}
+    for task in going:
+        task.cancel()
+    cancelled: asyncio.CancelledError | None = None
+    while going:
+        try:
+            _, going = await asyncio.wait(going)
+        except asyncio.CancelledError as error:
+            cancelled = error
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()  # else one that nobody asks for would be reported
+    if cancelled is not None:
+        raise cancelled

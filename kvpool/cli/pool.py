@@ -146,8 +146,8 @@ def _lower_row(name: str, lower: dict[str, Any]) -> dict[str, Any]:
         "device": name,
         "host memory": f"{format_size(host['used_bytes'])} of {format_size(host['capacity_bytes'])}" if host else "-",
         "disk": on_disk,
-        "went down": lower["lowered"],
-        "came up": lower["raised"],
-        "dropped": lower["dropped"],
+        "went down": lower["demoted"],
+        "came up": lower["fills"],
+        "dropped": lower["not_kept"] + (host["dropped"] if host else 0),
         "errors": sum(disk["errors"].values()) if disk is not None else 0,
     }

@@ -1,4 +1,4 @@
-"""Copying blocks into pool memory: the one copy of ``put_blocks``."""
+"""Where the blocks of ``put_blocks`` lie that are copied into pool memory."""
 
 from __future__ import annotations
 

@@ -20,3 +20,8 @@ def copy_blocks(destinations: Sequence[int], sources: Sequence[int], block_bytes
             end += 1
         ctypes.memmove(destinations[start], sources[start], (end - start) * block_bytes)
         start = end
+
+
+def view_at(address: int, size_bytes: int) -> memoryview:
+    """Return the bytes at an address as a writable view. It keeps nothing alive."""
+    return memoryview((ctypes.c_char * size_bytes).from_address(address)).cast("B")

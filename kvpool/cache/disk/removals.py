@@ -76,6 +76,23 @@ class Removals:
         self._counters.removed_files += len(entries)
         return len(entries)
 
+    async def space(self, tenant: str, fingerprint: str) -> set[CacheKey]:
+        """Return the keys of a tenant and fingerprint that have files, or may have.
+
+        Raises
+        ------
+        TierError
+            If the store does not tell.
+        """
+        name = space_name(tenant, fingerprint)
+        try:
+            found = await self._threads.run(_find_space, self._folder, name, self._doubtful)
+        except Exception as error:
+            cause = self._counters.count_error("looking for what is to be removed", error)
+            raise TierError(f"caches to be removed may still be there: {error}", cause=cause) from error
+        known = [entry.key for entry in self._index] + list(self._stuck)
+        return found.union(key for key in known if (key.tenant, key.fingerprint) == (tenant, fingerprint))
+
     async def undo(self, entry: DiskEntry) -> None:
         """Make sure that a write that failed has left nothing, or remember that it may have."""
         try:
@@ -121,6 +138,15 @@ def _find_strays(folder: Folder, keys: Sequence[CacheKey], doubtful: Collection[
             if entry is not None and entry.key in wanted:
                 strays[entry.key] = entry
     return list(strays.values())
+
+
+def _find_space(folder: Folder, name: str, doubtful: Collection[str]) -> set[CacheKey]:
+    """Make sure that nothing evicted comes back; returns the keys of all files if any of them may be unknown."""
+    folder.sync(name)
+    if name not in doubtful:
+        return set()
+    entries = (DiskEntry.at(f"{name}/{found.name}") for found in folder.list(name))
+    return {entry.key for entry in entries if entry is not None}
 
 
 def _sync_spaces(folder: Folder, keys: Sequence[CacheKey]) -> None:

@@ -72,7 +72,7 @@ class DiskTier:
         if budget_bytes <= 0:
             raise InvalidSizeError(f"a disk tier needs at least 1 byte, not {budget_bytes}", asked_bytes=budget_bytes)
         self._folder = folder
-        self._on_gone = on_gone
+        self.on_gone = on_gone
         self._index = DiskIndex(budget_bytes)
         self._counters = DiskCounters(folder.url)
         self._locks = KeyLocks()
@@ -81,7 +81,9 @@ class DiskTier:
         self._waiting_writes = 0
         self._removing: Counter[CacheKey] = Counter()
         self._removals = Removals(folder, self._index, self._counters, self._writers)
-        self._writer = Writer(folder, self._index, self._locks, self._counters, self._removals, self._writers, on_gone)
+        self._writer = Writer(
+            folder, self._index, self._locks, self._counters, self._removals, self._writers, self._gone
+        )
         self._started = self._open = False
 
     async def start(self) -> Sequence[DiskEntry]:
@@ -122,6 +124,31 @@ class DiskTier:
     def entries(self) -> list[DiskEntry]:
         """Return all that is on disk, least recently used first."""
         return list(self._index)
+
+    def touch(self, key: CacheKey) -> None:
+        """Count as use of a cache what spares its being written again."""
+        if self.find(key) is not None:
+            self._index.touch(key)
+
+    def keys_of(self, tenant: str, fingerprint: str) -> list[CacheKey]:
+        """Return the keys of a tenant and fingerprint that can be found. O(files)."""
+        space = (tenant, fingerprint)
+        return [each.key for each in self._index if each.key[:2] == space and self.find(each.key) is not None]
+
+    async def space(self, tenant: str, fingerprint: str) -> set[CacheKey]:
+        """Return the keys of a tenant and fingerprint of which there are files, or may be, to :meth:`remove` them.
+
+        What was evicted of them does not come back after a failure of power. What is being written is not among them.
+
+        Raises
+        ------
+        TierError
+            If the store does not tell.
+        """
+        async with self._writers.one():
+            if not self._open:
+                raise TierError("caches cannot be removed: the disk tier is closed", cause="closed")
+            return await uncancelled(self._removals.space(tenant, fingerprint))
 
     def statistics(self) -> DiskStatistics:
         """Return the figures of now."""
@@ -250,7 +277,10 @@ class DiskTier:
 
     def _forget(self, entry: DiskEntry) -> None:
         self._index.drop(entry.key)
-        self._on_gone((entry.key,))
+        self._gone((entry.key,))
+
+    def _gone(self, keys: Sequence[CacheKey]) -> None:
+        self.on_gone(keys)
 
     # -- removing -------------------------------------------------------------------------------------------------
 
