@@ -3,13 +3,14 @@
 import asyncio
 import os
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
 from pool_actors import kill_device
 
 from kvpool import ModelSpec, encode_block_id
-from kvpool.errors import TierError
+from kvpool.errors import DeviceLostError, StaleCacheError, TierError
 
 BLOCK_BYTES = 32 * 1024
 SPEC = ModelSpec("m", block_bytes=BLOCK_BYTES)
@@ -96,6 +97,42 @@ async def test_durable_blocks_are_found_again_after_a_kill_and_a_new_start(make_
     model = await again.model(SPEC)
     assert await read(model, 1) == CHAIN
     assert await read(model, 2) in range(CHAIN + 1)  # never wrong
+
+
+KILLS = 3
+"""Rounds of the next test; 50 of them were run once."""
+
+
+async def test_kills_at_random_moments_lose_nothing_that_is_durable_and_bring_nothing_wrong(make_pool, tmp_path):
+    random, name, kept = Random(5), f"t{os.getpid()}-killed", []
+    settings = {"host_memory": "512KiB", "disk_url": str(tmp_path / "disk"), "name": name}
+    for life in range(KILLS):
+        pool = await make_pool("host:1x1MiB", **settings)
+        model = await pool.model(SPEC)
+        killed_after = random.randrange(1, 12)
+        acknowledged = asyncio.Event()
+
+        async def write(numbers, model=model, killed_after=killed_after, acknowledged=acknowledged):
+            for done, number in enumerate(numbers):
+                stored = await put(model, number, durable=bool(number % 2))
+                if number % 2 and stored == CHAIN:  # a dying device may take fewer, and says so
+                    kept.append(number)
+                if done == killed_after:
+                    acknowledged.set()
+
+        writer = asyncio.create_task(write(range(100 * life, 100 * life + 40)))
+        await acknowledged.wait()
+        await kill_device(pool, 0)
+        with pytest.raises((DeviceLostError, StaleCacheError, TierError)):
+            await writer
+        await pool.delete()
+
+        pool = await make_pool("host:1x1MiB", **settings)
+        model = await pool.model(SPEC)
+        for number in range(100 * life + 40):
+            found = await read(model, number)  # never wrong, whatever is there
+            assert found == CHAIN or number not in kept
+        await pool.delete()
 
 
 async def test_what_is_not_surely_on_disk_is_not_acknowledged_as_durable(make_pool, tmp_path):
