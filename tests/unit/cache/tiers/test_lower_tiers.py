@@ -301,5 +301,3 @@ async def test_after_close_everything_is_a_miss_and_closing_again_is_no_error(op
     assert isinstance(error, TierError)
     with pytest.raises(TierError, match="closed"):
         await device.tiers.remove([key_of(1)])
-
-
