@@ -59,7 +59,7 @@ class HostIndexMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.kinds)
     @rule(number=st.integers(0, 99))
     def drop(self, number: int) -> None:
-        known = [entry for entry in self.index]
+        known = list(self.index)
         self.forget(self.pick(known, number))
 
     @precondition(lambda self: self.kinds)
