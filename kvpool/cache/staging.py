@@ -33,11 +33,12 @@ class StagedWrites:
     def __init__(self, disk: DiskTier, mover: Mover, under_way: UnderWay) -> None:
         self._disk, self._mover, self._under_way = disk, mover, under_way
         self._buffers = asyncio.Semaphore(_BUFFERS)
+        self._writing = 0
         self._stalled = False
 
     async def write(self, source: Source, deadline: float) -> bool:
         """Store a cache if that is done in time (seconds of the loop's clock); the memory is free in any case."""
-        if self._stalled and self._buffers.locked():  # until the store answers again, nobody waits for it
+        if self._stalled and self._writing:  # until the store answers again, nobody waits for it
             return False
         try:
             async with asyncio.timeout_at(deadline):
@@ -55,6 +56,7 @@ class StagedWrites:
                 return False
             write = asyncio.ensure_future(self._disk.write_back(source.key, source.parent, memoryview(staged)))
             work.task = write
+            self._writing += 1
             del staged  # it goes with the write
             # Not in the coroutine: one that is cancelled before its first step never runs.
             write.add_done_callback(self._written)
@@ -72,10 +74,11 @@ class StagedWrites:
                     self._under_way.end(work)
 
     def _written(self, write: asyncio.Task[bool]) -> None:
-        self._stalled = False
+        self._writing -= 1
         self._buffers.release()
         if not write.cancelled():
-            write.exception()  # read by who still waits
+            self._stalled = False
+            write.exception()  # else one that nobody waits for any more would be reported
 
 
 def _stage(source: Source) -> mmap.mmap | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import os
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from disk_stores import DEADLINE_S, Faults, FaultyFileSystem, content_of, key_of
 from fsspec.implementations.memory import MemoryFileSystem
 
+from kvpool.cache import mover
 from kvpool.cache.disk.folder import folder_at
 from kvpool.cache.disk.index import DiskEntry
 from kvpool.cache.disk.tier import DiskTier
@@ -19,6 +21,7 @@ from kvpool.cache.host_tier import HostTier
 from kvpool.cache.key import CacheKey
 from kvpool.cache.lower_tiers import LowerTiers
 from kvpool.cache.source import Source
+from kvpool.memory.copying import view_at
 from kvpool.memory.host import HostBackend
 
 PAGE = 64 << 10
@@ -72,6 +75,11 @@ class Device:
     def found(self, *numbers: int) -> list[str | None]:
         return [self.tiers.find(key_of(number)) for number in numbers]
 
+    def memory_of(self, number: int) -> memoryview:
+        """Where a cache lies in the host tier."""
+        entry = self.host.index.get(key_of(number))
+        return view_at(entry.address, entry.size_bytes)
+
     async def saved(self) -> None:
         """Return when no write to the disk is under way."""
         async with asyncio.timeout(DEADLINE_S):
@@ -91,14 +99,50 @@ OpenDevice = Callable[..., Awaitable[Device]]
 def faults() -> Iterator[Faults]:
     fresh = FaultyFileSystem.faults = Faults()
     yield fresh
-    for gate in fresh.gates.values():
-        gate.set()
     FaultyFileSystem.store.clear()
     FaultyFileSystem.pseudo_dirs[:] = [""]
 
 
+class Gate:
+    """Holds the threads that copy until it is opened."""
+
+    def __init__(self) -> None:
+        self.copying = threading.Event()
+        self._open = threading.Event()
+
+    def check(self) -> None:
+        self.copying.set()
+        assert self._open.wait(DEADLINE_S), "a gate was never opened"
+
+    async def reached(self) -> None:
+        assert await asyncio.to_thread(self.copying.wait, DEADLINE_S)
+
+    def open(self) -> None:
+        self._open.set()
+
+    def close(self) -> None:
+        self._open.clear()
+        self.copying.clear()
+
+
 @pytest.fixture
-async def open_device() -> AsyncIterator[OpenDevice]:
+def copies(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    """A gate in front of each copy; batches of any size are copied in a thread."""
+    gate, real = Gate(), mover._copy
+
+    def copy(moves: Sequence[mover.Move]) -> None:
+        if moves:
+            gate.check()
+        real(moves)
+
+    monkeypatch.setattr(mover, "_copy", copy)
+    monkeypatch.setattr(mover, "_INLINE_BYTES", 0)
+    yield gate
+    gate.open()
+
+
+@pytest.fixture
+async def open_device(faults: Faults) -> AsyncIterator[OpenDevice]:
     """Opens tiers: ``pages`` of host memory (0: no host tier), a disk at ``where`` (None: no disk)."""
     devices: list[Device] = []
     backends: list[HostBackend] = []
@@ -118,6 +162,8 @@ async def open_device() -> AsyncIterator[OpenDevice]:
         return device
 
     yield open_it
+    for gate in faults.gates.values():
+        gate.set()
     for device in devices:
         device.check()
         await device.tiers.close()

@@ -1,0 +1,259 @@
+"""Stores that are full, gone, denied, slow or unusable: misses that are counted, never errors and never wrong bytes."""
+
+import asyncio
+import errno
+import shutil
+import threading
+
+import pytest
+from disk_stores import DEADLINE_S, FaultyFolder, key_of
+
+from kvpool.cache.disk.folder import folder_at
+from kvpool.cache.disk.tier import DiskTier
+from kvpool.cache.host_index import Kind
+
+PAGE = 64 << 10
+URL = "faulty://tier"
+LONG_S = 1000.0
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+DENIED = PermissionError(errno.EACCES, "Permission denied")
+
+
+class DriverError(Exception):
+    """What drivers raise: no OSError."""
+
+
+async def settled(device):
+    """Writes are done, and all that is gone has been told."""
+    await device.saved()
+    await asyncio.sleep(0)
+    device.check()
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"), [(FULL, "ENOSPC"), (DENIED, "EACCES"), (DriverError("throttled"), "DriverError")]
+)
+async def test_a_store_that_takes_nothing_below_a_host_tier(open_device, faults, caplog, error, cause):
+    device = await open_device(4, URL, patience_s=LONG_S)
+    faults.errors["put"] = error
+    for number in range(8):
+        assert await device.demote(number) == [True], "the newest is kept, and an old one dropped"
+    await settled(device)
+    # About the oldest: what is being tried right now is passed over.
+    gone = {number for number in range(8) if key_of(number) in device.gone}
+    assert len(gone) == len(device.gone) == 4
+    assert 7 not in gone
+    assert await device.fill(*range(8)) == [number not in gone for number in range(8)]
+    figures = device.tiers.statistics()
+    assert figures["host"]["dropped"] == 4
+    assert set(figures["disk"]["errors"]) == {cause}
+    assert sum("writing" in message for message in caplog.messages) == 1
+    faults.errors.clear()
+    await device.demote(*set(range(8)) - gone)
+    for number in range(8, 16):
+        assert await device.demote(number) == [True]
+    await settled(device)
+    assert len(device.gone) == 4, "the store takes it again"
+
+
+@pytest.mark.parametrize("error", [FULL, DENIED, DriverError("throttled")])
+async def test_a_store_that_takes_nothing_below_a_device(open_device, faults, error):
+    device = await open_device(0, URL)
+    faults.errors["put"] = error
+    assert await device.demote(1, 2) == [False, False]
+    assert await device.copy_ahead(3) == [False]
+    assert await device.fill(1) == [False]
+    assert device.tiers.statistics()["not_kept"] == 2
+    faults.errors.clear()
+    assert await device.demote(1, 2) == [True, True]
+    assert await device.fill(1, 2) == [True, True]
+
+
+async def test_a_store_that_gives_nothing(open_device, faults):
+    device = await open_device(0, URL)
+    await device.demote(1, 2)
+    faults.errors["get"] = DriverError("timed out")
+    assert await device.fill(1, 2) == [False, False]
+    faults.errors.clear()
+    assert await device.fill(1, 2) == [True, True], "the files may be good"
+    assert device.gone == []
+
+
+async def test_a_file_that_is_not_what_it_was_is_a_miss_and_gone(open_device, tmp_path):
+    device = await open_device(0, str(tmp_path / "tier"))
+    await device.demote(1, 2)
+    path = tmp_path / "tier" / device.disk.find(key_of(1)).path
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert await device.fill(1, 2) == [False, True]
+    await settled(device)
+    assert (device.gone, device.found(1, 2)) == ([key_of(1)], [None, "disk"])
+
+
+async def test_a_folder_that_vanishes_costs_what_was_only_there(open_device, tmp_path):
+    device = await open_device(4, str(tmp_path / "tier"), watermark=0.5)
+    for number in range(6):
+        await device.demote(number)
+    await settled(device)
+    shutil.rmtree(tmp_path / "tier")
+    tiers = device.found(*range(6))
+    assert set(tiers) == {"host", "disk"}
+    for number, tier in enumerate(tiers):
+        assert await device.fill(number) == [tier == "host"]
+    for number in range(6, 12):
+        assert await device.demote(number) == [True]
+    await settled(device)
+    assert set(device.gone) == {key_of(number) for number in range(12) if device.tiers.find(key_of(number)) is None}
+
+
+async def test_a_slow_store_holds_a_demotion_up_once_for_a_bounded_time(open_device, faults):
+    device = await open_device(4, URL, patience_s=0.05, watermark=0.0)
+    gate = faults.gates["put"] = threading.Event()
+    assert await device.demote(0, 1, 2, 3) == [True] * 4
+    assert await device.demote(4) == [False], "everything is being written, and stays where it is"
+    # From now on nobody waits, until the store answers again: this would take too long.
+    device.tiers._patience_s = LONG_S
+    async with asyncio.timeout(DEADLINE_S):
+        assert await device.demote(5) == [False]
+    assert device.tiers.statistics()["not_kept"] == 2
+    gate.set()
+    await settled(device)
+    assert await device.demote(6) == [True]
+    await settled(device)
+    assert device.gone == []
+    assert await device.fill(0, 1, 2, 3, 6) == [True] * 5
+
+
+async def test_what_cannot_wait_for_a_slow_store_is_dropped_and_told(open_device, faults):
+    device = await open_device(16, URL, patience_s=0.05, watermark=1.0)
+    gate = faults.gates["put"] = threading.Event()
+    assert await device.demote(*range(16)) == [True] * 16
+    assert await device.demote(16, 17) == [True, True]
+    await asyncio.sleep(0)
+    dropped = [number for number in range(18) if device.tiers.find(key_of(number)) is None]
+    assert len(dropped) == 2
+    assert sorted(device.gone) == [key_of(number) for number in dropped]
+    assert device.tiers.statistics()["host"]["dropped"] == 2
+    gate.set()
+    await settled(device)
+    assert await device.fill(*range(18)) == [number not in dropped for number in range(18)]
+
+
+async def test_without_a_host_tier_a_slow_store_never_sees_the_memory_that_is_used_again(open_device, faults):
+    device = await open_device(0, URL, patience_s=0.05)
+    gate = faults.gates["put"] = threading.Event()
+    assert await device.demote(*range(12)) == [False] * 12  # and the memory is overwritten
+    device.tiers._patience_s = LONG_S
+    async with asyncio.timeout(DEADLINE_S):
+        assert not any(await device.demote(*range(20, 32)))
+    gate.set()
+    await settled(device)
+    written = device.disk.statistics().written_files
+    assert written >= 1, "what had a thread was finished"
+    assert sum(await device.fill(*range(12), *range(20, 32))) == written
+    assert await device.demote(40) == [True]
+    assert await device.fill(40) == [True]
+
+
+async def test_a_disk_in_use_elsewhere_is_done_without(open_device, tmp_path, caplog):
+    other = DiskTier(folder_at(str(tmp_path / "tier")), 1 << 30)
+    await other.start()
+    device = await open_device(4, str(tmp_path / "tier"))
+    assert device.restored == []
+    assert await device.demote(1) == [True]
+    assert await device.fill(1) == [True]
+    (error,) = await device.tiers.write_through([device.written(1)])
+    figures = device.tiers.statistics()
+    assert figures["disk"] is None
+    assert "another process" in figures["disk_problem"]
+    assert "another process" in str(error)
+    assert sum("going on without the disk" in message for message in caplog.messages) == 1
+    await other.close()
+
+
+async def test_a_cancelled_fill_returns_when_no_thread_writes_to_its_memory_any_more(open_device, faults):
+    device = await open_device(0, URL)
+    await device.demote(*range(12))
+    gate = faults.gates["get"] = threading.Event()
+    filling = asyncio.create_task(device.fill(*range(12)))
+    for _ in range(4):  # as many as there are threads
+        assert await asyncio.to_thread(faults.arrived.acquire, timeout=DEADLINE_S)
+    filling.cancel()
+    done, _ = await asyncio.wait((filling,), timeout=0.01)
+    assert not done
+    gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await filling
+    assert faults.arrived.acquire(blocking=False) is False, "those without a thread were never read"
+    assert await device.fill(*range(12)) == [True] * 12
+
+
+async def test_a_cancelled_demotion_is_finished_first(open_device, copies):
+    device = await open_device(4)
+    demoting = asyncio.create_task(device.tiers.demote([device.written(1)]))
+    await copies.reached()
+    demoting.cancel()
+    done, _ = await asyncio.wait((demoting,), timeout=0.01)
+    assert not done
+    copies.open()
+    with pytest.raises(asyncio.CancelledError):
+        await demoting
+    assert await device.fill(1) == [True]
+
+
+async def test_a_cancelled_fill_from_the_host_leaves_the_entry_as_it_was(open_device, copies):
+    device = await open_device(4)
+    copies.open()
+    await device.demote(1)
+    copies.close()
+    filling = asyncio.create_task(device.fill(1))
+    await copies.reached()
+    filling.cancel()
+    copies.open()
+    with pytest.raises(asyncio.CancelledError):
+        await filling
+    assert device.host.index.get(key_of(1)).kind is Kind.SOLE
+    device.host.check()
+    assert await device.fill(1) == [True]
+
+
+async def test_what_is_being_filled_is_not_dropped_for_room(open_device, copies):
+    device = await open_device(2)
+    copies.open()
+    await device.demote(1, 2)
+    copies.close()
+    filling = asyncio.create_task(device.fill(1))
+    await copies.reached()
+    demoting = asyncio.create_task(device.tiers.demote([device.written(3), device.written(4)]))
+    await asyncio.sleep(0)
+    copies.open()
+    assert await filling == [True]
+    assert await demoting == [True, False] or device.found(3, 4) == ["host", None]
+    assert device.found(1, 2) == ["host", None]
+
+
+async def test_closing_with_a_store_that_hangs_waits_for_its_threads_only(open_device, faults):
+    device = await open_device(0, URL)
+    gate = faults.gates["put"] = threading.Event()
+    writing = [asyncio.create_task(device.tiers.write_through([device.written(number)])) for number in range(20)]
+    assert await asyncio.to_thread(faults.arrived.acquire, timeout=DEADLINE_S)
+    closing = asyncio.create_task(device.tiers.close())
+    await asyncio.sleep(0)
+    assert device.found(0) == [None]
+    gate.set()
+    await closing
+    assert all([(await write)[0] is not None for write in writing])
+
+
+async def test_a_folder_with_a_fault_at_any_step_yields_right_bytes_or_misses(open_device, faults, tmp_path):
+    device = await open_device(4, FaultyFolder(str(tmp_path / "tier"), faults), watermark=0.5)
+    for step in ("write", "read", "remove", "sync", "size"):
+        faults.errors[step] = FULL
+        for number in range(8):
+            await device.demote(number)
+        await device.fill(*range(8))
+        faults.errors.clear()
+        await device.fill(*range(8))
+    await settled(device)

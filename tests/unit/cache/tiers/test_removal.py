@@ -1,0 +1,215 @@
+"""What is removed is gone from every tier, also what is on its way at that moment."""
+
+import asyncio
+import threading
+
+import pytest
+from disk_stores import DEADLINE_S, FaultyFileSystem, content_of, key_of
+
+from kvpool.errors import TierError
+from kvpool.memory.copying import view_at
+
+PAGE = 64 << 10
+URL = "faulty://tier"
+
+
+async def arrived(faults):
+    """Return when an operation of the store waits at a gate."""
+    assert await asyncio.to_thread(faults.arrived.acquire, timeout=DEADLINE_S)
+
+
+def files():
+    return sum(name.endswith(".kvcache") for name in FaultyFileSystem.store)
+
+
+async def test_removed_from_host_and_disk_with_zeroed_memory_and_may_come_anew(open_device, faults):
+    device = await open_device(4, URL)
+    await device.demote(1, 2, 3)
+    await device.tiers.write_through([device.written(2), device.written(9)])
+    memory, kept = device.memory_of(1), device.memory_of(3)
+    assert bytes(memory) == content_of(1, PAGE)
+    assert await device.tiers.remove([key_of(1), key_of(2), key_of(9), key_of(50)]) == 3
+    assert not any(memory)
+    assert kept == content_of(3, PAGE)
+    assert device.found(1, 2, 3, 9) == [None, None, "host", None]
+    assert await device.fill(1, 2, 3, 9) == [False, False, True, False]
+    assert (device.gone, files()) == ([], 0)
+    assert await device.demote(1) == [True]
+    assert await device.fill(1) == [True]
+
+
+async def test_a_space_goes_whole_and_others_stay(open_device, faults):
+    device = await open_device(8, URL)
+    for tiers_call in (device.tiers.demote, device.tiers.write_through):
+        for tenant in ("a", "b"):
+            sources = [device.written(number, tenant=tenant) for number in (1, 2)]
+            await tiers_call([source._replace(key=source.key._replace(fingerprint="g")) for source in sources])
+            await tiers_call(sources)
+    assert await device.tiers.remove_space("a", "f") == 2
+    left = [
+        (tenant, fingerprint)
+        for tenant in "ab"
+        for fingerprint in "fg"
+        if device.tiers.find(key_of(1, tenant, fingerprint)) is not None
+    ]
+    assert left == [("a", "g"), ("b", "f"), ("b", "g")]
+    assert files() == 6
+    await device.tiers.close()
+    again = await open_device(0, URL)
+    assert {key[:2] for key in again.restored} == set(left)
+
+
+async def test_a_space_whose_files_the_index_does_not_know_goes_too(open_device, faults):
+    device = await open_device(0, URL)
+    faults.errors["put_answer"] = faults.errors["delete"] = OSError(5, "I/O error")
+    assert await device.demote(1) == [False]
+    assert files() == 1, "the store has taken it, and failed to say so"
+    faults.errors.clear()
+    assert await device.tiers.remove_space("default", "f") == 0
+    assert files() == 0
+
+
+@pytest.mark.parametrize("how", ["remove", "remove_space"])
+async def test_what_is_being_demoted_or_copied_ends_without_a_trace(open_device, copies, how, monkeypatch):
+    device = await open_device(8)
+    touched, real = [], device.host.allocate
+
+    def allocate(*args):
+        memory = real(*args)
+        touched.append(memory.address)
+        return memory
+
+    monkeypatch.setattr(device.host, "allocate", allocate)
+    demoting = asyncio.create_task(device.tiers.demote([device.written(1), device.written(2)]))
+    copying = asyncio.create_task(device.tiers.copy_ahead([device.written(3), device.written(4)]))
+    await copies.reached()
+    if how == "remove":
+        removal = asyncio.create_task(device.tiers.remove([key_of(1), key_of(3)]))
+    else:
+        removal = asyncio.create_task(device.tiers.remove_space("default", "f"))
+    await asyncio.sleep(0)
+    assert not removal.done()
+    copies.open()
+    kept = how == "remove"
+    assert await demoting == [False, kept]
+    assert await copying == [False, kept]
+    assert await removal == 0
+    assert device.found(1, 2, 3, 4) == [None, "host" if kept else None] * 2
+    assert device.host.index.used_bytes == 2 * PAGE * kept
+    left = [bytes(view_at(address, 8)) for address in touched]
+    assert [content_of(number, 8) in left for number in (1, 2, 3, 4)] == [False, kept] * 2
+    assert await device.demote(1) == [True]
+    assert await device.fill(1) == [True]
+
+
+async def test_a_fill_whose_cache_is_removed_is_a_miss_and_the_memory_is_zeroed_after_it(open_device, copies):
+    device = await open_device(8)
+    copies.open()
+    await device.demote(1, 2)
+    memory = device.memory_of(1)
+    copies.close()
+    filling = asyncio.create_task(device.fill(1, 2))
+    await copies.reached()
+    removal = asyncio.create_task(device.tiers.remove([key_of(1)]))
+    await asyncio.sleep(0)
+    assert device.found(1, 2) == [None, "host"]
+    assert memory == content_of(1, PAGE), "it is being read"
+    assert await device.tiers.demote([device.written(1)]) == [False], "not before it is removed"
+    assert await device.fill(1) == [False]
+    copies.open()
+    assert await filling == [False, True]
+    assert await removal == 1
+    assert not any(memory)
+
+
+async def test_a_fill_from_disk_whose_cache_is_removed_is_a_miss(open_device, faults):
+    device = await open_device(0, URL)
+    await device.demote(*range(20))
+    gate = faults.gates["get"] = threading.Event()
+    filling = asyncio.create_task(device.fill(*range(20)))
+    await arrived(faults)
+    removal = asyncio.create_task(device.tiers.remove([key_of(number) for number in range(20)]))
+    await asyncio.sleep(0)
+    assert device.found(0, 19) == [None, None]
+    gate.set()
+    assert await filling == [False] * 20
+    assert await removal == 20
+    assert files() == 0
+
+
+@pytest.mark.parametrize("pages", [0, 8])
+async def test_writes_to_the_disk_of_what_is_removed_leave_nothing(open_device, faults, pages):
+    device = await open_device(pages, URL, watermark=0.1, patience_s=20.0)
+    gate = faults.gates["put"] = threading.Event()
+    numbers = range(7)
+    demoting = asyncio.create_task(device.tiers.demote([device.written(number) for number in numbers]))
+    through = [asyncio.create_task(device.tiers.write_through([device.written(number)])) for number in range(7, 40)]
+    await arrived(faults)
+    if pages:
+        assert await demoting == [True] * 7
+    removal = asyncio.create_task(device.tiers.remove([key_of(number) for number in range(40)]))
+    await asyncio.sleep(0)
+    gate.set()
+    await removal
+    assert pages or await demoting == [False] * 7
+    for (error,) in await asyncio.gather(*through):
+        assert isinstance(error, TierError)
+    assert device.found(*range(40)) == [None] * 40
+    await device.saved()
+    assert files() == 0
+    assert await device.tiers.write_through([device.written(3)]) == [None]
+    assert device.found(3) == ["disk"]
+
+
+async def test_a_disk_that_cannot_say_so_is_an_error_and_the_rest_is_removed(open_device, faults):
+    device = await open_device(4, URL)
+    await device.demote(1)
+    memory = device.memory_of(1)
+    await device.tiers.write_through([device.written(1)])
+    faults.errors["delete"] = faults.errors["put"] = PermissionError(13, "Permission denied")
+    with pytest.raises(TierError, match="call again"):
+        await device.tiers.remove([key_of(1)])
+    assert device.found(1) == [None]
+    assert not any(memory)
+    with pytest.raises(TierError, match="call again"):
+        await device.tiers.remove_space("default", "f")
+    faults.errors.clear()
+    await device.tiers.remove_space("default", "f")
+    assert files() == 0
+
+
+async def test_a_disk_that_could_not_be_used_is_not_sure_either(open_device, faults):
+    faults.errors["list"] = PermissionError(13, "Permission denied")
+    device = await open_device(4, URL)
+    await device.demote(1)
+    with pytest.raises(TierError, match="may be left"):
+        await device.tiers.remove([key_of(1)])
+    assert device.found(1) == [None]
+
+
+async def test_a_removal_goes_on_when_its_caller_is_cancelled(open_device, copies):
+    device = await open_device(8)
+    demoting = asyncio.create_task(device.tiers.demote([device.written(1)]))
+    await copies.reached()
+    removal = asyncio.create_task(device.tiers.remove([key_of(1)]))
+    await asyncio.sleep(0)
+    removal.cancel()
+    await asyncio.sleep(0)
+    assert not removal.done()
+    copies.open()
+    with pytest.raises(asyncio.CancelledError):
+        await removal
+    assert await demoting == [False]
+    assert device.found(1) == [None]
+
+
+async def test_closing_waits_for_a_removal(open_device, copies):
+    device = await open_device(8)
+    demoting = asyncio.create_task(device.tiers.demote([device.written(1)]))
+    await copies.reached()
+    removal = asyncio.create_task(device.tiers.remove([key_of(1)]))
+    closing = asyncio.create_task(device.tiers.close())
+    await asyncio.sleep(0)
+    copies.open()
+    await asyncio.gather(removal, closing)
+    assert await demoting == [False]
