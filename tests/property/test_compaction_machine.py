@@ -90,7 +90,9 @@ class CompactionMachine(RuleBasedStateMachine):
 
     # -- what happens -------------------------------------------------------------------------------------------------
 
-    @rule(tenant=TENANTS, blocks=BLOCKS, odd=st.sampled_from([0, 0, 100]), times=st.integers(1, 6), sealed=st.booleans())
+    @rule(
+        tenant=TENANTS, blocks=BLOCKS, odd=st.sampled_from([0, 0, 100]), times=st.integers(1, 6), sealed=st.booleans()
+    )
     def allocate(self, tenant: str, blocks: int, odd: int, times: int, sealed: bool) -> None:
         for _ in range(times):
             self.next_id += 1
