@@ -19,7 +19,11 @@ operation                                                           answer
 ``("scrub", tenant, number, most bytes)``                           ``True`` when it was the last step
 ``("revoke", client)``                                              ``(ids whose lease ended, ids freed, figures)``
 ``("trim",)``                                                       bytes given back to the system
+``("compact", most bytes)``                                         ``(bytes moved, pages freed, whether more is left)``
 =================================================================== ================================================
+
+``compact`` moves caches that nobody has leased, which an ``allocate`` that finds no room does by itself too. A cache's
+next lease gives its new place, with a higher generation.
 
 A *place* is ``(offset, pages, generation)``, with pages as ``((index, serial), ...)``. ``allocate`` first evicts, then
 places as many of its ids as fit, in their order; each is leased to the client before the answer leaves.
@@ -48,6 +52,7 @@ from kvpool.errors import (
     SealedError,
     UnknownCacheError,
 )
+from kvpool.memory.allocation import Allocation
 from kvpool.memory.allocator import GPUMemoryAllocator
 
 RELEASED, FREED = 0, 1
@@ -99,7 +104,9 @@ class DeviceStore:
             "scrub": self.allocator.scrub,
             "revoke": self._revoke,
             "trim": self.allocator.trim,
+            "compact": self.allocator.compact,
         }
+        self.allocator.owner = self
 
     def apply(
         self,
@@ -165,6 +172,16 @@ class DeviceStore:
         """End what :meth:`hold` began."""
         for cache_id in ids:
             self._end_leases(self._caches[cache_id], 1)
+
+    def may_move(self, cache_id: int) -> bool:
+        """Whether nobody has a cache leased. (What nobody has leased is sealed, or it would be gone.)"""
+        return not self._caches[cache_id].leases
+
+    def moved(self, allocation: Allocation) -> None:
+        """Enter where a cache lies now; references to it are resolved by its generation."""
+        record = self._caches[allocation.cache_id]
+        record.offset, record.pages = allocation.offset, allocation.pages
+        record.generation += 1
 
     @property
     def caches(self) -> int:
@@ -274,6 +291,7 @@ class DeviceStore:
     def _lease(self, client: str, sequence: int, ids: Sequence[int]) -> list[Place | None]:
         known = self._client(client)
         leases, caches = known.leases, self._caches
+        self.allocator.finish_move()
         places: list[Place | None] = []
         for cache_id in ids:
             record = caches.get(cache_id)

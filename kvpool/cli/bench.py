@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,26 @@ def disk(folder: Path, json_path: str | None) -> None:
     from kvpool.bench import disk as benchmark
 
     _report("the disk tier", lambda: asyncio.run(benchmark.measure(folder)), json_path)
+
+
+@bench.command()
+@click.option(
+    "--trace",
+    type=click.Path(exists=True, path_type=Path),
+    help="Sizes of one pattern: the tokens of these requests. Default: the Mooncake conversations in the folder "
+    "KVPOOL_TRACES, if it is set, else generated ones.",
+)
+@JSON
+def fragmentation(trace: Path | None, json_path: str | None) -> None:
+    """Churn on 256 MiB, by a trace and against the allocator: what is wasted, and what compaction wins back."""
+    from kvpool.bench import fragmentation as benchmark
+    from kvpool.workload import generate, read_trace
+
+    folder = os.environ.get("KVPOOL_TRACES")
+    if trace is None and folder:
+        trace = Path(folder) / "mooncake_conversation.jsonl.gz"
+    requests = list(read_trace(trace) if trace else generate(1))
+    _report("churn on 256 MiB in pages of 2 MiB", lambda: benchmark.run(requests), json_path)
 
 
 @bench.command("put-get")

@@ -45,6 +45,27 @@ class VictimSource(Protocol):
         ...
 
 
+class Movable(Protocol):
+    """Knows which caches may move, and is told of those that did."""
+
+    def may_move(self, cache_id: int) -> bool:
+        """Whether nobody reads or writes a live cache now: it is neither leased nor pinned."""
+        ...
+
+    def moved(self, allocation: Allocation) -> None:
+        """Note that a cache lies elsewhere. Called before its old place is given to anyone."""
+        ...
+
+
+class Compaction(NamedTuple):
+    """What steps of compaction did."""
+
+    moved_bytes: int
+    freed_pages: int
+    #: Whether another step would free more.
+    more: bool
+
+
 def no_room(kind: type[CapacityError], request: Request, usage: MemoryUsage, largest_bytes: int) -> CapacityError:
     """Return the error that says what was asked, what there is, and the largest size that would have fitted."""
     return kind(

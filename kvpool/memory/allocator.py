@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from kvpool.errors import (
@@ -16,8 +16,9 @@ from kvpool.errors import (
     UnknownCacheError,
     ensure,
 )
-from kvpool.memory.allocation import Allocation, Place, Request, VictimSource, no_room
+from kvpool.memory.allocation import Allocation, Compaction, Movable, Place, Request, VictimSource, no_room
 from kvpool.memory.backend import Backend
+from kvpool.memory.mover import Mover
 from kvpool.memory.pages import PageTable
 from kvpool.memory.ranges import RangeAllocator
 from kvpool.memory.reserve import Shape
@@ -49,6 +50,8 @@ class GPUMemoryAllocator:
         Most memory kept warm, over all tenants. Default: the capacity.
     victims
         Asked for caches to evict when nothing else helps. Default: nothing is evicted.
+    owner
+        Asked which caches may move, and told of those that did. Default: nothing moves.
     queue_limit
         Most requests that may wait.
     """
@@ -62,6 +65,7 @@ class GPUMemoryAllocator:
         arena_bytes: int | None = None,
         reserve_bytes: int | None = None,
         victims: VictimSource | None = None,
+        owner: Movable | None = None,
         queue_limit: int = 10_000,
     ) -> None:
         if page_size_bytes < 1 or page_size_bytes & (page_size_bytes - 1):
@@ -72,6 +76,8 @@ class GPUMemoryAllocator:
         arena_pages = 8 * capacity_pages if arena_bytes is None else arena_bytes // page_size_bytes
         reserve_pages = capacity_pages if reserve_bytes is None else reserve_bytes // page_size_bytes
         self._victims = victims
+        #: Asked which caches may move; ``None``: nothing moves.
+        self.owner = owner
         self._queue: TicketQueue[Request] = TicketQueue(queue_limit)
         self._waiting: set[int] = set()
         self._live: dict[int, Allocation] = {}
@@ -87,6 +93,8 @@ class GPUMemoryAllocator:
         except ConfigError:
             self._table.close()
             raise
+        self._mover = Mover(backend, self._ranges, self._shared, self._live, self._scrubber)
+        self.finish_move = self._mover.finish
         self.export = self._table.export
         self.take_drops = self._table.take_drops
         self.held_bytes = self._table.held_bytes
@@ -103,7 +111,7 @@ class GPUMemoryAllocator:
         """Allocate ``size_bytes`` for the cache ``cache_id``, with addresses to grow to ``max_size_bytes``.
 
         In this order, until it fits: a warm range of the same shape, the tenant's other warm pages, fresh pages, what
-        other tenants keep warm (once no client maps it), eviction.
+        other tenants keep warm (once no client maps it), compaction, eviction.
 
         Raises
         ------
@@ -188,6 +196,8 @@ class GPUMemoryAllocator:
         DoubleReleaseError, UnknownCacheError
             As :meth:`free`.
         """
+        if self._mover.unfinished:
+            self._mover.finish()
         try:
             return self._live[cache_id]
         except KeyError:
@@ -203,6 +213,8 @@ class GPUMemoryAllocator:
         UnknownCacheError
             If it never lived here.
         """
+        if self._mover.unfinished:
+            self._mover.finish()
         try:
             allocation = self._live.pop(cache_id)
         except KeyError:
@@ -227,8 +239,9 @@ class GPUMemoryAllocator:
         """Keep what is free, or comes free, under a live cache from everybody until ``client_id`` has unmapped it."""
         each = self.allocation(cache_id)
         held = self._table.quarantine(client_id, [index for index, _ in each.pages])
-        if held and each.max_size_bytes < self.page_size_bytes:
-            self._shared.withhold(each.tenant, held[0] << self._page_shift)
+        if each.max_size_bytes < self.page_size_bytes:
+            for index in held:
+                self._shared.withhold(each.tenant, index << self._page_shift)
 
     def dropped(self, client_id: str, serials: Iterable[int]) -> None:
         """Note that a client maps these pages nowhere any more; errors as in :meth:`PageTable.dropped`."""
@@ -263,6 +276,37 @@ class GPUMemoryAllocator:
         """Give warm pages back, of ``tenant`` or of all. Returns the bytes free by that; what clients map follows."""
         return self._ranges.trim(tenant) * self.page_size_bytes
 
+    def compact(self, budget_bytes: int | None = None) -> Compaction:
+        """Move caches below a page together, so that pages come free; the tenant that wastes most comes first.
+
+        Parameters
+        ----------
+        budget_bytes
+            Bytes to copy at most, or those of the cheapest step: at most ``WINDOW_PAGES`` pages for what slides, a
+            page for what does not. Default: no bound, all is compacted.
+
+        Raises
+        ------
+        BackendError
+            If the system refuses a copy or a mapping. Nothing is lost; what was done stays done.
+        """
+        moved_bytes = freed_pages = 0
+        owner = self.owner
+        if owner is None:
+            return Compaction(0, 0, False)
+        left_bytes = self.capacity_bytes if budget_bytes is None else budget_bytes
+        with self.change():
+            for tenant in self._shared.tenants:
+                done = Compaction(0, 0, True)
+                while done.more:
+                    if left_bytes <= 0 and budget_bytes is not None:
+                        return Compaction(moved_bytes, freed_pages, True)
+                    done = self._mover.step(tenant, left_bytes, self._table.capacity_pages, owner)
+                    moved_bytes += done.moved_bytes
+                    freed_pages += done.freed_pages
+                    left_bytes -= done.moved_bytes if budget_bytes is not None else 0
+        return Compaction(moved_bytes, freed_pages, False)
+
     def usage(self) -> MemoryUsage:
         """Return the figures of this moment."""
         return MemoryUsage.of(self._table, self._live_bytes, self._shared.withheld_bytes, self._largest_bytes(None))
@@ -279,14 +323,17 @@ class GPUMemoryAllocator:
             index = each.offset >> self._page_shift
             shape, home = self._ranges.in_use[index]
             homes.add(index)
-            ensure(home.tenant == each.tenant and home.refs == each.pages, "a cache knows its pages", id=each.cache_id)
+            refs = home.refs
             ensure(len(each.pages) << self._page_shift >= each.size_bytes, "a cache is backed", id=each.cache_id)
             if each.max_size_bytes < self.page_size_bytes:
                 range_bytes = self._shared.part_bytes(each.tenant, each.offset)
+                refs = self._shared.refs(each.offset, range_bytes)
+                homes.update(index for index, _ in refs)
                 parts[each.tenant] = parts.get(each.tenant, 0) + range_bytes
             else:
                 range_bytes = shape.range_bytes
                 ensure(each.offset == index * self.page_size_bytes, "a large cache begins its range", id=each.cache_id)
+            ensure(home.tenant == each.tenant and refs == each.pages, "a cache knows its pages", id=each.cache_id)
             ensure(range_bytes >= each.max_size_bytes, "a cache has its addresses", id=each.cache_id)
         ensure(homes == set(self._ranges.in_use), "something lives in each range in use")
         self._shared.check(parts)
@@ -311,10 +358,12 @@ class GPUMemoryAllocator:
 
     def _allocate(self, request: Request) -> Allocation:
         cache_id, tenant, size_bytes, maximum_bytes = request
+        if self._mover.unfinished:
+            self._mover.finish()
         place = self._place(tenant, size_bytes, maximum_bytes)
         if place is None:
             with self.change():
-                place = self._place_by_eviction(request)
+                place = self._place_by_compaction(request, self._mover.promising) or self._place_by_eviction(request)
         offset, pages = place
         allocation = Allocation(cache_id, tenant, offset, size_bytes, maximum_bytes, ((0, size_bytes),), pages)
         self._live[cache_id] = allocation
@@ -325,13 +374,38 @@ class GPUMemoryAllocator:
             self.wipe(cache_id)
         return allocation
 
+    def _place_by_compaction(self, request: Request, promising: Callable[[str], bool]) -> Place | None:
+        """Free as many pages as are missing, if so many could come free; ``None`` if that did not help."""
+        if self.owner is None:
+            return None
+        small = request.max_size_bytes < self.page_size_bytes
+        needed = 1 if small else -(-request.size_bytes >> self._page_shift)
+        tenants = [request.tenant, *(each for each in self._shared.tenants if each != request.tenant)]
+        possible = {tenant: self._mover.possible(tenant) for tenant in tenants if promising(tenant)}
+        if self._ranges.pages_for(request.tenant) + sum(possible.values()) < needed:
+            return None
+        for tenant in possible:
+            done = Compaction(0, 0, True)
+            while done.more:
+                # Pages of another tenant that its clients map come free only later: what counts can be used now.
+                missing = max(1, needed - self._ranges.pages_for(request.tenant))
+                done = self._mover.step(tenant, missing * self.page_size_bytes, missing, self.owner)
+                place = self._place(request.tenant, request.size_bytes, request.max_size_bytes) if done.more else None
+                if place is not None:
+                    return place
+        return None
+
     def _place_by_eviction(self, request: Request) -> Place:
         while self._victims is not None and (victim := self._victims.next_victim()) is not None:
             self.free(victim)
             place = self._place(request.tenant, request.size_bytes, request.max_size_bytes)
+            place = place or self._place_by_compaction(request, self._mover.promising)
             if place is not None:
                 return place
-        raise self._full(request)
+        place = self._place_by_compaction(request, lambda tenant: self._mover.possible(tenant) > 0)
+        if place is None:
+            raise self._full(request)
+        return place
 
     def _place(self, tenant: str, size_bytes: int, maximum_bytes: int) -> Place | None:
         """Return offset and pages, or ``None`` if there is no room."""

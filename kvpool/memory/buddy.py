@@ -74,7 +74,8 @@ class BuddyAllocator:
         #: the climb ends at the largest block without a test of its own.
         masks = [(-1 if block == max_block_bytes else block, blocks) for block, blocks in orders]
         self._climbs = {block: tuple(masks[i:]) for i, (block, _) in enumerate(orders)}
-        #: Allocated ranges: offset to bytes, a power of two, or a multiple of the minimum if the tail was given back.
+        #: Allocated ranges: offset to bytes, a power of two, or a multiple of the minimum if the tail was given back;
+        #: negative where :meth:`carve` put it, since such a range begins anywhere and is freed in pieces.
         self._live: dict[int, int] = {}
         #: Blocks under management, never merged with each other: offset to bytes.
         self._roots: dict[int, int] = {}
@@ -156,6 +157,9 @@ class BuddyAllocator:
         if size_bytes in self._climbs:
             self._merge(offset, size_bytes)
             return
+        if size_bytes < 0:
+            self._merge_range(offset, offset - size_bytes)
+            return
         end = offset + size_bytes
         while end != offset:  # by its binary digits, the smallest and last block first: it merges into the next
             size_bytes = end & -end
@@ -197,6 +201,42 @@ class BuddyAllocator:
             del blocks[buddy]
             offset &= buddy
         blocks[offset] = None
+
+    def carve(self, offset: int, size_bytes: int) -> None:
+        """Allocate exactly ``[offset, offset + size_bytes)``, at any multiple of the minimum block.
+
+        Raises
+        ------
+        CacheStateError
+            If not all of it is free. Nothing is changed then.
+        """
+        end = offset + size_bytes
+        found: list[tuple[int, int]] = []
+        position = offset
+        while position < end:
+            for block_bytes, blocks in self._free.items():
+                if position & -block_bytes in blocks:
+                    found.append((position & -block_bytes, block_bytes))
+                    break
+            else:
+                raise CacheStateError(f"cannot carve [{offset}, {end}): {position} is not free", offset=position)
+            position = sum(found[-1])
+        for start, block_bytes in found:
+            del self._free[block_bytes][start]
+        self._live[offset] = -size_bytes
+        self._merge_range(found[0][0], offset)
+        self._merge_range(end, position)
+
+    def split(self, offset: int) -> None:
+        """Make the range at ``offset`` as many ranges of the minimum block, each to be freed by itself.
+
+        Raises
+        ------
+        DoubleReleaseError, UnknownCacheError
+            As :meth:`free`.
+        """
+        for start in range(offset, offset + self.allocation_size(offset), self.min_block_bytes):
+            self._live[start] = self.min_block_bytes
 
     def add(self, offset: int) -> None:
         """Manage one more free block of ``max_block_bytes``; :class:`CacheStateError` if misaligned or managed."""
@@ -243,7 +283,7 @@ class BuddyAllocator:
             As :meth:`free`.
         """
         try:
-            return self._live[offset]
+            return abs(self._live[offset])
         except KeyError:
             raise self._not_live(offset) from None
 
@@ -251,6 +291,11 @@ class BuddyAllocator:
     def free_bytes(self) -> int:
         """Bytes of all free ranges together."""
         return sum(block_bytes * len(blocks) for block_bytes, blocks in self._free.items())
+
+    @property
+    def blocks(self) -> list[int]:
+        """Offsets of the managed blocks, ascending."""
+        return sorted(self._roots)
 
     @property
     def used_bytes(self) -> int:
@@ -270,7 +315,7 @@ class BuddyAllocator:
         InvariantError
             If one of these does not hold.
         """
-        ranges = [(offset, offset + size_bytes) for offset, size_bytes in self._live.items()]
+        ranges = [(offset, offset + abs(size_bytes)) for offset, size_bytes in self._live.items()]
         for block_bytes, blocks in self._free.items():
             for offset in blocks:
                 ensure(offset % block_bytes == 0, "a free range lies at a multiple of its size", offset=offset)

@@ -133,6 +133,30 @@ class PageTable:
         self.wake([page for page in pages if page.warm])
         return PageRange(tenant, index, pages)
 
+    def relocate(self, pages: Sequence[Page], index: int) -> PageRange:
+        """Map pages in use, with what is in them, side by side from ``index`` on instead of where they are.
+
+        Raises
+        ------
+        BackendError
+            If the system refuses. Then all are where they were.
+        """
+        mapped = 0
+        try:
+            for page in pages:
+                self._backend.map(self._address(index + mapped), page.handle)
+                mapped += 1
+            self._backend.set_access(self._address(index), mapped * self.page_size_bytes, Access.READ_WRITE)
+        except BackendError:
+            if mapped:
+                self._backend.unmap(self._address(index), mapped * self.page_size_bytes)
+            raise
+        self._unmap(pages)
+        for position, page in enumerate(pages, index):
+            page.index = position
+            self._mapped[position] = page
+        return PageRange(pages[0].tenant, index, pages)
+
     def rest(self, pages: Sequence[Page]) -> None:
         """Mark pages in use as warm: nothing lives in them any more."""
         for page in pages:

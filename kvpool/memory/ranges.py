@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from kvpool.errors import AddressSpaceError, BackendError, ensure
 from kvpool.memory.buddy import BuddyAllocator
 from kvpool.memory.page import Page, PageRange
@@ -66,6 +68,35 @@ class RangeAllocator:
             return
         self.table.rest(unused.pages)
         self._reserve.put(shape, unused)
+
+    def join(self, indexes: Sequence[int]) -> int | None:
+        """Map ranges of one page each, in use by one tenant, side by side; they stay ranges of their own.
+
+        Returns the first index of the new place, or ``None`` if there are no addresses for it.
+
+        Raises
+        ------
+        BackendError
+            If the system refuses. Then all are where they were.
+        """
+        start = self._take_addresses(len(indexes) * self._page_bytes)
+        if start is None:
+            return None
+        first = start // self._page_bytes
+        pages = [page for index in indexes for page in self.in_use[index][1].pages]
+        try:
+            self.table.relocate(pages, first)
+        except BackendError:
+            self._addresses.free(start)
+            raise
+        self._addresses.split(start)
+        shape = Shape(self._page_bytes, 1)
+        for index in indexes:
+            del self.in_use[index]
+            self._addresses.free(index * self._page_bytes)
+        for page in pages:
+            self.in_use[page.index] = (shape, PageRange(page.tenant, page.index, (page,)))
+        return first
 
     def bound(self) -> None:
         """Give the oldest warm ranges back to the system, as far as they are above the reserve's bound."""

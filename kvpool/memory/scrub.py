@@ -87,10 +87,14 @@ class Scrubber:
             return left_bytes
         caches: dict[int, list[tuple[int, int]]] = {index: [] for index in ranges}  # offset, bytes
         for cache in self._live.values():
-            # A cache with pages of its own begins its range; a smaller one lies in a range of one page.
+            # A cache with pages of its own begins its range; a smaller one lies in one page, or across a border.
             there = caches.get(cache.offset // self._page_bytes)
             if there is not None:
                 there.append((cache.offset, cache.size_bytes))
+            if len(cache.pages) == 2 and cache.max_size_bytes < self._page_bytes:
+                border = cache.pages[1][0] * self._page_bytes
+                if (there := caches.get(cache.pages[1][0])) is not None:
+                    there.append((border, max(0, cache.offset + cache.size_bytes - border)))
         for index, each in ranges.items():
             if left_bytes < self._page_bytes:
                 return None
@@ -107,5 +111,5 @@ class Scrubber:
             if offset > clean:
                 self.zero(clean, offset - clean)
                 zeroed_bytes += max(offset - clean, _CALL_BYTES)
-            clean = offset + live_bytes
+            clean = offset + live_bytes  # beyond the end, where a cache goes on in the next page: nothing is left then
         return zeroed_bytes

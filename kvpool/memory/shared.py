@@ -1,6 +1,12 @@
-"""Caches smaller than a page: several of one tenant share its pages."""
+"""Caches smaller than a page: several of one tenant share its pages.
+
+A part comes to lie in one page, aligned as the buddy allocator does it. Compaction puts it anywhere, also across the
+border of two pages that lie side by side: else caches a little larger than half a page would fill half of each page.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
 
 from kvpool.errors import AddressSpaceError, ensure
 from kvpool.memory.allocation import Place
@@ -32,6 +38,8 @@ class SharedPages:
         self._one_page = Shape(self._page_bytes, 1)
         #: By tenant. The default's is made now, so that an impossible size shows now.
         self._parts = {"default": BuddyAllocator(0, min_block_bytes, self._page_bytes)}
+        #: By offset: the two pieces of a part that lies across a border of pages.
+        self._pieces: dict[int, tuple[int, ...]] = {}
         #: By offset of a page in quarantine: its tenant, and the parts of it that are free and yet for nobody.
         self._withheld: dict[int, tuple[str, list[int]]] = {}
         #: Bytes of these parts.
@@ -57,6 +65,10 @@ class SharedPages:
 
     def free(self, tenant: str, offset: int) -> None:
         """Take the part at ``offset`` back, and give its page to the arena when nothing else lives in it."""
+        for piece in self._pieces.pop(offset, (offset,)):
+            self._free_piece(tenant, piece)
+
+    def _free_piece(self, tenant: str, offset: int) -> None:
         parts = self._parts[tenant]
         parts.free(offset)
         page = offset & -self._page_bytes
@@ -67,6 +79,82 @@ class SharedPages:
         elif parts.is_free_block(page):
             parts.take(page)
             self._ranges.put(page // self._page_bytes)
+
+    def move(self, tenant: str, source: int, destination: int) -> None:
+        """Enter that a part lies elsewhere, perhaps over a part of where it lay.
+
+        Pages that are empty by that stay until :meth:`put_empty`: what moves next may go there.
+        """
+        parts = self._parts[tenant]
+        size_bytes = self.part_bytes(tenant, source)
+        for piece in self._pieces.pop(source, (source,)):
+            parts.free(piece)
+        self._carve(parts, destination, size_bytes)
+
+    def join(self, tenant: str, pages: Sequence[int], offsets: Iterable[int]) -> int | None:
+        """Map pages (offsets) side by side, with the parts at ``offsets``, all that begin in them.
+
+        No part may lie across the border of one of them and another page. Returns the first page's new offset;
+        ``None`` if there are no addresses.
+
+        Raises
+        ------
+        BackendError
+            If the system refuses. Then nothing is changed.
+        """
+        first = self._ranges.join([page // self._page_bytes for page in pages])
+        if first is None:
+            return None
+        parts = self._parts[tenant]
+        moved = {page: (first + number) * self._page_bytes for number, page in enumerate(pages)}
+        for page in moved.values():
+            parts.add(page)
+        for offset in offsets:
+            size_bytes = self.part_bytes(tenant, offset)
+            for piece in self._pieces.pop(offset, (offset,)):
+                parts.free(piece)
+            page = offset & -self._page_bytes
+            self._carve(parts, moved[page] + offset - page, size_bytes)
+        for page in moved:
+            parts.take(page)
+        return first * self._page_bytes
+
+    def put_empty(self, tenant: str, pages: Iterable[int]) -> int:
+        """Give those of these pages (offsets) back to the arena in which nothing lives; returns how many."""
+        parts = self._parts[tenant]
+        empty = [page for page in pages if parts.is_free_block(page)]
+        for page in empty:
+            parts.take(page)
+            self._ranges.put(page // self._page_bytes)
+        return len(empty)
+
+    def _carve(self, parts: BuddyAllocator, offset: int, size_bytes: int) -> None:
+        border = (offset | (self._page_bytes - 1)) + 1
+        if offset + size_bytes <= border:
+            parts.carve(offset, size_bytes)
+            return
+        parts.carve(offset, border - offset)
+        parts.carve(border, offset + size_bytes - border)
+        self._pieces[offset] = (offset, border)
+
+    def refs(self, offset: int, size_bytes: int) -> tuple[tuple[int, int], ...]:
+        """Return (index, serial) of each page under a part."""
+        first, last = offset // self._page_bytes, (offset + size_bytes - 1) // self._page_bytes
+        return tuple(ref for index in range(first, last + 1) for ref in self._ranges.in_use[index][1].refs)
+
+    @property
+    def tenants(self) -> list[str]:
+        """Those that have pages here, the one with the most free bytes in them first."""
+        return sorted(filter(self.free_bytes, self._parts), key=self.free_bytes, reverse=True)
+
+    def free_bytes(self, tenant: str) -> int:
+        """Bytes of this tenant's pages that are free for its caches."""
+        parts = self._parts.get(tenant)
+        return 0 if parts is None else parts.free_bytes
+
+    def pages(self, tenant: str) -> list[int]:
+        """Offsets of this tenant's pages, ascending, without those in quarantine."""
+        return [page for page in self._parts[tenant].blocks if page not in self._withheld]
 
     def withhold(self, tenant: str, page: int) -> None:
         """Give no more parts of the page at offset ``page`` out, neither those that are free nor those that will be."""
@@ -87,7 +175,7 @@ class SharedPages:
 
     def part_bytes(self, tenant: str, offset: int) -> int:
         """Bytes of the part at ``offset``, rounded as it was when allocated."""
-        return self._parts[tenant].allocation_size(offset)
+        return sum(map(self._parts[tenant].allocation_size, self._pieces.get(offset, (offset,))))
 
     def largest_hole_bytes(self, tenant: str | None) -> int:
         """The largest part that ``tenant``, or any, could still get from a page that is in use."""

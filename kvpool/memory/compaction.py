@@ -1,0 +1,367 @@
+"""What to move so that pages come free: a plan over integers, made of one tenant's shared pages.
+
+Only caches smaller than a page are moved. A larger one owns its pages, which need not lie anywhere in particular: what
+it wastes is the end of its last page, and no move would change that.
+
+There are three ways, tried in this order:
+
+*Evacuate*: the emptiest pages that hold nothing unmovable are emptied into the holes of the others, the smallest hole
+that fits for each cache, the largest cache first. At most a page is copied for a page that comes free.
+
+*Slide*: within pages that lie side by side every cache moves down to where the one before it ends, or into an earlier
+hole between two that stay. Nothing is lost between caches then, whatever their sizes, not even at the borders of pages.
+It needs no free memory: a cache may move over a part of its own place.
+
+*Join*: pages that lie scattered and hold nothing unmovable are mapped side by side, which copies nothing. Then they
+slide.
+
+What is unmovable stays where it is and the holes around it are used. A plan that frees no page is not made, so that
+compaction comes to an end.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+WINDOW_PAGES = 64
+"""Most pages that slide together. The more, the less is lost at their end, and the more is copied for each page."""
+
+DENSE = 1 - 1 / 32
+"""Pages filled above this share are not joined: more than 32 would be copied for each that comes free."""
+
+_MOST_FAILURES = 32
+"""Pages in a row that cannot be evacuated before no fuller one is tried."""
+
+
+class Part(NamedTuple):
+    """The place of one cache in shared pages."""
+
+    offset: int
+    #: Rounded to minimum blocks.
+    size_bytes: int
+    cache_id: int
+    #: False: it is leased or pinned.
+    movable: bool
+
+    @property
+    def end(self) -> int:
+        """First byte behind it."""
+        return self.offset + self.size_bytes
+
+
+class Move(NamedTuple):
+    """One cache to another place."""
+
+    cache_id: int
+    source: int
+    destination: int
+    size_bytes: int
+
+
+class Snapshot(NamedTuple):
+    """One tenant's shared pages."""
+
+    page_bytes: int
+    #: Offsets, ascending. Pages in quarantine are left out.
+    pages: tuple[int, ...]
+    #: All that lie at least in part in these pages, ascending. Those that lie elsewhere too are unmovable.
+    parts: tuple[Part, ...]
+
+
+class Plan(NamedTuple):
+    """Moves, each possible when those before it are done."""
+
+    moves: tuple[Move, ...]
+    #: Pages in which nothing lives then.
+    freed: tuple[int, ...]
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes to copy."""
+        return sum(move.size_bytes for move in self.moves)
+
+
+NOTHING = Plan((), ())
+
+
+def plan_evacuation(snapshot: Snapshot, budget_bytes: int, most_pages: int) -> Plan:
+    """Empty pages into the holes of others, the emptiest first.
+
+    Parameters
+    ----------
+    budget_bytes
+        Bytes to copy at most; what one page holds may be more, and is copied.
+    most_pages
+        Pages to free at most.
+    """
+    page_bytes = snapshot.page_bytes
+    used = _used_bytes(snapshot)
+    residents: dict[int, list[Part]] = {page: [] for page in snapshot.pages}
+    fixed: set[int] = set()
+    for part in snapshot.parts:
+        for page in pages_under(part.offset, part.size_bytes, page_bytes):
+            if page in residents:
+                residents[page].append(part)
+                if not part.movable:
+                    fixed.add(page)
+    holes = _Holes(find_holes(snapshot))
+    moves: list[Move] = []
+    freed: list[int] = []
+    moved_ids: set[int] = set()
+    received: set[int] = set()
+    moved_bytes = failures = 0
+    for page in sorted(used.keys() - fixed, key=lambda page: (used[page], -page)):
+        if failures == _MOST_FAILURES or len(freed) == most_pages:
+            break
+        if page in received:
+            continue
+        parts = [part for part in residents[page] if part.cache_id not in moved_ids]
+        cost = sum(part.size_bytes for part in parts)
+        if moves and moved_bytes + cost > budget_bytes:
+            break
+        cut = holes.cut(page, page + page_bytes)
+        placed = _place(parts, holes)
+        if placed is None:
+            holes.undo_cut(page, page + page_bytes, cut)
+            failures += 1
+            continue
+        failures = 0
+        moves += placed
+        freed.append(page)
+        moved_bytes += cost
+        moved_ids.update(part.cache_id for part in parts)
+        for move in placed:
+            received.update(pages_under(move.destination, move.size_bytes, page_bytes))
+    return Plan(tuple(moves), tuple(freed))
+
+
+def plan_slide(snapshot: Snapshot, budget_bytes: int, most_pages: int) -> Plan:
+    """Slide caches together within windows of pages that lie side by side, the cheapest windows first.
+
+    Windows are slid as far as a page comes free by it. ``budget_bytes`` and ``most_pages`` as in
+    :func:`plan_evacuation`; what one window holds may be more, and is copied.
+    """
+    page_bytes = snapshot.page_bytes
+    used = _used_bytes(snapshot)
+    plans: list[Plan] = []
+    parts = iter(snapshot.parts)
+    part = next(parts, None)
+    for pages in _windows(snapshot):
+        start, end = pages[0], pages[-1] + page_bytes
+        inside = []
+        while part is not None and part.offset < end:
+            # One that reaches into the window stays: its place is the business of the window before.
+            inside.append(part if part.offset >= start else part._replace(movable=False))
+            if part.end > end:
+                break
+            part = next(parts, None)
+        if sum(page_bytes - used[page] for page in pages) >= page_bytes:
+            plan = slide(inside, pages, page_bytes)
+            if plan.freed:
+                plans.append(plan)
+    plans.sort(key=lambda plan: plan.moved_bytes / len(plan.freed))
+    moves: list[Move] = []
+    freed: list[int] = []
+    moved_bytes = 0
+    for plan in plans:
+        if (moves and moved_bytes + plan.moved_bytes > budget_bytes) or len(freed) >= most_pages:
+            break
+        moves += plan.moves
+        freed += plan.freed
+        moved_bytes += plan.moved_bytes
+    return Plan(tuple(moves), tuple(freed))
+
+
+def slide(parts: Sequence[Part], pages: Sequence[int], page_bytes: int) -> Plan:
+    """Slide ``parts`` together in ``pages``, which lie side by side; both ascend."""
+    cursor = pages[0]
+    holes: list[list[int]] = []  # start, bytes: between parts that stay
+    moves: list[Move] = []
+    occupied: set[int] = set()
+    for part in parts:
+        destination = part.offset
+        if not part.movable:
+            if part.offset > cursor:
+                holes.append([cursor, part.offset - cursor])
+            cursor = max(cursor, part.end)
+        else:
+            hole = next((hole for hole in holes if hole[1] >= part.size_bytes), None)
+            if hole is not None:
+                destination = hole[0]
+                hole[0] += part.size_bytes
+                hole[1] -= part.size_bytes
+            else:
+                destination = cursor
+                cursor += part.size_bytes
+            if destination != part.offset:
+                moves.append(Move(part.cache_id, part.offset, destination, part.size_bytes))
+        occupied.update(pages_under(destination, part.size_bytes, page_bytes))
+    return Plan(tuple(moves), tuple(page for page in pages if page not in occupied))
+
+
+def choose_join(snapshot: Snapshot, budget_bytes: int, most_pages: int) -> tuple[int, ...]:
+    """Return pages that are to lie side by side, in that order, so that a slide frees at least one; else none.
+
+    The emptiest are taken, and come last, so that least is copied. Pages that a cache lies across stay together.
+    """
+    used = _used_bytes(snapshot)
+    groups = sorted(_groups(snapshot), key=lambda group: sum(used[page] for page in group) / len(group))
+    chosen: list[list[int]] = []
+    pages = used_bytes = best = most = 0
+    for group in groups:
+        group_bytes = sum(used[page] for page in group)
+        if group_bytes > DENSE * len(group) * snapshot.page_bytes or pages + len(group) > WINDOW_PAGES:
+            break
+        if (most and used_bytes + group_bytes > budget_bytes) or most >= most_pages:
+            break
+        chosen.append(group)
+        pages += len(group)
+        used_bytes += group_bytes
+        freed = pages - -(-used_bytes // snapshot.page_bytes)
+        if freed > most:
+            most, best = freed, len(chosen)
+    return tuple(page for group in reversed(chosen[:best]) for page in group)
+
+
+def find_holes(snapshot: Snapshot) -> list[tuple[int, int]]:
+    """Return what is free as (offset, bytes), ascending. A hole may go on in the next page."""
+    holes: list[tuple[int, int]] = []
+    parts = iter(snapshot.parts)
+    part = next(parts, None)
+    for start, end in _regions(snapshot):
+        cursor = start
+        while part is not None and part.offset < end:
+            if part.offset > cursor:
+                holes.append((cursor, part.offset - cursor))
+            cursor = max(cursor, part.end)
+            if part.end > end:
+                break
+            part = next(parts, None)
+        if cursor < end:
+            holes.append((cursor, end - cursor))
+    return holes
+
+
+def pages_under(offset: int, size_bytes: int, page_bytes: int) -> range:
+    """Return the offsets of the pages that a part lies in."""
+    return range(offset - offset % page_bytes, offset + size_bytes, page_bytes)
+
+
+class _Holes:
+    """Holes by size, so that the smallest that fits is found."""
+
+    def __init__(self, holes: Iterable[tuple[int, int]]) -> None:
+        self._by_offset = sorted(holes)
+        self._by_size = sorted((size_bytes, offset) for offset, size_bytes in self._by_offset)
+
+    def add(self, offset: int, size_bytes: int) -> None:
+        if size_bytes:
+            insort(self._by_offset, (offset, size_bytes))
+            insort(self._by_size, (size_bytes, offset))
+
+    def remove(self, offset: int, size_bytes: int) -> None:
+        if size_bytes:
+            del self._by_offset[bisect_left(self._by_offset, (offset, size_bytes))]
+            del self._by_size[bisect_left(self._by_size, (size_bytes, offset))]
+
+    def take(self, size_bytes: int) -> tuple[int, int] | None:
+        """Take the front of the smallest hole that fits; returns the hole as it was."""
+        position = bisect_left(self._by_size, (size_bytes, -1))
+        if position == len(self._by_size):
+            return None
+        hole_bytes, offset = self._by_size[position]
+        self.remove(offset, hole_bytes)
+        self.add(offset + size_bytes, hole_bytes - size_bytes)
+        return offset, hole_bytes
+
+    def cut(self, start: int, end: int) -> list[tuple[int, int]]:
+        """Take ``[start, end)`` out of all holes; returns those that were cut, as they were."""
+        first = bisect_left(self._by_offset, (start, 0))
+        if first and sum(self._by_offset[first - 1]) > start:
+            first -= 1
+        cut = []
+        for offset, size_bytes in self._by_offset[first:]:
+            if offset >= end:
+                break
+            cut.append((offset, size_bytes))
+        for offset, size_bytes in cut:
+            self.remove(offset, size_bytes)
+            self.add(offset, max(0, start - offset))
+            self.add(end, max(0, offset + size_bytes - end))
+        return cut
+
+    def undo_cut(self, start: int, end: int, cut: Sequence[tuple[int, int]]) -> None:
+        for offset, size_bytes in cut:
+            self.remove(offset, max(0, start - offset))
+            self.remove(end, max(0, offset + size_bytes - end))
+            self.add(offset, size_bytes)
+
+
+def _place(parts: Sequence[Part], holes: _Holes) -> list[Move] | None:
+    """Place all parts in holes, the largest first; or none, and the holes are as they were."""
+    moves: list[Move] = []
+    taken: list[tuple[int, int, int]] = []
+    for part in sorted(parts, key=lambda part: (-part.size_bytes, part.offset)):
+        hole = holes.take(part.size_bytes)
+        if hole is None:
+            for size_bytes, offset, hole_bytes in reversed(taken):
+                holes.remove(offset + size_bytes, hole_bytes - size_bytes)
+                holes.add(offset, hole_bytes)
+            return None
+        taken.append((part.size_bytes, *hole))
+        moves.append(Move(part.cache_id, part.offset, hole[0], part.size_bytes))
+    return moves
+
+
+def _used_bytes(snapshot: Snapshot) -> dict[int, int]:
+    """Return the bytes in use of each page."""
+    used = dict.fromkeys(snapshot.pages, 0)
+    for part in snapshot.parts:
+        for page in pages_under(part.offset, part.size_bytes, snapshot.page_bytes):
+            if page in used:
+                used[page] += min(part.end, page + snapshot.page_bytes) - max(part.offset, page)
+    return used
+
+
+def _regions(snapshot: Snapshot) -> Iterator[tuple[int, int]]:
+    """Yield (start, end) of pages that lie side by side, as many as do."""
+    start = end = -1
+    for page in snapshot.pages:
+        if page != end:
+            if end >= 0:
+                yield start, end
+            start = page
+        end = page + snapshot.page_bytes
+    if end >= 0:
+        yield start, end
+
+
+def _windows(snapshot: Snapshot) -> Iterator[range]:
+    """Yield pages that lie side by side, at most ``WINDOW_PAGES``."""
+    window_bytes = WINDOW_PAGES * snapshot.page_bytes
+    for start, end in _regions(snapshot):
+        for first in range(start, end, window_bytes):
+            yield range(first, min(first + window_bytes, end), snapshot.page_bytes)
+
+
+def _groups(snapshot: Snapshot) -> Iterator[list[int]]:
+    """Yield pages without anything unmovable; those that a cache lies across in one group."""
+    fixed: set[int] = set()
+    linked: set[int] = set()  # with the page before
+    for part in snapshot.parts:
+        under = pages_under(part.offset, part.size_bytes, snapshot.page_bytes)
+        if not part.movable:
+            fixed.update(under)
+        linked.update(under[1:])
+    group: list[int] = []
+    for page in snapshot.pages:
+        if page in linked and group:
+            group.append(page)
+            continue
+        if group and fixed.isdisjoint(group):
+            yield group
+        group = [page]
+    if group and fixed.isdisjoint(group):
+        yield group

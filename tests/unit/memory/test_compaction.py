@@ -1,0 +1,293 @@
+"""What compaction plans, and what it does to real memory: patterns made against it, leases, refusals, remains."""
+
+import ctypes
+import random
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from kvpool.errors import BackendError, CapacityError
+from kvpool.memory.allocation import Allocation
+from kvpool.memory.allocator import GPUMemoryAllocator
+from kvpool.memory.compaction import Part, Snapshot, choose_join, find_holes, plan_evacuation, plan_slide
+from kvpool.memory.host import HostBackend
+
+MIN = 4096
+BLOCKS = 32
+PAGE = BLOCKS * MIN
+PAGES = 48
+
+EVERYTHING = 1 << 40
+
+
+def snapshot(*pages: tuple[int, str]) -> Snapshot:
+    """Pages by index; a letter is a block of a cache, a capital one of a cache that stays, a dot is free."""
+    blocks = {index * 8 + position: each for index, text in pages for position, each in enumerate(text)}
+    parts = []
+    for name in sorted(set(blocks.values()) - {"."}):
+        where = sorted(block for block, each in blocks.items() if each == name)
+        assert where == list(range(where[0], where[0] + len(where)))
+        parts.append(Part(where[0], len(where), ord(name), name.islower()))
+    return Snapshot(8, tuple(index * 8 for index, _ in pages), tuple(sorted(parts)))
+
+
+def test_the_emptiest_page_goes_into_the_smallest_holes_that_fit() -> None:
+    plan = plan_evacuation(snapshot((0, "aaaa.bb."), (3, "....cd.."), (5, "eeeeee..")), EVERYTHING, 9)
+    assert plan.freed == (24,)
+    assert sorted((chr(move.cache_id), move.destination) for move in plan.moves) == [("c", 4), ("d", 7)]
+
+
+def test_a_page_with_something_unmovable_stays_and_its_holes_are_used() -> None:
+    plan = plan_evacuation(snapshot((0, "A......."), (3, "bbbbbbb.")), EVERYTHING, 9)
+    assert (plan.freed, [move.destination for move in plan.moves]) == ((24,), [1])
+
+
+def test_a_page_that_does_not_fit_elsewhere_as_a_whole_stays_whole() -> None:
+    plan = plan_evacuation(snapshot((0, "aaa..bbb"), (3, "ccc..d.."), (5, "eee..fff")), EVERYTHING, 9)
+    assert plan.moves == ()
+
+
+def test_evacuation_keeps_to_its_budget_but_for_one_page() -> None:
+    pages = [(index, f"{chr(97 + index)}.......") for index in range(0, 8, 2)]
+    assert len(plan_evacuation(snapshot(*pages), 1, 9).freed) == 1
+    assert len(plan_evacuation(snapshot(*pages), 2, 9).freed) == 2
+    assert len(plan_evacuation(snapshot(*pages), EVERYTHING, 9).freed) == 3
+
+
+def test_caches_slide_together_across_the_borders_of_pages() -> None:
+    plan = plan_slide(snapshot((2, "aaaaa..."), (3, "bbbbb..."), (4, "ccccc...")), EVERYTHING, 9)
+    assert [(chr(move.cache_id), move.destination) for move in plan.moves] == [("b", 21), ("c", 26)]
+    assert plan.freed == (32,)
+
+
+def test_what_slides_goes_around_what_stays() -> None:
+    plan = plan_slide(snapshot((0, "..A...bb"), (1, "..cc...."), (2, "dd......")), EVERYTHING, 9)
+    assert [(chr(m.cache_id), m.destination) for m in plan.moves] == [("b", 0), ("c", 3), ("d", 5)]
+    assert plan.freed == (8, 16)
+
+
+def test_scattered_pages_are_joined_only_if_one_comes_free_by_it() -> None:
+    pages = [(0, "aaaaa..."), (2, "bbbbb..."), (4, "ccccc..."), (6, "D.......")]
+    assert set(choose_join(snapshot(*pages), EVERYTHING, 9)) == {0, 16, 32}
+    assert choose_join(snapshot(*pages[1:]), EVERYTHING, 9) == ()
+
+
+def test_a_hole_goes_on_in_the_next_page_only_where_there_is_one() -> None:
+    assert find_holes(snapshot((0, "aaaaaa.."), (1, "..bbbb.."), (3, "........"))) == [(6, 4), (14, 2), (24, 8)]
+
+
+# -- on real memory ---------------------------------------------------------------------------------------------------
+
+
+class Owner:
+    """Holds leases, and knows what is in each cache."""
+
+    def __init__(self) -> None:
+        self.leased: set[int] = set()
+        self.moved_ids: list[int] = []
+
+    def may_move(self, cache_id: int) -> bool:
+        return cache_id not in self.leased
+
+    def moved(self, allocation: Allocation) -> None:
+        self.moved_ids.append(allocation.cache_id)
+
+
+class RefusingBackend(HostBackend):
+    """Host memory that refuses the copy after ``left`` more."""
+
+    left = 1 << 30
+
+    def copy(self, destination: int, source: int, size_bytes: int) -> None:
+        if self.left <= 0:
+            raise BackendError("refused", errno=5)
+        self.left -= 1
+        super().copy(destination, source, size_bytes)
+
+
+@pytest.fixture
+def backend() -> Iterator[RefusingBackend]:
+    backend = RefusingBackend()
+    yield backend
+    backend.close()
+
+
+@pytest.fixture
+def memory(backend: RefusingBackend) -> Iterator[GPUMemoryAllocator]:
+    memory = GPUMemoryAllocator(backend, PAGES * PAGE, PAGE, MIN, owner=Owner())
+    yield memory
+    memory.check()
+    memory.close()
+
+
+def put(memory: GPUMemoryAllocator, cache_id: int, blocks: int, tenant: str = "default") -> None:
+    where = memory.allocate(cache_id, blocks * MIN, tenant=tenant)
+    ctypes.memmove(memory.address + where.offset, content(cache_id, blocks), where.size_bytes)
+
+
+def content(cache_id: int, blocks: int) -> bytes:
+    return random.Random(cache_id).randbytes(blocks * MIN)
+
+
+def intact(memory: GPUMemoryAllocator, live: dict[int, int]) -> bool:
+    places = {cache_id: memory.allocation(cache_id).offset for cache_id in live}
+    return all(
+        ctypes.string_at(memory.address + places[cache_id], blocks * MIN) == content(cache_id, blocks)
+        for cache_id, blocks in live.items()
+    )
+
+
+def fill(memory: GPUMemoryAllocator, size: Callable[[int], int], live: dict[int, int], first: int) -> int:
+    cache_id = first
+    while True:
+        try:
+            put(memory, cache_id, size(cache_id))
+        except CapacityError:
+            return cache_id + 1
+        live[cache_id] = size(cache_id)
+        cache_id += 1
+
+
+PATTERNS: dict[str, Callable[[int], int]] = {
+    "smallest": lambda _: 1,
+    "half a page and a block": lambda _: 17,
+    "a quarter and a block": lambda _: 9,
+    "above each power of two": lambda i: (2, 3, 5, 9, 17)[i % 5],
+    "sawtooth": lambda i: i % 31 + 1,
+    "all but a block, and a block": lambda i: (31, 1)[i % 2],
+    "any": lambda i: random.Random(i).randint(1, 31),
+}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("goes", ["every other", "most, at random"])
+def test_all_memory_is_used_whatever_comes_and_goes(memory: GPUMemoryAllocator, pattern: str, goes: str) -> None:
+    live: dict[int, int] = {}
+    next_id = 0
+    for _ in range(3):
+        next_id = fill(memory, PATTERNS[pattern], live, next_id)
+        assert memory.usage().utilization >= 0.95
+        memory.check()
+        rng = random.Random(next_id)
+        for number, cache_id in enumerate(list(live)):
+            if number % 2 if goes == "every other" else rng.random() < 0.7:
+                memory.free(cache_id)
+                del live[cache_id]
+    free_bytes = memory.capacity_bytes - memory.usage().live_bytes
+    memory.allocate(next_id, free_bytes * 9 // 10)
+    assert intact(memory, live)
+    memory.free(next_id)
+    memory.compact()
+    pages = sum(live.values()) / BLOCKS
+    assert memory.usage().backed_bytes <= (pages + 1) * PAGE + pages * PAGE / 31
+    assert intact(memory, live)
+
+
+def test_leased_caches_stay_where_they_are_and_all_others_make_room(memory: GPUMemoryAllocator) -> None:
+    live: dict[int, int] = {}
+    fill(memory, lambda _: 4, live, 0)
+    memory.owner.leased.update(range(0, len(live), 40))
+    places = {cache_id: memory.allocation(cache_id) for cache_id in memory.owner.leased}
+    for cache_id in [each for each in live if each % 4]:
+        memory.free(cache_id)
+        del live[cache_id]
+    done = memory.compact()
+    assert done.freed_pages
+    assert not done.more
+    assert all(memory.allocation(cache_id) == place for cache_id, place in places.items())
+    assert memory.usage().fragmentation <= 0.05
+    assert intact(memory, live)
+
+
+def test_without_an_owner_nothing_moves(backend: HostBackend) -> None:
+    memory = GPUMemoryAllocator(backend, 2 * PAGE, PAGE, MIN)
+    for cache_id in range(2):
+        memory.allocate(cache_id, 17 * MIN)
+    assert memory.compact() == (0, 0, False)
+    with pytest.raises(CapacityError):
+        memory.allocate(2, 17 * MIN)
+    memory.close()
+
+
+def test_compaction_comes_before_eviction(backend: HostBackend) -> None:
+    victims = iter([0])
+
+    class Victims:
+        def next_victim(self) -> int | None:
+            return next(victims, None)
+
+    memory = GPUMemoryAllocator(backend, 4 * PAGE, PAGE, MIN, victims=Victims(), owner=Owner())
+    for cache_id in range(6):
+        memory.allocate(cache_id, 17 * MIN)  # six in four pages: nobody has to go for the fifth
+    assert memory.allocation(0).size_bytes == 17 * MIN
+    memory.close()
+
+
+def test_tenants_do_not_share_pages_by_moving(memory: GPUMemoryAllocator) -> None:
+    for cache_id in range(40):
+        put(memory, cache_id, 17, "ab"[cache_id % 2])
+    for cache_id in range(40, 50):
+        put(memory, cache_id, 16 * BLOCKS // 16 - 15, "ab"[cache_id % 2])
+    memory.compact()
+    pages = {name: {ref for i in range(n, 50, 2) for ref in memory.allocation(i).pages} for n, name in enumerate("ab")}
+    assert pages["a"].isdisjoint(pages["b"])
+    memory.check()
+
+
+def test_a_move_over_its_own_place_that_is_interrupted_is_finished_before_anything_else(
+    memory: GPUMemoryAllocator, backend: RefusingBackend
+) -> None:
+    live = {}
+    for cache_id in range(16):
+        live[cache_id] = (31, 3)[cache_id % 2]
+        put(memory, cache_id, live[cache_id])
+    for cache_id in range(1, 16, 2):
+        memory.free(cache_id)
+        del live[cache_id]
+    put(memory, 20, 25)
+    put(memory, 21, 2)
+    live |= {20: 25, 21: 2}
+    interrupted = 0
+    for left in range(60):
+        backend.left = left
+        try:
+            memory.compact()
+        except BackendError:
+            interrupted += memory._mover.unfinished is not None
+        backend.left = 1 << 30
+        assert intact(memory, live)
+        memory.check()
+        for _ in range(2):  # holes again, so that there is something to slide over
+            cache_id = min(live)
+            memory.free(cache_id)
+            blocks = live.pop(cache_id)
+            live[100 + left * 2 + _] = max(1, (blocks + left) % 31)
+            put(memory, 100 + left * 2 + _, live[100 + left * 2 + _])
+    assert interrupted
+    assert intact(memory, live)
+
+
+def test_a_scrub_finds_what_a_move_left_behind(memory: GPUMemoryAllocator) -> None:
+    for cache_id in range(30):
+        where = memory.allocate(cache_id, 17 * MIN)
+        ctypes.memset(memory.address + where.offset, 0xAA, where.size_bytes)
+    assert memory.compact().moved_bytes
+    for cache_id in range(30):
+        memory.wipe(cache_id)
+    while not memory.scrub("default", 1, PAGE):
+        pass
+    mapped = memory._table._mapped
+    assert not any(any(ctypes.string_at(memory.address + index * PAGE, PAGE)) for index in mapped)
+
+
+def test_a_budget_is_kept_step_by_step(memory: GPUMemoryAllocator) -> None:
+    for cache_id in range(PAGES * 8):
+        put(memory, cache_id, 4)
+    for cache_id in range(PAGES * 8):
+        if cache_id % 8:
+            memory.free(cache_id)
+    steps = []
+    while (done := memory.compact(2 * PAGE)).more:
+        steps.append(done)
+    assert all(0 < step.moved_bytes <= 2 * PAGE for step in steps)
+    assert memory.usage().fragmentation == 0
