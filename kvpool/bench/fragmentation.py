@@ -27,8 +27,7 @@ _MIN_BLOCK_BYTES = 4 * KIB
 _PAGE_BLOCKS = _PAGE_BYTES // _MIN_BLOCK_BYTES
 _ROUNDS = 4
 _BYTES_PER_TOKEN = 64
-"""Scaled to the memory: a request of the traces is a thousandth of the capacity, as one of 7,000 tokens is of 141 GiB
-at 20 KiB a token."""
+"""Scaled to the memory, so that a long request of the traces (100,000 tokens) takes three pages of 128."""
 
 #: Bytes of the n-th cache.
 Sizes = Callable[[int], int]

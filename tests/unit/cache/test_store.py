@@ -270,3 +270,34 @@ def test_a_client_without_a_token_is_never_authorized(store):
         with pytest.raises(ProtocolError, match=client):
             store.authorize(client, "")
     assert do(store, "release", "quiet", 1, []) == [], "it is connected all the same"
+
+
+# -- compact ----------------------------------------------------------------------------------------------------------
+
+
+def test_compact_moves_what_nobody_has_leased_and_the_next_lease_gives_its_new_place(store):
+    size = PAGE // 2 + 4096  # a page each, and two of them would not fit one
+    resident(store, [1, 2, 3])
+    assert do(store, "evict", [1, 2, 3]) == []
+    places, _, _ = allocate(store, [4, 5, 6, 7], size=size)
+    assert do(store, "finish", "a", 2, [5, 6, 7], [bytes([i]) * 16 for i in (5, 6, 7)]) == [RELEASED] * 3
+    before = store.allocator.usage().backed_bytes
+    moved_bytes, freed_pages, more = do(store, "compact", 100 * PAGE)
+    assert (freed_pages, more) == (1, False)
+    assert moved_bytes >= size
+    assert store.allocator.usage().backed_bytes == before - PAGE
+    found = do(store, "lease", "a", 3, [5, 6, 7])
+    assert [generation for _, _, generation in found] != [0, 0, 0]
+    for cache_id, (offset, pages, _) in zip((5, 6, 7), found, strict=True):
+        assert (offset, pages) == store.allocator.allocation(cache_id)[2:7:4]
+    assert store.allocator.allocation(4).offset == places[0][0], "a leased cache does not move"
+
+
+def test_an_allocation_that_finds_no_room_moves_what_is_in_its_way(store):
+    size = PAGE // 2 + 4096
+    resident_ids = [1, 2, 3, 4]
+    allocate(store, resident_ids, size=size)
+    do(store, "finish", "a", 2, resident_ids, [bytes([i]) * 16 for i in resident_ids])
+    places, refused, shortage = allocate(store, [9], size=PAGE)
+    assert (len(places), refused, shortage) == (1, [], None)
+    assert None not in do(store, "lease", "a", 3, resident_ids), "nothing was evicted for it"
