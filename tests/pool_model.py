@@ -74,6 +74,7 @@ class Made:
     asked: Key | None = None
     """The key under which its maker has asked to seal it, from that moment on."""
     sealed: bool = False
+    generation: int = 0
 
 
 @dataclass(eq=False)
@@ -456,6 +457,9 @@ class PoolModel:
             made = self.made[cache_id]
             assert made.asked == key, "a hit is what was sealed under that key, by its tenant, for that model"
             assert cache_id not in self.void, "nobody finds what was invalidated"
+            if place[2] != made.generation:  # it was moved while nobody had it
+                assert place[2] > made.generation
+                made.offset, made.pages, made.generation = place
             assert (made.device, made.offset, made.pages) == (device, *place[:2])
             assert self._read(made) == _whole(_content(key), made.size_bytes)
             process.held[cache_id] += 1
