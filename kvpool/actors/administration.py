@@ -24,7 +24,11 @@ from kvpool.pool.instructions import Batch, EvictRequested, InvalidateRequested,
 from kvpool.pool.leases import PINNER
 from kvpool.pool.listing import list_caches, list_models
 from kvpool.pool.state import PoolState
+from kvpool.sizes import MIB
 from kvpool.telemetry.context import Carrier, is_carrier
+
+_COMPACT_BYTES = 4 * MIB
+"""Bytes that a device moves in one step of compaction, for which operations behind it wait."""
 
 
 class Administration:
@@ -176,6 +180,25 @@ class Administration:
         """Give warm pages back to the system; returns their bytes. Pages that clients still map become zombies."""
         given = await asyncio.gather(*(self._fleet.operate(number, ("trim",)) for number in self._alive()))
         return sum(size_bytes for size_bytes in given if isinstance(size_bytes, int))
+
+    async def defragment(self) -> dict[str, int]:
+        """Compact the memory of all devices; returns ``{"moved_bytes", "freed_pages"}``.
+
+        It goes in steps, between which the devices serve requests. What somebody has leased stays where it is.
+        """
+        done = await asyncio.gather(*map(self._compact, self._alive()))
+        return {"moved_bytes": sum(moved for moved, _ in done), "freed_pages": sum(pages for _, pages in done)}
+
+    async def _compact(self, number: int) -> tuple[int, int]:
+        moved_bytes = freed_pages = 0
+        more = True
+        while more:
+            answer = await self._fleet.operate(number, ("compact", _COMPACT_BYTES))
+            if answer[0] == "error":  # it is lost, and what was fragmented there with it
+                break
+            moved, pages, more = answer
+            moved_bytes, freed_pages = moved_bytes + moved, freed_pages + pages
+        return moved_bytes, freed_pages
 
     async def set_policy(self, name: str) -> str:
         """Let another eviction policy decide from now on; returns its name. It takes over what is resident.

@@ -1,4 +1,4 @@
-"""``kvpool ls``, ``leases``, ``contains``, ``evict``, ``invalidate``, ``trim``, ``set-policy``, ``events``.
+"""``kvpool ls``, ``leases``, ``contains``, ``evict``, ``invalidate``, ``trim``, ``defragment``, ``set-policy`` …
 
 They speak as the operator: to all tenants, unless ``--tenant`` names one. None of them needs to run where the pool's
 memory is.
@@ -274,6 +274,18 @@ def trim(name: str, json_path: str | None) -> None:
         write_json(json_path, {"bytes": size_bytes})
     else:
         click.echo(f"{format_size(size_bytes)} given back; what clients still map follows")
+
+
+@click.command()
+@NAME
+@JSON
+def defragment(name: str, json_path: str | None) -> None:
+    """Compact the pool's memory. (An allocation that finds no room does so by itself.)"""
+    done = _ask(name, "defragment", doing="compacting", timeout_s=STEPS_S)
+    if json_path is not None:
+        write_json(json_path, done)
+    else:
+        click.echo(f"{format_size(done['moved_bytes'])} moved, {done['freed_pages']:,} pages freed")
 
 
 @click.command("set-policy")

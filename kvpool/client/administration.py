@@ -149,6 +149,13 @@ class Administration:
         """Give the warm pages of the whole pool back to the system; returns their bytes."""
         return int(await self._connection.call(self._connection.actor.trim, timeout_s=STEPS_S))
 
+    async def defragment(self) -> dict[str, int]:
+        """Compact the memory of the whole pool; returns ``{"moved_bytes", "freed_pages"}``.
+
+        (An allocation that finds no room does so by itself.) What somebody has leased stays where it is.
+        """
+        return dict(await self._connection.call(self._connection.actor.defragment, timeout_s=STEPS_S))
+
     async def set_policy(self, name: str) -> str:
         """Let another eviction policy decide in the whole pool from now on; it takes over what is resident.
 

@@ -48,6 +48,10 @@ class BlockingAdministration:
         """See :meth:`kvpool.CachePool.trim`."""
         return int(self._run(self._pool.trim))
 
+    def defragment(self) -> dict[str, int]:
+        """See :meth:`kvpool.CachePool.defragment`."""
+        return dict(self._run(self._pool.defragment))
+
     def set_policy(self, name: str) -> str:
         """See :meth:`kvpool.CachePool.set_policy`."""
         return str(self._run(self._pool.set_policy, name))

@@ -357,3 +357,27 @@ async def test_a_device_of_a_pool_is_named_in_evictions(make_pool):
         await pool.evict("all", device="host-7")
     assert (await pool.evict("all", device=device))["caches"] == 1
     assert await pid_of(pool.actor) > 0
+
+
+async def test_defragment_moves_what_nobody_has_and_every_byte_stays_right(make_pool):
+    pool = await make_pool("host:1x2MiB")
+    spec = ModelSpec("small", block_bytes=4096)
+    model = await pool.model(spec)
+    hashes = [encode_block_id(number) for number in range(512)]
+    for place in range(0, 512, 64):  # chains of their own, one a page of 64 KiB and some
+        content = np.stack([np.full(4096, number % 251, np.uint8) for number in range(place, place + 64)])
+        assert await model.put_blocks(hashes[place : place + 64], content) == 64
+    kept = await model.match_prefix(hashes[:4])  # leased: stays where it is
+    before = kept.addresses()
+    await pool.evict("1MiB")
+
+    done = await pool.defragment()
+
+    assert done.keys() == {"moved_bytes", "freed_pages"}
+    assert kept.addresses() == before
+    await kept.release()
+    assert (await pool.stats()).fragmentation < 0.1
+    for place in range(0, 512, 64):
+        async with await model.match_prefix(hashes[place : place + 64]) as hit:
+            for number, block in zip(range(place, place + 64), hit.numpy(), strict=False):
+                assert (block == number % 251).all()
