@@ -12,11 +12,12 @@ import logging
 from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from kvpool.cache.arrivals import Arrivals
 from kvpool.cache.disk.threads import uncancelled
 from kvpool.cache.disk.tier import DiskTier
+from kvpool.cache.disk_calls import DiskCalls
 from kvpool.cache.gathering import all_of, settle
 from kvpool.cache.host_index import HostEntry, Kind
 from kvpool.cache.host_tier import HostMemory, HostTier
@@ -27,15 +28,9 @@ from kvpool.cache.staging import StagedWrites
 from kvpool.cache.tier_statistics import TierCounters, tier_statistics
 from kvpool.cache.under_way import UnderWay, Work
 from kvpool.cache.write_behind import WriteBehind
-from kvpool.errors import InvalidSizeError, TierError
+from kvpool.errors import TierError
 
 logger = logging.getLogger("kvpool.tiers")
-
-_Result = TypeVar("_Result")
-
-_DISK_CALLS = 16
-"""Reads, and durable writes, and copies to disk, that are under way at most: well below the bound of the tier's queue,
-where more would be misses."""
 
 
 class Below(NamedTuple):
@@ -85,7 +80,7 @@ class LowerTiers:
         self._removals: set[asyncio.Future[None]] = set()
         self._untold: dict[CacheKey, None] = {}
         self._down, self._up = Mover("kvpool-demote"), Mover("kvpool-fill")
-        self._reads, self._writes = asyncio.Semaphore(_DISK_CALLS), asyncio.Semaphore(_DISK_CALLS)
+        self._calls = None if disk is None else DiskCalls(disk, self._under_way)
         self._behind: WriteBehind | None = None
         self._staged: StagedWrites | None = None
         self._counters = TierCounters()
@@ -108,7 +103,7 @@ class LowerTiers:
             found = await self._disk.start()
         except TierError as error:
             logger.warning("going on without the disk tier: %s", error)
-            self._problem, self._disk = str(error), None
+            self._problem, self._disk, self._calls = str(error), None, None
             return []
         if self._host is not None and self._arrivals is not None:
             self._behind = WriteBehind(self._host, self._disk, self._under_way, self._watermark)
@@ -187,12 +182,12 @@ class LowerTiers:
         checked = check_sources(sources)
         if self._arrivals is not None:
             return await uncancelled(self._copy_ahead(self._arrivals, checked))
-        disk = self._disk
-        if disk is None:
+        calls = self._calls
+        if calls is None:
             return [False] * len(checked)
-        stored = await all_of([self._on_disk(each.key, self._writes, _write_back(disk, each)) for each in checked])
+        stored = await all_of([calls.write_back(source) for source in checked])
         self._counters.copied_ahead += stored.count(True)
-        return [each is True for each in stored]
+        return stored
 
     async def write_through(self, sources: Sequence[Source]) -> list[TierError | None]:
         """Write caches to the disk; None for each that survives the death of every process and a failure of power.
@@ -203,13 +198,13 @@ class LowerTiers:
             If a source cannot be one; nothing was changed.
         """
         checked = check_sources(sources)
-        disk = self._disk
-        if disk is None:
+        calls = self._calls
+        if calls is None:
             why = "set disk_url" if self._problem is None else self._problem
             return [TierError(f"a cache cannot be stored durably without a disk tier: {why}", cause="no_disk")] * len(
                 checked
             )
-        return await all_of([self._write_through(disk, source) for source in checked])
+        return await all_of([self._write_through(calls, source) for source in checked])
 
     async def _demote(self, sources: list[Source]) -> list[bool]:
         deadline = asyncio.get_running_loop().time() + self._patience_s
@@ -260,21 +255,12 @@ class LowerTiers:
         self._disk.touch(source.key)
         return True
 
-    async def _write_through(self, disk: DiskTier, source: Source) -> TierError | None:
-        async def write() -> bool:
-            await disk.write_through(source.key, source.parent, source.view())
-            return True
-
-        try:
-            written = await self._on_disk(source.key, self._writes, write)
-        except TierError as error:
-            return error
-        if not written:
-            return TierError("a cache is not stored: it was removed meanwhile", cause="removed")
+    async def _write_through(self, calls: DiskCalls, source: Source) -> TierError | None:
+        error = await calls.write_through(source)
         entry = self._host_entry(source.key)
-        if entry is not None and entry.kind is Kind.SOLE and self._host is not None:
+        if error is None and entry is not None and entry.kind is Kind.SOLE and self._host is not None:
             self._host.index.use(entry, self._kind_alone(source))
-        return None
+        return error
 
     # -- up -------------------------------------------------------------------------------------------------------
 
@@ -296,8 +282,8 @@ class LowerTiers:
         for number, target in enumerate(checked):
             entry = self._host_entry(target.key)
             if entry is None or entry.size_bytes != target.size_bytes:
-                if self._disk is not None:
-                    reads[number] = asyncio.ensure_future(self._read(self._disk, target))
+                if self._calls is not None:
+                    reads[number] = asyncio.ensure_future(self._calls.read(target))
             elif self._host is not None and (work := self._under_way.begin(target.key)) is not None:
                 self._host.index.hold(entry)
                 held.append((number, entry, work))
@@ -329,15 +315,6 @@ class LowerTiers:
             for _, entry, work in held:
                 host.index.release(entry)
                 self._under_way.end(work)
-
-    async def _read(self, disk: DiskTier, target: Source) -> bool:
-        async def read() -> bool:
-            try:
-                return await disk.read_into(target.key, target.view())
-            except InvalidSizeError:  # what is there is another cache than the caller thinks
-                return False
-
-        return await self._on_disk(target.key, self._reads, read) is True
 
     # -- removing -------------------------------------------------------------------------------------------------
 
@@ -456,7 +433,7 @@ class LowerTiers:
         if gone:
             self._on_gone(gone)
 
-    # -- one key on the disk --------------------------------------------------------------------------------------
+    # -- one key --------------------------------------------------------------------------------------
 
     def _host_entry(self, key: CacheKey) -> HostEntry | None:
         return None if self._host is None else self._host.index.get(key)
@@ -468,30 +445,3 @@ class LowerTiers:
     def _kind_alone(self, source: Source) -> Kind:
         """What a host entry is once the device does not have it."""
         return Kind.SAVED if self._is_on_disk(source) else Kind.SOLE
-
-    async def _on_disk(
-        self, key: CacheKey, room: asyncio.Semaphore, call: Callable[[], Coroutine[Any, Any, _Result]]
-    ) -> _Result | None:
-        """Call the disk tier; None if the key is being removed, or was meanwhile."""
-
-        async def in_turn() -> _Result:
-            async with room:
-                return await call()
-
-        work = self._under_way.begin(key)
-        if work is None:
-            return None
-        task = work.task = asyncio.ensure_future(in_turn())
-        try:
-            await asyncio.wait((task,))
-        finally:
-            await settle((task,))
-            self._under_way.end(work)
-        return None if work.void or task.cancelled() else task.result()
-
-
-def _write_back(disk: DiskTier, source: Source) -> Callable[[], Coroutine[Any, Any, bool]]:
-    async def write() -> bool:
-        return await disk.write_back(source.key, source.parent, source.view())
-
-    return write
