@@ -12,11 +12,14 @@ import logging
 from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
+from kvpool.cache.arrivals import Arrivals
 from kvpool.cache.disk.index import DiskEntry
 from kvpool.cache.disk.threads import uncancelled
 from kvpool.cache.disk.tier import DiskTier
+from kvpool.cache.disk_calls import DiskCalls
+from kvpool.cache.gathering import all_of, settle
 from kvpool.cache.host_index import HostEntry, Kind
 from kvpool.cache.host_tier import HostMemory, HostTier
 from kvpool.cache.key import BlockHash, CacheKey
@@ -26,18 +29,9 @@ from kvpool.cache.staging import StagedWrites
 from kvpool.cache.tier_statistics import TierCounters, tier_statistics
 from kvpool.cache.under_way import UnderWay, Work
 from kvpool.cache.write_behind import WriteBehind
-from kvpool.errors import InvalidSizeError, TierError
+from kvpool.errors import TierError
 
 logger = logging.getLogger("kvpool.tiers")
-
-_Result = TypeVar("_Result")
-
-_DISK_CALLS = 16
-"""Reads, and durable writes, and copies to disk, that are under way at most: well below the bound of the tier's queue,
-where more would be misses."""
-
-_ALLOCATIONS_AT_ONCE = 32
-"""Before others get the event loop: new memory takes half a millisecond a page."""
 
 
 class Below(NamedTuple):
@@ -47,14 +41,6 @@ class Below(NamedTuple):
     """``"host"`` or ``"disk"``."""
     parent: BlockHash | None
     size_bytes: int
-
-
-class _Arrival:
-    """A cache on its way into the host tier."""
-
-    def __init__(self, source: Source, work: Work) -> None:
-        self.source, self.work = source, work
-        self.memory: HostMemory | None = None
 
 
 class LowerTiers:
@@ -94,18 +80,19 @@ class LowerTiers:
         self.problem_cause: str | None = None
         """Why the disk could not be started."""
         self._under_way = UnderWay()
-        self._arriving: dict[CacheKey, asyncio.Future[None]] = {}
         self._removals: set[asyncio.Future[None]] = set()
         self._untold: dict[CacheKey, None] = {}
         self._down, self._up = Mover("kvpool-demote"), Mover("kvpool-fill")
-        self._reads, self._writes = asyncio.Semaphore(_DISK_CALLS), asyncio.Semaphore(_DISK_CALLS)
+        self._calls = None if disk is None else DiskCalls(disk, self._under_way)
         self._behind: WriteBehind | None = None
         self._staged: StagedWrites | None = None
         self._counters = TierCounters()
         self._promised: dict[CacheKey, list[HostEntry]] = {}
         self._closed = False
+        self._arrivals: Arrivals | None = None
         if host is not None:
             host.on_drop = self._dropped
+            self._arrivals = Arrivals(host, self._down, self._under_way, self._kind_alone, self._dropped)
         if disk is not None:
             disk.on_gone = self._gone_from_disk
 
@@ -120,11 +107,12 @@ class LowerTiers:
             found = await self._disk.start()
         except TierError as error:
             logger.warning("going on without the disk tier: %s", error)
-            self._problem, self._disk = str(error), None
+            self._problem, self._disk, self._calls = str(error), None, None
             self.problem_cause = error.details.get("cause")
             return []
-        if self._host is not None:
+        if self._host is not None and self._arrivals is not None:
             self._behind = WriteBehind(self._host, self._disk, self._under_way, self._watermark)
+            self._arrivals.behind = self._behind
         else:
             self._staged = StagedWrites(self._disk, self._down, self._under_way)
         return [entry.key for entry in found]
@@ -239,14 +227,14 @@ class LowerTiers:
             If a source cannot be one; nothing was changed.
         """
         checked = check_sources(sources)
-        if self._host is not None:
-            return await uncancelled(self._copy_ahead(checked))
-        disk = self._disk
-        if disk is None:
+        if self._arrivals is not None:
+            return await uncancelled(self._copy_ahead(self._arrivals, checked))
+        calls = self._calls
+        if calls is None:
             return [False] * len(checked)
-        stored = await _all([self._on_disk(each.key, self._writes, _write_back(disk, each)) for each in checked])
+        stored = await all_of([calls.write_back(source) for source in checked])
         self._counters.copied_ahead += stored.count(True)
-        return [each is True for each in stored]
+        return stored
 
     async def write_through(self, sources: Sequence[Source]) -> list[TierError | None]:
         """Write caches to the disk; None for each that survives the death of every process and a failure of power.
@@ -257,25 +245,26 @@ class LowerTiers:
             If a source cannot be one; nothing was changed.
         """
         checked = check_sources(sources)
-        disk = self._disk
-        if disk is None:
+        calls = self._calls
+        if calls is None:
             why = "set disk_url" if self._problem is None else self._problem
             return [TierError(f"a cache cannot be stored durably without a disk tier: {why}", cause="no_disk")] * len(
                 checked
             )
-        return await _all([self._write_through(disk, source) for source in checked])
+        return await all_of([self._write_through(calls, source) for source in checked])
 
     async def _demote(self, sources: list[Source]) -> list[bool]:
         deadline = asyncio.get_running_loop().time() + self._patience_s
         unique = {source.key: source for source in sources}
-        await self._all_arrived(unique)
+        if self._arrivals is not None:
+            await self._arrivals.all_arrived(unique)
         kept = {key for key, source in unique.items() if self._is_below(source, None)}
         new = [source for key, source in unique.items() if key not in kept]
-        if new and self._host is not None:
-            kept |= await self._bring(self._host, new, Kind.SOLE, deadline)
+        if new and self._arrivals is not None:
+            kept |= await self._arrivals.bring(new, Kind.SOLE, deadline)
         elif new and self._staged is not None:
             staged = self._staged
-            stored = await _all([staged.write(source, deadline) for source in new])
+            stored = await all_of([staged.write(source, deadline) for source in new])
             kept |= {source.key for source, there in zip(new, stored, strict=True) if there}
         if self._behind is not None:
             self._behind.wake(sum(source.size_bytes for source in unique.values()))
@@ -284,13 +273,13 @@ class LowerTiers:
         self._counters.not_kept += sum(key not in kept and not self._under_way.refuses(key) for key in unique)
         return [source.key in kept for source in sources]
 
-    async def _copy_ahead(self, sources: list[Source]) -> list[bool]:
+    async def _copy_ahead(self, arrivals: Arrivals, sources: list[Source]) -> list[bool]:
         unique = {source.key: source for source in sources}
-        await self._all_arrived(unique)
+        await arrivals.all_arrived(unique)
         kept = {key for key, source in unique.items() if self._is_below(source, Kind.COPY)}
         new = [source for key, source in unique.items() if key not in kept]
-        if new and self._host is not None:
-            arrived = await self._bring(self._host, new, Kind.COPY, 0.0)
+        if new:
+            arrived = await arrivals.bring(new, Kind.COPY, 0.0)
             self._counters.copied_ahead += len(arrived)
             kept |= arrived
         kept = self._still_below(kept)
@@ -299,12 +288,6 @@ class LowerTiers:
     def _still_below(self, keys: Iterable[CacheKey]) -> set[CacheKey]:
         """Leave out what was removed, or dropped again, while others of the batch were on their way."""
         return {key for key in keys if self.below(key) is not None}
-
-    async def _all_arrived(self, keys: Iterable[CacheKey]) -> None:
-        """Return when none of these keys is on its way into the host tier."""
-        wanted = list(keys)
-        while coming := [self._arriving[key] for key in wanted if key in self._arriving]:
-            await asyncio.wait(coming)
 
     def _is_below(self, source: Source, kind: Kind | None) -> bool:
         """Whether a cache lies below; if in the host, as the newest of a kind (None: it leaves the device)."""
@@ -319,82 +302,12 @@ class LowerTiers:
         self._disk.touch(source.key)
         return True
 
-    async def _bring(self, host: HostTier, sources: list[Source], kind: Kind, deadline: float) -> set[CacheKey]:
-        """Copy caches into the host tier as ``COPY`` or ``SOLE``; returns the keys of those that are there."""
-        arrivals: list[_Arrival] = []
-        for source in sources:
-            work = self._under_way.begin(source.key)
-            if work is not None:
-                self._arriving[source.key] = asyncio.get_running_loop().create_future()
-                arrivals.append(_Arrival(source, work))
-        try:
-            # In the order of addresses, so that neighbours stay neighbours and are copied in one go.
-            in_place = sorted(arrivals, key=lambda arrival: arrival.source.address)
-            for number, arrival in enumerate(in_place, start=1):
-                arrival.memory = await self._memory(host, arrival.source, kind, deadline)
-                if not number % _ALLOCATIONS_AT_ONCE:
-                    await asyncio.sleep(0)
-            await self._down.copy(
-                [
-                    Move(arrival.memory.address, arrival.source.address, arrival.source.size_bytes)
-                    for arrival in in_place
-                    if arrival.memory is not None
-                ]
-            )
-            arrived = set()
-            for arrival in arrivals:
-                source, memory = arrival.source, arrival.memory
-                if memory is not None and not arrival.work.void:
-                    arrival.memory = None
-                    host.enter(
-                        source.key, source.parent, memory, kind if kind is Kind.COPY else self._kind_alone(source)
-                    )
-                    arrived.add(source.key)
-            void = [arrival.memory for arrival in arrivals if arrival.memory is not None]
-            if void:
-                await self._down.run(host.wipe, void)
-            return arrived
-        finally:
-            for arrival in arrivals:
-                if arrival.memory is not None:
-                    host.give_back(arrival.memory)
-                self._arriving.pop(arrival.source.key).set_result(None)
-                self._under_way.end(arrival.work)
-
-    async def _memory(self, host: HostTier, source: Source, kind: Kind, deadline: float) -> HostMemory | None:
-        """Take memory in the host tier; for a sole one also where others must leave for the disk, or for nowhere."""
-        tenant, size_bytes = source.key.tenant, source.size_bytes
-        other = host.index.get(source.key)
-        if other is not None:  # of another size: whoever says so last is believed
-            if other.holds:
-                return None
-            host.drop(other)
-            self._dropped(other)
-        memory = host.allocate(tenant, size_bytes, Kind.SAVED)
-        if kind is Kind.COPY:
-            return memory
-        room_bytes = host.room_bytes(size_bytes)
-        while memory is None and self._behind is not None and room_bytes <= host.capacity_bytes:
-            if not await self._behind.saved_one(room_bytes, deadline):
-                break
-            memory = host.allocate(tenant, size_bytes, Kind.SAVED)
-        return host.allocate(tenant, size_bytes, Kind.SOLE) if memory is None else memory
-
-    async def _write_through(self, disk: DiskTier, source: Source) -> TierError | None:
-        async def write() -> bool:
-            await disk.write_through(source.key, source.parent, source.view())
-            return True
-
-        try:
-            written = await self._on_disk(source.key, self._writes, write)
-        except TierError as error:
-            return error
-        if not written:
-            return TierError("a cache is not stored: it was removed meanwhile", cause="removed")
+    async def _write_through(self, calls: DiskCalls, source: Source) -> TierError | None:
+        error = await calls.write_through(source)
         entry = self._host_entry(source.key)
-        if entry is not None and entry.kind is Kind.SOLE and self._host is not None:
+        if error is None and entry is not None and entry.kind is Kind.SOLE and self._host is not None:
             self._host.index.use(entry, self._kind_alone(source))
-        return None
+        return error
 
     # -- up -------------------------------------------------------------------------------------------------------
 
@@ -416,8 +329,8 @@ class LowerTiers:
         for number, target in enumerate(checked):
             entry = self._host_entry(target.key)
             if entry is None or entry.size_bytes != target.size_bytes:
-                if self._disk is not None:
-                    reads[number] = asyncio.ensure_future(self._read(self._disk, target))
+                if self._calls is not None:
+                    reads[number] = asyncio.ensure_future(self._calls.read(target))
             elif self._host is not None and (work := self._under_way.begin(target.key)) is not None:
                 self._host.index.hold(entry)
                 held.append((number, entry, work))
@@ -427,7 +340,7 @@ class LowerTiers:
             if reads:
                 await asyncio.wait(reads.values())
         finally:
-            await _settle(reads.values())
+            await settle(reads.values())
         for number, read in reads.items():
             filled[number] = read.result()
         self._counters.fills += filled.count(True)
@@ -449,15 +362,6 @@ class LowerTiers:
             for _, entry, work in held:
                 host.index.release(entry)
                 self._under_way.end(work)
-
-    async def _read(self, disk: DiskTier, target: Source) -> bool:
-        async def read() -> bool:
-            try:
-                return await disk.read_into(target.key, target.view())
-            except InvalidSizeError:  # what is there is another cache than the caller thinks
-                return False
-
-        return await self._on_disk(target.key, self._reads, read) is True
 
     # -- removing -------------------------------------------------------------------------------------------------
 
@@ -576,7 +480,7 @@ class LowerTiers:
         if gone:
             self._on_gone(gone)
 
-    # -- one key on the disk --------------------------------------------------------------------------------------
+    # -- one key --------------------------------------------------------------------------------------
 
     def _host_entry(self, key: CacheKey) -> HostEntry | None:
         return None if self._host is None else self._host.index.get(key)
@@ -588,59 +492,3 @@ class LowerTiers:
     def _kind_alone(self, source: Source) -> Kind:
         """What a host entry is once the device does not have it."""
         return Kind.SAVED if self._is_on_disk(source) else Kind.SOLE
-
-    async def _on_disk(
-        self, key: CacheKey, room: asyncio.Semaphore, call: Callable[[], Coroutine[Any, Any, _Result]]
-    ) -> _Result | None:
-        """Call the disk tier; None if the key is being removed, or was meanwhile."""
-
-        async def in_turn() -> _Result:
-            async with room:
-                return await call()
-
-        work = self._under_way.begin(key)
-        if work is None:
-            return None
-        task = work.task = asyncio.ensure_future(in_turn())
-        try:
-            await asyncio.wait((task,))
-        finally:
-            await _settle((task,))
-            self._under_way.end(work)
-        return None if work.void or task.cancelled() else task.result()
-
-
-def _write_back(disk: DiskTier, source: Source) -> Callable[[], Coroutine[Any, Any, bool]]:
-    async def write() -> bool:
-        return await disk.write_back(source.key, source.parent, source.view())
-
-    return write
-
-
-async def _all(work: Sequence[Coroutine[Any, Any, _Result]]) -> list[_Result]:
-    """Do all at the same time. When cancelled, cancel them, and wait for their end: they use memory of the caller."""
-    tasks = [asyncio.ensure_future(each) for each in work]
-    try:
-        if tasks:
-            await asyncio.wait(tasks)
-    finally:
-        await _settle(tasks)
-    return [task.result() for task in tasks]
-
-
-async def _settle(tasks: Collection[asyncio.Task[Any]]) -> None:
-    """Cancel the tasks that are not done, and return when all are, however often this is cancelled."""
-    going = {task for task in tasks if not task.done()}
-    for task in going:
-        task.cancel()
-    cancelled: asyncio.CancelledError | None = None
-    while going:
-        try:
-            _, going = await asyncio.wait(going)
-        except asyncio.CancelledError as error:
-            cancelled = error
-    for task in tasks:
-        if not task.cancelled():
-            task.exception()  # else one that nobody asks for would be reported
-    if cancelled is not None:
-        raise cancelled

@@ -85,6 +85,15 @@ def put_get(json_path: str | None) -> None:
 
 @bench.command()
 @JSON
+def tiers(json_path: str | None) -> None:
+    """Time bringing 512 MiB down to the host tier and up again, beside memcpy of the same bytes."""
+    from kvpool.bench import tiers as benchmark
+
+    _report("the host tier, 512 MiB in caches of 2 MiB", lambda: asyncio.run(benchmark.measure()), json_path)
+
+
+@bench.command()
+@JSON
 def waiting(json_path: str | None) -> None:
     """Time a release past 2,000 waiting requests, and the return of a killed client's memory."""
     from kvpool.bench import waiting as benchmark

@@ -105,6 +105,30 @@ async def test_a_smaller_budget_after_a_restart_evicts_the_oldest(open_tier, url
     assert tier.statistics().evicted_files == 2
 
 
+async def test_touching_counts_as_use_and_of_what_is_not_there_does_nothing(open_tier, url):
+    gone = []
+    tier = await open_tier(url, 2 * FILE, on_gone=gone.extend)
+    for number in range(2):
+        await tier.write_back(key_of(number), None, content_of(number))
+    tier.touch(key_of(0))
+    tier.touch(key_of(9))
+    await tier.write_back(key_of(2), None, content_of(2))
+    assert gone == [key_of(1)]
+
+
+async def test_the_keys_of_a_space_are_those_of_one_tenant_and_model(open_tier, url):
+    tier = await open_tier(url)
+    for tenant, fingerprint in (("a", "f"), ("a", "g"), ("b", "f")):
+        await tier.write_back(key_of(1, tenant, fingerprint), None, content_of(1))
+    assert tier.keys_of("a", "f") == [key_of(1, "a", "f")]
+    assert await tier.space("a", "f") == {key_of(1, "a", "f")}
+    assert await tier.space("c", "f") == set()
+    await tier.close()
+    assert tier.keys_of("a", "f") == []
+    with pytest.raises(TierError, match="closed"):
+        await tier.space("a", "f")
+
+
 async def test_removed_is_gone_for_good_and_may_be_written_anew(open_tier, url):
     tier = await open_tier(url)
     for number in range(3):

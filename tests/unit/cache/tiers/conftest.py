@@ -89,7 +89,7 @@ class Device:
     def check(self) -> None:
         if self.host is not None and not self.tiers._closed:
             self.host.check()
-        assert not self.tiers._arriving
+        assert not self.tiers._arrivals
 
 
 OpenDevice = Callable[..., Awaitable[Device]]
