@@ -267,7 +267,7 @@ class ModelProcess:
         foreign = granted = 0
         while True:
             try:
-                cache = await self.model.request_cache(size_bytes, timeout_s=0.3)
+                cache = await self.model.request_cache(size_bytes, timeout_s=3.0)
             except CapacityError:
                 return {"foreign": foreign, "caches": granted}
             granted += 1

@@ -121,7 +121,9 @@ async def test_kills_at_random_moments_lose_nothing_that_is_durable_and_bring_no
                     acknowledged.set()
 
         writer = asyncio.create_task(write(range(100 * life, 100 * life + 40)))
-        await acknowledged.wait()
+        reached = asyncio.create_task(acknowledged.wait())
+        await asyncio.wait((writer, reached), return_when=asyncio.FIRST_COMPLETED)
+        assert reached.done(), writer.exception()
         await kill_device(pool, 0)
         with pytest.raises((DeviceLostError, StaleCacheError, TierError)):
             await writer

@@ -63,8 +63,13 @@ class Model:
             source.view()[:] = bytes_of(number, self.versions[number])
 
     async def down(self, numbers, sources):
-        self.write(numbers, sources)
-        call = self.rng.choice([self.tiers.demote, self.tiers.demote, self.tiers.copy_ahead])
+        move = self.rng.choice([self.tiers.demote, self.tiers.demote, self.tiers.copy_ahead])
+
+        async def call(sources):
+            # No removal may begin and end between the two: what is given up after it may be found.
+            self.write(numbers, sources)
+            return await move(sources)
+
         if self.rng.random() < 0.1:
             task = asyncio.ensure_future(call(sources))
             for _ in range(self.rng.randint(0, 4)):
