@@ -190,20 +190,25 @@ class DeviceActor:
                 waiting.append(operation)
                 continue
             # The pool has one call of this kind in flight, so nothing of what it decided comes in between.
-            answers += self._store.apply(waiting, time.monotonic(), spans.done)
+            answers += self._apply(waiting, spans)
             waiting = []
             answers.append(await self._lower.carry_out(operation))
             spans.done(operation, answers[-1])
-        answers += self._store.apply(waiting, time.monotonic(), spans.done)
-        for place, operation in enumerate(operations):
-            if operation[0] == "revoke":
-                self._server.revoke(operation[1])
-            elif operation == ("trim",) and self._tiers is not None:
-                answers[place] += self._tiers.trim()
+        answers += self._apply(waiting, spans)
         self._request_drops()
         return answers, self._zombies()
 
-    async def fill(self, tenant: str, fingerprint: str, entries: list[tuple[int, bytes]]) -> list[bool]:
+    def _apply(self, operations: list[Operation], spans: OperationSpans) -> list[Any]:
+        """Carry out operations that wait for nothing."""
+        answers = self._store.apply(operations, time.monotonic(), spans.done)
+        for place, operation in enumerate(operations):
+            if operation[0] == "revoke":  # before anything is awaited: the client may ask for pages meanwhile
+                self._server.revoke(operation[1])
+            elif operation == ("trim",) and self._tiers is not None:
+                answers[place] += self._tiers.trim()
+        return answers
+
+    async def fill(self, tenant: str, fingerprint: str, entries: list[tuple[int, bytes]]) -> list[bool | None]:
         """Bring content up from below; see :meth:`LowerOperations.fill`."""
         return await self._operations().fill(tenant, fingerprint, entries)
 

@@ -30,7 +30,7 @@ from kvpool.cache.lower_tiers import LowerTiers
 from kvpool.cache.source import Source
 from kvpool.cache.store import DeviceStore
 from kvpool.config import TierPlan
-from kvpool.errors import InvalidatedError, KvpoolError, TierError, UnknownCacheError, ensure
+from kvpool.errors import InvalidatedError, InvariantError, KvpoolError, TierError, UnknownCacheError, ensure
 from kvpool.memory.host import HostBackend
 from kvpool.sizes import MIB
 
@@ -90,7 +90,14 @@ class LowerOperations:
         self._removals: dict[tuple[int, str, str], asyncio.Future[Any]] = {}
 
     async def carry_out(self, operation: tuple[Any, ...]) -> Any:
-        """Carry out one operation; returns its answer."""
+        """Carry out one operation; returns its answer, also where a bug keeps it from being carried out."""
+        try:
+            return await self._carry_out(operation)
+        except Exception as error:  # those beside it were carried out, and their callers wait for the answers
+            logger.exception("a device could not carry out %r", operation[0])
+            return ("error", *InvariantError(f"{operation[0]} failed: {error}").to_wire())
+
+    async def _carry_out(self, operation: tuple[Any, ...]) -> Any:
         match operation:
             case ("lower", tenant, fingerprint, entries):
                 return await self._move_down(tenant, fingerprint, entries, self._tiers.demote)
@@ -138,6 +145,7 @@ class LowerOperations:
         return [source is not None and next(there) for source in sources]
 
     def _source(self, tenant: str, fingerprint: str, entry: Entry) -> Source | None:
+        self._store.allocator.finish_move()  # one that the system interrupted has left bytes half-way
         cache_id, block_hash, parent = entry
         record = self._store.sealed(cache_id)
         if record is None:
@@ -145,10 +153,14 @@ class LowerOperations:
         address = self._store.allocator.address + record.offset
         return Source(CacheKey(tenant, fingerprint, block_hash), parent, address, record.size_bytes)
 
-    async def fill(self, tenant: str, fingerprint: str, entries: Sequence[tuple[int, bytes]]) -> list[bool]:
-        """Bring content up into caches that are leased for it: ``(id, hash)``; returns for each if it is there."""
+    async def fill(self, tenant: str, fingerprint: str, entries: Sequence[tuple[int, bytes]]) -> list[bool | None]:
+        """Bring content up into caches that are leased for it: ``(id, hash)``.
+
+        For each True if it is there, False if it is gone, None if it lies below still but could not be had now.
+        """
         keys = [CacheKey(tenant, fingerprint, block_hash) for _, block_hash in entries]
         base = self._store.allocator.address
+        self._store.allocator.finish_move()
         try:
             records = [self._store.record(cache_id) for cache_id, _ in entries]
             targets = [
@@ -157,7 +169,11 @@ class LowerOperations:
                 if record is not None
             ]
             ensure(len(targets) == len(entries), "what is filled is leased until then")
-            return await self._tiers.fill(targets)
+            filled = await self._tiers.fill(targets)
+            return [
+                True if there else (None if self._tiers.below(key) is not None else False)
+                for key, there in zip(keys, filled, strict=True)
+            ]
         finally:
             self._tiers.unhold(keys)  # they were held since the pool decided on this
 
@@ -177,12 +193,18 @@ class LowerOperations:
             else:
                 sources.append(source)
         wanted = [position for position, outcome in enumerate(outcomes) if outcome is None]
-        ids = [entries[position][0] for position in wanted]
-        self._store.hold(ids)  # beyond the client's lease, which may end with the client while a thread reads this
-        try:
-            errors: list[TierError | None] = await self._tiers.write_through(sources)
-        finally:
-            self._store.unhold(ids)
+        # Held beyond the client's lease, which may end with the client while a thread reads this.
+        self._store.hold([entries[position][0] for position in wanted])
+        errors = await asyncio.gather(
+            *(self._write(entries[place][0], source) for place, source in zip(wanted, sources, strict=True))
+        )
         for position, failed in zip(wanted, errors, strict=True):
             outcomes[position] = True if failed is None else ("error", *failed.to_wire())
         return outcomes
+
+    async def _write(self, cache_id: int, source: Source) -> TierError | None:
+        try:
+            (error,) = await self._tiers.write_through([source])
+            return error
+        finally:
+            self._store.unhold([cache_id])

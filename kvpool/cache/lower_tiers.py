@@ -229,10 +229,12 @@ class LowerTiers:
         checked = check_sources(sources)
         if self._arrivals is not None:
             return await uncancelled(self._copy_ahead(self._arrivals, checked))
-        calls = self._calls
-        if calls is None:
+        staged = self._staged
+        if staged is None:
             return [False] * len(checked)
-        stored = await all_of([calls.write_back(source) for source in checked])
+        # Through a buffer, and in bounded time: what stands behind this in line must not wait for a store that hangs.
+        deadline = asyncio.get_running_loop().time() + self._patience_s
+        stored = await all_of([staged.write(source, deadline) for source in checked])
         self._counters.copied_ahead += stored.count(True)
         return stored
 
@@ -408,7 +410,7 @@ class LowerTiers:
 
         As :meth:`~kvpool.memory.allocator.GPUMemoryAllocator.scrub` for the device's own memory.
         """
-        return self._host is None or self._host.scrub(tenant, number, most_bytes)
+        return self._host is None or self._closed or self._host.scrub(tenant, number, most_bytes)
 
     def _take_out(self, keys: Iterable[CacheKey]) -> list[HostMemory]:
         """Let nobody find these in the host any more; returns their memory, which may still be read."""

@@ -144,8 +144,8 @@ class PrefixHit(LeasedBlocks):
             return self.num_blocks
         wait_s = self._connection.config["timeout_s"] if timeout_s is None else timeout_s
         joined = join_hashes(self._hashes)
+        self.coming = 0  # a second call meanwhile must not add them twice
         _, ids, devices, places, *_ = await self._connection.fetch(self._model, joined, self.num_blocks, wait_s)
-        self.coming = 0
         if ids and not self._lease.extend(ids, self._block_bytes * len(ids)):
             self._connection.release_soon(ids)
             self._lease.check_held()
@@ -172,6 +172,7 @@ class NewBlocks(LeasedBlocks):
         self.resident: int = resident
         """How many of the hashes were in the pool already; the new blocks are those of the hashes after them."""
         self.hashes = list(hashes[resident : resident + len(ids)])
+        self._all_hashes = list(hashes[: resident + len(ids)])
         self._model = model
         self._sealed = False
 
@@ -196,8 +197,15 @@ class NewBlocks(LeasedBlocks):
 
         New views are read-only from then on, also when the call is cancelled: the pool may have sealed them already.
         """
-        if not self._ids:
-            return
+        if self._ids:
+            await self._seal_new()
+        # By word also what was there before, of which nobody may have asked that.
+        wanted = self._all_hashes if durable else self.hashes
+        if wanted and self._is_durable(durable):
+            _, written = await self._connection.ask(self._connection.persists, self._model, join_hashes(wanted))
+            _check(written)
+
+    async def _seal_new(self) -> None:
         before, self._sealed = self._sealed, True
         try:
             outcomes = await self._ask(self._connection.seals)
@@ -209,23 +217,20 @@ class NewBlocks(LeasedBlocks):
         if not any(map(_stored, outcomes)):
             self._sealed = before
         _check(outcomes)
-        if self._is_durable(durable):
-            _, written = await self._connection.ask(self._connection.persists, self._model, join_hashes(self.hashes))
-            _check(written)
 
     def _is_durable(self, asked: bool) -> bool:
         return asked or self._connection.config["write_policy"] == "write_through"
 
     async def finish(self, *, durable: bool = False) -> None:
         """:meth:`seal` and :meth:`release`; in one call to the pool, unless they are to be durable."""
-        if not self._ids:
-            return
         self._connection.check_loop()
-        if self._is_durable(durable):
+        if durable or (self._ids and self._is_durable(durable)):
             try:
                 await self.seal(durable=durable)
             finally:
                 await self.release()
+            return
+        if not self._ids:
             return
         if not self._lease.release_by_word():  # views are alive: the lease ends with the last of them
             await self.seal()

@@ -180,17 +180,16 @@ class VirtualKVCache:
         hashed = content_hash(key) if key is not None else None
         if durable and hashed is None:
             raise InvalidRequestError("a cache is durable under its key: give seal() a key")
-        if self._seal_answered and hashed == self.key:
-            return
-        # Before the call: when it is cancelled, the pool may have sealed the cache already.
-        before, self.sealed = self.sealed, True
-        try:
-            await self._seal(hashed)
-        except PoolUnavailableError:
-            raise  # whether it was sealed is not known
-        except KvpoolError:
-            self.sealed = before
-            raise
+        if not (self._seal_answered and hashed == self.key):
+            # Before the call: when it is cancelled, the pool may have sealed the cache already.
+            before, self.sealed = self.sealed, True
+            try:
+                await self._seal(hashed)
+            except PoolUnavailableError:
+                raise  # whether it was sealed is not known
+            except KvpoolError:
+                self.sealed = before
+                raise
         if hashed is not None and (durable or self._connection.config["write_policy"] == "write_through"):
             _, (written,) = await self._connection.ask(self._connection.persists, self._model, hashed)
             if written is not True:

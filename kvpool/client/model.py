@@ -130,7 +130,7 @@ class Model:
         output_tokens
             Length of the answer to the request, where it is known: a hint for the eviction policy.
         durable
-            Return only when the blocks that were stored by this call are on disk, so that they survive every process.
+            Return only when all of them that are in the pool then are on disk, so that they survive every process.
 
         Raises
         ------

@@ -27,6 +27,7 @@ async def fill(blocks: NewBlocks, sources: Sequence[int], block_bytes: int, *, d
     """
     async with blocks:
         if not blocks:
+            await blocks.finish(durable=durable)  # what is in the pool already is made durable, too
             return
         destinations = blocks.addresses()
         size_bytes = len(destinations) * block_bytes

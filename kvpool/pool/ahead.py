@@ -22,7 +22,7 @@ STEP_CACHES = 128
 LOW = 0.1
 """How far below the threshold the low watermark lies, as a share of the device."""
 
-_PAUSE_S = 0.05
+_PAUSE_S = 0.25
 """How long a device of which nothing was left to copy is left alone, seconds."""
 
 

@@ -111,7 +111,15 @@ class Below:
         for block_hash, entry in entries.items():
             if entry.parent is not None:
                 children.setdefault(entry.parent, []).append(block_hash)
+        index = self._ledger.index
         found = set(keys)
+        # And all that no chain leads to: what is void may have been what it hung on, before that went.
+        found.update(
+            child
+            for parent, behind in children.items()
+            if parent not in entries and index.find(model.space, parent) < 0
+            for child in behind
+        )
         behind = list(found)
         while behind:
             for block_hash in children.get(behind.pop(), ()):

@@ -58,8 +58,10 @@ class Directory:
         if self.bring_up is not None and len(rows) < len(hashes):
             # Guarded, so that making room for what comes up never cuts the chain in front of it.
             ledger.index.guard(rows, now=now)
-            coming, _ = self.bring_up(client, model, hashes, rows, now)
-            ledger.index.unpin(rows[::-1], now=now)
+            try:
+                coming, _ = self.bring_up(client, model, hashes, rows, now)
+            finally:
+                ledger.index.unpin(rows[::-1], now=now)
 
         def answer(hit: Answer) -> None:
             ledger.answer(batch, item, hit)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,10 +22,13 @@ class Durability:
         The pool's books.
     fanout
         Decides on each item of a batch.
+    memory_freed
+        Called when something became evictable or free.
     """
 
-    def __init__(self, ledger: Ledger, fanout: Fanout) -> None:
+    def __init__(self, ledger: Ledger, fanout: Fanout, memory_freed: Callable[[float], None]) -> None:
         self._ledger = ledger
+        self._memory_freed = memory_freed
         self._fanout = fanout
 
     def persist(self, batch: Batch, client_id: str, items: Sequence[tuple[Any, ...]], now: float) -> None:
@@ -63,7 +66,11 @@ class Durability:
             if not open_moves:
                 left = [row for row in held if index.live_row(ids[row]) == row]
                 index.unpin(left[::-1], now=now)
+                for row in left:  # declared void meanwhile, and freed on the device when its write ended
+                    if not index.pins[row] and index.key_of(row) is None:
+                        ledger.forget(ids[row])
                 ledger.answer(batch, item, ("persisted", outcomes))
+                self._memory_freed(now)
 
         if not by_device:
             ledger.answer(batch, item, ("persisted", outcomes))
@@ -73,5 +80,10 @@ class Durability:
                 row = index.find(model.space, hashes[position])
                 above = index.parent[row]
                 entries.append((index.id_of(row), hashes[position], index.key_of(above) if above >= 0 else None))
-            arguments = (model.tenant, model.fingerprint, entries)
-            ledger.out.append(Move(device, "persist", arguments, partial(written, positions)))
+            move = Move(device, "persist", (model.tenant, model.fingerprint, entries), partial(written, positions))
+
+            def write(_answer: Answer, now: float, move: Move = move) -> None:
+                ledger.out.append(move)
+
+            # Nothing, but in order: the seal of what is to be written may still be on its way.
+            ledger.send(device, ("evict", []), write)

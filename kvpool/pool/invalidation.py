@@ -104,6 +104,8 @@ class Invalidations:
             parts.append(self._bury_all(each) if keys is None else self._bury(each, keys))
             known = (index.key_of(row) for row in parts[-1].tolist()) if keys is not None else ()
             chained[each.space] = {key for key in known if key is not None}
+            writers = (ledger.writers.get(cache_id) for cache_id in index.ids_of(parts[-1]))
+            chained[each.space].update(w.planned for w in writers if w is not None and w.planned is not None)
         ledger.void_marks.forget(self._oldest())
         rows: Rows = deepest_first(index, np.concatenate(parts))
         published = rows[np.frombuffer(index.flags, np.uint8)[rows] & KEYED != 0]

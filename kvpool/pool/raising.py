@@ -48,6 +48,8 @@ class _Raise:
     device: int
     ids: list[int]
     hashes: list[BlockHash]
+    root: bool
+    """Whether the first of them begins its chain."""
     waiters: list[_Waiter] = field(default_factory=list)
 
 
@@ -141,7 +143,8 @@ class Raising:
             return None
         raiser = self._raiser(model.tenant, device.number)
         new = ledger.add_chain(raiser, model.space, device, size_bytes, run[:fitting], parent, hashes, now)
-        work = _Raise(model, device.number, [ledger.index.id_of(row) for row in new], run[:fitting])
+        ids = [ledger.index.id_of(row) for row in new]
+        work = _Raise(model, device.number, ids, run[:fitting], parent < 0)
         for block_hash in work.hashes:
             self._under_way[model.space, block_hash] = work
         operation = ("allocate", raiser.id, 0, model.tenant, work.ids, size_bytes, size_bytes, evicted)
@@ -178,7 +181,7 @@ class Raising:
     def _filled(self, work: _Raise, answer: Answer, now: float) -> None:
         ledger = self._ledger
         index, space = ledger.index, work.model.space
-        filled = [False] * len(work.ids) if isinstance(answer, tuple) else answer
+        filled: list[bool | None] = [None] * len(work.ids) if isinstance(answer, tuple) else answer
         by_id: dict[int, BlockHash | None] = dict.fromkeys(work.ids)
         chained = True  # what lies behind a block that is missing could never be hit, and stays below
         for cache_id, block_hash, is_there in zip(work.ids, work.hashes, filled, strict=True):
@@ -187,12 +190,14 @@ class Raising:
             if row < 0 or writer is None or index.is_void(row):
                 chained = False
                 continue
-            if not is_there:
+            if is_there is False:  # None: it may be had another time
                 self._below.discard(work.device, space, block_hash)
             void = ledger.void_marks.last(space, block_hash) > writer.born
-            if void or not is_there or not chained:
-                chained = False
-            elif index.find(space, block_hash) < 0:  # else somebody stored it meanwhile, and the chain goes on there
+            cut = index.parent[row] < 0 and not (work.root and cache_id == work.ids[0])
+            # What somebody stored meanwhile stays. Behind that, and behind what is gone, nothing is published: it would
+            # hang on a cache that is about to go, where no invalidation of the chain would find it.
+            chained &= not (void or cut) and is_there is True and index.find(space, block_hash) < 0
+            if chained:
                 index.publish(row, block_hash)
                 del ledger.writers[cache_id]
                 ledger.note_stored((row,))
@@ -237,8 +242,13 @@ class Raising:
             def answer(hit: Answer) -> None:
                 self._ledger.answer(batch, item, hit)
 
-            rows = self._directory.reachable(client, self._ledger.index.match(model.space, hashes))
-            waiter.coming, raises = self.begin(client, model, hashes, rows, now)
+            index = self._ledger.index
+            rows = self._directory.reachable(client, index.match(model.space, hashes))
+            index.guard(rows, now=now)  # nobody may have leased those behind ``first``
+            try:
+                waiter.coming, raises = self.begin(client, model, hashes, rows, now)
+            finally:
+                index.unpin(rows[::-1], now=now)
             if not raises or timeout_s <= 0:
                 self._lease(waiter, answer, now)
                 return

@@ -101,7 +101,11 @@ class Room:
             evicted = self.evict(device, count * need_bytes - free_bytes, need_bytes - free_bytes)
             free_bytes = ledger.free_bytes(device)
         fitting = min(count, free_bytes // need_bytes)
-        return (fitting, evicted) if fitting > 0 else None
+        if fitting > 0:
+            return fitting, evicted
+        if evicted:  # zombies take the room that the books say there is; these have left the books all the same
+            ledger.send(device.number, ("evict", evicted), nothing_more)
+        return None
 
     def admit(self, client: Client, model: Model, hashes: Sequence[bytes], rows: Sequence[int], now: float) -> int:
         """Return how many blocks of a chain behind its leading run ``rows`` are worth the room they take."""

@@ -85,7 +85,7 @@ class PoolState:
         self.directory = Directory(self.ledger, fanout, self.leases)
         self.raising = Raising(self.ledger, room, self.below, self.directory, fanout, self.leases)
         self.copies = CopiesAhead(self.ledger, gc_threshold)
-        self.durability = Durability(self.ledger, fanout)
+        self.durability = Durability(self.ledger, fanout, self.allocations.retry)
         self.evictions = Evictions(self.ledger, self.leases, self.below)
         self.invalidations = Invalidations(self.ledger, self.leases, self.allocations.queue, self.below)
         self.revocations = Revocations(self.ledger, self.leases, self.allocations)

@@ -145,6 +145,20 @@ async def test_what_is_not_surely_on_disk_is_not_acknowledged_as_durable(make_po
     assert await read(model, 1) == CHAIN  # it is stored all the same
 
 
+async def test_what_is_there_already_is_made_durable_by_word(make_pool, tmp_path):
+    pool = await make_pool(disk_url=str(tmp_path / "disk"))
+    model = await pool.model(SPEC)
+    assert await put(model, 1) == CHAIN
+    assert (await tiers(pool))["disk"]["files"] == 0
+    assert await put(model, 1, durable=True) == CHAIN
+    assert (await tiers(pool))["disk"]["files"] == CHAIN
+
+    async with await pool.request_cache("whole", size="64KiB") as cache:
+        await cache.seal(key="page")
+        await cache.seal(key="page", durable=True)
+        assert (await tiers(pool))["disk"]["files"] == CHAIN + 1
+
+
 async def test_every_put_is_durable_where_the_write_policy_says_so(make_pool, tmp_path):
     pool = await make_pool(disk_url=str(tmp_path / "disk"), write_policy="write_through")
     model = await pool.model(SPEC)

@@ -3,7 +3,7 @@
 from random import Random
 
 import pytest
-from pool_harness import LocalPool, hashes, keys_of
+from pool_harness import PAGE, LocalPool, hashes, keys_of
 
 from kvpool.errors import DeviceLostError
 from kvpool.pool.instructions import (
@@ -12,6 +12,7 @@ from kvpool.pool.instructions import (
     InvalidateRequested,
     LowerGone,
     Moved,
+    PersistRequested,
     PrefixesFetched,
     TicketsCancelled,
 )
@@ -211,6 +212,79 @@ def test_what_goes_next_is_copied_ahead_and_stays():
     assert copied == set(keys_of(ids[-len(copied) :]))  # the tail goes first
     assert len(pool.look_up(ids)[1]) == BLOCKS
     pool.close()
+
+
+def test_a_fetch_never_makes_room_by_what_its_chain_hangs_on(pool):
+    first = full(pool)
+    full(pool, 100)
+    held = pool.blocks(range(500, 500 + BLOCKS - 8))  # leased and not sealed: eight blocks are all the room there is
+    hit = pool.look_up(first)
+    assert (hit[1], hit[5]) == ([], 8)
+    pool.settle_all()
+    answer = pool.fetch(first, 0)  # the eight are there, held by nobody, and the chain goes on below
+    assert answer[0] == "hit"
+    assert len(answer[1]) == 8
+    pool.release(answer[1])
+    pool.release(held[2])
+    pool.settle_all()
+    assert pool.stores[0].caches == pool.state.ledger.index.published
+
+
+def test_nothing_is_published_behind_what_somebody_stored_meanwhile(pool):
+    """Else it would hang on a cache that goes, and an invalidation of the chain would not find it."""
+    first = full(pool)
+    full(pool, 100)
+    begin_fetch(pool, first[:4])
+    assert pool.store(first[:2]) == 2
+    pool.settle_all()
+    batch = Batch(1)
+    pool.handle(InvalidateRequested(batch, None, "m", keys_of(first[:1])))
+    pool.settle_all()
+    assert pool.store(first[:2]) == 2
+    assert pool.read(first[:4]) == first[:2]
+
+
+def test_an_invalidation_reaches_what_hung_on_content_that_is_gone(pool):
+    first = full(pool)
+    full(pool, 100)
+    model = pool.state.ledger.models[0]
+    pool.handle(LowerGone(0, [(model.tenant, model.fingerprint, key) for key in keys_of(first[1:2])]))
+    batch = Batch(1)
+    pool.handle(InvalidateRequested(batch, None, "m", keys_of(first[:1])))
+    pool.settle_all()
+    assert pool.store(first[:2]) == 2
+    assert pool.look_up(first[:4])[5] == 0
+
+
+def test_what_is_void_by_the_end_of_its_writing_leaves_the_books(pool):
+    _, _, ids, _, _ = pool.blocks([1])
+    pool.seal(ids, keys_of([1]))
+    batch = Batch(1)
+    pool.handle(PersistRequested(batch, "c", [(1, 0, hashes([1]), None)]))
+    pool.settle()
+    invalidated = Batch(1)
+    pool.handle(InvalidateRequested(invalidated, None, "m", None))
+    pool.stores[0].hold(ids)  # as the device does while it writes
+    pool.release(ids)
+    pool.settle()
+    (move,) = [each for each in pool.moves if each.method == "persist"]
+    pool.moves.remove(move)
+    pool.stores[0].unhold(ids)
+    pool.take(pool.state.handle(Moved(move, [True]), pool.now))
+    assert pool.done[batch] == [("persisted", [True])]
+    assert len(pool.state.ledger.index) == pool.stores[0].caches == 0
+
+
+def test_evicted_for_nothing_it_is_evicted_all_the_same(pool):
+    """Zombies take the room that the books say there is."""
+    full(pool)
+    pool.state.ledger.devices[0].note_zombies((1000, 3 * PAGE))
+    pool._last_stamp = 1000
+    pool.blocks(range(300, 303))
+    pool.settle()
+    pool.state.ledger.devices[0].note_zombies((2000, 0))
+    pool._last_stamp = 2000
+    assert pool.stores[0].caches == len(pool.state.ledger.index)
 
 
 def test_a_fetch_that_begins_beyond_its_hashes_is_refused(pool):
