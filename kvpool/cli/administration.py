@@ -126,8 +126,9 @@ def ls(
     print_rows(f"models of pool {name}", [_without(each, "fingerprint") for each in models])
     if listed["caches"]:
         rows = [
-            each | {"key": format_key(each["key"]) if each["key"] else None, "bytes": format_size(each["bytes"]),
-                    "idle_s": _age(each["idle_s"])}
+            each | {"id": str(each["id"]), "key": format_key(each["key"]) if each["key"] else None,
+                    "number": format_model(each["number"]) if each["number"] is not None else None,
+                    "bytes": format_size(each["bytes"]), "idle_s": _age(each["idle_s"])}
             for each in listed["caches"]
         ]  # fmt: skip
         print_rows("caches", [{("idle" if key == "idle_s" else key): row[key] for key in row} for row in rows])

@@ -19,7 +19,8 @@ class PoolEvent:
 
     ``kind`` is ``stored``, ``removed``, ``cleared`` (all content of the model at once), ``device_lost`` (with all that
     was on it) or ``missed``: events were lost on the way here, so that whoever keeps a list must begin again from
-    :meth:`CachePool.ls`. ``reason`` tells why content was removed: ``capacity``, ``request`` (an administrator's) or
+    :meth:`CachePool.ls`. ``number`` tells models of one name apart, whose revisions, shards or layouts differ, as in
+    :meth:`CachePool.ls`; it stays as long as the pool. ``reason`` tells why content was removed: ``capacity``, ``request`` (an administrator's) or
     ``invalidate``; ``gone`` if its writer died while it was being sealed.
     """
 
@@ -31,6 +32,8 @@ class PoolEvent:
     device: str | None = None
     size_bytes: int | None = None
     reason: str | None = None
+    number: int | None = None
+    revision: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return what applies, as JSON types: hashes as hexadecimal digits."""

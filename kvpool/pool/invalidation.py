@@ -119,7 +119,8 @@ class Invalidations:
         rows = ledger.index.rows_of(model.space)
         ledger.void_marks.mark_all(model.space, ledger.invalidations)
         if ledger.journal.open:
-            ledger.journal.add(Happened("cleared", model.tenant, model.name, reason="invalidate"))
+            which = {"number": model.number, "revision": model.revision}
+            ledger.journal.add(Happened("cleared", model.tenant, model.name, reason="invalidate", **which))
         ledger.index.bury_all(model.space)
         return rows
 

@@ -399,7 +399,8 @@ class Ledger:
         key = index.key_of(row)
         if key is not None and model is not None:
             device, size_bytes = self.devices[index.device[row]].name, index.asked_bytes[row]
-            self.journal.add(Happened(kind, model.tenant, model.name, key, parent, device, size_bytes, reason))
+            about = device, size_bytes, reason, model.number, model.revision
+            self.journal.add(Happened(kind, model.tenant, model.name, key, parent, *about))
 
     def check(self) -> None:
         """Raise :class:`~kvpool.errors.InvariantError` if the books do not add up."""

@@ -62,6 +62,7 @@ async def test_listings_and_questions(cli: Cli, filled) -> None:
     assert number in table, "as --model takes it"
     table = (await cli("ls", *on, "--model", number)).stdout
     assert all(text in table for text in written(1, 2, 3, 4)), "as KEY is taken"
+    assert f"│ {number} " in table.partition("\ncaches ")[2], "which of several revisions a cache is of"
     chain = written(1, 2, 9)
     assert (await cli("contains", *on, "--model", "model", *chain)).stdout == "2 of 3 in the pool: 2 on host-0\n"
     assert (await cli("contains", *on, "--model", "documents", "page 1")).stdout.startswith("1 of 1 in the pool")
@@ -192,7 +193,7 @@ async def test_each_command_that_asks_a_pool_gives_a_sign_of_life(
 
 def removed(key: bytes | None, model: str = "model", size_bytes: int = BLOCK_BYTES) -> dict[str, object]:
     event = {"kind": "removed", "tenant": "default", "model": model, "key": key and key.hex(), "device": "host-0"}
-    return event | {"size_bytes": size_bytes, "reason": "request"}
+    return event | {"size_bytes": size_bytes, "reason": "request", "number": 0, "revision": "7"}
 
 
 async def test_events_are_lines_of_json_until_ctrl_c(filled, tmp_path) -> None:
@@ -208,7 +209,7 @@ async def test_events_are_lines_of_json_until_ctrl_c(filled, tmp_path) -> None:
         assert await process.wait() == 0
     assert lines == [
         removed(*keys(4)),
-        {"kind": "cleared", "tenant": "default", "model": "model", "reason": "invalidate"},
+        {"kind": "cleared", "tenant": "default", "model": "model", "number": 0, "revision": "7", "reason": "invalidate"},
         lines[2],
     ]
     assert (lines[2]["kind"], lines[2]["model"]) == ("removed", "documents")

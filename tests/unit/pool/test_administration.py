@@ -316,6 +316,28 @@ def test_events_tell_what_comes_and_goes_and_why(pool):
     assert [e.kind for e in events] == ["stored", "removed", "device_lost"]
 
 
+def test_revisions_of_one_model_are_told_apart_in_events_and_listings(pool):
+    spec = {"name": "m", "identity": {"model": "m", "revision": "2"}, "block_bytes": BLOCK, "limit_bytes": None}
+    new = pool.state.register_model("c", spec).number
+    seen, _ = read(pool, None)
+    pool.put([1])
+    pool.put([1], model=new)
+    (key,) = keys_of([1])
+    assert [(each["model"], each["number"], each["revision"], each["key"]) for each in listed(pool)["caches"]] == [
+        ("m", 0, "", key),
+        ("m", new, "2", key),
+    ]
+    pool.evict(model=new)
+    pool.invalidate(0)
+    _, events = read(pool, seen)
+    assert [(e.kind, e.model, e.number, e.revision, e.key) for e in events] == [
+        ("stored", "m", 0, "", key),
+        ("stored", "m", new, "2", key),
+        ("removed", "m", new, "2", key),
+        ("cleared", "m", 0, "", None),
+    ]
+
+
 def test_a_key_whose_writer_died_before_the_device_had_it_is_told_to_be_gone(pool):
     _, _, (cache_id,), _, _ = pool.blocks([1])
     seen, _ = read(pool, None)
