@@ -81,7 +81,7 @@ class VirtualKVCache:
         return self._cache.blocks
 
     def tensor(
-        self, dtype: Any, shape: Sequence[int], *, offset_bytes: int = 0, access: Access | None = None
+        self, dtype: Any, shape: Sequence[int] | int, *, offset_bytes: int = 0, access: Access | None = None
     ) -> torch.Tensor:
         """See :meth:`kvpool.VirtualKVCache.tensor`."""
         return self._cache.tensor(dtype, shape, offset_bytes=offset_bytes, access=access)

@@ -10,7 +10,7 @@ import click
 from kvpool.cli.options import JSON, NAME
 from kvpool.cli.output import print_rows, write_json
 from kvpool.cli.spinner import working
-from kvpool.errors import KvpoolError
+from kvpool.errors import InvalidRequestError, KvpoolError
 from kvpool.sizes import format_size
 
 
@@ -21,9 +21,9 @@ from kvpool.sizes import format_size
 @click.option("--policy", help="Eviction policy.  [default: lru]")
 @click.option("--placement", help="round_robin or least_loaded.  [default: least_loaded]")
 @click.option("--preset", type=click.Choice(["vista", "deepseek-ocr"]), help="Sizes and policy of a known application.")
-@click.option("--num-gpus", type=int, default=1, show_default=True, help="Devices of a preset.")
+@click.option("--num-gpus", type=int, help="Number of devices of a --preset.  [default: 1]")
 @JSON
-def start(preset: str | None, num_gpus: int, json_path: str | None, **settings: Any) -> None:
+def start(preset: str | None, num_gpus: int | None, json_path: str | None, **settings: Any) -> None:
     """Start a pool in the running Ray cluster, or join the same one.
 
     What is not given here comes from KVPOOL_* variables and kvpool.yaml.
@@ -36,7 +36,13 @@ def start(preset: str | None, num_gpus: int, json_path: str | None, **settings: 
 
     given = {key: value for key, value in settings.items() if value is not None}
     make = {"vista": presets.vista_config, "deepseek-ocr": presets.deepseek_ocr_config}
-    config = make[preset](num_gpus, **given) if preset else load_config(**given)
+    if num_gpus is not None and (preset is None or "devices" in given):
+        raise InvalidRequestError(
+            f"--num-gpus {num_gpus} says how many devices a --preset has, beside no other --devices: give --preset, or "
+            f"--devices host:{max(num_gpus, 1)}",
+            asked=num_gpus,
+        )
+    config = make[preset](1 if num_gpus is None else num_gpus, **given) if preset else load_config(**given)
 
     async def run() -> Any:
         ensure_ray()  # no Ray is started for it: the pool would end with this command

@@ -19,9 +19,11 @@ class PoolEvent:
 
     ``kind`` is ``stored``, ``removed``, ``cleared`` (all content of the model at once), ``device_lost`` (with all that
     was on it) or ``missed``: events were lost on the way here, so that whoever keeps a list must begin again from
-    :meth:`CachePool.ls`. ``number`` tells models of one name apart, whose revisions, shards or layouts differ, as in
-    :meth:`CachePool.ls`; it stays as long as the pool. ``reason`` tells why content was removed: ``capacity``, ``request`` (an administrator's) or
+    :meth:`CachePool.ls`. ``reason`` tells why content was removed: ``capacity``, ``request`` (an administrator's) or
     ``invalidate``; ``gone`` if its writer died while it was being sealed.
+
+    ``number`` is that of the model, as in :meth:`CachePool.ls`: it tells models apart that share a name, whose
+    revision, shard or layout differ. It stays the same as long as the pool lives.
     """
 
     kind: str

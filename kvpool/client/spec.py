@@ -50,8 +50,8 @@ class ModelSpec:
     limit: int | str | None = None
 
     def __post_init__(self) -> None:
-        if not self.name:
-            raise InvalidRequestError("a model needs a name")
+        if not isinstance(self.name, str) or not self.name:
+            raise InvalidRequestError(f"a model needs a name, a text that is not empty; got {self.name!r}")
         if (self.dtype is None) != (self.block_shape is None):
             raise InvalidRequestError(f"model {self.name!r}: dtype and block_shape come together")
         if self.block_shape is not None and self.block_bytes is not None:

@@ -119,8 +119,8 @@ class Invalidations:
         rows = ledger.index.rows_of(model.space)
         ledger.void_marks.mark_all(model.space, ledger.invalidations)
         if ledger.journal.open:
-            which = {"number": model.number, "revision": model.revision}
-            ledger.journal.add(Happened("cleared", model.tenant, model.name, reason="invalidate", **which))
+            cleared = Happened("cleared", model.tenant, model.name, reason="invalidate")
+            ledger.journal.add(cleared._replace(number=model.number, revision=model.revision))
         ledger.index.bury_all(model.space)
         return rows
 

@@ -254,23 +254,31 @@ class Ledger:
         limit_bytes: int | None,
         revision: str = "",
     ) -> Model:
-        """Return the model of that tenant, name and fingerprint, made if need be.
+        """Return the model of that tenant, name and fingerprint, made if need be; raises as :meth:`known_model`."""
+        known = self.known_model(tenant, name, fingerprint, block_bytes, limit_bytes)
+        if known is not None:
+            return known
+        number, space = len(self.models), self.index.space(tenant, fingerprint)
+        model = Model(number, name, tenant, space, block_bytes, limit_bytes, fingerprint=fingerprint, revision=revision)
+        self.models.append(model)
+        self._by_space.setdefault(space, model)
+        self._models[tenant, name, fingerprint] = number
+        return model
+
+    def known_model(
+        self, tenant: str, name: str, fingerprint: str, block_bytes: int | None, limit_bytes: int | None
+    ) -> Model | None:
+        """Return the model of that tenant, name and fingerprint, None if it was never registered.
 
         Raises
         ------
         InvalidRequestError
             If it exists with another block size or limit.
         """
-        known = self._models.get((tenant, name, fingerprint))
-        if known is None:
-            known = len(self.models)
-            space = self.index.space(tenant, fingerprint)
-            self.models.append(
-                Model(known, name, tenant, space, block_bytes, limit_bytes, fingerprint=fingerprint, revision=revision)
-            )
-            self._by_space.setdefault(space, self.models[known])
-            self._models[tenant, name, fingerprint] = known
-        model = self.models[known]
+        number = self._models.get((tenant, name, fingerprint))
+        if number is None:
+            return None
+        model = self.models[number]
         if (model.block_bytes, model.limit_bytes) != (block_bytes, limit_bytes):
             raise InvalidRequestError(
                 f"model {name!r} is registered with block_bytes={model.block_bytes}, limit={model.limit_bytes}; "

@@ -146,6 +146,12 @@ class PoolState:
             spec["identity"].get("revision", ""),
         )  # fmt: skip
 
+    def find_model(self, client: str, spec: dict[str, Any]) -> Model | None:
+        """Return the model that a client describes as for :meth:`register_model`; None if nobody has registered it."""
+        tenant = self.ledger.client(client).tenant
+        identity = fingerprint(**spec["identity"])
+        return self.ledger.known_model(tenant, spec["name"], identity, spec["block_bytes"], spec["limit_bytes"])
+
     def set_policy(self, name: str, now: float) -> None:
         """Let another eviction policy decide from now on; it takes over what is resident.
 

@@ -120,6 +120,8 @@ async def test_a_preset_may_be_given_another_size_and_policy(cli: Cli, name: str
         (("start", "--name", "x", "--devices", "host:1x4MiB", "--policy", "optimal"), "'optimal'"),
         (("start", "--name", "x", "--devices", "host:1x4MiB", "--placement", "nearest"), "'nearest'"),
         (("start", "--preset", "vista", "--num-gpus", "0"), "asked for num_gpus=0"),
+        (("start", "--num-gpus", "2"), "give --preset, or --devices host:2"),
+        (("start", "--preset", "vista", "--num-gpus", "2", "--devices", "host:1"), "give --preset, or --devices"),
         (("replay", "absent.jsonl"), "there is no trace file absent.jsonl"),
         (("replay", "--capacity", "2"), "--capacity is a share"),
         (("replay", "--speed", "3x"), "--speed is one of max, 1x, 10x, not '3x'"),

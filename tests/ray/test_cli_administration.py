@@ -139,6 +139,7 @@ async def test_content_is_evicted_invalidated_and_trimmed(cli: Cli, filled) -> N
         (("evict",), "say how much is to go"),
         (("evict", "--all", "--bytes", "1MiB"), "say how much is to go"),
         (("evict", "--all", "--device", "host-9"), "no device 'host-9'"),
+        (("evict", "--all", "--model", "none"), "no model 'none'"),
         (("evict", "--bytes", "much"), "much"),
         (("invalidate", "--model", "m"), "say what is to go"),
         (("invalidate", "--model", "none", "--all"), "no model 'none'"),
@@ -209,7 +210,8 @@ async def test_events_are_lines_of_json_until_ctrl_c(filled, tmp_path) -> None:
         assert await process.wait() == 0
     assert lines == [
         removed(*keys(4)),
-        {"kind": "cleared", "tenant": "default", "model": "model", "number": 0, "revision": "7", "reason": "invalidate"},
+        {name: value for name, value in removed(None).items() if name not in ("key", "device", "size_bytes")}
+        | {"kind": "cleared", "reason": "invalidate"},
         lines[2],
     ]
     assert (lines[2]["kind"], lines[2]["model"]) == ("removed", "documents")
