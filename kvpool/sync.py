@@ -228,9 +228,9 @@ class Model:
         """By which the pool knows it."""
         return self._model.number
 
-    def contains(self, hashes: Sequence[bytes]) -> dict[str, Any]:
+    def contains(self, keys: bytes | str | Sequence[bytes | str]) -> dict[str, Any]:
         """See :meth:`kvpool.Model.contains`."""
-        return _run(self._model.contains, hashes)
+        return _run(self._model.contains, keys)
 
     def new_blocks(
         self, hashes: Sequence[bytes], *, parent: bytes | None = None, output_tokens: int | None = None

@@ -12,7 +12,7 @@ from kvpool.client.cache import VirtualKVCache
 from kvpool.client.connection import Connection
 from kvpool.client.copying import source_addresses
 from kvpool.client.putting import fill
-from kvpool.client.spec import ModelSpec, content_hash, join_hashes
+from kvpool.client.spec import ModelSpec, content_hash, content_hashes, join_hashes
 from kvpool.errors import InvalidRequestError
 from kvpool.sizes import parse_size
 
@@ -80,9 +80,9 @@ class Model:
         await hit.map()
         return hit
 
-    async def contains(self, hashes: Sequence[bytes]) -> dict[str, Any]:
-        """Tell how many leading ``hashes`` are resident, and where; see :meth:`CachePool.contains`."""
-        return await self._connection.contains(self.number, join_hashes(hashes))
+    async def contains(self, keys: bytes | str | Sequence[bytes | str]) -> dict[str, Any]:
+        """Tell how many leading ``keys`` are resident, and where; see :meth:`CachePool.contains`."""
+        return await self._connection.contains(self.number, join_hashes(content_hashes(keys)))
 
     async def new_blocks(
         self, hashes: Sequence[bytes], *, parent: bytes | None = None, output_tokens: int | None = None
