@@ -126,8 +126,9 @@ def content_hash(key: bytes | str) -> bytes:
 
 def content_hashes(keys: bytes | str | Sequence[bytes | str]) -> list[bytes]:
     """Return the hashes of keys: of one alone, or of several in a sequence; each as :func:`content_hash`."""
-    alone = isinstance(keys, (bytes, str)) or not isinstance(keys, Iterable)
-    return [content_hash(key) for key in ([keys] if alone else keys)]  # type: ignore[list-item]
+    if isinstance(keys, (bytes, str)) or not isinstance(keys, Iterable):
+        return [content_hash(keys)]
+    return [content_hash(key) for key in keys]
 
 
 def join_hashes(hashes: Sequence[bytes]) -> bytes:
@@ -140,7 +141,7 @@ def join_hashes(hashes: Sequence[bytes]) -> bytes:
     """
     if not hashes or any(not isinstance(h, bytes) or len(h) != HASH_BYTES for h in hashes):
         raise InvalidRequestError(
-            f"block hashes are {HASH_BYTES} bytes each, at least one: made by kvpool.encode_block_id(number), or of longer "
-            f"names by hashlib.blake2b(name, digest_size={HASH_BYTES}).digest()"
+            f"block hashes are {HASH_BYTES} bytes each, at least one: made by kvpool.encode_block_id(number), or by "
+            f"hashlib.blake2b(name, digest_size={HASH_BYTES}).digest()"
         )
     return b"".join(hashes)
