@@ -213,7 +213,9 @@ def evict(
     json_path: str | None,
 ) -> None:
     """Evict caches that nobody holds, in the order of the eviction policy."""
-    if everything == (size is not None):
+    if everything and size is not None:
+        raise InvalidRequestError(f"--bytes {size} and --all contradict each other: give one of them", asked=size)
+    if not everything and size is None:
         raise InvalidRequestError("say how much is to go: --bytes 1GiB, or --all (of --tenant, --model or --device)")
     size_bytes = parse_size(size) if size is not None else None
     went = _ask(name, "evict", tenant, model, device, size_bytes, doing="evicting from", timeout_s=STEPS_S)

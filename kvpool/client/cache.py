@@ -163,13 +163,16 @@ class VirtualKVCache:
     async def seal(self, key: bytes | str | None = None) -> None:
         """Make the cache immutable; with a key, make it known under it to all clients of the tenant.
 
+        A key cannot be given later: what is sealed without one is known to this process alone, cannot be looked up by
+        anyone, and is gone with its lease unless it is pinned. Give the key here, or copy it into a new cache.
+
         Views that are open stay writable (writing on is a breach). When another client sealed the same key first,
         that cache stays, and this handle changes over to it: open tensors keep the old memory.
 
         Raises
         ------
         SealedError
-            If it is sealed already with another key.
+            If it is sealed already with another key, or without one.
         CacheStateError
             If the cache that was sealed first under the key cannot be had here: it lies where this process cannot map
             it, or is evicted and sealed anew again and again.

@@ -139,7 +139,8 @@ class Directory:
         if len(found) > 1:
             each = ", ".join(f"{m.number} (revision {m.revision!r}, fingerprint {m.fingerprint})" for m in found[:8])
             raise InvalidRequestError(
-                f"{len(found)} models of tenant {tenant!r} are named {model!r}: name one by its number, of {each}",
+                f"{len(found)} models of tenant {tenant!r} are named {model!r}: name one by its number "
+                f"(--model=#{found[0].number} on the command line), of {each}",
                 asked=model,
             )
         rows = ledger.index.match(found[0].space, split_hashes(joined))
@@ -219,8 +220,8 @@ class Directory:
             known = index.key_of(row)
             if known != key:
                 raise SealedError(
-                    f"cache {cache_id} is sealed already, with key {known.hex() if known else None}; asked for "
-                    f"{key.hex() if key else None}: a sealed cache keeps its key",
+                    f"cache {cache_id} is sealed already, {_key_text(known)}; asked to seal it {_key_text(key)}: a "
+                    f"sealed cache keeps its key, or none. Copy it into a new cache and seal that {_key_text(key)}",
                     cache_id=cache_id,
                 )
         elif self._ledger.writers[cache_id].client != client.id:
@@ -282,3 +283,7 @@ class Directory:
         self._leases.settle(ids, codes, now)
         self._ledger.answer(batch, item, ("sealed", outcomes))
         self._leases.memory_freed(now)
+
+
+def _key_text(key: bytes | None) -> str:
+    return f"with key {key.hex()}" if key is not None else "without a key"

@@ -159,7 +159,7 @@ async def test_sealed_caches(pool):
             cache.tensor("uint8", (10,), access=Access.READ_WRITE)
         with pytest.raises(SealedError, match="keeps its key"):
             await cache.seal("second")
-        with pytest.raises(SealedError):
+        with pytest.raises(SealedError, match="asked to seal it without a key"):
             await cache.seal()
         with pytest.raises(InvalidRequestError, match="not empty"):
             await cache.seal("")
@@ -167,6 +167,11 @@ async def test_sealed_caches(pool):
             await cache.seal(7)
         assert not cache.numpy("uint8", (10,)).flags.writeable
         assert await held(pool) == before
+    async with await pool.request_cache("m", size=4096) as cache:
+        await cache.seal()
+        with pytest.raises(SealedError, match=r"sealed already, without a key; .*Copy it into a new cache"):
+            await cache.seal("too late")
+        assert await pool.find_cache("m", "too late") is None
 
 
 async def test_parents_and_hashes(pool):

@@ -77,6 +77,8 @@ async def test_a_pool_is_started_shown_and_stopped(cli: Cli, name: str) -> None:
             assert text in table
         refused = await cli("stop", "--name", name, code=2)
         assert refused.stderr.startswith("kvpool: ")
+        for way_out in (f"kvpool stop --name {name} --drain 60", f"kvpool leases --name {name} --revoke"):
+            assert way_out in refused.stderr
         assert name in pool_names()
 
     assert (await cli("stop", "--name", name)).stdout == f"pool {name} is deleted\n"

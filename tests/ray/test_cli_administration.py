@@ -137,7 +137,7 @@ async def test_content_is_evicted_invalidated_and_trimmed(cli: Cli, filled) -> N
         (("ls", "--model", "none"), "no model 'none' is registered"),
         (("contains", "--model", "none", "key"), "no model 'none' is registered by tenant 'default'"),
         (("evict",), "say how much is to go"),
-        (("evict", "--all", "--bytes", "1MiB"), "say how much is to go"),
+        (("evict", "--all", "--bytes", "1MiB"), "--bytes 1MiB and --all contradict each other"),
         (("evict", "--all", "--device", "host-9"), "no device 'host-9'"),
         (("evict", "--all", "--model", "none"), "no model 'none'"),
         (("evict", "--bytes", "much"), "much"),

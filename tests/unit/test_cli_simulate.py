@@ -39,7 +39,10 @@ def call(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
-def test_json_on_standard_output_is_nothing_but_json(trace: Path, requests: list[TraceRequest]) -> None:
+def test_json_on_standard_output_is_nothing_but_json(
+    trace: Path, requests: list[TraceRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvpool.cli.output._PROGRESS_AFTER_S", 1e9)  # a busy machine takes longer than a second
     result = call("simulate", trace, "--policy", "lru", "--capacity", "0.05", "--capacity", "40", "--json", "-")
     assert result.exit_code == 0
     assert result.stderr == ""

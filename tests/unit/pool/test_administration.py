@@ -168,7 +168,7 @@ def test_contains_tells_where_and_counts_as_no_use(pool):
 def test_a_name_that_several_models_have_is_no_name_for_contains(pool):
     spec = {"name": "m", "identity": {"model": "m", "revision": "2"}, "block_bytes": BLOCK, "limit_bytes": None}
     pool.state.register_model("c", spec)
-    with pytest.raises(InvalidRequestError, match=r"2 models .* named 'm'.*1 \(revision '2'"):
+    with pytest.raises(InvalidRequestError, match=r"2 models .* named 'm'.*--model=#0 .*1 \(revision '2'"):
         pool.state.directory.contains("default", "m", hashes([1]))
     with pytest.raises(InvalidRequestError, match=r"no model 'n'.*: there is m"):
         pool.state.directory.contains("default", "n", hashes([1]))
