@@ -264,7 +264,7 @@ class CachePool(BlockingAdministration):
         return cls(_run(client.CachePool.create, config, tenant=tenant, **settings))
 
     @classmethod
-    def connect(cls, name: str = "kvpool", *, tenant: str = "default") -> CachePool:
+    def connect(cls, name: str | None = None, *, tenant: str = "default") -> CachePool:
         """See :meth:`kvpool.CachePool.connect`."""
         return cls(_run(client.CachePool.connect, name, tenant=tenant))
 
@@ -335,6 +335,6 @@ class CachePool(BlockingAdministration):
         _run(self._pool.__aexit__, *exception)
 
 
-def delete(name: str = "kvpool", *, drain_s: float | None = None) -> None:
+def delete(name: str | None = None, *, drain_s: float | None = None) -> None:
     """See :func:`kvpool.delete`."""
     _run(client.delete, name, drain_s=drain_s)

@@ -121,7 +121,7 @@ def _show(stats: Any, json_path: str | None) -> None:
                 "backed": format_size(device.backed_bytes),
                 "reserve": format_size(device.reserve_bytes),
                 "zombie": format_size(device.zombie_bytes),
-                "pinned": format_size(device.pinned_bytes),
+                "held": format_size(device.pinned_bytes),  # by leases too: "pinned", in 'ls', is by word alone
                 "caches": device.caches,
                 "evictions": device.evictions,
                 "state": "lost" if device.lost else "ok",
@@ -131,6 +131,6 @@ def _show(stats: Any, json_path: str | None) -> None:
     )
     click.echo(
         f"{stats.clients} clients, {stats.keys:,} keys, {stats.waiting} requests waiting; "
-        f"{stats.blocks_hit:,} of {stats.blocks_looked_up:,} blocks hit ({stats.hit_ratio:.1%}), "
+        f"{stats.blocks_hit:,} of {stats.blocks_looked_up:,} blocks hit ({stats.hit_ratio:.2%}), "
         f"{stats.evictions:,} evictions, {stats.refusals:,} refusals"
     )

@@ -111,7 +111,7 @@ class Model:
         parent: bytes | None = None,
         output_tokens: int | None = None,
     ) -> int:
-        """Store blocks with one copy; returns how many leading hashes are in the pool now.
+        """Store blocks with one copy, as many from the front as there is room for.
 
         Parameters
         ----------
@@ -123,6 +123,12 @@ class Model:
             Hash in front of the first block; None: a root.
         output_tokens
             Length of the answer to the request, where it is known: a hint for the eviction policy.
+
+        Returns
+        -------
+        int
+            How many leading ``hashes`` are in the pool now: those that were there already and those that were stored by
+            this call. For the blocks behind them there was no room, or the policy found them not worth it.
 
         Raises
         ------

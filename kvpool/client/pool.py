@@ -113,17 +113,26 @@ class CachePool(Administration):
         return cls(await Connection.open(config.name, tenant))
 
     @classmethod
-    async def connect(cls, name: str = "kvpool", *, tenant: str = "default") -> CachePool:
+    async def connect(cls, name: str | None = None, *, tenant: str = "default") -> CachePool:
         """Connect to a running pool.
+
+        Parameters
+        ----------
+        name
+            By default that of ``KVPOOL_NAME`` or ``kvpool.yaml``, as for the commands; else ``kvpool``.
+        tenant
+            Protection domain of this connection.
 
         Raises
         ------
+        ConfigError
+            If there is no name given, and the configuration cannot be used.
         PoolNotFoundError
             If none of that name runs.
         ProtocolError
             If it was started by another version of kvpool: says how to drain and restart it.
         """
-        return cls(await Connection.open(name, tenant))
+        return cls(await Connection.open(load_config().name if name is None else name, tenant))
 
     @property
     def name(self) -> str:
@@ -267,7 +276,8 @@ async def delete_pool(actor: Any, drain_s: float | None, leaving: str | None = N
     await end(actor)
 
 
-async def delete(name: str = "kvpool", *, drain_s: float | None = None) -> None:
-    """End a running pool without connecting to it; see :meth:`CachePool.delete`."""
+async def delete(name: str | None = None, *, drain_s: float | None = None) -> None:
+    """End a running pool without connecting to it; see :meth:`CachePool.delete`. ``name``: as for ``connect``."""
+    name = load_config().name if name is None else name
     ensure_ray()
     await delete_pool(find_pool(name), drain_s)

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 from command_line import Cli, call_process
 
-from kvpool import CachePool
+from kvpool import CachePool, sync
 from kvpool.actors.cluster import ensure_ray, pool_names
 from kvpool.cli import main
 from kvpool.client import delete
@@ -229,10 +229,23 @@ async def test_every_command_means_the_pool_of_the_configuration(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "kvpool.yaml").write_text(f"name: {name}\ndevices: host:1x4MiB\n", encoding="utf-8")
-    for command in (["start"], ["status", "--json", "-"], ["stop"]):
+    for command in (["start"], ["status", "--json", "-"]):
         done = await asyncio.to_thread(CliRunner().invoke, main, command)
         assert done.exit_code == 0, done.output
+    async with await CachePool.connect() as pool:
+        assert pool.name == name
+    with pytest.raises(PoolNotFoundError, match="'another'"):
+        await CachePool.connect("another")
+    blocking = await asyncio.to_thread(sync.CachePool.connect)
+    assert blocking.name == name
+    await asyncio.to_thread(blocking.close)
+    done = await asyncio.to_thread(CliRunner().invoke, main, ["stop"])
+    assert done.exit_code == 0, done.output
     assert name not in pool_names()
+    monkeypatch.setenv("KVPOOL_NAME", "elsewhere")
+    for ask in (CachePool.connect, delete):
+        with pytest.raises(PoolNotFoundError, match="'elsewhere'"):
+            await ask()
 
 
 def test_an_address_at_which_nobody_listens_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

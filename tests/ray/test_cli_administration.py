@@ -63,6 +63,7 @@ async def test_listings_and_questions(cli: Cli, filled) -> None:
     table = (await cli("ls", *on, "--model", number)).stdout
     assert all(text in table for text in written(1, 2, 3, 4)), "as KEY is taken"
     assert f"│ {number} " in table.partition("\ncaches ")[2], "which of several revisions a cache is of"
+    assert f"│ {listed['caches'][0]['id']} │" in table, "an id, not a number to be read aloud"
     chain = written(1, 2, 9)
     assert (await cli("contains", *on, "--model", "model", *chain)).stdout == "2 of 3 in the pool: 2 on host-0\n"
     assert (await cli("contains", *on, "--model", "documents", "page 1")).stdout.startswith("1 of 1 in the pool")

@@ -62,7 +62,7 @@ def test_a_table_is_printed_by_default_and_json_goes_to_a_file(trace: Path, tmp_
     assert row["capacity"] == 0.05
     result = call("simulate", trace)
     assert "small.jsonl" in result.stdout
-    for text in ("prefix hit ratio", "accesses per s", f"{row['prefix_hit_ratio']:.4g}", f"{row['evictions']:,}"):
+    for text in ("prefix hit ratio", "accesses per s", f"{row['prefix_hit_ratio']:.2%}", f"{row['evictions']:,}"):
         assert text in result.stdout, "nothing is cut off where the output has no width"
 
 
