@@ -14,10 +14,12 @@ from typing import Any
 from kvpool.cache.key import check_hash, split_hashes
 from kvpool.cache.store import FREED, RELEASED
 from kvpool.errors import CacheStateError, InvalidRequestError, SealedError, UnknownCacheError
+from kvpool.pool.client import Client
 from kvpool.pool.fanout import Fanout, nothing_more
 from kvpool.pool.instructions import Batch
 from kvpool.pool.leases import Leases
-from kvpool.pool.ledger import Client, Ledger, Model
+from kvpool.pool.ledger import Ledger
+from kvpool.pool.model import Model
 
 
 class Directory:

@@ -19,7 +19,8 @@ from kvpool.pool import removal
 from kvpool.pool.instructions import Answer, Batch
 from kvpool.pool.journal import Happened
 from kvpool.pool.leases import Leases
-from kvpool.pool.ledger import Ledger, Model
+from kvpool.pool.ledger import Ledger
+from kvpool.pool.model import Model
 from kvpool.pool.removal import Gone, send_removals
 from kvpool.pool.requests import CacheRequest
 from kvpool.sizes import MIB

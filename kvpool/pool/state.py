@@ -14,6 +14,8 @@ from kvpool.cache.key import fingerprint
 from kvpool.errors import InvariantError, KvpoolError, ProtocolError
 from kvpool.pool.allocation import Allocations
 from kvpool.pool.blocks import BlockAllocations
+from kvpool.pool.client import Client
+from kvpool.pool.device import Device
 from kvpool.pool.directory import Directory
 from kvpool.pool.evictions import Evictions
 from kvpool.pool.fanout import Fanout
@@ -42,7 +44,8 @@ from kvpool.pool.instructions import (
 )
 from kvpool.pool.invalidation import Invalidations
 from kvpool.pool.leases import PINNER, Leases
-from kvpool.pool.ledger import Client, Device, Ledger, Model
+from kvpool.pool.ledger import Ledger
+from kvpool.pool.model import Model
 from kvpool.pool.revocation import Revocations
 from kvpool.pool.room import Room
 
