@@ -18,12 +18,25 @@ from pydantic_settings import (
 )
 
 from kvpool.errors import ConfigError, InvalidSizeError
-from kvpool.sizes import MIB, parse_size
+from kvpool.sizes import MIB, format_size, parse_size
 
 _PREFIX = "KVPOOL_"
 _ELSEWHERE = {"KVPOOL_TRACES", "KVPOOL_CONFIG", "KVPOOL_HOST"}  # read by other parts, not settings of a pool
 MOST_DEVICES = 1024
 _DEVICES = re.compile(r"host:([1-9][0-9]*)(?:x(.+))?")
+
+_WANTED = {
+    "string_type": "text",
+    "string_pattern_mismatch": "1 to 63 letters, digits and _ . -, of which a letter or digit is the first",
+    "path_type": "a path",
+    **dict.fromkeys(("int_type", "int_parsing", "int_parsing_size", "int_from_float"), "a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "a number"),
+    "finite_number": "a finite number",
+    "greater_than": "more than {gt:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "less_than_equal": "at most {le:g}",
+}
+"""What is possible, by the type of pydantic's error: its own wording speaks of types and URLs."""
 
 SizeBytes = Annotated[int, BeforeValidator(parse_size)]
 
@@ -101,6 +114,12 @@ class PoolConfig(BaseSettings):
     socket_dir: Path | None = Field(None, description="folder of the device sockets; by default a private one in /tmp")
     preset: str | None = Field(None, description="name of the preset this config came from, for the statistics")
 
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError("; ".join(_explain(item) for item in error.errors()), asked=sorted(values)) from None
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -168,8 +187,10 @@ class PoolConfig(BaseSettings):
             plans.append(DevicePlan(size_bytes - size_bytes % page_bytes, page_bytes))
             if not plans[-1].capacity_bytes:
                 raise ConfigError(
-                    f"a device of {size_bytes} bytes is smaller than one page ({page_bytes} bytes): make the device "
-                    "larger or the page smaller"
+                    f"devices={self.devices!r}: a device of {format_size(size_bytes)} is smaller than one page: give "
+                    f"each at least {format_size(page_bytes)}, or set page_size to a smaller one",
+                    asked_bytes=size_bytes,
+                    least_bytes=page_bytes,
                 )
         return plans
 
@@ -205,8 +226,6 @@ def load_config(**arguments: Any) -> PoolConfig:
     try:
         config = PoolConfig(**arguments)
         config.device_sizes_bytes()
-    except ValidationError as error:
-        raise ConfigError("; ".join(_explain(item) for item in error.errors()), asked=sorted(arguments)) from None
     except InvalidSizeError as error:
         raise ConfigError(f"devices: {error}", **error.details) from None
     return config
@@ -230,4 +249,9 @@ def _explain(item: Any) -> str:
     key = ".".join(str(part) for part in item["loc"]) or "config"
     if item["type"] == "extra_forbidden":
         return f"unknown config key {key!r}; possible: {_possible()}"
-    return f"config key {key!r}: {item['msg']} (given: {item['input']!r})"
+    limits = item.get("ctx", {})
+    if "error" in limits:  # a check of our own
+        return f"config key {key!r}: {limits['error']}"
+    wanted = _WANTED.get(item["type"], "another value").format(**limits)
+    means = PoolConfig.model_fields[str(item["loc"][0])].description if item["loc"] else "settings of a pool"
+    return f"config key {key!r} must be {wanted}, not {item['input']!r} ({means})"

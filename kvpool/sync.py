@@ -81,7 +81,7 @@ class VirtualKVCache:
         return self._cache.blocks
 
     def tensor(
-        self, dtype: Any, shape: Sequence[int], *, offset_bytes: int = 0, access: Access | None = None
+        self, dtype: Any, shape: Sequence[int] | int, *, offset_bytes: int = 0, access: Access | None = None
     ) -> torch.Tensor:
         """See :meth:`kvpool.VirtualKVCache.tensor`."""
         return self._cache.tensor(dtype, shape, offset_bytes=offset_bytes, access=access)
@@ -238,9 +238,9 @@ class Model:
         """By which the pool knows it."""
         return self._model.number
 
-    def contains(self, hashes: Sequence[bytes]) -> dict[str, Any]:
+    def contains(self, keys: bytes | str | Sequence[bytes | str]) -> dict[str, Any]:
         """See :meth:`kvpool.Model.contains`."""
-        return _run(self._model.contains, hashes)
+        return _run(self._model.contains, keys)
 
     def new_blocks(
         self, hashes: Sequence[bytes], *, parent: bytes | None = None, output_tokens: int | None = None
@@ -277,7 +277,7 @@ class CachePool(BlockingAdministration):
         return cls(_run(client.CachePool.create, config, tenant=tenant, **settings))
 
     @classmethod
-    def connect(cls, name: str = "kvpool", *, tenant: str = "default") -> CachePool:
+    def connect(cls, name: str | None = None, *, tenant: str = "default") -> CachePool:
         """See :meth:`kvpool.CachePool.connect`."""
         return cls(_run(client.CachePool.connect, name, tenant=tenant))
 
@@ -348,6 +348,6 @@ class CachePool(BlockingAdministration):
         _run(self._pool.__aexit__, *exception)
 
 
-def delete(name: str = "kvpool", *, drain_s: float | None = None) -> None:
+def delete(name: str | None = None, *, drain_s: float | None = None) -> None:
     """See :func:`kvpool.delete`."""
     _run(client.delete, name, drain_s=drain_s)

@@ -117,7 +117,9 @@ def _parse_jsonl(lines: Iterator[str]) -> Iterator[TraceRequest]:
     predecessors: dict[int, int] = {}
     for text in lines:
         try:
-            fields = json.loads(text)
+            fields = json.loads(text.rstrip("\r\n"))
+        except json.JSONDecodeError as error:  # its text names a line, of this one
+            raise _Unusable(f"it is not JSON ({error.msg}, at column {error.colno})") from None
         except (ValueError, RecursionError) as error:
             raise _Unusable(f"it is not JSON ({error})") from None
         if not isinstance(fields, dict):

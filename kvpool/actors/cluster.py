@@ -73,12 +73,7 @@ def ensure_ray(*, start: Callable[[], Any] | None = None) -> None:
             "'kvpool doctor' says more"
         ) from error
     try:
-        ray.init(
-            address=address,
-            namespace=NAMESPACE,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-        )
+        _init(address=address)
     except ConnectionError as error:
         if start is None:
             raise PoolNotFoundError(
@@ -97,13 +92,23 @@ def knock(address: str) -> None:
 
 def start_local_ray() -> None:
     """Start a Ray of this process alone, whatever else runs on this machine."""
-    ray.init(
-        address="local",
-        namespace=NAMESPACE,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-    )
+    _init(address="local", include_dashboard=False)
+
+
+def _init(**options: Any) -> None:
+    """Connect to Ray, or start it. From another thread than the main one it warns that it handles no SIGTERM: why not
+    is plain (the blocking client has a thread of its own), and nothing is to be done about it.
+    """
+    logger = logging.getLogger("ray._private.worker")
+    logger.addFilter(_tells_more_than_sigterm)
+    try:
+        ray.init(namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING, **options)
+    finally:
+        logger.removeFilter(_tells_more_than_sigterm)
+
+
+def _tells_more_than_sigterm(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("SIGTERM handler is not set")
 
 
 def ensure_own_ray() -> None:

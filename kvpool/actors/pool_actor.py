@@ -191,6 +191,14 @@ class PoolActor(Administration):
         except KvpoolError as error:
             return ("error", *error.to_wire())
 
+    async def find_model(self, client: str, spec: dict[str, Any]) -> Any:
+        """Return ``("model", number)`` as :meth:`register_model`, number None if nobody has registered it."""
+        try:
+            found = self._state.find_model(client, spec)
+        except KvpoolError as error:
+            return ("error", *error.to_wire())
+        return "model", None if found is None else found.number
+
     async def request_caches(self, client: str, items: list[Any]) -> list[Any]:
         """Ask for caches: ``("granted", id, device, size, max_size, place)``, ``("queued", ticket)`` or an error."""
         return await self._lease(CachesRequested, CACHE_ITEM, client, items)

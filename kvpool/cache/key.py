@@ -8,6 +8,7 @@ block, because the caller chains hashes (each covers its parent's).
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from typing import Any, NamedTuple, TypeAlias
@@ -37,10 +38,16 @@ def encode_block_id(block_id: int) -> BlockHash:
     Raises
     ------
     InvalidRequestError
-        If the id is negative or needs more than 16 bytes.
+        If the id is no whole number, is negative or needs more than 16 bytes.
     """
     try:
-        return block_id.to_bytes(HASH_BYTES, "big")
+        return operator.index(block_id).to_bytes(HASH_BYTES, "big")
+    except TypeError:
+        raise InvalidRequestError(
+            f"a block id is a whole number, not {block_id!r}: what is named by text is hashed, for instance with "
+            f"hashlib.blake2b(text.encode(), digest_size={HASH_BYTES}).digest()",
+            asked=repr(block_id),
+        ) from None
     except OverflowError:
         raise InvalidRequestError(
             f"a block id must be at least 0 and below 2**{8 * HASH_BYTES}, not {block_id}", asked=str(block_id)

@@ -90,9 +90,12 @@ class LazyGroup(click.Group):
 def main(ctx: click.Context) -> None:
     """One elastic pool of KV-cache memory for many models on a Ray cluster."""
     try:
-        set_up_command_line()
+        end_telemetry = set_up_command_line()
     except ConfigError as error:
         click.echo(f"kvpool: not traced: {error}", err=True)
+    else:
+        if end_telemetry is not None:
+            ctx.call_on_close(end_telemetry)  # after the span, which is entered later
     if ctx.invoked_subcommand not in _OF_MANY_CALLS:
         span = trace.get_tracer(SCOPE, __version__).start_as_current_span(
             f"kvpool.cli.{ctx.invoked_subcommand}", record_exception=False, set_status_on_exception=False

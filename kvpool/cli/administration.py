@@ -126,8 +126,9 @@ def ls(
     print_rows(f"models of pool {name}", [_without(each, "fingerprint") for each in models])
     if listed["caches"]:
         rows = [
-            each | {"key": format_key(each["key"]) if each["key"] else None, "bytes": format_size(each["bytes"]),
-                    "idle_s": _age(each["idle_s"])}
+            each | {"id": str(each["id"]), "key": format_key(each["key"]) if each["key"] else None,
+                    "number": format_model(each["number"]) if each["number"] is not None else None,
+                    "bytes": format_size(each["bytes"]), "idle_s": _age(each["idle_s"])}
             for each in listed["caches"]
         ]  # fmt: skip
         print_rows("caches", [{("idle" if key == "idle_s" else key): row[key] for key in row} for row in rows])
@@ -212,7 +213,9 @@ def evict(
     json_path: str | None,
 ) -> None:
     """Evict caches that nobody holds, in the order of the eviction policy."""
-    if everything == (size is not None):
+    if everything and size is not None:
+        raise InvalidRequestError(f"--bytes {size} and --all contradict each other: give one of them", asked=size)
+    if not everything and size is None:
         raise InvalidRequestError("say how much is to go: --bytes 1GiB, or --all (of --tenant, --model or --device)")
     size_bytes = parse_size(size) if size is not None else None
     went = _ask(name, "evict", tenant, model, device, size_bytes, doing="evicting from", timeout_s=STEPS_S)

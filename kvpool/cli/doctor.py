@@ -25,7 +25,7 @@ def doctor(json_path: str | None, here: bool, **settings: Any) -> None:
     """
     from kvpool.config import load_config
     from kvpool.doctor.examination import examine, no_survey
-    from kvpool.doctor.finding import FAILED, OK
+    from kvpool.doctor.finding import FAILED, OK, WARNING
     from kvpool.doctor.survey import survey
 
     config = load_config(**{key: value for key, value in settings.items() if value is not None})
@@ -40,6 +40,6 @@ def doctor(json_path: str | None, here: bool, **settings: Any) -> None:
         for finding in findings:
             if finding.result != OK:
                 click.echo(f"{finding.check}, {finding.where}: {finding.mend}")
-        bad = sum(finding.result == FAILED for finding in findings)
-        click.echo(f"{len(findings)} checks, {bad} failed")
+        failed, warned = (sum(finding.result == result for finding in findings) for result in (FAILED, WARNING))
+        click.echo(f"{len(findings)} checks, {failed} failed, {warned} with a warning")
     click.get_current_context().exit(1 if any(finding.result == FAILED for finding in findings) else 0)

@@ -10,7 +10,7 @@ import click
 from kvpool.cli.options import JSON, NAME
 from kvpool.cli.output import print_rows, write_json
 from kvpool.cli.spinner import working
-from kvpool.errors import KvpoolError
+from kvpool.errors import InvalidRequestError, KvpoolError
 from kvpool.sizes import format_size
 
 
@@ -24,9 +24,9 @@ from kvpool.sizes import format_size
 @click.option("--disk-url", help="Folder or fsspec URL below that.  [default: none]")
 @click.option("--disk-budget", help="Most bytes there, for each device.  [default: 10GiB]")
 @click.option("--preset", type=click.Choice(["vista", "deepseek-ocr"]), help="Sizes and policy of a known application.")
-@click.option("--num-gpus", type=int, default=1, show_default=True, help="Devices of a preset.")
+@click.option("--num-gpus", type=int, help="Number of devices of a --preset.  [default: 1]")
 @JSON
-def start(preset: str | None, num_gpus: int, json_path: str | None, **settings: Any) -> None:
+def start(preset: str | None, num_gpus: int | None, json_path: str | None, **settings: Any) -> None:
     """Start a pool in the running Ray cluster, or join the same one.
 
     What is not given here comes from KVPOOL_* variables and kvpool.yaml.
@@ -39,7 +39,13 @@ def start(preset: str | None, num_gpus: int, json_path: str | None, **settings: 
 
     given = {key: value for key, value in settings.items() if value is not None}
     make = {"vista": presets.vista_config, "deepseek-ocr": presets.deepseek_ocr_config}
-    config = make[preset](num_gpus, **given) if preset else load_config(**given)
+    if num_gpus is not None and (preset is None or "devices" in given):
+        raise InvalidRequestError(
+            f"--num-gpus {num_gpus} says how many devices a --preset has, beside no other --devices: give --preset, or "
+            f"--devices host:{max(num_gpus, 1)}",
+            asked=num_gpus,
+        )
+    config = make[preset](1 if num_gpus is None else num_gpus, **given) if preset else load_config(**given)
 
     async def run() -> Any:
         ensure_ray()  # no Ray is started for it: the pool would end with this command
@@ -118,7 +124,7 @@ def _show(stats: Any, json_path: str | None) -> None:
                 "backed": format_size(device.backed_bytes),
                 "reserve": format_size(device.reserve_bytes),
                 "zombie": format_size(device.zombie_bytes),
-                "pinned": format_size(device.pinned_bytes),
+                "held": format_size(device.pinned_bytes),  # by leases too: "pinned", in 'ls', is by word alone
                 "caches": device.caches,
                 "evictions": device.evictions,
                 "state": "lost" if device.lost else "ok",
@@ -131,7 +137,7 @@ def _show(stats: Any, json_path: str | None) -> None:
         print_rows("below the devices", [_lower_row(device.name, device.lower) for device in lower])
     click.echo(
         f"{stats.clients} clients, {stats.keys:,} keys, {stats.waiting} requests waiting; "
-        f"{stats.blocks_hit:,} of {stats.blocks_looked_up:,} blocks hit ({stats.hit_ratio:.1%}), "
+        f"{stats.blocks_hit:,} of {stats.blocks_looked_up:,} blocks hit ({stats.hit_ratio:.2%}), "
         f"{stats.evictions:,} evictions, {stats.refusals:,} refusals"
     )
 

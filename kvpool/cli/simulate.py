@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -11,7 +12,7 @@ from kvpool.cache.eviction import find_policy, policy_names
 from kvpool.cli.options import JSON
 from kvpool.cli.output import print_rows, progress, write_json
 from kvpool.comparison import Cell, as_json, compare, printable, run_cells, write
-from kvpool.simulate import capacity_in_blocks
+from kvpool.simulate import SimulationRow, capacity_in_blocks
 from kvpool.workload import read_trace, unique_blocks
 
 _ALL = "all"
@@ -26,6 +27,10 @@ def parse_capacity(text: str | float) -> float:
         raise click.BadParameter(
             f"{text!r} is neither a share such as 0.05 nor a number of blocks such as 5000"
         ) from None
+
+
+def _printable(rows: Sequence[SimulationRow]) -> list[dict[str, object]]:
+    return [{**row, "seed": str(row["seed"]), "prefix_hit_ratio": f"{row['prefix_hit_ratio']:.2%}"} for row in rows]
 
 
 @click.command()
@@ -101,14 +106,14 @@ def simulate(
         if json_path is not None:
             write_json(json_path, {"rows": rows})
         else:
-            print_rows(title, rows)
+            print_rows(title, _printable(rows))
         return
     table = compare(requests, rows, capacities, host_capacity)
     payload = as_json(rows, table, capacities)
     if json_path is not None:
         write_json(json_path, payload)
     else:
-        print_rows(title, rows)
+        print_rows(title, _printable(rows))
         print_rows("prefix hits, % of all blocks, by capacity", printable(table, capacities))
     for file in write(title, payload, table, out) if out is not None else []:
         click.echo(f"wrote {file}", err=True)

@@ -14,7 +14,7 @@ from kvpool.actors.protocol import STEPS_S
 from kvpool.client.connection import Connection
 from kvpool.client.events import EventStream
 from kvpool.client.model import Model
-from kvpool.client.spec import content_hash, join_hashes
+from kvpool.client.spec import content_hashes, join_hashes
 from kvpool.sizes import parse_size
 
 EVERYTHING = "all"
@@ -73,10 +73,17 @@ class Administration:
         connection = self._connection
         return dict(await connection.call(connection.actor.revoke, client, connection.tenant))
 
-    async def contains(self, model: Model | str | int, hashes: Sequence[bytes]) -> dict[str, Any]:
-        """Tell how many leading ``hashes`` of a chain are resident, and where, without a lease: for routers.
+    async def contains(self, model: Model | str | int, keys: bytes | str | Sequence[bytes | str]) -> dict[str, Any]:
+        """Tell how many leading ``keys`` of a chain are resident, and where, without a lease: for routers.
 
         Counts as no use: neither the policy nor the statistics see it. Concurrent calls leave in one.
+
+        Parameters
+        ----------
+        model
+            A model, its number, or a name that only one model has.
+        keys
+            Hashes of 16 bytes, or what was given to ``seal(key=...)``; one, or several in a sequence.
 
         Returns
         -------
@@ -86,10 +93,10 @@ class Administration:
         Raises
         ------
         InvalidRequestError
-            If there is no such model, or several of that name (revisions, shards): then give its number, from
-            :meth:`ls` or :attr:`Model.number`.
+            If a key is none, there is no such model, or several have that name (revisions, shards): then give its
+            number, from :meth:`ls` or :attr:`Model.number`.
         """
-        return await self._connection.contains(_named(model), join_hashes(hashes))
+        return await self._connection.contains(_named(model), join_hashes(content_hashes(keys)))
 
     async def evict(
         self, size: int | str, *, model: Model | str | int | None = None, device: str | None = None
@@ -137,8 +144,7 @@ class Administration:
             ``caches`` and ``bytes`` that were published, how many were ``unsealed``, and what is still ``held``:
             ``{client: (caches, bytes)}``.
         """
-        connection, each = self._connection, [keys] if isinstance(keys, (bytes, str)) else keys
-        hashes = None if each is None else [content_hash(key) for key in each]
+        connection, hashes = self._connection, None if keys is None else content_hashes(keys)
         return dict(
             await connection.call(
                 connection.actor.invalidate, _named(model), hashes, connection.tenant, timeout_s=STEPS_S

@@ -32,9 +32,9 @@ class BlockingAdministration:
         """See :meth:`kvpool.CachePool.revoke`."""
         return dict(self._run(self._pool.revoke, client))
 
-    def contains(self, model: Any, hashes: Sequence[bytes]) -> dict[str, Any]:
+    def contains(self, model: Any, keys: bytes | str | Sequence[bytes | str]) -> dict[str, Any]:
         """See :meth:`kvpool.CachePool.contains`."""
-        return dict(self._run(self._pool.contains, model, hashes))
+        return dict(self._run(self._pool.contains, model, keys))
 
     def evict(self, size: int | str, *, model: Any = None, device: str | None = None) -> dict[str, int]:
         """See :meth:`kvpool.CachePool.evict`."""

@@ -21,7 +21,7 @@ from kvpool.errors import (
     from_wire,
 )
 from kvpool.memory.backend import Access
-from kvpool.memory.dlpack import MappedTensorSource, as_numpy, as_torch, dtype_name, tensor_bytes
+from kvpool.memory.dlpack import MappedTensorSource, as_numpy, as_torch, check_shape, dtype_name, tensor_bytes
 
 if TYPE_CHECKING:
     import numpy
@@ -94,7 +94,7 @@ class VirtualKVCache:
         return self._lease.released
 
     def tensor(
-        self, dtype: Any, shape: Sequence[int], *, offset_bytes: int = 0, access: Access | None = None
+        self, dtype: Any, shape: Sequence[int] | int, *, offset_bytes: int = 0, access: Access | None = None
     ) -> torch.Tensor:
         """Return a torch tensor over the cache's memory, without a copy.
 
@@ -103,7 +103,8 @@ class VirtualKVCache:
         dtype
             Of torch, or its name.
         shape
-            Whose bytes, from ``offset_bytes`` on, must lie within the cache.
+            As numpy takes it, all of its dimensions 1 or more. Its bytes, from ``offset_bytes`` on, must lie within the
+            cache.
         access
             ``Access.READ`` or ``Access.READ_WRITE``; by default writable until the cache is sealed and read-only from
             then on. Writing to a read-only tensor is a fault (SIGSEGV; ``python -X faulthandler`` shows where).
@@ -118,7 +119,7 @@ class VirtualKVCache:
         return as_torch(self._view(dtype, shape, offset_bytes, access))
 
     def numpy(
-        self, dtype: Any, shape: Sequence[int], *, offset_bytes: int = 0, access: Access | None = None
+        self, dtype: Any, shape: Sequence[int] | int, *, offset_bytes: int = 0, access: Access | None = None
     ) -> numpy.ndarray[Any, Any]:
         """Return a numpy array over the cache's memory, without a copy; see :meth:`tensor`."""
         return as_numpy(self._view(dtype, shape, offset_bytes, access))
@@ -133,19 +134,24 @@ class VirtualKVCache:
             )
         return asked
 
-    def _view(self, dtype: Any, shape: Sequence[int], offset_bytes: int, asked: Access | None) -> MappedTensorSource:
+    def _view(
+        self, dtype: Any, shape: Sequence[int] | int, offset_bytes: int, asked: Access | None
+    ) -> MappedTensorSource:
         self._lease.check_held()
         access = self._access(asked)
         name = dtype_name(dtype)
+        shape = check_shape(shape)
         view_bytes = tensor_bytes(shape, name)
         if (
-            offset_bytes < 0
+            not isinstance(offset_bytes, int)
+            or offset_bytes < 0
             or offset_bytes % tensor_bytes((1,), name)
-            or not 0 < offset_bytes + view_bytes <= self.size_bytes
+            or offset_bytes + view_bytes > self.size_bytes
         ):
             raise TensorMismatchError(
                 f"{name}{list(shape)} at {offset_bytes} takes bytes {offset_bytes} to {offset_bytes + view_bytes}, but "
-                f"cache {self.id} has {self.size_bytes}: ask for a larger cache or a smaller tensor",
+                f"cache {self.id} has {self.size_bytes}: ask for a larger cache or a smaller tensor, at a multiple of "
+                "its element's bytes",
                 asked_bytes=offset_bytes + view_bytes,
                 size_bytes=self.size_bytes,
             )
@@ -161,13 +167,16 @@ class VirtualKVCache:
         With ``durable``, or where the pool's ``write_policy`` is ``write_through``, it returns when a cache with a key
         is on disk and survives every process.
 
+        A key cannot be given later: what is sealed without one is known to this process alone, cannot be looked up by
+        anyone, and is gone with its lease unless it is pinned. Give the key here, or copy it into a new cache.
+
         Views that are open stay writable (writing on is a breach). When another client sealed the same key first,
         that cache stays, and this handle changes over to it: open tensors keep the old memory.
 
         Raises
         ------
         SealedError
-            If it is sealed already with another key.
+            If it is sealed already with another key, or without one.
         InvalidRequestError
             If it is to be durable, and has no key by which it could be found again.
         TierError

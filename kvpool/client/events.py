@@ -21,6 +21,9 @@ class PoolEvent:
     was on it) or ``missed``: events were lost on the way here, so that whoever keeps a list must begin again from
     :meth:`CachePool.ls`. ``reason`` tells why content was removed: ``capacity``, ``request`` (an administrator's) or
     ``invalidate``; ``gone`` if its writer died while it was being sealed.
+
+    ``number`` is that of the model, as in :meth:`CachePool.ls`: it tells models apart that share a name, whose
+    revision, shard or layout differ. It stays the same as long as the pool lives.
     """
 
     kind: str
@@ -31,6 +34,8 @@ class PoolEvent:
     device: str | None = None
     size_bytes: int | None = None
     reason: str | None = None
+    number: int | None = None
+    revision: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return what applies, as JSON types: hashes as hexadecimal digits."""

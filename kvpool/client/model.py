@@ -12,7 +12,7 @@ from kvpool.client.cache import VirtualKVCache
 from kvpool.client.connection import Connection
 from kvpool.client.copying import source_addresses
 from kvpool.client.putting import fill
-from kvpool.client.spec import ModelSpec, content_hash, join_hashes
+from kvpool.client.spec import ModelSpec, content_hash, content_hashes, join_hashes
 from kvpool.errors import InvalidRequestError
 from kvpool.sizes import parse_size
 
@@ -85,9 +85,9 @@ class Model:
         await hit.map()
         return hit
 
-    async def contains(self, hashes: Sequence[bytes]) -> dict[str, Any]:
-        """Tell how many leading ``hashes`` are resident, and where; see :meth:`CachePool.contains`."""
-        return await self._connection.contains(self.number, join_hashes(hashes))
+    async def contains(self, keys: bytes | str | Sequence[bytes | str]) -> dict[str, Any]:
+        """Tell how many leading ``keys`` are resident, and where; see :meth:`CachePool.contains`."""
+        return await self._connection.contains(self.number, join_hashes(content_hashes(keys)))
 
     async def new_blocks(
         self, hashes: Sequence[bytes], *, parent: bytes | None = None, output_tokens: int | None = None
@@ -117,7 +117,7 @@ class Model:
         output_tokens: int | None = None,
         durable: bool = False,
     ) -> int:
-        """Store blocks with one copy; returns how many leading hashes are in the pool now.
+        """Store blocks with one copy, as many from the front as there is room for.
 
         Parameters
         ----------
@@ -131,6 +131,12 @@ class Model:
             Length of the answer to the request, where it is known: a hint for the eviction policy.
         durable
             Return only when all of them that are in the pool then are on disk, so that they survive every process.
+
+        Returns
+        -------
+        int
+            How many leading ``hashes`` are in the pool now: those that were there already and those that were stored by
+            this call. For the blocks behind them there was no room, or the policy found them not worth it.
 
         Raises
         ------

@@ -12,11 +12,12 @@ from kvpool.client.administration import Administration
 from kvpool.client.cache import VirtualKVCache
 from kvpool.client.connection import Connection
 from kvpool.client.model import Model, is_number
-from kvpool.client.spec import ModelSpec
+from kvpool.client.spec import ModelSpec, content_hash
 from kvpool.config import PoolConfig, load_config
 from kvpool.errors import (
     CacheStateError,
     ConfigError,
+    InvalidRequestError,
     InvalidSizeError,
     KvpoolError,
     PoolExistsError,
@@ -112,17 +113,26 @@ class CachePool(Administration):
         return cls(await Connection.open(config.name, tenant))
 
     @classmethod
-    async def connect(cls, name: str = "kvpool", *, tenant: str = "default") -> CachePool:
+    async def connect(cls, name: str | None = None, *, tenant: str = "default") -> CachePool:
         """Connect to a running pool.
+
+        Parameters
+        ----------
+        name
+            By default that of ``KVPOOL_NAME`` or ``kvpool.yaml``, as for the commands; else ``kvpool``.
+        tenant
+            Protection domain of this connection.
 
         Raises
         ------
+        ConfigError
+            If there is no name given, and the configuration cannot be used.
         PoolNotFoundError
             If none of that name runs.
         ProtocolError
             If it was started by another version of kvpool: says how to drain and restart it.
         """
-        return cls(await Connection.open(name, tenant))
+        return cls(await Connection.open(load_config().name if name is None else name, tenant))
 
     @property
     def name(self) -> str:
@@ -146,16 +156,17 @@ class CachePool(Administration):
 
     async def model(self, spec: ModelSpec | str) -> Model:
         """Register a model, or find it: equal specs of one tenant share their caches."""
-        spec = ModelSpec(spec) if isinstance(spec, str) else spec
-        known = self._models.get(spec)
-        if known is None:
-            answer = await self._connection.call(
-                self._connection.actor.register_model, self._connection.client, spec.to_wire()
-            )
-            if answer[0] == "error":
-                raise from_wire(answer[1:])
-            known = self._models[spec] = Model(self._connection, spec, answer[1])
-        return known
+        spec = _spec_of(spec)
+        if spec not in self._models:
+            number = await self._number(self._connection.actor.register_model, spec)
+            self._models[spec] = Model(self._connection, spec, number)
+        return self._models[spec]
+
+    async def _number(self, ask: Any, spec: ModelSpec) -> Any:
+        answer = await self._connection.call(ask, self._connection.client, spec.to_wire())
+        if answer[0] == "error":
+            raise from_wire(answer[1:])
+        return answer[1]
 
     async def request_cache(
         self,
@@ -168,17 +179,30 @@ class CachePool(Administration):
         """Lease a new cache: the short form of ``model()`` and :meth:`Model.request_cache`.
 
         Give ``size_mb`` (MiB) or ``size`` (bytes or text).
+
+        Raises
+        ------
+        InvalidSizeError
+            If both sizes are given, or none that can be used.
         """
-        model = await self.model(model_name)
+        if size is not None and size_mb is not None:
+            raise InvalidSizeError(f"give size_mb or size, not both; asked for size_mb={size_mb!r} and size={size!r}")
         if size is None:
             if not is_number(size_mb, at_least=1 / MIB):
                 raise InvalidSizeError(f"give size_mb, a positive number of MiB, or size; asked for {size_mb!r}")
             size = round((size_mb or 0) * MIB)
-        return await model.request_cache(size, timeout_s=timeout_s)
+        return await (await self.model(model_name)).request_cache(size, timeout_s=timeout_s)
 
     async def find_cache(self, model_name: str, key: bytes | str) -> VirtualKVCache | None:
-        """Lease the sealed cache of a key, or return None: the short form of :meth:`Model.find_cache`."""
-        return await (await self.model(model_name)).find_cache(key)
+        """Lease the sealed cache of a key, or return None: the short form of :meth:`Model.find_cache`.
+
+        None also when nobody has used a model of that name (without revision and blocks) yet: a look-up registers none.
+        """
+        spec = _spec_of(model_name)
+        content_hash(key)  # what is no key is refused also where there is no model
+        if spec not in self._models and await self._number(self._connection.actor.find_model, spec) is None:
+            return None
+        return await (await self.model(spec)).find_cache(key)
 
     async def stats(self) -> PoolStatistics:
         """Return what the pool holds and did."""
@@ -236,6 +260,14 @@ class CachePool(Administration):
             logger.warning("pool %s stays connected: %s", self.name, error.message)
 
 
+def _spec_of(model: ModelSpec | str) -> ModelSpec:
+    if isinstance(model, ModelSpec):
+        return model
+    if not isinstance(model, str):
+        raise InvalidRequestError(f"a model is its name (text) or a ModelSpec, not {model!r}", asked=repr(model))
+    return ModelSpec(model)
+
+
 async def delete_pool(actor: Any, drain_s: float | None, leaving: str | None = None) -> None:
     """End a pool by its actor's handle; see :meth:`CachePool.delete`."""
     # Only what every version's delete() takes, unless there is more to say.
@@ -244,7 +276,8 @@ async def delete_pool(actor: Any, drain_s: float | None, leaving: str | None = N
     await end(actor)
 
 
-async def delete(name: str = "kvpool", *, drain_s: float | None = None) -> None:
-    """End a running pool without connecting to it; see :meth:`CachePool.delete`."""
+async def delete(name: str | None = None, *, drain_s: float | None = None) -> None:
+    """End a running pool without connecting to it; see :meth:`CachePool.delete`. ``name``: as for ``connect``."""
+    name = load_config().name if name is None else name
     ensure_ray()
     await delete_pool(find_pool(name), drain_s)

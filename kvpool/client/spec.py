@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
@@ -50,8 +50,8 @@ class ModelSpec:
     limit: int | str | None = None
 
     def __post_init__(self) -> None:
-        if not self.name:
-            raise InvalidRequestError("a model needs a name")
+        if not isinstance(self.name, str) or not self.name:
+            raise InvalidRequestError(f"a model needs a name, a text that is not empty; got {self.name!r}")
         if (self.dtype is None) != (self.block_shape is None):
             raise InvalidRequestError(f"model {self.name!r}: dtype and block_shape come together")
         if self.block_shape is not None and self.block_bytes is not None:
@@ -118,8 +118,17 @@ def content_hash(key: bytes | str) -> bytes:
     if isinstance(key, bytes) and len(key) == HASH_BYTES:
         return key
     if not isinstance(key, (bytes, str)) or not key:
-        raise InvalidRequestError(f"a key is text or bytes, and not empty; got {key!r}")
+        raise InvalidRequestError(
+            f"a key is text or bytes, and not empty; got {key!r} (of a block's number: kvpool.encode_block_id)"
+        )
     return blake2b(key.encode() if isinstance(key, str) else key, digest_size=HASH_BYTES).digest()
+
+
+def content_hashes(keys: bytes | str | Sequence[bytes | str]) -> list[bytes]:
+    """Return the hashes of keys: of one alone, or of several in a sequence; each as :func:`content_hash`."""
+    if isinstance(keys, (bytes, str)) or not isinstance(keys, Iterable):
+        return [content_hash(keys)]
+    return [content_hash(key) for key in keys]
 
 
 def join_hashes(hashes: Sequence[bytes]) -> bytes:
@@ -131,5 +140,8 @@ def join_hashes(hashes: Sequence[bytes]) -> bytes:
         If one is not 16 bytes, or there is none.
     """
     if not hashes or any(not isinstance(h, bytes) or len(h) != HASH_BYTES for h in hashes):
-        raise InvalidRequestError(f"block hashes are {HASH_BYTES} bytes each, at least one; see kvpool.encode_block_id")
+        raise InvalidRequestError(
+            f"block hashes are {HASH_BYTES} bytes each, at least one: made by kvpool.encode_block_id(number), or by "
+            f"hashlib.blake2b(name, digest_size={HASH_BYTES}).digest()"
+        )
     return b"".join(hashes)

@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from kvpool.doctor.facts import Facts, Token
-from kvpool.doctor.finding import FAILED, OK, WARNING, Finding
+from kvpool.doctor.finding import FAILED, OK, WARNING, Finding, command
 from kvpool.doctor.plan import Plan
 from kvpool.errors import SystemLimitError
 from kvpool.memory.limits import check_descriptors, check_mappings, require_memory
@@ -32,7 +32,7 @@ def check_nofile(facts: Facts, plan: Plan, where: str) -> Finding:
     except SystemLimitError as error:
         needed = error.details["needed"]
         mend = (
-            f"'ulimit -n {needed}' before 'ray start' (systemd: LimitNOFILE={needed}; Docker: --ulimit "
+            f"`ulimit -n {needed}` before `ray start` (systemd: LimitNOFILE={needed}; Docker: --ulimit "
             f"nofile={needed}), or set a larger page_size"
         )
         return Finding("nofile", where, FAILED, found, f"{needed:,} open files", mend)
@@ -46,7 +46,7 @@ def check_max_map_count(facts: Facts, plan: Plan, where: str) -> Finding:
         needed = check_mappings(max(plan.device_pages, plan.client_pages), facts.mappings)
     except SystemLimitError as error:
         needed = error.details["needed"]
-        mend = f"'sysctl -w vm.max_map_count={needed}' (for a container: on its host), or set a larger page_size"
+        mend = f"`sysctl -w vm.max_map_count={needed}` (for a container: on its host), or set a larger page_size"
         return Finding("max_map_count", where, FAILED, found, f"{needed:,} mappings", mend)
     return Finding("max_map_count", where, OK, found, f"{needed:,} mappings")
 
@@ -54,7 +54,7 @@ def check_max_map_count(facts: Facts, plan: Plan, where: str) -> Finding:
 def check_memory(facts: Facts, plan: Plan, where: str) -> Finding:
     """Judge the free memory of the host, or of its control group (``memory.max``): all devices are promised it."""
     found = f"{format_size(facts.memory.free_bytes)} free of {format_size(facts.memory.total_bytes)}"
-    if plan.running:
+    if not plan.devices:
         return Finding("memory", where, OK, found, "nothing more: the pool runs")
     pages, page_bytes = sum(device.pages for device in plan.devices), plan.devices[0].page_bytes
     needed = f"{format_size(pages * page_bytes)} for {len(plan.devices)} devices"
@@ -68,22 +68,30 @@ def check_memory(facts: Facts, plan: Plan, where: str) -> Finding:
     return Finding("memory", where, OK, found, needed)
 
 
-def check_shm(facts: Facts, ray_runs: bool, where: str) -> Finding:
-    """Judge ``/dev/shm``: Ray's object store lies there (a pool's pages do not)."""
+def check_shm(facts: Facts, where: str) -> Finding:
+    """Judge ``/dev/shm``, in which Ray's object store will lie (a pool's pages do not)."""
+    return _judge_shm(facts, where, facts.shm.free_bytes if facts.shm else 0, "free")
+
+
+def check_shm_of_ray(facts: Facts, where: str) -> Finding:
+    """Judge ``/dev/shm`` of a node: what its Ray has taken of it is no loss."""
+    return _judge_shm(facts, where, facts.shm.total_bytes if facts.shm else 0, "in all")
+
+
+def _judge_shm(facts: Facts, where: str, bytes_: int, of_what: str) -> Finding:
     mend = (
         "mount a larger /dev/shm (Docker: --shm-size; Kubernetes: an emptyDir of medium Memory), or delete files there"
     )
     if facts.shm is None:
         return Finding("shm", where, FAILED, "no /dev/shm", "room for Ray's object store", mend)
-    bytes_ = facts.shm.total_bytes if ray_runs else facts.shm.free_bytes  # what Ray has taken is no loss
-    found = f"{format_size(bytes_)} {'in all' if ray_runs else 'free'}"
+    found = f"{format_size(bytes_)} {of_what}"
     wanted_bytes = int(min(_STORE_SHARE * facts.memory.total_bytes, _STORE_MOST_BYTES))
     needed = f"{format_size(wanted_bytes)} by Ray's default for its object store"
     if bytes_ < _STORE_LEAST_BYTES:
         return Finding("shm", where, FAILED, found, needed, mend)
     if bytes_ < wanted_bytes:
         return Finding(
-            "shm", where, WARNING, found, needed, f"'ray start --object-store-memory={bytes_ // 2}', or {mend}"
+            "shm", where, WARNING, found, needed, f"`ray start --object-store-memory={bytes_ // 2}`, or {mend}"
         )
     return Finding("shm", where, OK, found, needed)
 
@@ -91,7 +99,7 @@ def check_shm(facts: Facts, ray_runs: bool, where: str) -> Finding:
 def check_token(token: Token, where: str) -> Finding:
     """Judge Ray's authentication token."""
     needed = "one token, the same on all nodes"
-    generate = "'ray get-auth-token --generate', and copy ~/.ray/auth_token to every node"
+    generate = "`ray get-auth-token --generate`, and copy ~/.ray/auth_token to every node"
     if token.error is not None:
         return Finding("token", where, FAILED, token.error, needed, f"unset RAY_AUTH_TOKEN_PATH, or {generate}")
     if token.mode == "disabled":
@@ -103,11 +111,11 @@ def check_token(token: Token, where: str) -> Finding:
         return Finding("token", where, FAILED, "none: 'ray start' would run open to anyone", needed, generate)
     if token.open_to_others:
         return Finding(
-            "token", where, WARNING, f"{token.source}, readable by others", needed, f"'chmod 600 {token.source}'"
+            "token", where, WARNING, f"{token.source}, readable by others", needed, command("chmod", 600, token.source)
         )
     if token.address is not None and token.mode is None:
         found = f"{token.source}, but with RAY_ADDRESS Ray shows it only if RAY_AUTH_MODE says so"
-        return Finding("token", where, WARNING, found, needed, "'export RAY_AUTH_MODE=token'")
+        return Finding("token", where, WARNING, found, needed, "`export RAY_AUTH_MODE=token`")
     return Finding("token", where, OK, token.source, needed)
 
 
@@ -118,7 +126,9 @@ def check_versions(facts: Facts, where: str, others: dict[str, str | None] | Non
     needed = _text({name: str(versions) for name, versions in supported.items()}, *supported)
     bad = [name for name, versions in supported.items() if not _within(facts.versions.get(name), versions)]
     if bad:
-        install = f"'pip install \"ray[default]{supported['ray']}\"'" if "ray" in bad else "install that Python"
+        install = (
+            command("pip", "install", f"ray[default]{supported['ray']}") if "ray" in bad else "install that Python"
+        )
         return Finding("versions", where, FAILED, found, needed, install)
     differing = [name for name in ("kvpool", "python", "ray") if others and facts.versions[name] != others[name]]
     if others and differing:
@@ -130,7 +140,7 @@ def check_versions(facts: Facts, where: str, others: dict[str, str | None] | Non
 def check_torch(facts: Facts, where: str) -> Finding:
     """Judge torch: only tensors need it."""
     versions, found = _extra("torch"), facts.versions["torch"]
-    mend = f"'pip install \"torch{versions}\"'"
+    mend = command("pip", "install", f"torch{versions}")
     if found is None:
         return Finding(
             "torch", where, WARNING, "not installed: numpy works, tensor() does not", f"torch {versions}", mend
@@ -142,9 +152,9 @@ def check_torch(facts: Facts, where: str) -> Finding:
 
 def check_sockets(facts: Facts, plan: Plan, where: str) -> Finding:
     """Judge the folder in which devices listen."""
-    folder = str(plan.sockets[0].parent)
+    folder = str(plan.sockets[0].parent) if plan.sockets else "those of the pool that runs"
     needed = "a folder of mode 0700, ours, with paths of at most 107 bytes"
-    if facts.socket_errors and not plan.running:
+    if facts.socket_errors and plan.sockets:
         mend = "set KVPOOL_SOCKET_DIR to a short path that this user may write to, such as /run/kvpool"
         return Finding("sockets", where, FAILED, facts.socket_errors[0], needed, mend)
     if facts.left_behind:
@@ -155,7 +165,7 @@ def check_sockets(facts: Facts, plan: Plan, where: str) -> Finding:
             WARNING,
             found,
             needed,
-            f"none needed (the next start removes them), or 'rm {facts.left_behind[0]}'",
+            f"none needed (the next start removes them), or {command('rm', *facts.left_behind)}",
         )
     return Finding("sockets", where, OK, folder, needed)
 
@@ -185,7 +195,7 @@ def check_driver(facts: Facts, where: str) -> Finding:
     if driver.version is None and not facts.nvidia_present:
         return Finding("driver", where, OK, "no GPU: host memory is used", "nothing")
     if driver.error is not None:
-        mend = "install the driver until 'nvidia-smi' works (in a container: --gpus all, with the capability 'compute')"
+        mend = "install the driver until `nvidia-smi` works (in a container: --gpus all, with the capability 'compute')"
         return Finding("driver", where, FAILED, driver.error, needed, mend)
     if driver.unmappable or driver.unshareable:
         lacking = sorted({*driver.unmappable, *driver.unshareable})
@@ -203,16 +213,14 @@ def check_niceness(facts: Facts, where: str) -> Finding:
     found = f"kvpool's actors would run at {facts.niceness}"
     if facts.niceness > 0:
         mend = (
-            "'export RAY_worker_niceness=0' before 'ray start' (or allow SYS_NICE): where cores are busy, requests wait"
+            "`export RAY_worker_niceness=0` before `ray start` (or allow SYS_NICE): where cores are busy, requests wait"
         )
         return Finding("niceness", where, WARNING, found, "0", mend)
     return Finding("niceness", where, OK, found, "0")
 
 
-def check_host(
-    facts: Facts, plan: Plan, where: str, ray_runs: bool, others: dict[str, str | None] | None = None
-) -> list[Finding]:
-    """Return all that is checked on every host."""
+def check_host(facts: Facts, plan: Plan, where: str, others: dict[str, str | None] | None = None) -> list[Finding]:
+    """Return what is checked on every host, whether or not Ray runs there."""
     of_plan: tuple[Callable[[Facts, Plan, str], Finding], ...] = (
         check_nofile,
         check_max_map_count,
@@ -228,7 +236,6 @@ def check_host(
     )
     return [
         *(check(facts, plan, where) for check in of_plan),
-        check_shm(facts, ray_runs, where),
         check_versions(facts, where, others),
         *(check(facts, where) for check in of_host),
     ]

@@ -8,9 +8,18 @@ from pathlib import Path
 
 from kvpool.actors.compatibility import protocol_difference, version_of
 from kvpool.config import PoolConfig
-from kvpool.doctor.checks import check_host, check_max_map_count, check_pages, check_token, check_torch, check_versions
+from kvpool.doctor.checks import (
+    check_host,
+    check_max_map_count,
+    check_pages,
+    check_shm,
+    check_shm_of_ray,
+    check_token,
+    check_torch,
+    check_versions,
+)
 from kvpool.doctor.facts import Facts, find_token, gather
-from kvpool.doctor.finding import FAILED, OK, WARNING, Finding
+from kvpool.doctor.finding import FAILED, OK, WARNING, Finding, command
 from kvpool.doctor.plan import plan_host
 from kvpool.doctor.survey import Pool, Survey, survey
 from kvpool.memory.host import HostBackend
@@ -41,20 +50,21 @@ def examine(config: PoolConfig, ask: Callable[[list[Path]], Survey] = survey) ->
     sockets = list(plan_host(config, granularity_bytes).sockets)
     token = check_token(find_token(dict(os.environ), Path.home()), HERE)
     facts, found = gather(sockets), ask(sockets)
-    running = any(pool.name == config.name and not pool.error for pool in found.pools)
-    plan = plan_host(config, granularity_bytes, hosts=max(len(found.hosts), 1), running=running)
+    plan = plan_host(config, granularity_bytes, hosts=max(len(found.hosts), 1))
+    if any(pool.name == config.name and not pool.error for pool in found.pools):
+        plan = plan.for_client()
     findings = [token, check_cluster(found)]
     if found.nodes:
         # A client runs here; the devices do not, so their limits are not this process's.
         findings += [check_versions(facts, HERE), check_torch(facts, HERE), check_pages(facts, HERE)]
         findings += [check_max_map_count(facts, plan, HERE)]
     else:
-        findings += check_host(facts, plan, HERE, ray_runs=False)
+        findings += [*check_host(facts, plan, HERE), check_shm(facts, HERE)]
     for name, there in found.nodes.items():
         if isinstance(there, Facts) and name not in found.hosts:  # a head without work: it may hold the pool actor
             findings.append(check_versions(there, name, facts.versions))
         elif isinstance(there, Facts):
-            findings += check_host(there, plan, name, ray_runs=True, others=facts.versions)
+            findings += [*check_host(there, plan, name, facts.versions), check_shm_of_ray(there, name)]
         else:
             mend = f"install kvpool {__version__} on every node, for the Python that runs Ray there"
             findings.append(Finding("node", name, FAILED, there, "a node that runs kvpool", mend))
@@ -70,15 +80,15 @@ def check_cluster(found: Survey) -> Finding:
     """Judge whether the cluster can be asked."""
     if found.absent:
         return Finding(
-            "cluster", HERE, OK, "none asked: this host is checked alone", "'ray start --head' before 'kvpool start'"
+            "cluster", HERE, OK, "none asked: this host is checked alone", "`ray start --head` before `kvpool start`"
         )
     if found.error is None:
         return Finding("cluster", HERE, OK, f"{len(found.nodes)} nodes, {len(found.pools)} pools")
-    mend = "check RAY_ADDRESS, and that this network reaches the head; 'ray status' must work"
+    mend = "check RAY_ADDRESS, and that this network reaches the head; `ray status` must work"
     if "Version mismatch" in found.error:
         mend = "use the Python and Ray that the cluster runs, or install these there"
     elif "uthentication" in found.error or "oken" in found.error:
-        mend = "'export RAY_AUTH_MODE=token', with the cluster's token in ~/.ray/auth_token"
+        mend = "`export RAY_AUTH_MODE=token`, with the cluster's token in ~/.ray/auth_token"
     return Finding("cluster", HERE, FAILED, found.error, "a cluster that answers", mend)
 
 
@@ -88,12 +98,17 @@ def check_pool(pool: Pool) -> Finding:
     needed = f"kvpool {__version__}, answering, its sockets within reach"
     if pool.error is not None:
         return Finding(
-            "pool", where, FAILED, pool.error, needed, f"'kvpool stop --name {pool.name}', else see Ray's logs"
+            "pool",
+            where,
+            FAILED,
+            pool.error,
+            needed,
+            f"{command('kvpool', 'stop', '--name', pool.name)}, else see Ray's logs",
         )
     other = protocol_difference(pool.name, pool.described)
     found = f"kvpool {version_of(pool.described)}, protocol {pool.described.get('protocol')}"
     if other is not None:
-        mend = ", then ".join(f"'{command}'" for command in other.details["commands"])
+        mend = ", then ".join(f"`{each}`" for each in other.details["commands"])
         return Finding("pool", where, FAILED, found, needed, mend)
     if pool.unreachable:
         mend = (
@@ -102,6 +117,6 @@ def check_pool(pool: Pool) -> Finding:
         )
         return Finding("pool", where, FAILED, pool.unreachable[0], needed, mend)
     if pool.described.get("version") != __version__:
-        mend = f"'kvpool stop --name {pool.name} --drain 60' and start it again, when that suits"
+        mend = f"{command('kvpool', 'stop', '--name', pool.name, '--drain', 60)} and start it again, when that suits"
         return Finding("pool", where, WARNING, found, needed, mend)
     return Finding("pool", where, OK, found, needed)

@@ -14,8 +14,9 @@ import ctypes
 import itertools
 import logging
 import math
+import operator
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvpool.errors import TensorMismatchError
@@ -232,6 +233,28 @@ def dtype_name(dtype: object) -> str:
     if name not in DTYPES:
         raise TensorMismatchError(f"unknown dtype {dtype!r}: one of {', '.join(sorted(DTYPES))}", dtype=name)
     return name
+
+
+def check_shape(shape: object) -> tuple[int, ...]:
+    """Return the dimensions of a tensor over memory, given as numpy takes them: one number, or several.
+
+    Raises
+    ------
+    TensorMismatchError
+        If they are no whole numbers of at least 1.
+    """
+    try:
+        dimensions = tuple(map(operator.index, shape)) if isinstance(shape, Iterable) else (operator.index(shape),)  # type: ignore[arg-type]
+    except TypeError:
+        raise TensorMismatchError(
+            f"a shape is whole numbers, such as (16, 128) or 16, not {shape!r}", shape=repr(shape)
+        ) from None
+    if dimensions and min(dimensions) < 1:
+        raise TensorMismatchError(
+            f"a tensor over memory has dimensions of at least 1, no negative or open ones: {dimensions}",
+            shape=dimensions,
+        )
+    return dimensions
 
 
 def tensor_bytes(shape: Sequence[int], dtype: object) -> int:

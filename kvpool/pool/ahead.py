@@ -10,8 +10,9 @@ from __future__ import annotations
 from functools import partial
 
 from kvpool.cache.key import BlockHash
+from kvpool.pool.device import Device
 from kvpool.pool.instructions import Answer
-from kvpool.pool.ledger import Device, Ledger
+from kvpool.pool.ledger import Ledger
 from kvpool.sizes import MIB
 
 STEP_BYTES = 8 * MIB

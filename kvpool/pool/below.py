@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from kvpool.cache.key import BlockHash
 from kvpool.cache.table import KEYED
 from kvpool.pool.instructions import Answer
-from kvpool.pool.ledger import Ledger, Model
+from kvpool.pool.ledger import Ledger
+from kvpool.pool.model import Model
 
 
 class LowerEntry(NamedTuple):

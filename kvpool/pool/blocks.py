@@ -8,9 +8,11 @@ from typing import Any
 
 from kvpool.cache.key import split_hashes
 from kvpool.errors import AddressSpaceError, InvalidRequestError, InvalidSizeError, KvpoolError, ParentNotResidentError
+from kvpool.pool.client import Client
 from kvpool.pool.fanout import nothing_more
 from kvpool.pool.instructions import Answer, Batch, distinct
-from kvpool.pool.ledger import Client, Ledger, Model
+from kvpool.pool.ledger import Ledger
+from kvpool.pool.model import Model
 from kvpool.pool.requests import BlocksRequest
 from kvpool.pool.room import Room
 from kvpool.sizes import format_size

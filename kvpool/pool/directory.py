@@ -14,10 +14,12 @@ from typing import Any
 from kvpool.cache.key import check_hash, split_hashes
 from kvpool.cache.store import FREED, RELEASED
 from kvpool.errors import CacheStateError, InvalidRequestError, SealedError, UnknownCacheError
+from kvpool.pool.client import Client
 from kvpool.pool.fanout import Fanout, nothing_more
 from kvpool.pool.instructions import Answer, Batch
 from kvpool.pool.leases import Leases
-from kvpool.pool.ledger import Client, Ledger, Model
+from kvpool.pool.ledger import Ledger
+from kvpool.pool.model import Model
 
 BringUp = Callable[[Client, Model, Sequence[bytes], Sequence[int], float], tuple[int, Any]]
 """Begins to bring up what lies below behind a chain's leading run; returns how many blocks are on their way."""
@@ -178,7 +180,8 @@ class Directory:
         if len(found) > 1:
             each = ", ".join(f"{m.number} (revision {m.revision!r}, fingerprint {m.fingerprint})" for m in found[:8])
             raise InvalidRequestError(
-                f"{len(found)} models of tenant {tenant!r} are named {model!r}: name one by its number, of {each}",
+                f"{len(found)} models of tenant {tenant!r} are named {model!r}: name one by its number "
+                f"(--model=#{found[0].number} on the command line), of {each}",
                 asked=model,
             )
         rows = ledger.index.match(found[0].space, split_hashes(joined))
@@ -258,8 +261,8 @@ class Directory:
             known = index.key_of(row)
             if known != key:
                 raise SealedError(
-                    f"cache {cache_id} is sealed already, with key {known.hex() if known else None}; asked for "
-                    f"{key.hex() if key else None}: a sealed cache keeps its key",
+                    f"cache {cache_id} is sealed already, {_key_text(known)}; asked to seal it {_key_text(key)}: a "
+                    f"sealed cache keeps its key, or none. Copy it into a new cache and seal that {_key_text(key)}",
                     cache_id=cache_id,
                 )
         elif self._ledger.writers[cache_id].client != client.id:
@@ -321,3 +324,7 @@ class Directory:
         self._leases.settle(ids, codes, now)
         self._ledger.answer(batch, item, ("sealed", outcomes))
         self._leases.memory_freed(now)
+
+
+def _key_text(key: bytes | None) -> str:
+    return f"with key {key.hex()}" if key is not None else "without a key"

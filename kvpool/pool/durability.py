@@ -8,9 +8,10 @@ from typing import Any
 
 from kvpool.cache.key import split_hashes
 from kvpool.errors import TierError
+from kvpool.pool.client import Client
 from kvpool.pool.fanout import Fanout
 from kvpool.pool.instructions import Answer, Batch, Move
-from kvpool.pool.ledger import Client, Ledger
+from kvpool.pool.ledger import Ledger
 
 
 class Durability:

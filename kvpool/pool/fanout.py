@@ -8,8 +8,9 @@ from functools import partial
 from typing import Any
 
 from kvpool.errors import KvpoolError
+from kvpool.pool.client import Client
 from kvpool.pool.instructions import Answer, Batch, distinct
-from kvpool.pool.ledger import Client, Ledger
+from kvpool.pool.ledger import Ledger
 
 
 @dataclass(slots=True, eq=False)

@@ -21,7 +21,8 @@ from kvpool.pool.fanout import nothing_more
 from kvpool.pool.instructions import Answer, Batch, Move
 from kvpool.pool.journal import Happened
 from kvpool.pool.leases import Leases
-from kvpool.pool.ledger import Ledger, Model
+from kvpool.pool.ledger import Ledger
+from kvpool.pool.model import Model
 from kvpool.pool.removal import Gone, send_removals
 from kvpool.pool.requests import CacheRequest
 from kvpool.sizes import MIB
@@ -133,7 +134,8 @@ class Invalidations:
         rows = ledger.index.rows_of(model.space)
         ledger.void_marks.mark_all(model.space, ledger.invalidations)
         if ledger.journal.open:
-            ledger.journal.add(Happened("cleared", model.tenant, model.name, reason="invalidate"))
+            cleared = Happened("cleared", model.tenant, model.name, reason="invalidate")
+            ledger.journal.add(cleared._replace(number=model.number, revision=model.revision))
         ledger.index.bury_all(model.space)
         return rows
 

@@ -36,6 +36,9 @@ class Happened(NamedTuple):
     reason: str | None = None
     """Why it was removed: ``capacity``, ``request`` or ``invalidate`` as in the statistics, or ``gone`` when it was
     published and its writer died before the device had sealed it."""
+    number: int | None = None
+    """Of the model: names are shared by its revisions, shards and layouts."""
+    revision: str | None = None
 
 
 class Journal:

@@ -8,10 +8,11 @@ from typing import Any
 
 from kvpool.cache.store import FREED, RELEASED
 from kvpool.errors import CacheStateError, KvpoolError, NotSealedError
+from kvpool.pool.client import Client
 from kvpool.pool.fanout import Fanout, nothing_more
 from kvpool.pool.instructions import Batch
 from kvpool.pool.journal import Happened
-from kvpool.pool.ledger import Client, Ledger
+from kvpool.pool.ledger import Ledger
 
 PINNER = "pin:"
 """Prefix of the pseudo-client that holds what a tenant pinned by word. It has no token, so nobody can connect as it."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from kvpool.cache.eviction import CacheEvictionPolicy
 from kvpool.cache.index import CacheIndex
@@ -18,121 +17,14 @@ from kvpool.errors import (
     UnknownCacheError,
     ensure,
 )
+from kvpool.pool.client import Client, Writer
+from kvpool.pool.counters import Counters
+from kvpool.pool.device import Device
 from kvpool.pool.instructions import Batch, BatchDone, Continuation, Instruction, Send
 from kvpool.pool.journal import Happened, Journal
+from kvpool.pool.model import Model
 from kvpool.pool.placement import make_placement
 from kvpool.pool.void_marks import VoidMarks
-from kvpool.sizes import round_up
-
-
-@dataclass(slots=True)
-class Device:
-    """One device, as the pool sees it."""
-
-    number: int
-    name: str
-    host: str
-    capacity_bytes: int
-    page_bytes: int
-    min_block_bytes: int
-    arena_bytes: int
-    zombie_bytes: int = 0
-    zombie_stamp: int = 0
-    lost: str | None = None
-    evictions: int = 0
-    has_lower: bool = False
-    """Whether there are tiers below it."""
-
-    def footprint_bytes(self, size_bytes: int, max_size_bytes: int) -> int:
-        """Return what a cache takes here: whole pages, unless it is small enough to share one.
-
-        A small one that may grow takes its whole range at once: in shared pages addresses are memory.
-        """
-        if max_size_bytes >= self.page_bytes:
-            return round_up(size_bytes, self.page_bytes)
-        if max_size_bytes > size_bytes:
-            return max(self.min_block_bytes, 1 << (max_size_bytes - 1).bit_length())
-        return round_up(size_bytes, self.min_block_bytes)
-
-    def can_grow_to(self, size_bytes: int, max_size_bytes: int) -> bool:
-        """Whether the addresses for ``max_size_bytes`` exist: a growing cache takes a power of two of them."""
-        if max_size_bytes == size_bytes:
-            return size_bytes <= self.capacity_bytes
-        return 1 << (max_size_bytes - 1).bit_length() <= 1 << (self.arena_bytes.bit_length() - 1)
-
-    def note_zombies(self, zombies: tuple[int, int]) -> None:
-        """Take in ``(stamp, zombie bytes)`` unless a newer figure has come already."""
-        if zombies[0] > self.zombie_stamp:
-            self.zombie_stamp, self.zombie_bytes = zombies
-
-
-@dataclass(slots=True)
-class Client:
-    """One connected process."""
-
-    id: str
-    tenant: str
-    host: str
-    devices: list[int]
-    """Numbers of the devices whose memory it can map: those of its own host."""
-    who: dict[str, Any] = field(default_factory=dict)
-    """What it said of itself: process, host name, job, node."""
-    since: float = 0.0
-    """When it connected."""
-
-
-class Writer(NamedTuple):
-    """Who writes a cache that is not sealed yet: the only client that may seal it."""
-
-    client: str
-    born: int
-    """How many invalidations there had been when it was asked for."""
-    planned: bytes | None
-    """Hash of the block that it was asked for; None: it is no block."""
-
-
-@dataclass(slots=True)
-class Model:
-    """What was registered once: the namespace of its keys and its limits."""
-
-    number: int
-    name: str
-    tenant: str
-    space: int
-    block_bytes: int | None
-    limit_bytes: int | None
-    caches: int = 0
-    blocks_looked_up: int = 0
-    blocks_hit: int = 0
-    fingerprint: str = ""
-    revision: str = ""
-
-
-EVICTION_REASONS = ("capacity", "request", "invalidate")
-"""Why content leaves: room for other content, an administrator's word, or because it is void."""
-
-
-@dataclass(slots=True)
-class Counters:
-    """Totals since the pool began."""
-
-    requests: int = 0
-    grants: int = 0
-    refusals: int = 0
-    lookups: int = 0
-    blocks_looked_up: int = 0
-    blocks_hit: int = 0
-    blocks_stored: int = 0
-    blocks_lowered: int = 0
-    """Sent to the tiers below when they were evicted."""
-    blocks_raised: int = 0
-    """Brought up from there."""
-    evictions: int = 0
-    evicted_bytes: int = 0
-    clients_died: int = 0
-    duplicates: int = 0
-    errors: dict[str, int] = field(default_factory=dict)
-    evictions_by_reason: dict[str, int] = field(default_factory=lambda: dict.fromkeys(EVICTION_REASONS, 0))
 
 
 class Ledger:
@@ -260,23 +152,31 @@ class Ledger:
         limit_bytes: int | None,
         revision: str = "",
     ) -> Model:
-        """Return the model of that tenant, name and fingerprint, made if need be.
+        """Return the model of that tenant, name and fingerprint, made if need be; raises as :meth:`known_model`."""
+        known = self.known_model(tenant, name, fingerprint, block_bytes, limit_bytes)
+        if known is not None:
+            return known
+        number, space = len(self.models), self.index.space(tenant, fingerprint)
+        model = Model(number, name, tenant, space, block_bytes, limit_bytes, fingerprint=fingerprint, revision=revision)
+        self.models.append(model)
+        self._by_space.setdefault(space, model)
+        self._models[tenant, name, fingerprint] = number
+        return model
+
+    def known_model(
+        self, tenant: str, name: str, fingerprint: str, block_bytes: int | None, limit_bytes: int | None
+    ) -> Model | None:
+        """Return the model of that tenant, name and fingerprint, None if it was never registered.
 
         Raises
         ------
         InvalidRequestError
             If it exists with another block size or limit.
         """
-        known = self._models.get((tenant, name, fingerprint))
-        if known is None:
-            known = len(self.models)
-            space = self.index.space(tenant, fingerprint)
-            self.models.append(
-                Model(known, name, tenant, space, block_bytes, limit_bytes, fingerprint=fingerprint, revision=revision)
-            )
-            self._by_space.setdefault(space, self.models[known])
-            self._models[tenant, name, fingerprint] = known
-        model = self.models[known]
+        number = self._models.get((tenant, name, fingerprint))
+        if number is None:
+            return None
+        model = self.models[number]
         if (model.block_bytes, model.limit_bytes) != (block_bytes, limit_bytes):
             raise InvalidRequestError(
                 f"model {name!r} is registered with block_bytes={model.block_bytes}, limit={model.limit_bytes}; "
@@ -409,7 +309,8 @@ class Ledger:
         key = index.key_of(row)
         if key is not None and model is not None:
             device, size_bytes = self.devices[index.device[row]].name, index.asked_bytes[row]
-            self.journal.add(Happened(kind, model.tenant, model.name, key, parent, device, size_bytes, reason))
+            about = device, size_bytes, reason, model.number, model.revision
+            self.journal.add(Happened(kind, model.tenant, model.name, key, parent, *about))
 
     def check(self) -> None:
         """Raise :class:`~kvpool.errors.InvariantError` if the books do not add up."""

@@ -60,8 +60,9 @@ def list_caches(
 ) -> dict[str, Any]:
     """Return ``{"caches": [...], "total": how many match, "next": cursor or None}``.
 
-    Each is ``{"id", "model", "tenant", "key", "device", "bytes", "sealed", "leases", "pinned", "idle_s", "accesses"}``:
-    bytes that were asked for, leases without pins by word, seconds since it was last leased or given up.
+    Each is ``{"id", "model", "number", "revision", "tenant", "key", "device", "bytes", "sealed", "leases", "pinned",
+    "idle_s", "accesses"}``: name, number and revision of the model (None where its content is void), bytes that were
+    asked for, leases without pins by word, seconds since it was last leased or given up.
 
     Parameters
     ----------
@@ -115,6 +116,8 @@ def _describe(ledger: Ledger, leases: Leases, row: int, cache_id: int, now: floa
     return {
         "id": cache_id,
         "model": model.name if model is not None else None,  # None: its content is void
+        "number": model.number if model is not None else None,
+        "revision": model.revision if model is not None else None,
         "tenant": index.tenant_of(row),
         "key": index.key_of(row),
         "device": ledger.devices[index.device[row]].name,

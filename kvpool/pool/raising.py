@@ -16,11 +16,13 @@ from kvpool.cache.key import BlockHash, split_hashes
 from kvpool.cache.store import FREED, RELEASED
 from kvpool.errors import InvalidRequestError
 from kvpool.pool.below import Below
+from kvpool.pool.client import Client
 from kvpool.pool.directory import Directory
 from kvpool.pool.fanout import Fanout, nothing_more
 from kvpool.pool.instructions import Answer, Batch, Grant, Move
 from kvpool.pool.leases import RAISER, Leases
-from kvpool.pool.ledger import Client, Ledger, Model
+from kvpool.pool.ledger import Ledger
+from kvpool.pool.model import Model
 from kvpool.pool.room import Room
 
 

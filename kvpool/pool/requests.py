@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvpool.memory.tickets import Ticket
+from kvpool.pool.client import Client
 from kvpool.pool.instructions import Batch
-from kvpool.pool.ledger import Client, Model
+from kvpool.pool.model import Model
 
 
 @dataclass(slots=True, eq=False)

@@ -10,9 +10,12 @@ from kvpool.cache.chains import deepest_first, depths, with_ancestors, with_desc
 from kvpool.cache.table import KEYED
 from kvpool.errors import CapacityError
 from kvpool.pool.below import Below
+from kvpool.pool.client import Client
+from kvpool.pool.device import Device
 from kvpool.pool.fanout import nothing_more
 from kvpool.pool.leases import PINNER
-from kvpool.pool.ledger import Client, Device, Ledger, Model
+from kvpool.pool.ledger import Ledger
+from kvpool.pool.model import Model
 from kvpool.pool.requests import CacheRequest
 from kvpool.sizes import format_size
 

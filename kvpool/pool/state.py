@@ -16,6 +16,8 @@ from kvpool.pool.ahead import CopiesAhead
 from kvpool.pool.allocation import Allocations
 from kvpool.pool.below import Below
 from kvpool.pool.blocks import BlockAllocations
+from kvpool.pool.client import Client
+from kvpool.pool.device import Device
 from kvpool.pool.directory import Directory
 from kvpool.pool.durability import Durability
 from kvpool.pool.evictions import Evictions
@@ -50,7 +52,8 @@ from kvpool.pool.instructions import (
 )
 from kvpool.pool.invalidation import Invalidations
 from kvpool.pool.leases import PINNER, RAISER, Leases
-from kvpool.pool.ledger import Client, Device, Ledger, Model
+from kvpool.pool.ledger import Ledger
+from kvpool.pool.model import Model
 from kvpool.pool.raising import Raising
 from kvpool.pool.revocation import Revocations
 from kvpool.pool.room import Room
@@ -173,6 +176,12 @@ class PoolState:
             tenant, spec["name"], fingerprint(**spec["identity"]), spec["block_bytes"], spec["limit_bytes"],
             spec["identity"].get("revision", ""),
         )  # fmt: skip
+
+    def find_model(self, client: str, spec: dict[str, Any]) -> Model | None:
+        """Return the model that a client describes as for :meth:`register_model`; None if nobody has registered it."""
+        tenant = self.ledger.client(client).tenant
+        identity = fingerprint(**spec["identity"])
+        return self.ledger.known_model(tenant, spec["name"], identity, spec["block_bytes"], spec["limit_bytes"])
 
     def set_policy(self, name: str, now: float) -> None:
         """Let another eviction policy decide from now on; it takes over what is resident.

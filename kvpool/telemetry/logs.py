@@ -9,6 +9,9 @@ from opentelemetry import trace
 
 _FORMAT = "%(asctime)s %(levelname)s %(name)s%(trace)s %(message)s"
 
+_QUIET_S = 60.0
+"""For how long a warning of OpenTelemetry is the only one that is printed, seconds."""
+
 _installed = False
 
 
@@ -43,6 +46,34 @@ def print_trace_ids() -> None:
     handler.setFormatter(_Formatter(_FORMAT))
     logger.addHandler(handler)
     logger.propagate = False
+
+
+def tell_briefly() -> None:
+    """Let OpenTelemetry's warnings be one line a minute, unless this process prints logs already.
+
+    Where no collector listens each export brings several, some with a traceback.
+    """
+    logger = logging.getLogger("opentelemetry")
+    if not (logger.handlers or logging.getLogger().handlers):
+        logger.addHandler(_OneLine())
+        logger.propagate = False
+
+
+class _OneLine(logging.StreamHandler[Any]):
+    def __init__(self) -> None:
+        super().__init__()
+        self.setLevel(logging.WARNING)
+        self._next_s = 0.0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.created < self._next_s:
+            return
+        self._next_s = record.created + _QUIET_S
+        super().emit(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = " ".join(record.getMessage().split())
+        return f"kvpool: OpenTelemetry: {text} (does a collector listen at OTEL_EXPORTER_OTLP_ENDPOINT?)"
 
 
 class _Formatter(logging.Formatter):

@@ -7,15 +7,18 @@ configurator sets the global ones, and a Prometheus endpoint that cannot be clos
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 from opentelemetry import trace
 
 from kvpool.errors import ConfigError
-from kvpool.telemetry.logs import carry_trace_ids, print_trace_ids
+from kvpool.telemetry.logs import carry_trace_ids, print_trace_ids, tell_briefly
 from kvpool.version import __version__
 
 if TYPE_CHECKING:
@@ -27,8 +30,11 @@ _PREFIX = "OTEL_"
 _OTLP = {"http/protobuf": "otlp_proto_http", "grpc": "otlp_proto_grpc"}
 """Value of OTEL_EXPORTER_OTLP_PROTOCOL to the name under which the exporter is installed."""
 
-_FLUSH_MS = 2000
-"""How long the last spans and metrics may take to leave, milliseconds."""
+_FLUSH_S = 2.0
+"""How long the last spans and metrics of an actor may take to leave, seconds."""
+
+_COMMAND_FLUSH_S = 1.0
+"""The same of a command, whose user waits for its end."""
 
 
 def environment() -> dict[str, str]:
@@ -72,7 +78,8 @@ def tracer_provider(instance: str, **attributes: str) -> TracerProvider | None:
         for name in names:
             exporters.append(_make("opentelemetry_traces_exporter", _exporter(name, "TRACES")))
             made.callback(_discard, exporters[-1])
-        provider = TracerProvider(resource=_resource(instance, attributes))
+        tell_briefly()
+        provider = TracerProvider(resource=_resource(instance, attributes), shutdown_on_exit=False)
         made.callback(_discard, provider)
         for exporter in exporters:
             provider.add_span_processor(BatchSpanProcessor(exporter))
@@ -103,26 +110,40 @@ def meter_provider(instance: str, **attributes: str) -> MeterProvider | None:
                     exporter if isinstance(exporter, MetricReader) else PeriodicExportingMetricReader(exporter)
                 )
             made.callback(_discard, readers[-1])
-        return MeterProvider(metric_readers=readers, resource=_resource(instance, attributes))
+        tell_briefly()
+        resource = _resource(instance, attributes)
+        return MeterProvider(metric_readers=readers, resource=resource, shutdown_on_exit=False)
 
 
-def shut_down(provider: TracerProvider | MeterProvider) -> None:
-    """Let what was recorded leave, within about 2 s, and stop exporting. Blocks: call it off an event loop."""
-    provider.force_flush(_FLUSH_MS)
-    provider.shutdown()
+def shut_down(provider: TracerProvider | MeterProvider, within_s: float = _FLUSH_S) -> None:
+    """Let what was recorded leave, within ``within_s``, and stop exporting. Blocks: call it off an event loop."""
+
+    def end() -> None:
+        provider.force_flush()
+        provider.shutdown()
+
+    # The SDK keeps no deadline: without a listener its exporters try again for ten seconds.
+    thread = threading.Thread(target=end, name="kvpool-telemetry-end", daemon=True)
+    thread.start()
+    thread.join(within_s)
 
 
-def set_up_command_line() -> None:
-    """Let this process, which is the command line, trace its command, unless something has set a provider already."""
+def set_up_command_line() -> Callable[[], None] | None:
+    """Let this process, which is the command line, trace its command, unless something has set a provider already.
+
+    Returns what lets the spans leave, to be called when the command has ended; None if there are none.
+    """
     if not environment():
-        return
+        return None
     carry_trace_ids()
     print_trace_ids()
     if not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
-        return  # started by opentelemetry-instrument, say
+        return None  # started by opentelemetry-instrument, say
     provider = tracer_provider(f"cli-{os.getpid()}")
-    if provider is not None:
-        trace.set_tracer_provider(provider)  # exports what is left at exit
+    if provider is None:
+        return None
+    trace.set_tracer_provider(provider)
+    return partial(shut_down, provider, _COMMAND_FLUSH_S)
 
 
 def require_sdk() -> None:
@@ -185,7 +206,8 @@ def _make(group: str, name: str) -> Any:
             asked=name,
         )
     try:
-        return found.load()()
+        # Standard output is for what a command answers: JSON that a program reads, say.
+        return found.load()(**({"out": sys.stderr} if name == "console" else {}))
     except Exception as error:
         raise ConfigError(f"exporter {name!r} could not be set up: {error}", asked=name) from error
 
@@ -208,7 +230,7 @@ def _prometheus_reader() -> Any:
         server, _ = start_http_server(int(port), host, registry)
     except (OSError, ValueError, OverflowError) as error:
         raise ConfigError(
-            f"the Prometheus endpoint cannot listen on {host}:{port} ({error}): give each pool of a node a "
+            f"the Prometheus endpoint cannot listen on {host}:{port} ({error}): give each pool of a node an "
             "OTEL_EXPORTER_PROMETHEUS_PORT of its own",
             asked=port,
         ) from error

@@ -318,6 +318,15 @@ async def test_questions_of_many_are_merged_and_take_no_lease(pool):
     assert found[0]["devices"] == {"host-0": 3}
     with pytest.raises(InvalidRequestError):
         await pool.contains("absent", keys([1]))
+    async with await pool.request_cache("documents", size=4096) as cache:
+        await cache.seal(key="page 1")
+    for asked, blocks in (("page 1", 1), (["page 1", "page 2"], 1), (cache.key, 1), ("page 2", 0)):
+        assert (await pool.contains("documents", asked))["blocks"] == blocks, (
+            "keys as seal and the command line have them"
+        )
+    for wrong in ([], "", 7, [7], [""]):
+        with pytest.raises(InvalidRequestError, match=r"encode_block_id"):
+            await pool.contains("documents", wrong)
     after = await pool.stats()
     assert (after.lookups, after.blocks_hit) == (before.lookups, before.blocks_hit)
     assert await leased_bytes(pool) == {}

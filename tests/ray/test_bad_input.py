@@ -159,7 +159,7 @@ async def test_sealed_caches(pool):
             cache.tensor("uint8", (10,), access=Access.READ_WRITE)
         with pytest.raises(SealedError, match="keeps its key"):
             await cache.seal("second")
-        with pytest.raises(SealedError):
+        with pytest.raises(SealedError, match="asked to seal it without a key"):
             await cache.seal()
         with pytest.raises(InvalidRequestError, match="not empty"):
             await cache.seal("")
@@ -167,6 +167,11 @@ async def test_sealed_caches(pool):
             await cache.seal(7)
         assert not cache.numpy("uint8", (10,)).flags.writeable
         assert await held(pool) == before
+    async with await pool.request_cache("m", size=4096) as cache:
+        await cache.seal()
+        with pytest.raises(SealedError, match=r"sealed already, without a key; .*Copy it into a new cache"):
+            await cache.seal("too late")
+        assert await pool.find_cache("m", "too late") is None
 
 
 async def test_parents_and_hashes(pool):
@@ -203,12 +208,19 @@ async def test_tensors_that_do_not_fit(pool):
             ("uint8", (4096,), 1, "4097"),
             ("uint8", (-1,), 0, "-1"),
             ("uint8", (-1, -1), 0, "negative"),
+            ("uint8", (-1, 4), 0, "at least 1.*-1, 4"),
+            ("uint8", (0,), 0, "at least 1"),
+            ("uint8", (2.5, 4), 0, r"whole numbers.*\(2.5, 4\)"),
+            ("uint8", "4", 0, "whole numbers.*'4'"),
+            ("uint8", None, 0, "whole numbers.*None"),
+            ("uint8", (4,), 0.5, "0.5"),
             ("uint8", (4,), -4, "-4"),
             ("float32", (4,), 2, "2"),
             ("float128", (4,), 0, "unknown dtype 'float128'.*float32"),
         ):
             with pytest.raises(TensorMismatchError, match=says):
                 cache.tensor(dtype, shape, offset_bytes=offset)
+        assert cache.numpy("uint8", 4).shape == cache.tensor("uint8", np.array([4])).shape == (4,)
         for blocks, says in (
             (torch.zeros((2, 4, 8), dtype=torch.float16), r"bfloat16\[4, 8\], got float16"),
             (torch.zeros((2, 8, 4), dtype=torch.bfloat16), r"got bfloat16\[8, 4\]"),
@@ -221,12 +233,40 @@ async def test_tensors_that_do_not_fit(pool):
         assert await held(pool) == before
 
 
+async def test_two_sizes_are_one_too_many(pool):
+    before = await pool.ls()
+    with pytest.raises(InvalidSizeError, match="size_mb=1 and size='2KiB'"):
+        await pool.request_cache("m", 1, size="2KiB")
+    assert await pool.ls() == before
+
+
+async def test_a_look_up_registers_no_model(pool):
+    """A name mistyped once must not pass for a model from then on."""
+    assert await pool.find_cache("modle", "key") is None
+    for wrong in ("", 7):
+        with pytest.raises(InvalidRequestError, match="key is text"):
+            await pool.find_cache("modle", wrong)
+    for ask in (pool.contains("modle", keys(1)), pool.invalidate("modle"), pool.evict("all", model="modle")):
+        with pytest.raises(InvalidRequestError, match="no model 'modle' is registered"):
+            await ask
+    assert (await pool.ls())["models"] == []
+    async with await pool.request_cache("model", size=4096) as cache:
+        await cache.seal("key")
+    async with await CachePool.connect(pool.name) as other, await other.find_cache("model", "key") as found:
+        assert found.size_bytes == 4096
+        assert await other.find_cache("model", "other key") is None
+
+
 async def test_models(pool):
     await pool.model(SPEC)
     with pytest.raises(InvalidRequestError, match=r"registered with.*limit"):
         await pool.model(ModelSpec("m", dtype=torch.bfloat16, block_shape=(4, 8), limit="1MiB"))
+    for call in (pool.model(3), pool.request_cache(3, 1), pool.find_cache(None, "key")):
+        with pytest.raises(InvalidRequestError, match="a model is its name"):
+            await call
     for wrong in (
         {"name": ""},
+        {"name": 3},
         {"name": "n", "dtype": "uint8"},
         {"name": "n", "block_bytes": 4096, "dtype": "uint8", "block_shape": (4,)},
         {"name": "n", "dtype": "uint8", "block_shape": (0,)},

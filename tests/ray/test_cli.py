@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 from command_line import Cli, call_process
 
-from kvpool import CachePool
+from kvpool import CachePool, sync
 from kvpool.actors.cluster import ensure_ray, pool_names
 from kvpool.cli import main
 from kvpool.client import delete
@@ -77,6 +77,8 @@ async def test_a_pool_is_started_shown_and_stopped(cli: Cli, name: str) -> None:
             assert text in table
         refused = await cli("stop", "--name", name, code=2)
         assert refused.stderr.startswith("kvpool: ")
+        for way_out in (f"kvpool stop --name {name} --drain 60", f"kvpool leases --name {name} --revoke"):
+            assert way_out in refused.stderr
         assert name in pool_names()
 
     assert (await cli("stop", "--name", name)).stdout == f"pool {name} is deleted\n"
@@ -120,6 +122,8 @@ async def test_a_preset_may_be_given_another_size_and_policy(cli: Cli, name: str
         (("start", "--name", "x", "--devices", "host:1x4MiB", "--policy", "optimal"), "'optimal'"),
         (("start", "--name", "x", "--devices", "host:1x4MiB", "--placement", "nearest"), "'nearest'"),
         (("start", "--preset", "vista", "--num-gpus", "0"), "asked for num_gpus=0"),
+        (("start", "--num-gpus", "2"), "give --preset, or --devices host:2"),
+        (("start", "--preset", "vista", "--num-gpus", "2", "--devices", "host:1"), "give --preset, or --devices"),
         (("replay", "absent.jsonl"), "there is no trace file absent.jsonl"),
         (("replay", "--capacity", "2"), "--capacity is a share"),
         (("replay", "--speed", "3x"), "--speed is one of max, 1x, 10x, not '3x'"),
@@ -225,10 +229,23 @@ async def test_every_command_means_the_pool_of_the_configuration(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "kvpool.yaml").write_text(f"name: {name}\ndevices: host:1x4MiB\n", encoding="utf-8")
-    for command in (["start"], ["status", "--json", "-"], ["stop"]):
+    for command in (["start"], ["status", "--json", "-"]):
         done = await asyncio.to_thread(CliRunner().invoke, main, command)
         assert done.exit_code == 0, done.output
+    async with await CachePool.connect() as pool:
+        assert pool.name == name
+    with pytest.raises(PoolNotFoundError, match="'another'"):
+        await CachePool.connect("another")
+    blocking = await asyncio.to_thread(sync.CachePool.connect)
+    assert blocking.name == name
+    await asyncio.to_thread(blocking.close)
+    done = await asyncio.to_thread(CliRunner().invoke, main, ["stop"])
+    assert done.exit_code == 0, done.output
     assert name not in pool_names()
+    monkeypatch.setenv("KVPOOL_NAME", "elsewhere")
+    for ask in (CachePool.connect, delete):
+        with pytest.raises(PoolNotFoundError, match="'elsewhere'"):
+            await ask()
 
 
 def test_an_address_at_which_nobody_listens_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,6 +62,8 @@ async def test_listings_and_questions(cli: Cli, filled) -> None:
     assert number in table, "as --model takes it"
     table = (await cli("ls", *on, "--model", number)).stdout
     assert all(text in table for text in written(1, 2, 3, 4)), "as KEY is taken"
+    assert f"│ {number} " in table.partition("\ncaches ")[2], "which of several revisions a cache is of"
+    assert f"│ {listed['caches'][0]['id']} │" in table, "an id, not a number to be read aloud"
     chain = written(1, 2, 9)
     assert (await cli("contains", *on, "--model", "model", *chain)).stdout == "2 of 3 in the pool: 2 on host-0\n"
     assert (await cli("contains", *on, "--model", "documents", "page 1")).stdout.startswith("1 of 1 in the pool")
@@ -136,8 +138,9 @@ async def test_content_is_evicted_invalidated_and_trimmed(cli: Cli, filled) -> N
         (("ls", "--model", "none"), "no model 'none' is registered"),
         (("contains", "--model", "none", "key"), "no model 'none' is registered by tenant 'default'"),
         (("evict",), "say how much is to go"),
-        (("evict", "--all", "--bytes", "1MiB"), "say how much is to go"),
+        (("evict", "--all", "--bytes", "1MiB"), "--bytes 1MiB and --all contradict each other"),
         (("evict", "--all", "--device", "host-9"), "no device 'host-9'"),
+        (("evict", "--all", "--model", "none"), "no model 'none'"),
         (("evict", "--bytes", "much"), "much"),
         (("invalidate", "--model", "m"), "say what is to go"),
         (("invalidate", "--model", "none", "--all"), "no model 'none'"),
@@ -192,7 +195,7 @@ async def test_each_command_that_asks_a_pool_gives_a_sign_of_life(
 
 def removed(key: bytes | None, model: str = "model", size_bytes: int = BLOCK_BYTES) -> dict[str, object]:
     event = {"kind": "removed", "tenant": "default", "model": model, "key": key and key.hex(), "device": "host-0"}
-    return event | {"size_bytes": size_bytes, "reason": "request"}
+    return event | {"size_bytes": size_bytes, "reason": "request", "number": 0, "revision": "7"}
 
 
 async def test_events_are_lines_of_json_until_ctrl_c(filled, tmp_path) -> None:
@@ -208,7 +211,8 @@ async def test_events_are_lines_of_json_until_ctrl_c(filled, tmp_path) -> None:
         assert await process.wait() == 0
     assert lines == [
         removed(*keys(4)),
-        {"kind": "cleared", "tenant": "default", "model": "model", "reason": "invalidate"},
+        {name: value for name, value in removed(None).items() if name not in ("key", "device", "size_bytes")}
+        | {"kind": "cleared", "reason": "invalidate"},
         lines[2],
     ]
     assert (lines[2]["kind"], lines[2]["model"]) == ("removed", "documents")

@@ -6,6 +6,8 @@ import logging
 
 import numpy as np
 import pytest
+import ray
+from driver import run_driver
 
 from kvpool import ModelSpec, encode_block_id, sync
 
@@ -68,3 +70,21 @@ async def test_a_sealed_cache_is_found_by_its_key(pool):
                 return found.size_bytes, found.sealed
 
     assert await asyncio.to_thread(find) == (100, True)
+
+
+async def test_ray_does_not_complain_that_the_blocking_client_has_a_thread_of_its_own(pool):
+    program = """
+        import logging, sys
+        import ray
+        from kvpool import sync
+
+        heard = []
+        handler = logging.Handler()
+        handler.emit = lambda record: heard.append(record.getMessage())
+        logging.getLogger("ray._private.worker").addHandler(handler)
+        sync.CachePool.connect(sys.argv[1]).close()
+        logging.getLogger("ray._private.worker").warning("of another kind")
+        print([text for text in heard if "SIGTERM" in text or "kind" in text])
+    """
+    address = ray.get_runtime_context().gcs_address
+    assert await run_driver(program, pool.name, ray_address=address) == "['of another kind']\n"

@@ -196,4 +196,4 @@ async def test_the_doctor_says_that_a_pool_is_older(older: OlderPool) -> None:
     rows = json.loads(await asyncio.to_thread(cli, older, command, 1))["rows"]
     [row] = [row for row in rows if row["where"] == f"pool {older.name}"]
     assert (row["check"], row["result"]) == ("pool", "failed")
-    assert f"'kvpool stop --name {older.name} --drain 60', then 'KVPOOL_DEVICES=" in row["mend"]
+    assert f"`kvpool stop --name {older.name} --drain 60`, then `KVPOOL_DEVICES=" in row["mend"]

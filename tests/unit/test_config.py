@@ -129,6 +129,31 @@ def test_a_bad_value_is_named_with_its_key(tmp_path, monkeypatch, source, key, v
         assert value.removeprefix("host:2x") in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"name": 3}, "config key 'name' must be text, not 3 .*name of the pool"),
+        ({"name": "a/b"}, "'name' must be 1 to 63 letters, digits"),
+        ({"queue_limit": "many"}, "'queue_limit' must be a whole number, not 'many' .*may wait"),
+        ({"queue_limit": 1.5}, "'queue_limit' must be a whole number, not 1.5"),
+        ({"arena_factor": 5000}, "'arena_factor' must be at most 1024, not 5000"),
+        ({"timeout_s": 0}, "'timeout_s' must be more than 0, not 0"),
+        ({"timeout_s": "soon"}, "'timeout_s' must be a number, not 'soon'"),
+        ({"timeout_s": float("inf")}, "'timeout_s' must be a finite number, not inf"),
+        ({"socket_dir": 7}, "'socket_dir' must be a path, not 7"),
+        ({"page_size": "12KiB"}, "'page_size': must be a power of two of bytes, not 12288"),
+        ({"memory_per_device": "much"}, "'memory_per_device': cannot read the size 'much'"),
+        ({"polcy": "lru"}, "unknown config key 'polcy'; possible: .*policy"),
+    ],
+    ids=str,
+)
+def test_errors_are_worded_by_us_however_a_config_is_made(settings, says):
+    for make in (load_config, PoolConfig):
+        with pytest.raises(ConfigError, match=says) as caught:
+            make(**settings)
+        assert not any(word in str(caught.value) for word in ("Input", "Value error", "pydantic"))
+
+
 def test_a_config_does_not_change():
     with pytest.raises(ValueError, match="frozen"):
         load_config().policy = "other"
@@ -175,5 +200,7 @@ def test_devices_are_planned_in_whole_pages_and_none_smaller_than_one() -> None:
     config = load_config(devices="host:2x5MiB")
     assert config.device_plans(4096) == [(4 * MIB, 2 * MIB)] * 2
     assert config.device_plans(4096)[0].pages == 2
-    with pytest.raises(ConfigError, match="smaller than one page"):
+    with pytest.raises(
+        ConfigError, match=r"'host:1x1MiB'.*smaller than one page: give each at least 2 MiB, or set page_"
+    ):
         load_config(devices="host:1x1MiB").device_plans(4096)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +26,13 @@ def write(tmp_path: Path) -> Write:
         return path
 
     return write
+
+
+def test_an_error_names_one_line_that_of_the_file(write: Write) -> None:
+    with pytest.raises(TraceFormatError) as caught:
+        list(read_trace(write(GOOD, "{")))
+    assert re.findall(r"line \d+", str(caught.value)) == ["line 2"]
+    assert "line 2: it is not JSON" in str(caught.value)
 
 
 def test_a_trace_is_read_in_order(write: Write) -> None:

@@ -34,6 +34,12 @@ def test_a_block_id_that_does_not_fit_is_refused(block_id: int) -> None:
         encode_block_id(block_id)
 
 
+@pytest.mark.parametrize("block_id", ["a", None, 1.5, b"x"])
+def test_a_block_id_that_is_no_number_is_refused_with_what_to_do_instead(block_id: object) -> None:
+    with pytest.raises(InvalidRequestError, match=r"whole number, not .*blake2b.*digest_size=16"):
+        encode_block_id(block_id)  # type: ignore[arg-type]
+
+
 def test_a_hash_is_returned_as_it_is() -> None:
     block_hash = bytes(range(16))
     assert check_hash(block_hash) is block_hash

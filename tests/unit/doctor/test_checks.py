@@ -41,8 +41,9 @@ HEALTHY = Facts(
 TWO_OF_A_GIB = plan_host(load_config(devices="host:2x1GiB"), 4096)
 
 
-def host(facts: Facts, plan: Plan = TWO_OF_A_GIB, *, ray_runs: bool = False) -> dict[str, Finding]:
-    return {finding.check: finding for finding in checks.check_host(facts, plan, "here", ray_runs)}
+def host(facts: Facts, plan: Plan = TWO_OF_A_GIB) -> dict[str, Finding]:
+    findings = [*checks.check_host(facts, plan, "here"), checks.check_shm(facts, "here")]
+    return {finding.check: finding for finding in findings}
 
 
 def test_nothing_is_wrong_with_a_healthy_host() -> None:
@@ -71,10 +72,11 @@ def test_nothing_is_wrong_with_a_healthy_host() -> None:
         ("versions", {"versions": HEALTHY.versions | {"ray": None}}, FAILED, "ray not installed", "pip install"),
         ("versions", {"versions": HEALTHY.versions | {"python": "3.10.14"}}, FAILED, "python 3.10.14", "Python"),
         ("torch", {"versions": HEALTHY.versions | {"torch": None}}, WARNING, "not installed", "pip install"),
-        ("torch", {"versions": HEALTHY.versions | {"torch": "2.3.1"}}, WARNING, "torch 2.3.1", "torch>=2.4"),
+        ("torch", {"versions": HEALTHY.versions | {"torch": "2.3.1"}}, WARNING, "torch 2.3.1", "`pip install 'torch"),
         ("torch", {"versions": HEALTHY.versions | {"torch": "2.13.0+cu128"}}, OK, "2.13.0+cu128", ""),
         ("sockets", {"socket_errors": ["cannot listen there"]}, FAILED, "cannot listen", "KVPOOL_SOCKET_DIR"),
-        ("sockets", {"left_behind": ["/run/kvpool/0.sock"]}, WARNING, "1 sockets", "rm /run/kvpool/0.sock"),
+        ("sockets", {"left_behind": ["/run/kvpool/0.sock"]}, WARNING, "1 sockets", "`rm /run/kvpool/0.sock`"),
+        ("sockets", {"left_behind": ["/run/a b/0.sock"]}, WARNING, "1 sockets", "`rm '/run/a b/0.sock'`"),
         ("pages", {"page_error": "refused memfd_create"}, FAILED, "memfd_create", "seccomp"),
         ("peer", {"peer_error": "cannot watch process 0"}, FAILED, "process 0", "pidfd_open"),
         ("driver", {"nvidia_present": True}, FAILED, "cannot open shared object", "--gpus all"),
@@ -100,11 +102,11 @@ def test_a_fault_fails_its_check_and_no_other(
 
 def test_what_ray_has_taken_of_shm_is_no_loss() -> None:
     used = replace(HEALTHY, shm=MemoryInfo(1 * MIB, 12 * GIB))
-    assert (host(used)["shm"].result, host(used, ray_runs=True)["shm"].result) == (FAILED, OK)
+    assert (checks.check_shm(used, "here").result, checks.check_shm_of_ray(used, "node").result) == (FAILED, OK)
 
 
 def test_a_pool_that_runs_needs_nothing_more_but_room_for_a_client() -> None:
-    running = replace(TWO_OF_A_GIB, running=True)
+    running = TWO_OF_A_GIB.for_client()
     full = replace(
         HEALTHY,
         memory=MemoryInfo(0, 24 * GIB),
@@ -129,7 +131,8 @@ def test_the_host_that_gets_most_of_the_devices_is_what_counts() -> None:
         (Token("token"), FAILED, "none", "ray get-auth-token --generate"),
         (Token(error="/etc/token: no such file"), FAILED, "/etc/token", "unset RAY_AUTH_TOKEN_PATH"),
         (Token("disabled", source="/h/.ray/auth_token"), WARNING, "disabled", "unset RAY_AUTH_MODE"),
-        (Token(source="/h/t", open_to_others=True), WARNING, "readable by others", "chmod 600 /h/t"),
+        (Token(source="/h/t", open_to_others=True), WARNING, "readable by others", "`chmod 600 /h/t`"),
+        (Token(source="/h/a b", open_to_others=True), WARNING, "readable by others", "`chmod 600 '/h/a b'`"),
         (Token(None, "head:6379", "/h/t"), WARNING, "RAY_ADDRESS", "export RAY_AUTH_MODE=token"),
     ],
 )
@@ -173,7 +176,7 @@ DESCRIBED = {"protocol": PROTOCOL_VERSION, "version": __version__, "config": {},
     [
         (Pool("p", DESCRIBED), OK, ""),
         (Pool("p", error="the pool did not answer"), FAILED, "kvpool stop --name p"),
-        (Pool("p", DESCRIBED | {"protocol": 0}), FAILED, "'kvpool stop --name p --drain 60', then 'kvpool start"),
+        (Pool("p", DESCRIBED | {"protocol": 0}), FAILED, "`kvpool stop --name p --drain 60`, then `kvpool start"),
         (Pool("p", DESCRIBED | {"version": "0.0.1"}), WARNING, "kvpool stop --name p --drain 60"),
         (Pool("p", DESCRIBED, unreachable=["host-0: no such file"]), FAILED, "share the socket folder"),
     ],
@@ -194,4 +197,11 @@ def test_with_a_file_the_command_prints_no_table(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["doctor", "--here", "--json", str(written)])
     assert (result.exit_code in (0, 1), result.stdout) == (True, "")
     assert "versions" in {row["check"] for row in json.loads(written.read_text())["rows"]}
-    assert "checks, " in CliRunner().invoke(main, ["doctor", "--here"]).stdout
+
+
+def test_the_last_line_counts_warnings_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [Finding("a", "here", OK, "x"), *[Finding("b", "here", WARNING, "x", mend="y")] * 2]
+    monkeypatch.setattr("kvpool.doctor.examination.examine", lambda *_: found)
+    done = CliRunner().invoke(main, ["doctor", "--here"])
+    assert done.stdout.splitlines()[-1] == "3 checks, 0 failed, 2 with a warning"
+    assert done.exit_code == 0

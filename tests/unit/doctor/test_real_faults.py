@@ -192,7 +192,7 @@ def test_the_socket_of_a_dead_device_is_a_warning(doctor: Doctor, tmp_path: Path
     killed = "import socket, sys; socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET).bind('0.sock')"
     subprocess.run([sys.executable, "-c", killed], cwd=folder, check=True)
     row = doctor("--devices", "host:1x16MiB", KVPOOL_SOCKET_DIR="s")["sockets"]
-    assert (row["result"], row["mend"].endswith("'rm s/0.sock'")) == ("warning", True)
+    assert (row["result"], row["mend"].endswith("`rm s/0.sock`")) == ("warning", True)
     assert (folder / "0.sock").exists()  # it only looks
 
 

@@ -168,7 +168,7 @@ def test_contains_tells_where_and_counts_as_no_use(pool):
 def test_a_name_that_several_models_have_is_no_name_for_contains(pool):
     spec = {"name": "m", "identity": {"model": "m", "revision": "2"}, "block_bytes": BLOCK, "limit_bytes": None}
     pool.state.register_model("c", spec)
-    with pytest.raises(InvalidRequestError, match=r"2 models .* named 'm'.*1 \(revision '2'"):
+    with pytest.raises(InvalidRequestError, match=r"2 models .* named 'm'.*--model=#0 .*1 \(revision '2'"):
         pool.state.directory.contains("default", "m", hashes([1]))
     with pytest.raises(InvalidRequestError, match=r"no model 'n'.*: there is m"):
         pool.state.directory.contains("default", "n", hashes([1]))
@@ -314,6 +314,28 @@ def test_events_tell_what_comes_and_goes_and_why(pool):
     assert [(e.kind, e.device) for e in events] == [("device_lost", "host-1")]
     _, events = read(pool, 0, tenant="elsewhere")
     assert [e.kind for e in events] == ["stored", "removed", "device_lost"]
+
+
+def test_revisions_of_one_model_are_told_apart_in_events_and_listings(pool):
+    spec = {"name": "m", "identity": {"model": "m", "revision": "2"}, "block_bytes": BLOCK, "limit_bytes": None}
+    new = pool.state.register_model("c", spec).number
+    seen, _ = read(pool, None)
+    pool.put([1])
+    pool.put([1], model=new)
+    (key,) = keys_of([1])
+    assert [(each["model"], each["number"], each["revision"], each["key"]) for each in listed(pool)["caches"]] == [
+        ("m", 0, "", key),
+        ("m", new, "2", key),
+    ]
+    pool.evict(model=new)
+    pool.invalidate(0)
+    _, events = read(pool, seen)
+    assert [(e.kind, e.model, e.number, e.revision, e.key) for e in events] == [
+        ("stored", "m", 0, "", key),
+        ("stored", "m", new, "2", key),
+        ("removed", "m", new, "2", key),
+        ("cleared", "m", 0, "", None),
+    ]
 
 
 def test_a_key_whose_writer_died_before_the_device_had_it_is_told_to_be_gone(pool):

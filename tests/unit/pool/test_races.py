@@ -6,6 +6,7 @@ import pytest
 from pool_harness import PAGE, LocalPool, hashes, keys_of
 
 from kvpool.errors import InvalidRequestError, ProtocolError, from_wire
+from kvpool.pool.device import Device
 from kvpool.pool.instructions import (
     Batch,
     BlocksRequested,
@@ -16,7 +17,6 @@ from kvpool.pool.instructions import (
     PrefixesLookedUp,
     ReleaseRequested,
 )
-from kvpool.pool.ledger import Device
 
 
 @pytest.fixture

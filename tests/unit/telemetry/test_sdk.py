@@ -220,7 +220,8 @@ cli.main()
 
 def test_a_command_is_a_span_and_its_warnings_have_the_ids_of_it():
     done = run(FAILING, "status", returns=2, OTEL_TRACES_EXPORTER="console")
-    span = json.loads(done.stdout)
+    assert done.stdout == "", "it is for the answers of commands"
+    span = json.loads(done.stderr[done.stderr.index("{") :])
     assert (span["name"], span["parent_id"], span["status"]) == (
         "kvpool.cli.status", None, {"status_code": "ERROR", "description": "too bad"},
     )  # fmt: skip
@@ -228,8 +229,37 @@ def test_a_command_is_a_span_and_its_warnings_have_the_ids_of_it():
     assert f"WARNING kvpool.client trace_id={trace_id} span_id={span_id} of the command" in done.stderr
     assert "kvpool: too bad" in done.stderr
     # Of commands of many calls there is none, which all their calls would be children of.
-    assert run(FAILING, "bench", returns=2, OTEL_TRACES_EXPORTER="console").stdout == ""
+    assert "kvpool.cli.bench" not in run(FAILING, "bench", returns=2, OTEL_TRACES_EXPORTER="console").stderr
     assert "trace_id" not in run(FAILING, "status", returns=2).stderr
+
+
+def test_where_no_collector_listens_a_command_says_so_in_one_line():
+    endpoint = f"http://127.0.0.1:{free_port()}"
+    done = run(FAILING, "status", returns=2, OTEL_TRACES_EXPORTER="otlp", OTEL_EXPORTER_OTLP_ENDPOINT=endpoint)
+    told = [line for line in done.stderr.splitlines() if "of the command" not in line]
+    assert told[0] == "kvpool: too bad"
+    assert "does a collector listen" in told[1]
+    assert len(told) == 2, "no tracebacks, and not each attempt"
+
+
+def test_the_end_does_not_wait_for_what_does_not_leave():
+    let_go = threading.Event()
+
+    class Stuck:
+        def force_flush(self):
+            let_go.wait()
+
+        def shutdown(self):
+            ended.set()
+
+    ended = threading.Event()
+    shut_down(Stuck(), within_s=0.01)
+    assert not ended.is_set()
+    let_go.set()
+    assert ended.wait(10)
+    ended.clear()
+    shut_down(Stuck(), within_s=10)
+    assert ended.is_set()
 
 
 def test_a_question_of_the_command_line_carries_its_trace(provider, monkeypatch):
