@@ -259,7 +259,7 @@ class LowerTiers:
         deadline = asyncio.get_running_loop().time() + self._patience_s
         unique = {source.key: source for source in sources}
         if self._arrivals is not None:
-            await self._arrivals.all_arrived(unique)
+            unique = await self._in_turn(self._arrivals, unique)
         kept = {key for key, source in unique.items() if self._is_below(source, None)}
         new = [source for key, source in unique.items() if key not in kept]
         if new and self._arrivals is not None:
@@ -275,9 +275,22 @@ class LowerTiers:
         self._counters.not_kept += sum(key not in kept and not self._under_way.refuses(key) for key in unique)
         return [source.key in kept for source in sources]
 
+    async def _in_turn(self, arrivals: Arrivals, sources: dict[CacheKey, Source]) -> dict[CacheKey, Source]:
+        """Wait until none of these keys is on its way here by another call; leaves out what was removed meanwhile.
+
+        Entered as under way for that time: a removal that began and ended within it must find them.
+        """
+        works = {key: self._under_way.begin(key) for key in sources}
+        try:
+            await arrivals.all_arrived(sources)
+        finally:
+            for work in works.values():
+                if work is not None:
+                    self._under_way.end(work)
+        return {key: sources[key] for key, work in works.items() if work is not None and not work.void}
+
     async def _copy_ahead(self, arrivals: Arrivals, sources: list[Source]) -> list[bool]:
-        unique = {source.key: source for source in sources}
-        await arrivals.all_arrived(unique)
+        unique = await self._in_turn(arrivals, {source.key: source for source in sources})
         kept = {key for key, source in unique.items() if self._is_below(source, Kind.COPY)}
         new = [source for key, source in unique.items() if key not in kept]
         if new:

@@ -283,7 +283,7 @@ def trim(name: str, json_path: str | None) -> None:
 @NAME
 @JSON
 def defragment(name: str, json_path: str | None) -> None:
-    """Compact the pool's memory. (An allocation that finds no room does so by itself.)"""
+    """Compact the pool's memory; what somebody has leased stays where it is."""
     done = _ask(name, "defragment", doing="compacting", timeout_s=STEPS_S)
     if json_path is not None:
         write_json(json_path, done)

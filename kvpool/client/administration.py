@@ -158,7 +158,7 @@ class Administration:
     async def defragment(self) -> dict[str, int]:
         """Compact the memory of the whole pool; returns ``{"moved_bytes", "freed_pages"}``.
 
-        (An allocation that finds no room does so by itself.) What somebody has leased stays where it is.
+        What somebody has leased stays where it is.
         """
         return dict(await self._connection.call(self._connection.actor.defragment, timeout_s=STEPS_S))
 
