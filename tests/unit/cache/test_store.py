@@ -293,11 +293,13 @@ def test_compact_moves_what_nobody_has_leased_and_the_next_lease_gives_its_new_p
     assert store.allocator.allocation(4).offset == places[0][0], "a leased cache does not move"
 
 
-def test_an_allocation_that_finds_no_room_moves_what_is_in_its_way(store):
+def test_compaction_makes_room_without_evicting(store):
     size = PAGE // 2 + 4096
     resident_ids = [1, 2, 3, 4]
     allocate(store, resident_ids, size=size)
     do(store, "finish", "a", 2, resident_ids, [bytes([i]) * 16 for i in resident_ids])
+    assert allocate(store, [8], size=PAGE)[0] == []  # an allocation does not compact by itself
+    do(store, "compact", 100 * PAGE)
     places, refused, shortage = allocate(store, [9], size=PAGE)
     assert (len(places), refused, shortage) == (1, [], None)
     assert None not in do(store, "lease", "a", 3, resident_ids), "nothing was evicted for it"
