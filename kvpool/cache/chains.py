@@ -1,9 +1,12 @@
 """Chains of a whole table at once: what hangs on some rows, and how deep each lies.
 
-Both go up the chains by doubling their stride, so that a chain of 65,536 takes 17 passes over the columns.
+Rows go up the chains by doubling their stride, so that a chain of 65,536 takes 17 passes over the columns.
 """
 
 from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +14,7 @@ import numpy.typing as npt
 from kvpool.cache.table import CacheTable
 
 Rows = npt.NDArray[np.int64]
+Key = TypeVar("Key", bound=Hashable)
 
 
 def with_descendants(table: CacheTable, rows: Rows) -> Rows:
@@ -64,3 +68,15 @@ def _above(table: CacheTable) -> Rows:
     linked = (parent >= 0) & (np.frombuffer(table.flags, np.uint8) != 0)  # those of free rows are stale
     above[:top][linked] = parent[linked]
     return above
+
+
+def with_successors(keys: Iterable[Key], children: Mapping[Key, Sequence[Key]]) -> set[Key]:
+    """Return keys and all that is chained behind them, by the children of each."""
+    found = set(keys)
+    behind = list(found)
+    while behind:
+        for child in children.get(behind.pop(), ()):
+            if child not in found:
+                found.add(child)
+                behind.append(child)
+    return found

@@ -352,6 +352,11 @@ class CacheIndex(CacheTable):
         """Return the hash under which a cache is published, or None."""
         return self._hashes[row]
 
+    def parent_key_of(self, row: int) -> BlockHash | None:
+        """Return the hash under which a cache's parent is published, or None."""
+        above = self.parent[row]
+        return self._hashes[above] if above >= 0 else None
+
     def space_of(self, row: int) -> int:
         """Return the namespace for which a cache was made."""
         return self._space[row]

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from kvpool.cache.arrivals import Arrivals
+from kvpool.cache.chains import with_successors
 from kvpool.cache.disk.index import DiskEntry
 from kvpool.cache.disk.threads import uncancelled
 from kvpool.cache.disk.tier import DiskTier
@@ -184,14 +185,7 @@ class LowerTiers:
         for entry in (*(self._host.index if self._host is not None else ()), *self._saved()):
             if entry.parent is not None:
                 children.setdefault(entry.key._replace(block_hash=entry.parent), []).append(entry.key)
-        found = set(keys)
-        behind = list(found)
-        while behind:
-            for child in children.get(behind.pop(), ()):
-                if child not in found:
-                    found.add(child)
-                    behind.append(child)
-        return found
+        return with_successors(keys, children)
 
     def _saved(self) -> list[DiskEntry]:
         return self._disk.entries() if self._disk is not None else []

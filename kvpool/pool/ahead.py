@@ -16,7 +16,7 @@ from kvpool.pool.ledger import Ledger
 from kvpool.sizes import MIB
 
 STEP_BYTES = 8 * MIB
-"""Bytes of one step: about 2 ms of a device's time, for which operations behind it wait."""
+"""Bytes of one step, for which a device's operations behind it wait."""
 
 STEP_CACHES = 128
 
@@ -70,9 +70,7 @@ class CopiesAhead:
             if cache_id in copied:
                 seen.add(cache_id)
             elif key is not None and not index.is_void(row):
-                above = index.parent[row]
-                parent = index.key_of(above) if above >= 0 else None
-                step.setdefault(index.space_of(row), []).append((cache_id, key, parent))
+                step.setdefault(index.space_of(row), []).append((cache_id, key, index.parent_key_of(row)))
                 step_bytes += index.size_bytes[row]
                 count += 1
             if wanted_bytes <= 0 or step_bytes >= STEP_BYTES or count >= STEP_CACHES:

@@ -79,8 +79,7 @@ class Durability:
             entries = []
             for position in positions:
                 row = index.find(model.space, hashes[position])
-                above = index.parent[row]
-                entries.append((index.id_of(row), hashes[position], index.key_of(above) if above >= 0 else None))
+                entries.append((index.id_of(row), hashes[position], index.parent_key_of(row)))
             move = Move(device, "persist", (model.tenant, model.fingerprint, entries), partial(written, positions))
 
             def write(_answer: Answer, now: float, move: Move = move) -> None:
