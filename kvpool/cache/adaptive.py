@@ -129,6 +129,9 @@ class Adaptive(CacheEvictionPolicy):
         for _, row in self._ranking.of(device):
             yield row
 
+    def worth(self, row: int) -> float:
+        return self._worth_of(row)
+
     # -- worth ----------------------------------------------------------------------------------------------------
 
     def _worth(self, turn: int, kind: int, level: float) -> float:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from kvpool.cache.key import BlockHash
 from kvpool.errors import ConfigError, UnknownPolicyError, ensure
@@ -57,11 +57,17 @@ class CacheEvictionPolicy(Protocol):
         """Return the row worth least of all that may go, or -1. Changes nothing."""
         ...
 
-    def victims(self, device: int) -> Iterator[int]:
-        """Yield the rows of one device in the order in which they would go.
+    def victims(self, partition: int) -> Iterator[int]:
+        """Yield the rows of one partition in the order in which they would go.
 
-        Each may go once those before it have gone. Nothing is changed, and nothing may change while it is consumed.
+        A partition (the column of that name) is a device, or what a model or tenant with a quota has there; a chain
+        never lies in two partitions of one device. Each row may go once those before it have gone. Nothing is changed,
+        and nothing may change while it is consumed.
         """
+        ...
+
+    def worth(self, row: int) -> Any:
+        """Return what orders the next victims of different partitions: the lowest goes first."""
         ...
 
     # Requests. Who ranks caches without regard to them inherits the answers below.

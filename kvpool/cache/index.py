@@ -2,15 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from heapq import heapify, heappop, heapreplace
+from typing import Any
 
 import numpy as np
 
 from kvpool.cache.chains import Rows, depths
 from kvpool.cache.eviction import CacheEvictionPolicy, find_policy, make_policy
 from kvpool.cache.key import BlockHash
+from kvpool.cache.meter import Meter
 from kvpool.cache.table import KEYED, MAX_STAMP, NO_ROW, RESIDENT, SEALED, CacheTable
 from kvpool.errors import ensure
+
+
+class Heads:
+    """The next victim of several partitions, and those behind it; falsy when there is none.
+
+    Parameters
+    ----------
+    policy
+        Ranks them.
+    partitions
+        Whose victims.
+    """
+
+    def __init__(self, policy: CacheEvictionPolicy, partitions: Iterable[int]) -> None:
+        self._policy = policy
+        self._heads: list[tuple[Any, int, int, Iterator[int]]] = []
+        for partition in partitions:
+            rows = policy.victims(partition)
+            row = next(rows, NO_ROW)
+            if row >= 0:
+                self._heads.append((policy.worth(row), row, partition, rows))
+        heapify(self._heads)
+
+    def __bool__(self) -> bool:
+        return bool(self._heads)
+
+    @property
+    def row(self) -> int:
+        """The one that goes first."""
+        return self._heads[0][1]
+
+    @property
+    def worth(self) -> Any:
+        """What it is worth to the policy."""
+        return self._heads[0][0]
+
+    def next(self) -> None:
+        """Go on behind it."""
+        _, _, partition, rows = self._heads[0]
+        row = next(rows, NO_ROW)
+        if row >= 0:
+            heapreplace(self._heads, (self._policy.worth(row), row, partition, rows))
+        else:
+            heappop(self._heads)
+
+    def leave(self) -> None:
+        """Pass over it and all behind it in its partition."""
+        heappop(self._heads)
 
 
 class CacheIndex(CacheTable):
@@ -44,6 +95,12 @@ class CacheIndex(CacheTable):
         self._tenants: list[str] = []  # by space
         self._rows_by_hash: list[dict[BlockHash, int]] = []  # by space
         self._void: set[int] = set()  # spaces in which nothing is ever looked up
+        self._accounts: list[int] = []  # by space; 0: that of all that have no quota
+        self._partitions: dict[tuple[int, int], int] = {}  # by device and account
+        self.partitions: list[tuple[int, int]] = []
+        """By partition, its device and account."""
+        self._by_device: list[list[int]] = []  # partitions
+        self.meter: Meter | None = None
         self.policy: CacheEvictionPolicy = make_policy(policy, self)
 
     @property
@@ -55,8 +112,7 @@ class CacheIndex(CacheTable):
         """Return the number of a namespace of keys; equal hashes in different spaces are different keys."""
         number = self._spaces.setdefault((tenant, fingerprint), len(self._tenants))
         if number == len(self._tenants):
-            self._tenants.append(tenant)
-            self._rows_by_hash.append({})
+            self._add_space(tenant, 0)
         return number
 
     # -- content that is void ---------------------------------------------------------------------------------------
@@ -90,15 +146,97 @@ class CacheIndex(CacheTable):
         self._rows_by_hash[space] = {}
 
     def _make_grave(self, space: int) -> int:
-        """Return a void space of the same tenant with nothing in it: keys in it may be equal to those buried before."""
-        tenant = self._tenants[space]
+        """Return a void space of the same tenant and account with nothing in it.
+
+        Keys in it may be equal to those buried before.
+        """
+        owner = self._tenants[space], self._accounts[space]
         for grave in self._void:
-            if self._tenants[grave] == tenant and not self._rows_by_hash[grave] and not len(self.rows_of(grave)):
+            same = (self._tenants[grave], self._accounts[grave]) == owner
+            if same and not self._rows_by_hash[grave] and not len(self.rows_of(grave)):
                 return grave
         self._void.add(len(self._tenants))
-        self._tenants.append(tenant)
-        self._rows_by_hash.append({})
+        self._add_space(*owner)
         return len(self._tenants) - 1
+
+    def _add_space(self, tenant: str, account: int) -> None:
+        self._tenants.append(tenant)
+        self._accounts.append(account)
+        self._rows_by_hash.append({})
+
+    # -- accounts -----------------------------------------------------------------------------------------------------
+
+    def add_device(self, number: int) -> None:
+        super().add_device(number)
+        self._by_device.append([])
+        self._partition_of(number, 0)
+
+    def account_of(self, space: int) -> int:
+        """Return the account to which a namespace's caches are charged."""
+        return self._accounts[space]
+
+    def set_accounts(self, accounts: Mapping[int, int], *, now: float) -> None:
+        """Charge the caches of some spaces to other accounts from now on; what was buried of them stays where it was.
+
+        The policy ranks them apart then; it is given again all that is evictable, in order of last access. Takes 0.2 s
+        for 200,000 evictable rows.
+        """
+        moved = [space for space, account in accounts.items() if self._accounts[space] != account]
+        for space in moved:
+            self._accounts[space] = accounts[space]
+        rows = self.rows_of(*moved) if moved else np.array([], np.int64)
+        if not len(rows):
+            return
+        idle = self._idle_in_order()
+        self.policy.taken(idle, now)
+        for row in rows.tolist():
+            self.partition[row] = self._partition_of(self.device[row], self._accounts[self._space[row]])
+        self.policy.evictable(idle, now)
+
+    def partitions_of(self, device: int) -> list[int]:
+        """Return the numbers of a device's partitions."""
+        return self._by_device[device]
+
+    def totals_by_partition(self) -> tuple[list[int], list[int]]:
+        """Return by partition what its caches take, and what nobody holds of it, in bytes. O(rows)."""
+        flags, sizes = np.frombuffer(self.flags, np.uint8), np.frombuffer(self.size_bytes, np.int64)
+        partitions, pins = np.frombuffer(self.partition, np.int32), np.frombuffer(self.pins, np.uint32)
+        held = [0] * len(self.partitions)
+        evictable = held[:]
+        for row in np.flatnonzero(flags).tolist():
+            size_bytes = int(sizes[row])
+            held[partitions[row]] += size_bytes
+            if flags[row] & KEYED and not pins[row]:
+                evictable[partitions[row]] += size_bytes
+        return held, evictable
+
+    def victims(self, device: int) -> Iterator[int]:
+        """Yield a device's rows in the order in which they would go; see the policy's method."""
+        partitions = self._by_device[device]
+        return self.policy.victims(partitions[0]) if len(partitions) == 1 else self.victims_of(partitions)
+
+    def victims_of(self, partitions: Iterable[int]) -> Iterator[int]:
+        """Yield the rows of some partitions in the order in which they would go."""
+        heads = Heads(self.policy, partitions)
+        while heads:
+            yield heads.row
+            heads.next()
+
+    def _partition_of(self, device: int, account: int) -> int:
+        number = self._partitions.get((device, account))
+        if number is None:
+            number = self._partitions[device, account] = len(self.partitions)
+            self.partitions.append((device, account))
+            self._by_device[device].append(number)
+        return number
+
+    def _idle_in_order(self) -> list[int]:
+        """Return what is evictable in order of last access, children before their parents."""
+        idle = np.frombuffer(self.pins, np.uint32) == 0
+        rows = np.flatnonzero((np.frombuffer(self.flags, np.uint8) & KEYED != 0) & idle)
+        accessed = np.frombuffer(self.last_accessed, np.float64)[rows]
+        ordered: list[int] = rows[np.lexsort((-depths(self)[rows], accessed))].tolist()
+        return ordered
 
     def rows_of(self, *spaces: int) -> Rows:
         """Return the rows of all caches of some spaces, published or not."""
@@ -150,11 +288,7 @@ class CacheIndex(CacheTable):
             If there is no policy of that name; nothing is changed.
         """
         policy = find_policy(name)(self)
-        idle = np.frombuffer(self.pins, np.uint32) == 0
-        rows = np.flatnonzero((np.frombuffer(self.flags, np.uint8) & KEYED != 0) & idle)
-        accessed = np.frombuffer(self.last_accessed, np.float64)[rows]
-        order = np.lexsort((-depths(self)[rows], accessed))
-        policy.evictable(rows[order].tolist(), now)
+        policy.evictable(self._idle_in_order(), now)
         self.policy = policy
 
     def add(self, space: int, size_bytes: int, device: int, parent_row: int = NO_ROW, *, now: float) -> int:
@@ -188,6 +322,7 @@ class CacheIndex(CacheTable):
             self._grow()
         rows = []
         above = parent_row
+        partitions, partition = self.partition, self._partition_of(device, self._accounts[space])
         for _ in range(count):
             row = free.pop()
             parent[row] = above
@@ -195,6 +330,7 @@ class CacheIndex(CacheTable):
                 children[above] += 1
             pins[row] = 1
             devices[row] = device
+            partitions[row] = partition
             sizes[row] = size_bytes
             spaces[row] = space
             accessed[row] = now
@@ -204,6 +340,8 @@ class CacheIndex(CacheTable):
             above = row
         self._resident += count
         self.resident_bytes[device] += count * size_bytes
+        if self.meter is not None:
+            self.meter.charge(partition, count * size_bytes, 0)
         if chain:
             self.policy.stored(space, chain, rows, now)
         return rows
@@ -266,7 +404,7 @@ class CacheIndex(CacheTable):
                 self.evictable_bytes[self.device[row]] -= self.size_bytes[row]
             pins[row] += 1
         if taken:
-            self.policy.taken(taken, now)
+            self._taken(taken, now)
 
     def pin(self, rows: Sequence[int], *, now: float) -> None:
         """Add a lease to each; a chain in the order of the chain. Pinned caches never go."""
@@ -281,7 +419,7 @@ class CacheIndex(CacheTable):
             accessed[row] = now
             accesses[row] += 1
         if taken:
-            self.policy.taken(taken, now)
+            self._taken(taken, now)
 
     def unpin(self, rows: Sequence[int], *, now: float) -> None:
         """Take a lease off each; a chain tail first. A published cache that loses its last one may go from then on."""
@@ -302,6 +440,15 @@ class CacheIndex(CacheTable):
                 evictable_bytes[devices[row]] += sizes[row]
         if evictable:
             self.policy.evictable(evictable, now)
+            if self.meter is not None:
+                for row in evictable:
+                    self.meter.charge(self.partition[row], 0, sizes[row])
+
+    def _taken(self, rows: Sequence[int], now: float) -> None:
+        self.policy.taken(rows, now)
+        if self.meter is not None:
+            for row in rows:
+                self.meter.charge(self.partition[row], 0, -self.size_bytes[row])
 
     def remove(self, row: int) -> None:
         """Forget a cache: its id becomes stale, its key free, its leases void; see :meth:`remove_all`."""
@@ -316,6 +463,10 @@ class CacheIndex(CacheTable):
         parent, children, pins, flags, hashes = self.parent, self.children, self.pins, self.flags, self._hashes
         devices, sizes, stamps, spaces = self.device, self.size_bytes, self._stamps, self._space
         resident_bytes, evictable_bytes = self.resident_bytes, self.evictable_bytes
+        if self.meter is not None:
+            for row in rows:
+                idle = flags[row] & KEYED and not pins[row]
+                self.meter.charge(self.partition[row], -sizes[row], -sizes[row] if idle else 0)
         for row in rows:
             if not flags[row]:
                 ensure(False, "removing a cache that is gone", row=row)
@@ -382,6 +533,9 @@ class CacheIndex(CacheTable):
         ensure(set(names) == set(keyed.tolist()), "a key without a row, or the reverse")
         for row, block_hash in names.items():
             ensure(self.find(self._space[row], block_hash) == row, "row of a key", row=row)
+        for row in used.tolist():
+            where = self.device[row], self._accounts[self._space[row]]
+            ensure(self._space[row] in self._void or self.partitions[self.partition[row]] == where, "partition", row=row)
         free = set(self._free)
         ensure(len(free) == len(self._free) and free.isdisjoint(used.tolist()), "rows both free and in use")
 

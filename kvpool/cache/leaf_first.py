@@ -33,7 +33,7 @@ class LeafFirst(CacheEvictionPolicy):
     """
 
     def __init__(self, index: CacheIndex, worth: Worth) -> None:
-        self._parent, self._children, self._device = index.parent, index.children, index.device
+        self._parent, self._children, self._device = index.parent, index.children, index.partition
         self._worth = worth
         self._stamp = array("q")  # 0: not evictable
         self._rank = array("d")
@@ -102,6 +102,9 @@ class LeafFirst(CacheEvictionPolicy):
                 gone[above] = gone.get(above, 0) + 1
                 if gone[above] == children[above]:
                     heappush(exposed, (self._rank[above], stamp[above], above))
+
+    def worth(self, row: int) -> tuple[float, int]:
+        return self._rank[row], self._stamp[row]
 
     def _push(self, row: int) -> None:
         device = self._device[row]

@@ -39,7 +39,7 @@ class LeafFirstLRU(CacheEvictionPolicy):
     """
 
     def __init__(self, index: CacheIndex) -> None:
-        self._parent, self._children, self._device = index.parent, index.children, index.device
+        self._parent, self._children, self._device = index.parent, index.children, index.partition
         self._stamp = array("q")  # 0: not evictable
         self._before, self._after = array("i"), array("i")
         self._clock = 0
@@ -159,6 +159,9 @@ class LeafFirstLRU(CacheEvictionPolicy):
                 gone[above] = gone.get(above, 0) + 1
                 if gone[above] == children[above]:
                     heappush(freed, stamp[above] << _ROW_BITS | above)
+
+    def worth(self, row: int) -> float:
+        return self._stamp[row]
 
     def check(self) -> None:
         """Raise InvariantError unless the rule of the class and the order of stamps hold. O(rows), for tests."""

@@ -72,7 +72,7 @@ class SampledRanking:
         worth_of: Callable[[int], float],
         worths_of: Worths,
     ) -> None:
-        self._parent, self._children, self._device = index.parent, index.children, index.device
+        self._parent, self._children, self._device = index.parent, index.children, index.partition
         self._turn, self._kind, self._idle = turns, kinds, idle
         self._worth_of, self._worths_of = worth_of, worths_of
         self._chance = np.random.default_rng(index.seed)

@@ -34,6 +34,7 @@ class CacheTable:
         self.children = array("I")  # resident children
         self.pins = array("I")  # leases
         self.device = array("i")
+        self.partition = array("i")  # what a policy ranks apart: a device, or a quota's part of one
         self.size_bytes = array("q")  # what it takes of its device
         self.asked_bytes = array("q")  # what was asked for: the bytes that have a meaning
         self.last_accessed = array("d")  # added, pinned, or given up by its last holder
@@ -94,7 +95,7 @@ class CacheTable:
     def _grow(self) -> int:
         """Add free rows; returns how many."""
         rows = len(self.flags) + _GROWTH_ROWS
-        ints = (self.parent, self.children, self.pins, self.device, self._space, self.access_count)
+        ints = (self.parent, self.children, self.pins, self.device, self.partition, self._space, self.access_count)
         for column in (*ints, self.size_bytes, self.asked_bytes, self.last_accessed, self.flags):
             column.frombytes(bytes(_GROWTH_ROWS * column.itemsize))
         self._stamps.extend(array("I", [1]) * _GROWTH_ROWS)

@@ -64,7 +64,7 @@ class CopiesAhead:
         seen: set[int] = set()
         step: dict[int, list[tuple[int, BlockHash, BlockHash | None]]] = {}
         step_bytes = count = 0
-        for row in ledger.policy.victims(number):
+        for row in ledger.index.victims(number):
             cache_id, key = index.id_of(row), index.key_of(row)
             wanted_bytes -= index.size_bytes[row]
             if cache_id in copied:

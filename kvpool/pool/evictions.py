@@ -109,7 +109,7 @@ class Evictions:
             return gone
         rows: list[int] = []
         chosen_bytes = 0
-        for row in islice(policy.victims(work.device), removal.STEP_CACHES):
+        for row in islice(index.victims(work.device), removal.STEP_CACHES):
             if chosen_bytes >= work.left_bytes:
                 break
             rows.append(row)
