@@ -200,8 +200,8 @@ class LocalPool:
         spec = {"name": name, "identity": {"model": name}, "block_bytes": block_bytes, "limit_bytes": limit_bytes}
         return self.state.register_model(client, spec).number
 
-    def request(self, size, client="c", model=0, max_size=None, timeout_s=0.0):
-        return self.ask(CachesRequested, client, [(1, model, size, max_size or size, timeout_s, None)])[0]
+    def request(self, size, client="c", model=0, max_size=None, timeout_s=0.0, priority=0):
+        return self.ask(CachesRequested, client, [(1, model, size, max_size or size, timeout_s, priority, None)])[0]
 
     def blocks(self, ids, client="c", model=0, parent=None, output_tokens=None):
         return self.ask(BlocksRequested, client, [(1, model, hashes(ids), parent, output_tokens, None)])[0]

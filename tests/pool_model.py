@@ -263,7 +263,7 @@ class PoolModel:
 
     def request(self, name: str, model: str, sizes: Sequence[tuple[int, int]], timeout_s: float) -> None:
         process = self.clients[name]
-        items = [(1, process.models[model], size, maximum, timeout_s, None) for size, maximum in sizes]
+        items = [(1, process.models[model], size, maximum, timeout_s, 0, None) for size, maximum in sizes]
         self.pool.submit(CachesRequested, name, items, partial(self._requested, process, model, sizes))
 
     def _requested(self, process: Process, model: str, sizes: Sequence[tuple[int, int]], answers: list[Any]) -> None:

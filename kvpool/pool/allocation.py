@@ -8,8 +8,10 @@ it answers with the shortage, and the rest is planned again with more victims.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Hashable, Sequence
 from functools import partial
+from heapq import heappop, heappush
 from typing import Any
 
 from kvpool.errors import (
@@ -24,9 +26,16 @@ from kvpool.errors import (
 from kvpool.memory.tickets import Ticket, TicketQueue
 from kvpool.pool.instructions import Answer, Batch, Grant, Waited, distinct
 from kvpool.pool.ledger import Ledger
+from kvpool.pool.quota import Owner
 from kvpool.pool.requests import CacheRequest, Orders
 from kvpool.pool.room import Room
 from kvpool.sizes import format_size
+
+
+_DEPARTURES = 32
+"""From so many ends of waiting it is reckoned when a place in the queue will be free."""
+
+_LEAST_RETRY_S = 0.001
 
 
 class Allocations:
@@ -47,6 +56,7 @@ class Allocations:
         self._room = room
         self.queue: TicketQueue[CacheRequest] = TicketQueue(queue_limit)
         self._queue_limit = queue_limit
+        self._departures: deque[float] = deque(maxlen=_DEPARTURES)
         self._first_to_retry = False
 
     # -- whole caches ---------------------------------------------------------------------------------------------
@@ -58,12 +68,12 @@ class Allocations:
         ledger.counters.requests += len(items)
         orders = Orders()
         checked: tuple[Any, ...] | None = None  # what a batch asks for is mostly the same thing many times over
-        for item, (sequence, model, size_bytes, max_size_bytes, timeout_s, trace) in enumerate(items):
+        for item, (sequence, model, size_bytes, max_size_bytes, timeout_s, priority, trace) in enumerate(items):
             asked = (model, size_bytes, max_size_bytes, timeout_s)
             try:
                 request = CacheRequest(
                     client, ledger.model(client, model), sequence, size_bytes, max_size_bytes, timeout_s,
-                    now + timeout_s, batch, item, trace, now, born=ledger.invalidations,
+                    now + timeout_s, batch, item, priority, trace, now, born=ledger.invalidations,
                 )  # fmt: skip
                 if asked != checked:
                     self._check(request)
@@ -71,9 +81,45 @@ class Allocations:
             except KvpoolError as error:
                 self._ledger.refuse(batch, item, error)
                 continue
-            if self.queue or not self._plan(request, orders, now):
+            if (self.queue and self._must_wait(request)) or not self._plan(request, orders, now):
                 self._wait(request, now)
         self._send(orders)
+
+    def _must_wait(self, request: CacheRequest) -> bool:
+        """Whether somebody before it waits for what it needs, too: small requests do not pass a large one."""
+        here = self.queue.next_rank(request.priority)
+        before: set[Owner | str] = set()
+        for rank, line in self.queue.heads():
+            if rank > here:
+                break
+            first = self.queue.get(rank[1])
+            if line == self._line_of(request):
+                return True
+            if first is not None:
+                before.add(first.client.host if first.short_of is None else first.short_of)
+        return self._lacks(request, before) is not None
+
+    def _lacks(self, request: CacheRequest, short: set[Owner | str]) -> Owner | str | None:
+        """Return which of what others lack a request needs, too."""
+        quotas, host = self._ledger.quotas, request.client.host
+        if not short:
+            return None
+        if quotas.active:
+            account = quotas.account(request.model.space)
+            for owner in account.owners:
+                if owner in short:
+                    return owner
+            if quotas.entitled_bytes(account, host) >= self._footprint(request):
+                return None  # it is kept free, or evictable, for such as this
+        return host if host in short else None
+
+    def _line_of(self, request: CacheRequest) -> Hashable:
+        """Return where it waits: with all of its host that are charged to the same account."""
+        return request.client.host, self._ledger.index.account_of(request.model.space)
+
+    def _footprint(self, request: CacheRequest) -> int:
+        devices = (self._ledger.devices[number] for number in request.client.devices)
+        return max(d.footprint_bytes(request.size_bytes, request.max_size_bytes) for d in devices)
 
     def _check(self, request: CacheRequest) -> None:
         size_bytes, max_size_bytes, model = request.size_bytes, request.max_size_bytes, request.model
@@ -84,12 +130,15 @@ class Allocations:
                 f"a cache needs 0 < size <= max_size, asked for size={size_bytes}, max_size={max_size_bytes}",
                 asked_bytes=size_bytes,
             )
-        if model.limit_bytes is not None and max_size_bytes > model.limit_bytes:
+        quotas = self._ledger.quotas
+        limit_bytes, owner = quotas.limit_of(quotas.account(model.space))
+        if max(max_size_bytes, self._footprint(request)) > limit_bytes:
             raise LimitError(
-                f"asked for {format_size(max_size_bytes)}, but model {model.name!r} may have at most "
-                f"{format_size(model.limit_bytes)}: ask for less, or register the model with a higher limit",
+                f"asked for {format_size(max_size_bytes)} (at least {format_size(self._footprint(request))} of a "
+                f"device), but {owner} may hold at most {format_size(int(limit_bytes))} in all: ask for less, or raise "
+                "its limit (set_quota, 'kvpool quota')",
                 asked_bytes=max_size_bytes,
-                limit_bytes=model.limit_bytes,
+                limit_bytes=int(limit_bytes),
             )
         devices = self._ledger.usable(request.client)
         largest = max(device.capacity_bytes for device in devices)
@@ -111,8 +160,11 @@ class Allocations:
         """Find room for a request and write it into the orders; False if there is none now."""
         if not request.shortages:
             request.news = self._room.news
-        found = self._room.find(request.client, request.size_bytes, request.max_size_bytes, request.shortages)
+        found = self._room.find(
+            request.client, request.model, request.size_bytes, request.max_size_bytes, request.shortages
+        )
         if found is None:
+            request.short_of = self._room.at_limit or request.client.host
             return False
         device, evict = found
         index = self._ledger.index
@@ -139,21 +191,22 @@ class Allocations:
         if answer[0] == "error":
             for cache_id, request in zip(ids, requests, strict=True):
                 self._ledger.forget(cache_id)
-                self._deliver(request, answer)
+                self._deliver(request, answer, now)
             self.retry(now)
             return
         places, _refused, shortage = answer
         self._ledger.counters.grants += len(places)
         for request, cache_id, place in zip(requests, ids, places, strict=False):
             request.model.caches += 1
-            self._deliver(request, ("granted", cache_id, device, request.size_bytes, request.max_size_bytes, place))
+            answered = ("granted", cache_id, device, request.size_bytes, request.max_size_bytes, place)
+            self._deliver(request, answered, now)
         if shortage is None:
             return
         for cache_id in ids[len(places) :]:
             self._ledger.forget(cache_id)
         if shortage.get("class") == AddressSpaceError.__name__:  # evicting would free memory, which is not short
             for request in requests[len(places) :]:
-                self._deliver_error(request, AddressSpaceError(shortage["message"], **shortage["details"]))
+                self._deliver_error(request, AddressSpaceError(shortage["message"], **shortage["details"]), now)
             self._room.changed = True
             return
         orders = Orders()
@@ -164,14 +217,15 @@ class Allocations:
         self._send(orders)
         if self.queue:
             # Who is first in line may have passed this device over, because the books gave it to others, behind it.
-            first, _ = self.queue.head()
-            behind = [r for r in requests[len(places) :] if r.ticket is None or r.ticket > first]
+            first = self.queue.heads()[0][0]
+            behind = [r for r in requests[len(places) :] if r.ticket is None or (-r.priority, r.ticket) > first]
             self._first_to_retry |= bool(behind)
 
-    def _deliver(self, request: CacheRequest, answer: Answer) -> None:
+    def _deliver(self, request: CacheRequest, answer: Answer, now: float) -> None:
         if request.batch is None:
             ensure(request.ticket is not None, "a request without a batch has a ticket")
             self._ledger.out.append(Grant(request.client.id, request.ticket or 0, answer))
+            self._departures.append(now)
             self._waited(request, answer[1] if answer[0] == "error" else answer[0])
         else:
             self._ledger.answer(request.batch, request.item, answer)
@@ -179,10 +233,10 @@ class Allocations:
     def _waited(self, request: CacheRequest, outcome: str) -> None:
         self._ledger.out.append(Waited(request.model.number, request.asked, request.queued, outcome, request.trace))
 
-    def _deliver_error(self, request: CacheRequest, error: KvpoolError) -> None:
+    def _deliver_error(self, request: CacheRequest, error: KvpoolError, now: float) -> None:
         self._ledger.counters.refusals += 1
         self._ledger.count_error(error)
-        self._deliver(request, ("error", *error.to_wire()))
+        self._deliver(request, ("error", *error.to_wire()), now)
 
     # -- waiting --------------------------------------------------------------------------------------------------
 
@@ -190,45 +244,73 @@ class Allocations:
         request.shortages.clear()
         if self._ledger.clients.get(request.client.id) is not request.client:
             # It ended while the device looked for room. Nobody would take what comes, and others stand behind.
-            self._deliver(request, ("error", *self._ledger.not_connected(request.client.id).to_wire()))
+            self._deliver(request, ("error", *self._ledger.not_connected(request.client.id).to_wire()), now)
             self._room.changed = True
             return
         if request.ticket is not None:  # it waited before: its place in the line is kept
-            self.queue.put_back(request.ticket, request, request.deadline)
+            self.queue.put_back(
+                request.ticket, request, request.deadline, request.priority, self._line_of(request)
+            )
             self._room.changed |= request.news != self._room.news  # perhaps where it had been short
             return
         self._room.changed = True
         if request.deadline <= now:
-            self._deliver_error(request, self._room.capacity_error(request, "there is no room now"))
+            self._deliver_error(request, self._room.capacity_error(request, "there is no room now"), now)
             return
         try:
-            request.ticket = self.queue.put(request, request.deadline)
+            request.ticket = self.queue.put(request, request.deadline, request.priority, self._line_of(request))
         except QueueFullError:
+            retry_after_s = self.retry_after_s(now)
             error = QueueFullError(
                 f"asked for {format_size(request.size_bytes)}; there is no room, and {self._queue_limit} requests wait "
-                "already: retry later, or raise queue_limit",
+                f"already: retry in {retry_after_s:.3g} s, or raise queue_limit",
                 asked_bytes=request.size_bytes,
                 queue_limit=self._queue_limit,
+                retry_after_s=retry_after_s,
             )
-            self._deliver_error(request, error)
+            self._deliver_error(request, error, now)
             return
         request.queued = now
         batch, request.batch = request.batch, None
         if batch is not None:
             self._ledger.answer(batch, request.item, ("queued", request.ticket))
 
+    def retry_after_s(self, now: float) -> float:
+        """Return when a place in the queue may be expected: as fast as the last ones came free, or by a deadline."""
+        deadline = self.queue.next_deadline()
+        until_s = math.inf if deadline is None else deadline - now
+        if self._departures:
+            until_s = min(until_s, (now - self._departures[0]) / len(self._departures))
+        return max(until_s, _LEAST_RETRY_S)
+
     def retry(self, now: float) -> None:
-        """Grant waiting requests, first come first served, as far as memory allows now. Call it when room came free."""
+        """Grant waiting requests by priority, then in order, as far as memory allows now. Call it when room came free.
+
+        Who waits for its own quota holds up only those who wait for the same.
+        """
         self._room.news += 1
         self._try_waiting(now, self._queue_limit)
 
     def _try_waiting(self, now: float, most: int) -> None:
         orders = Orders()
-        for _ in range(min(most, len(self.queue))):
-            ticket, request = self.queue.head()
-            if not self._plan(request, orders, now):
-                break
-            self.queue.pop(ticket)
+        heads = self.queue.heads()
+        short: set[Owner | str] = set()
+        while heads and most:
+            (_, ticket), line = heappop(heads)
+            request = self.queue.get(ticket)
+            if request is None:
+                continue
+            lacks = self._lacks(request, short)
+            if lacks is not None:
+                request.short_of = lacks
+            elif self._plan(request, orders, now):
+                self.queue.pop(ticket)
+                most -= 1
+                following = self.queue.first(line)
+                if following is not None:
+                    heappush(heads, (following, line))
+            elif request.short_of is not None:
+                short.add(request.short_of)
         self._send(orders)
 
     def follow_up(self, now: float) -> None:
@@ -242,7 +324,7 @@ class Allocations:
         """Answer the requests whose deadline has passed."""
         for _, request in self.queue.expired(now):
             error = self._room.capacity_error(request, f"there was no room within {request.timeout_s:g} s")
-            self._deliver_error(request, error)
+            self._deliver_error(request, error, now)
 
     def cancel(self, client: str, tickets: Sequence[int]) -> None:
         """Forget waiting requests of a client."""
@@ -252,12 +334,23 @@ class Allocations:
                 self.queue.cancel(ticket)
                 self._waited(request, "cancelled")
 
-    def refuse_client(self, client: str, error: KvpoolError) -> None:
+    def refuse_client(self, client: str, error: KvpoolError, now: float) -> None:
         """Answer all waiting requests of a client with an error."""
         for ticket, request in list(self.queue.items()):
             if request.client.id == client:
                 self.queue.pop(ticket)
-                self._deliver(request, ("error", *error.to_wire()))
+                self._deliver(request, ("error", *error.to_wire()), now)
+
+    def line_up_anew(self) -> None:
+        """Let everyone wait where it belongs once accounts have changed; each keeps its place."""
+        for ticket, request in list(self.queue.items()):
+            self.queue.pop(ticket)
+            self.queue.put_back(ticket, request, request.deadline, request.priority, self._line_of(request))
+
+    def waiting_of(self, owner: Owner) -> int:
+        """Return how many requests wait whose caches an owner's quota would count. O(waiting)."""
+        quotas = self._ledger.quotas
+        return sum(owner in quotas.account(request.model.space).owners for _, request in self.queue.items())
 
     def cancel_client(self, client: str) -> None:
         """Forget all waiting requests of a client that is gone."""

@@ -89,7 +89,7 @@ class BlockAllocations:
         wanted = self._room.admit(client, model, hashes, resident, now)
         while len(request.ids) < wanted:
             first = len(request.ids)
-            found = self._room.find_run(client, model.block_bytes, wanted - first)
+            found = self._room.find_run(client, model, model.block_bytes, wanted - first)
             if found is None:
                 break
             device, count, evict = found
@@ -151,7 +151,7 @@ class BlockAllocations:
             ):
                 device = self._ledger.devices[number]
                 need_bytes = request.model.block_bytes or 0
-                evict = self._room.evict(device, len(missing) * need_bytes << attempts)
+                evict = self._room.evict_for(request.model, device, len(missing) * need_bytes << attempts)
                 if evict:
                     self._ask_blocks(request, number, missing, evict, attempts + 1)
         if request.open_operations:

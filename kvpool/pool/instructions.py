@@ -32,7 +32,7 @@ class Batch:
 
 
 class CachesRequested(NamedTuple):
-    """Items: ``(sequence, model, size_bytes, max_size_bytes, timeout_s, trace)``.
+    """Items: ``(sequence, model, size_bytes, max_size_bytes, timeout_s, priority, trace)``.
 
     The trace of an item, here and below, is opaque to all decisions: it goes with the operations that the item causes.
     """

@@ -7,12 +7,13 @@ from functools import partial
 from typing import Any
 
 from kvpool.cache.store import FREED, RELEASED
-from kvpool.errors import CacheStateError, KvpoolError, NotSealedError
+from kvpool.errors import CacheStateError, CapacityError, KvpoolError, NotSealedError
 from kvpool.pool.client import Client
 from kvpool.pool.fanout import Fanout, nothing_more
 from kvpool.pool.instructions import Batch
 from kvpool.pool.journal import Happened
 from kvpool.pool.ledger import Ledger
+from kvpool.sizes import format_size
 
 PINNER = "pin:"
 """Prefix of the pseudo-client that holds what a tenant pinned by word. It has no token, so nobody can connect as it."""
@@ -148,6 +149,7 @@ class Leases:
                 raise NotSealedError(
                     f"cache {cache_id} is not sealed; only sealed caches are pinned", cache_id=cache_id
                 )
+        self._check_leasable(client, rows)
         for device in {index.device[row] for row in rows}:
             if (pinner, device) not in self._pinners:
                 self._pinners.add((pinner, device))
@@ -161,6 +163,23 @@ class Leases:
             now,
             [trace] * len(ids),
         )
+
+    def _check_leasable(self, client: Client, rows: Sequence[int]) -> None:
+        """Raise :class:`~kvpool.errors.CapacityError` if others' guarantees leave no room to hold these caches."""
+        ledger = self._ledger
+        by_space: dict[int, list[int]] = {}
+        for row in rows if ledger.quotas.active else ():
+            by_space.setdefault(ledger.index.space_of(row), []).append(row)
+        for space, there in by_space.items():
+            if ledger.quotas.leasable_run(space, client.host, there) < len(there):
+                size_bytes = sum(ledger.index.size_bytes[row] for row in there)
+                leasable = ledger.quotas.leasable_bytes(ledger.quotas.account(space), client.host)
+                raise CapacityError(
+                    f"asked to pin {format_size(size_bytes)}, but what others are guaranteed leaves "
+                    f"{format_size(leasable)} to hold: pin less, or release leases (see 'kvpool quota')",
+                    asked_bytes=size_bytes,
+                    leasable_bytes=leasable,
+                )
 
     def _pinned(self, batch: Batch, item: int, ids: list[int], places: list[Any], now: float) -> None:
         self.not_given(ids, places, now)

@@ -24,6 +24,7 @@ from kvpool.pool.instructions import Batch, BatchDone, Continuation, Instruction
 from kvpool.pool.journal import Happened, Journal
 from kvpool.pool.model import Model
 from kvpool.pool.placement import make_placement
+from kvpool.pool.quota import Quotas
 from kvpool.pool.void_marks import VoidMarks
 
 
@@ -40,6 +41,7 @@ class Ledger:
         self.index = CacheIndex(policy)
         self.placement = make_placement(placement)
         self.devices: list[Device] = []
+        self.quotas = Quotas(self.index, self.devices)
         self.clients: dict[str, Client] = {}
         self.models: list[Model] = []
         self.counters = Counters()
@@ -151,6 +153,7 @@ class Ledger:
         block_bytes: int | None,
         limit_bytes: int | None,
         revision: str = "",
+        now: float = 0.0,
     ) -> Model:
         """Return the model of that tenant, name and fingerprint, made if need be; raises as :meth:`known_model`."""
         known = self.known_model(tenant, name, fingerprint, block_bytes, limit_bytes)
@@ -161,6 +164,7 @@ class Ledger:
         self.models.append(model)
         self._by_space.setdefault(space, model)
         self._models[tenant, name, fingerprint] = number
+        self.quotas.register(space, tenant, name, limit_bytes, now)
         return model
 
     def known_model(
@@ -315,6 +319,7 @@ class Ledger:
     def check(self) -> None:
         """Raise :class:`~kvpool.errors.InvariantError` if the books do not add up."""
         self.index.check()
+        self.quotas.check()
         for cache_id in self.writers:
             row = self.index.live_row(cache_id)
             ensure(

@@ -9,6 +9,7 @@ from kvpool.memory.tickets import Ticket
 from kvpool.pool.client import Client
 from kvpool.pool.instructions import Batch
 from kvpool.pool.model import Model
+from kvpool.pool.quota import Owner
 
 
 @dataclass(slots=True, eq=False)
@@ -24,6 +25,7 @@ class CacheRequest:
     deadline: float
     batch: Batch | None
     item: int
+    priority: int
     trace: Any
     asked: float
     ticket: Ticket | None = None
@@ -35,6 +37,13 @@ class CacheRequest:
     """How often room had come free when it was last tried anew."""
     born: int = 0
     """How many invalidations there had been when it was asked for."""
+    short_of: Owner | str | None = None
+    """What it lacked when it was last tried: memory of a host, or room below somebody's limit."""
+
+    @property
+    def at_limit(self) -> Owner | None:
+        """Whose limit it waits for, if for any."""
+        return self.short_of if isinstance(self.short_of, Owner) else None
 
 
 @dataclass(slots=True, eq=False)

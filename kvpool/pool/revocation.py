@@ -63,7 +63,7 @@ class Revocations:
             ledger.revoked[name] = client
             if len(ledger.revoked) > _MOST_REMEMBERED:
                 del ledger.revoked[next(iter(ledger.revoked))]
-            self._allocations.refuse_client(name, ledger.not_connected(name))
+            self._allocations.refuse_client(name, ledger.not_connected(name), now)
             devices = [number for number in client.devices if ledger.devices[number].lost is None]
         else:
             devices = self._leases.forget_pinner(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,8 @@ from kvpool.pool.fanout import nothing_more
 from kvpool.pool.leases import PINNER
 from kvpool.pool.ledger import Ledger
 from kvpool.pool.model import Model
+from kvpool.pool.quota import Account, Owner
+from kvpool.pool.reclaim import Reclaim
 from kvpool.pool.requests import CacheRequest
 from kvpool.sizes import format_size
 
@@ -41,9 +44,11 @@ class Room:
         """How often room came free so far."""
         self.changed = False
         """It came free in a decision on somebody else, and may be enough for who waits."""
+        self.at_limit: Owner | None = None
+        """Whose limit left no room when it was last looked for; None: memory was short."""
 
     def find(
-        self, client: Client, size_bytes: int, max_size_bytes: int, shortages: Mapping[int, int]
+        self, client: Client, model: Model, size_bytes: int, max_size_bytes: int, shortages: Mapping[int, int]
     ) -> tuple[Device, list[int]] | None:
         """Return a device with room and the ids evicted there for it, or None.
 
@@ -52,6 +57,8 @@ class Room:
         may be zombies that are about to go, and evicting more would not free them.
         """
         ledger = self._ledger
+        if ledger.quotas.active:
+            return self._find_within_quotas(client, model, size_bytes, max_size_bytes, shortages)
         devices = [ledger.devices[number] for number in client.devices]
         fitting = []
         for device in devices:
@@ -80,22 +87,130 @@ class Room:
                 return device, evicted
         return None
 
-    def find_run(self, client: Client, size_bytes: int, count: int) -> tuple[Device, int, list[int]] | None:
+    def _find_within_quotas(
+        self, client: Client, model: Model, size_bytes: int, max_size_bytes: int, shortages: Mapping[int, int]
+    ) -> tuple[Device, list[int]] | None:
+        """:meth:`find` by the rules of :mod:`kvpool.pool.quota`."""
+        ledger = self._ledger
+        quotas = ledger.quotas
+        self.at_limit = None
+        account = quotas.account(model.space)
+        devices = [ledger.devices[n] for n in client.devices if ledger.devices[n].lost is None]
+        needs = {device.number: device.footprint_bytes(size_bytes, max_size_bytes) for device in devices}
+        if not needs:
+            return None
+        # Devices of one host have pages of one size: where not, the largest footprint is what quotas must allow.
+        most_bytes = max(needs.values())
+        plan = self._reclaim(account, client.host, most_bytes)
+        if not self._allowed(plan, account, client.host, most_bytes):
+            return None
+        fitting = []
+        for device in devices:
+            free_bytes = max(ledger.free_bytes(device), 0) + plan.found.get(device.number, 0)
+            fits = free_bytes >= needs[device.number] and device.number not in shortages
+            fitting.append(free_bytes if fits else -1)
+        chosen = ledger.placement.choose(fitting, size_bytes)
+        if chosen >= 0:
+            return devices[chosen], self._carry_out(plan, devices[chosen])
+        for device in sorted(devices, key=lambda device: plan.worth(device.number)):
+            times = shortages.get(device.number, 0)
+            if times > _MOST_SHORTAGES:
+                continue
+            going = self._reclaim(account, client.host, most_bytes)
+            self._allowed(going, account, client.host, most_bytes)
+            if times:
+                enough = going.on(device, needs[device.number] << times) > 0
+            else:
+                there_bytes = max(ledger.free_bytes(device), 0) + going.found.get(device.number, 0)
+                short_bytes = needs[device.number] - there_bytes
+                enough = (
+                    ledger.index.evictable_bytes[device.number] >= short_bytes
+                    and going.on(device, short_bytes) >= short_bytes
+                )
+            if enough:
+                return device, self._carry_out(going, device)
+        return None
+
+    def _reclaim(self, account: Account, host: str, size_bytes: int) -> Reclaim:
+        entitled = self._ledger.quotas.entitled_bytes(account, host) >= size_bytes
+        return Reclaim(self._ledger, account, entitled, self._sheltered_in)
+
+    def _allowed(self, plan: Reclaim, account: Account, host: str, size_bytes: int) -> bool:
+        """Whether quotas let an account lease so much more, once what is gathered for its limits has gone."""
+        quotas = self._ledger.quotas
+        for owner in account.owners:
+            over_bytes = owner.held_bytes - sum(plan.found.values()) + size_bytes - owner.limit_bytes
+            if over_bytes > 0 and not plan.own(owner, over_bytes):
+                self.at_limit = owner
+                return False
+        return quotas.leasable_bytes(account, host) >= size_bytes
+
+    def _carry_out(self, plan: Reclaim, device: Device | None) -> list[int]:
+        """Let what is gathered go; returns the ids of those on a device, which goes with the next operation there."""
+        if not plan.found:
+            return []
+        self.news += 1
+        self.changed = True
+        return self._remove(plan.rows, -1 if device is None else device.number)
+
+    def _find_on_within_quotas(
+        self, device: Device, model: Model, need_bytes: int, count: int
+    ) -> tuple[int, list[int]] | None:
+        ledger = self._ledger
+        self.at_limit = None
+        account = ledger.quotas.account(model.space)
+        fitting = min(count, ledger.quotas.leasable_bytes(account, device.host) // need_bytes)
+        while fitting > 0:
+            plan = self._reclaim(account, device.host, fitting * need_bytes)
+            if self._allowed(plan, account, device.host, fitting * need_bytes):
+                free_bytes = max(ledger.free_bytes(device), 0) + plan.found.get(device.number, 0)
+                short_bytes = fitting * need_bytes - free_bytes
+                if short_bytes > 0:
+                    free_bytes += plan.on(device, short_bytes)
+                if free_bytes >= need_bytes:
+                    return min(fitting, free_bytes // need_bytes), self._carry_out(plan, device)
+                return None
+            if self.at_limit is None:
+                return None
+            rest = max(int(self.at_limit.limit_bytes - self.at_limit.held_bytes + sum(plan.found.values())), 0)
+            fitting = min(fitting - 1, rest // need_bytes)
+        return None
+
+    def drain(self) -> None:
+        """Evict what is above limits that were lowered, as far as nobody holds it."""
+        quotas = self._ledger.quotas
+        for owner in list(quotas.draining):
+            over_bytes = owner.held_bytes - owner.limit_bytes
+            if over_bytes > 0:
+                # What the tenant's models are guaranteed goes last.
+                for shared in ((owner,), tuple(quotas.owners(owner.tenant))):
+                    plan = Reclaim(self._ledger, Account(-1, None, None, shared), False, self._sheltered_in)
+                    if plan.own(owner, over_bytes):
+                        break
+                self._carry_out(plan, None)
+            if owner.held_bytes <= owner.limit_bytes:
+                quotas.draining.discard(owner)
+
+    def find_run(
+        self, client: Client, model: Model, size_bytes: int, count: int
+    ) -> tuple[Device, int, list[int]] | None:
         """Return where the first of ``count`` caches of one size go: a device, how many, the ids evicted for it.
 
         The same as :meth:`find` for one after the other, but where there is only one device it is decided at once.
         """
         if len(client.devices) > 1:
-            found = self.find(client, size_bytes, size_bytes, {})
+            found = self.find(client, model, size_bytes, size_bytes, {})
             return None if found is None else (found[0], 1, found[1])
         device = self._ledger.devices[client.devices[0]]
-        there = self.find_on(device, size_bytes, count)
+        there = self.find_on(device, model, size_bytes, count)
         return None if there is None else (device, *there)
 
-    def find_on(self, device: Device, size_bytes: int, count: int) -> tuple[int, list[int]] | None:
+    def find_on(self, device: Device, model: Model, size_bytes: int, count: int) -> tuple[int, list[int]] | None:
         """Return how many of ``count`` caches of one size go to a device, and the ids evicted there for them."""
         ledger = self._ledger
         need_bytes = device.footprint_bytes(size_bytes, size_bytes)
+        if ledger.quotas.active:
+            return self._find_on_within_quotas(device, model, need_bytes, count)
         free_bytes = max(ledger.free_bytes(device), 0)
         evicted: list[int] = []
         if free_bytes < need_bytes:
@@ -119,10 +234,22 @@ class Room:
         for device in devices:
             size_bytes = device.footprint_bytes(model.block_bytes or 0, model.block_bytes or 0)
             free += max(ledger.free_bytes(device), 0) // size_bytes
+        if ledger.quotas.active and size_bytes:
+            headroom, _ = ledger.quotas.headroom(ledger.quotas.account(model.space))
+            free = int(min(free, max(headroom, 0) // size_bytes))
         if wanted <= free or any(device.has_lower for device in devices):
             return wanted  # with tiers below, what a policy would not store has its place there
-        numbers = [device.number for device in devices]
-        return ledger.policy.admit(model.space, hashes, rows, numbers, size_bytes, wanted - free, now)
+        partitions = [partition for device in devices for partition in ledger.index.partitions_of(device.number)]
+        return ledger.policy.admit(model.space, hashes, rows, partitions, size_bytes, wanted - free, now)
+
+    def evict_for(self, model: Model, device: Device, short_bytes: int) -> list[int]:
+        """:meth:`evict` for a model's caches that are in the books already: as far as quotas let it."""
+        quotas = self._ledger.quotas
+        if not quotas.active:
+            return self.evict(device, short_bytes)
+        plan = self._reclaim(quotas.account(model.space), device.host, 0)
+        plan.on(device, short_bytes)
+        return self._carry_out(plan, device)
 
     def evict(self, device: Device, short_bytes: int, least_bytes: int = 0) -> list[int]:
         """Take the caches worth least off a device's books until ``short_bytes`` are found; returns their ids.
@@ -132,7 +259,7 @@ class Room:
         index = self._ledger.index
         rows: list[int] = []
         found_bytes = 0
-        for row in self._ledger.policy.victims(device.number):
+        for row in index.victims(device.number):
             if found_bytes >= short_bytes:
                 break
             found_bytes += index.size_bytes[row]
@@ -145,7 +272,14 @@ class Room:
         self.changed = True  # elsewhere, too: what sheltered a parent on another device is gone
         return self._remove(rows, device.number)
 
-    def _sheltered(self, number: int, short_bytes: int) -> tuple[list[int], int]:
+    def _sheltered_in(self, number: int, partition: int, short_bytes: int, but: Sequence[int]) -> list[int]:
+        """Return the rows of :meth:`_sheltered` in one partition, without some that go anyway."""
+        rows, _ = self._sheltered(number, short_bytes, partition, but)
+        return rows
+
+    def _sheltered(
+        self, number: int, short_bytes: int, partition: int | None = None, but: Sequence[int] = ()
+    ) -> tuple[list[int], int]:
         """Return what can go from a device with what hangs on it elsewhere, children first, and its bytes there.
 
         For where victims run out because the children of the rest lie on other devices. Policies rank no cache before
@@ -157,10 +291,15 @@ class Room:
         flags, sizes = np.frombuffer(index.flags, np.uint8), np.frombuffer(index.size_bytes, np.int64)
         idle = (flags & KEYED != 0) & (devices == number)
         idle[with_ancestors(index, np.flatnonzero((flags != 0) & (pins > 0)))] = False
+        if partition is not None:
+            idle &= np.frombuffer(index.partition, np.int32) == partition
+        idle[list(but)] = False
         rows = np.flatnonzero(idle)
         rows = rows[np.lexsort((-depths(index)[rows], np.frombuffer(index.last_accessed, np.float64)[rows]))]
         enough = int(np.searchsorted(np.cumsum(sizes[rows]), short_bytes)) + 1
         going = deepest_first(index, with_descendants(index, rows[:enough]))
+        if but:
+            going = going[~np.isin(going, list(but))]
         return going.tolist(), int(sizes[going[devices[going] == number]].sum())
 
     def _remove(self, rows: list[int], number: int) -> list[int]:
@@ -195,8 +334,9 @@ class Room:
         pinned = {d.number: ledger.index.resident_bytes[d.number] - evictable[d.number] for d in devices}
         zombie_bytes = sum(device.zombie_bytes for device in devices)
         largest = max((free[number] + evictable[number] for number in free), default=0)
+        by_quota, quota_details = self._by_quota(request)
         return CapacityError(
-            f"asked for {format_size(request.size_bytes)} and {why}: {format_size(sum(free.values()))} free and "
+            f"asked for {format_size(request.size_bytes)} and {why}: {by_quota}{format_size(sum(free.values()))} free and "
             f"{format_size(sum(evictable.values()))} evictable on {len(devices)} devices, "
             f"{format_size(sum(pinned.values()))} pinned by leases, {format_size(zombie_bytes)} zombie; at most "
             f"{format_size(largest)} would have fitted: release leases, wait longer (timeout), or add memory",
@@ -206,4 +346,23 @@ class Room:
             pinned_bytes=sum(pinned.values()),
             zombie_bytes=zombie_bytes,
             largest_bytes=largest,
+            **quota_details,
         )
+
+    def _by_quota(self, request: CacheRequest) -> tuple[str, dict[str, Any]]:
+        """Say what quotas have to do with a request that was not met, if anything, with the figures."""
+        quotas = self._ledger.quotas
+        if not quotas.active:
+            return "", {}
+        account, host = quotas.account(request.model.space), request.client.host
+        if request.at_limit is not None:
+            return f"{quotas.why(request.at_limit)}. In all ", {
+                "limit_bytes": int(request.at_limit.limit_bytes), "held_bytes": request.at_limit.held_bytes,
+            }  # fmt: skip
+        leasable = quotas.leasable_bytes(account, host)
+        if leasable >= request.size_bytes:
+            return "", {}
+        return (
+            f"what others are guaranteed leaves {format_size(leasable)} to lease to model {request.model.name!r}, of which "
+            f"{format_size(quotas.entitled_bytes(account, host))} are its own guarantee (see 'kvpool quota'). In all "
+        ), {"leasable_bytes": leasable}

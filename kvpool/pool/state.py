@@ -11,9 +11,10 @@ from functools import partial
 from typing import Any
 
 from kvpool.cache.key import fingerprint
-from kvpool.errors import InvariantError, KvpoolError, ProtocolError
+from kvpool.errors import InvalidRequestError, InvariantError, KvpoolError, ProtocolError
 from kvpool.pool.ahead import CopiesAhead
 from kvpool.pool.allocation import Allocations
+from kvpool.pool.amount import parse_amount
 from kvpool.pool.below import Below
 from kvpool.pool.blocks import BlockAllocations
 from kvpool.pool.client import Client
@@ -54,6 +55,7 @@ from kvpool.pool.invalidation import Invalidations
 from kvpool.pool.leases import PINNER, RAISER, Leases
 from kvpool.pool.ledger import Ledger
 from kvpool.pool.model import Model
+from kvpool.pool.quota import Owner
 from kvpool.pool.raising import Raising
 from kvpool.pool.revocation import Revocations
 from kvpool.pool.room import Room
@@ -80,7 +82,7 @@ class PoolState:
         self.placement_name = placement
         self.ledger = Ledger(policy, placement)
         self.below = Below(self.ledger)
-        room = Room(self.ledger, self.below)
+        room = self._room = Room(self.ledger, self.below)
         self.allocations = Allocations(self.ledger, room, queue_limit)
         self.blocks = BlockAllocations(self.ledger, room)
         fanout = Fanout(self.ledger)
@@ -166,7 +168,7 @@ class PoolState:
             ledger.send(number, ("disconnect", client), partial(ended, item))
         return batch, ledger.out
 
-    def register_model(self, client: str, spec: dict[str, Any]) -> Model:
+    def register_model(self, client: str, spec: dict[str, Any], now: float = 0.0) -> Model:
         """Return the model that a client describes, registered once per tenant, name and content.
 
         ``spec``: ``name``, ``identity`` (all that makes bytes differ), ``block_bytes`` and ``limit_bytes`` or None.
@@ -174,7 +176,7 @@ class PoolState:
         tenant = self.ledger.client(client).tenant
         return self.ledger.register_model(
             tenant, spec["name"], fingerprint(**spec["identity"]), spec["block_bytes"], spec["limit_bytes"],
-            spec["identity"].get("revision", ""),
+            spec["identity"].get("revision", ""), now,
         )  # fmt: skip
 
     def find_model(self, client: str, spec: dict[str, Any]) -> Model | None:
@@ -193,6 +195,53 @@ class PoolState:
         """
         self.ledger.index.replace_policy(name, now=now)
         self.policy_name = name.lower()
+
+    def set_quota(
+        self,
+        tenant: str,
+        model: str | int | None,
+        guaranteed: int | str,
+        limit: int | str | None,
+        revision: int | None,
+        now: float,
+    ) -> tuple[dict[str, Any], list[Instruction]]:
+        """Set the whole quota of a tenant, or of a model by its name; see :mod:`kvpool.pool.quota`.
+
+        Returns what holds now, with ``applied``: False where the revision is not newer than the one that holds.
+
+        Raises
+        ------
+        InvalidRequestError
+            If it makes no sense. Nothing is changed.
+        """
+        if not isinstance(tenant, str) or not tenant:
+            raise InvalidRequestError(f"a quota is a tenant's, or that of a model of it; got tenant {tenant!r}")
+        if isinstance(model, int):
+            model = self.ledger.find_models(model, tenant)[0].name
+        amounts = parse_amount(guaranteed), None if limit is None else parse_amount(limit)
+        quotas = self.ledger.quotas
+        self.ledger.out = []
+        applied = quotas.set(tenant, model, *amounts, revision, now)
+        if applied:
+            self.allocations.line_up_anew()
+            self._follow_quotas()
+            self.allocations.retry(now)
+            self.allocations.follow_up(now)
+        return self._described(quotas.owner(tenant, model)) | {"applied": applied}, self.ledger.out
+
+    def quotas(self, tenant: str | None = None) -> list[dict[str, Any]]:
+        """Return the quotas of a tenant or of all: what was set, what it comes to, what is held, and who waits."""
+        return [self._described(owner) for owner in self.ledger.quotas.owners(tenant)]
+
+    def _described(self, owner: Owner) -> dict[str, Any]:
+        return self.ledger.quotas.describe(owner) | {"waiting": self.allocations.waiting_of(owner)}
+
+    def _follow_quotas(self) -> None:
+        quotas = self.ledger.quotas
+        if quotas.active:
+            quotas.follow_devices()
+            if quotas.draining:
+                self._room.drain()
 
     def handle(self, event: Event, now: float) -> list[Instruction]:
         """Decide on one event at time ``now`` (seconds) and return what is to be done, in order.
@@ -254,6 +303,7 @@ class PoolState:
                 self.raising.expire(now)
                 self.allocations.expire(now)
                 self.allocations.retry(now)
+        self._follow_quotas()
         self.allocations.follow_up(now)
         self.copies.follow_up(now)
         return self.ledger.out
@@ -282,6 +332,7 @@ class PoolState:
         self.ledger.out = []
         for send in sent:
             self._go_on(send, ("error", *error.to_wire()), now)
+        self._follow_quotas()
         self.allocations.follow_up(now)
         return self.ledger.out
 

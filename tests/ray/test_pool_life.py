@@ -110,15 +110,15 @@ async def test_the_bare_handle_speaks_builtin_types(pool):
     assert (await answer("connect", client))["reachable"] == [0]
     _, model = await answer("register_model", "bare", spec)
     ((_, cache_id, device, size_bytes, _, _),) = await answer(
-        "request_caches", "bare", [(1, model, 4096, 4096, 0.0, None)]
+        "request_caches", "bare", [(1, model, 4096, 4096, 0.0, 0, None)]
     )
     assert (device, size_bytes) == (0, 4096)
-    ((_, resident, ids, _, _),) = await answer("request_blocks", "bare", [(2, model, hashes, None, None, None)])
+    ((_, resident, ids, _, _),) = await answer("request_blocks", "bare", [(2, model, hashes, None, None, 0, None)])
     assert (resident, len(ids)) == (0, 2)
     await answer("seal", "bare", [(3, model, ids, [encode_block_id(1), encode_block_id(2)], None)])
     ((_, found, *_),) = await answer("look_up", "bare", [(4, model, hashes, None)])
     assert found == ids
-    ((refused, kind, *_),) = await answer("request_caches", "bare", [(5, model, 1 << 40, 1 << 40, 0.0, None)])
+    ((refused, kind, *_),) = await answer("request_caches", "bare", [(5, model, 1 << 40, 1 << 40, 0.0, 0, None)])
     assert (refused, kind) == ("error", "InvalidSizeError")
     assert (await answer("describe_caches", "bare", [cache_id]))[0]["leases"] == 1
     (held,) = await answer("leases")

@@ -45,7 +45,7 @@ def outbox(executor: Executor) -> Outbox:
 
 async def requested(executor: Executor) -> asyncio.Task[list[Any]]:
     batch = Batch(1)
-    event = CachesRequested(batch, "c", [(1, 0, PAGE, PAGE, 0.0, None)])
+    event = CachesRequested(batch, "c", [(1, 0, PAGE, PAGE, 0.0, 0, None)])
     task = asyncio.create_task(executor.finish(batch, executor._state.handle(event, 0.0)))
     await asyncio.sleep(0)
     return task

@@ -83,7 +83,7 @@ def test_who_is_revoked_while_it_waits_is_told_and_the_next_is_served(pool):
 
 def test_what_is_on_its_way_to_a_revoked_client_is_not_leaked(pool):
     asked, revoked = Batch(2), Batch(1)
-    pool.handle(CachesRequested(asked, "c", [(1, 0, 4 * PAGE, 4 * PAGE, 9.0, None)] * 2))
+    pool.handle(CachesRequested(asked, "c", [(1, 0, 4 * PAGE, 4 * PAGE, 9.0, 0, None)] * 2))
     from kvpool.pool.instructions import RevokeRequested
 
     pool.handle(RevokeRequested(revoked, "c", None))

@@ -60,7 +60,7 @@ def test_a_request_of_a_dead_client_does_not_stand_in_line(pool):
     pool.request(4096, client="other", model=number)
     held = pool.request(3 * PAGE)
     batch = Batch(1)
-    pool.handle(CachesRequested(batch, "mortal", [(1, 0, 4096, 4096, 60.0, None)]))
+    pool.handle(CachesRequested(batch, "mortal", [(1, 0, 4096, 4096, 60.0, 0, None)]))
     sent = list(pool.outboxes[0])
     pool.outboxes[0].clear()
     answers = pool.stores[0].apply([send.operation for send in sent])  # the device has not seen the death yet
@@ -81,7 +81,7 @@ def test_who_waits_hears_of_blocks_given_up():
     batch = Batch(1)
     pool.handle(BlocksRequested(batch, "c", [(1, 0, hashes(range(4)), None, None, None)]))
     waits = Batch(1)
-    pool.handle(CachesRequested(waits, "c", [(2, 0, PAGE, PAGE, 60.0, None)]))
+    pool.handle(CachesRequested(waits, "c", [(2, 0, PAGE, PAGE, 60.0, 0, None)]))
     first = pool.state.ledger.index.device[0]
     pool.step(1 - first)
     pool.handle(DeviceLost(first, "killed"))

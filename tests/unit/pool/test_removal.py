@@ -368,7 +368,7 @@ def test_void_content_evicted_for_somebody_between_two_steps_is_zeroed(pool, mon
     assert pool.left(OLD) == 16 * BLOCK
     invalidated, asked = Batch(1), Batch(1)
     pool.handle(InvalidateRequested(invalidated, None, "m", None))
-    pool.handle(CachesRequested(asked, "c", [(1, 0, 4 * PAGE, 4 * PAGE, 0.0, None)]))
+    pool.handle(CachesRequested(asked, "c", [(1, 0, 4 * PAGE, 4 * PAGE, 0.0, 0, None)]))
     pool.settle()
     (granted,) = pool.done.pop(asked)
     assert granted[0] == "granted"

@@ -438,7 +438,7 @@ def test_a_hole_in_another_tenants_page_leads_to_more_eviction(pool):
 
 def test_a_batch_of_thousands(pool):
     batch = Batch(1000)
-    pool.handle(CachesRequested(batch, "c", [(n, 0, 128, 128, 0.0, None) for n in range(1000)]))
+    pool.handle(CachesRequested(batch, "c", [(n, 0, 128, 128, 0.0, 0, None) for n in range(1000)]))
     pool.settle()
     answers = pool.done[batch]
     granted = [answer[1] for answer in answers if answer[0] == "granted"]

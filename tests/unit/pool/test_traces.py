@@ -50,7 +50,7 @@ def pool():
 
 
 def caches(pool, *requests, timeout_s=0.0):
-    return pool.ask(CachesRequested, "c", [(1, 0, size, size, timeout_s, trace) for size, trace in requests])
+    return pool.ask(CachesRequested, "c", [(1, 0, size, size, timeout_s, 0, trace) for size, trace in requests])
 
 
 def test_an_operation_for_several_items_has_each_of_their_traces_once(pool):
@@ -103,7 +103,7 @@ def test_a_wait_is_told_with_its_times_and_its_outcome(pool):
 def test_the_waits_of_a_client_that_dies_end(pool):
     caches(pool, (4 * PAGE, None), (4 * PAGE, None))
     pool.connect("d")
-    pool.ask(CachesRequested, "d", [(1, 0, 4096, 4096, 5.0, "t")])
+    pool.ask(CachesRequested, "d", [(1, 0, 4096, 4096, 5.0, 0, "t")])
     pool.kill("d")
     assert [wait.outcome for wait in pool.waits] == ["cancelled"]
 
@@ -118,6 +118,6 @@ def test_evictions_are_counted_by_reason(pool):
 
 def test_a_batch_without_traces_sends_none(pool):
     batch = Batch(1)
-    pool.handle(CachesRequested(batch, "c", [(1, 0, 4096, 4096, 0.0, None)]))
+    pool.handle(CachesRequested(batch, "c", [(1, 0, 4096, 4096, 0.0, 0, None)]))
     assert pool.traces() == [("allocate", 0, ())]
     pool.settle()
