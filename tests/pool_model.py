@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
@@ -18,6 +18,7 @@ from typing import Any
 from interleaved_pool import InterleavedPool
 from pool_harness import PAGE, keys_of
 
+from kvpool.cache.table import KEYED
 from kvpool.errors import (
     CacheStateError,
     CapacityError,
@@ -27,6 +28,7 @@ from kvpool.errors import (
     InvalidSizeError,
     KvpoolError,
     LeaseRevokedError,
+    LimitError,
     ParentNotResidentError,
     ProtocolError,
     StaleCacheError,
@@ -48,6 +50,7 @@ from kvpool.pool.instructions import (
     TicketsCancelled,
 )
 from kvpool.pool.leases import PINNER
+from kvpool.pool.quota import Owner
 
 BLOCK_BYTES = {"small": PAGE // 4, "large": PAGE + PAGE // 4}
 """What every tenant registers, under equal names and with equal hashes: four blocks a page, and two pages a block."""
@@ -117,6 +120,10 @@ class PoolModel:
         self.ghosts: dict[str, list[Made]] = {}
         """By revoked client, the caches that it may go on writing to until it ends."""
         self.revocations = 0
+        self.quotas: dict[tuple[str, str | None], int] = {}
+        """The revision that holds of each."""
+        self.overcommitted = 0
+        """By how much guarantees and leases exceeded the memory when a quota was set or a device lost."""
         self.hits = 0
         self.grants = 0
 
@@ -254,6 +261,7 @@ class PoolModel:
             for cache_id in [i for i in counts if self.made[i].device == device]:
                 del counts[cache_id]
         self.pool.lose(device)
+        self.overcommitted = self._overcommitted()
 
     def advance(self, seconds: float) -> None:
         self.pool.now += seconds
@@ -261,9 +269,48 @@ class PoolModel:
 
     # -- memory -------------------------------------------------------------------------------------------------------
 
-    def request(self, name: str, model: str, sizes: Sequence[tuple[int, int]], timeout_s: float) -> None:
+    def set_quota(self, tenant: str, model: str | None, guaranteed: int | str, limit: int | str | None) -> None:
+        """Sets a quota, and says it again with the same revision and with an older one: nothing changes by that."""
+        revision = self.quotas.get((tenant, model), 0) + 2
+        state = self.pool.state
+        try:
+            holds, instructions = state.set_quota(tenant, model, guaranteed, limit, revision, self.pool.now)
+        except InvalidRequestError:
+            return  # more is guaranteed than the limit
+        assert (holds["applied"], holds["revision"]) == (True, revision)
+        self.quotas[tenant, model] = revision
+        self.overcommitted = self._overcommitted()
+        self.pool.take(instructions)
+        for older in (revision, revision - 1):
+            again, instructions = state.set_quota(tenant, model, 1, None, older, self.pool.now)
+            assert again == holds | {"applied": False, "waiting": again["waiting"]} or instructions == []
+            assert not again["applied"]
+
+    def _overcommitted(self) -> int:
+        """Return by how much what is guaranteed or leased exceeds the memory; reckoned from the rows alone."""
+        index, ledger = self.pool.state.ledger.index, self.pool.state.ledger
+        guaranteed = {(q["tenant"], q["model"]): q["guaranteed_bytes"] for q in self.pool.state.quotas()}
+        leased: Counter[tuple[str, str | None]] = Counter()
+        for row in range(len(index.flags)):
+            if index.flags[row] and not (index.flags[row] & KEYED and not index.pins[row]):
+                # What is void has no model any more: it counts where it did when it was buried.
+                model = ledger.model_of(row) or ledger.quotas.account_in(index.partition[row]).own
+                name = model.model if isinstance(model, Owner) else model and model.name
+                tenant = index.tenant_of(row)
+                leased[tenant, name if (tenant, name) in guaranteed else None] += index.size_bytes[row]
+        needed = 0
+        for tenant in {tenant for tenant, _ in (*guaranteed, *leased)}:
+            parts = leased[tenant, None] + sum(
+                max(n, leased[t, model]) for (t, model), n in guaranteed.items() if t == tenant and model is not None
+            )
+            needed += max(parts, guaranteed.get((tenant, None), 0))
+        return max(needed - sum(ledger.devices[number].capacity_bytes for number in self.pool.live), 0)
+
+    def request(
+        self, name: str, model: str, sizes: Sequence[tuple[int, int]], timeout_s: float, priority: int = 0
+    ) -> None:
         process = self.clients[name]
-        items = [(1, process.models[model], size, maximum, timeout_s, 0, None) for size, maximum in sizes]
+        items = [(1, process.models[model], size, maximum, timeout_s, priority, None) for size, maximum in sizes]
         self.pool.submit(CachesRequested, name, items, partial(self._requested, process, model, sizes))
 
     def _requested(self, process: Process, model: str, sizes: Sequence[tuple[int, int]], answers: list[Any]) -> None:
@@ -299,7 +346,7 @@ class PoolModel:
         self._make(process, model, cache_id, device, size_bytes, place, None)
 
     def _refused(self, process: Process, answer: Any) -> None:
-        kinds = (CapacityError, InvalidSizeError, DeviceLostError)
+        kinds = (CapacityError, InvalidSizeError, DeviceLostError, LimitError)
         gone = not process.alive and _error(answer, ProtocolError, LeaseRevokedError)
         assert _error(answer, *kinds) or gone, answer
 
@@ -527,6 +574,12 @@ class PoolModel:
         """At any moment: the books add up, and nothing that somebody holds is gone, moved or changed."""
         self.scribble()
         self.pool.state.check()
+        for quota in self.pool.state.quotas():
+            is_draining = any(
+                (o.tenant, o.model) == (quota["tenant"], quota["model"]) for o in self.pool.state.ledger.quotas.draining
+            )
+            assert quota["limit_bytes"] is None or quota["held_bytes"] <= quota["limit_bytes"] or is_draining
+        assert self._overcommitted() <= self.overcommitted, "leases never take what is guaranteed to others"
         for device in self.pool.live:
             self.pool.stores[device].allocator.check()
         for process in self.clients.values():
@@ -563,11 +616,22 @@ class PoolModel:
                 mine = self.clients[name].held if name in self.clients else self.pins[name.removeprefix(PINNER)]
                 assert known.leases == {i: n for i, n in mine.items() if n and self.made[i].device == device}
         if waiting := pool.state.allocations.queue:
-            first, _ = waiting.head()  # others may pass while the books take it for placed
+            heads = waiting.heads()  # others may pass while the books take it for placed
             pool.handle(Tick())
             pool.settle()
-            assert first not in self.outcomes, "the first in line waited though there was room"
+            for (_, first), _ in heads:
+                assert first not in self.outcomes, "the first in line waited though there was room"
+        for owner in pool.state.ledger.quotas.draining:
+            assert not list(self._could_go(owner.tenant, owner.model)), "what is above a limit goes when nobody holds it"
         self.check()
+
+    def _could_go(self, tenant: str, model: str | None) -> Iterator[int]:
+        index = self.pool.state.ledger.index
+        for row in range(len(index.flags)):
+            made_for = self.pool.state.ledger.model_of(row) if index.flags[row] else None
+            if made_for is not None and made_for.tenant == tenant and model in (None, made_for.name):
+                if index.flags[row] & KEYED and not index.pins[row] and not index.children[row]:
+                    yield row
 
     def end(self) -> None:
         """All clients give everything back and leave: nothing may remain."""
@@ -601,7 +665,9 @@ class PoolModel:
         self.evict_everything()
 
     def evict_everything(self) -> None:
-        """A newcomer asks for all memory there is, and gets it."""
+        """A newcomer asks for all memory there is, and gets it, once nothing is guaranteed to others."""
+        for tenant, model in self.quotas:
+            self.set_quota(tenant, model, 0, None)
         pool = self.pool
         self.connect("newcomer", "newcomers")
         pool.settle()

@@ -23,7 +23,7 @@ from kvpool.errors import (
     QueueFullError,
     ensure,
 )
-from kvpool.memory.tickets import Ticket, TicketQueue
+from kvpool.memory.tickets import Rank, Ticket, TicketQueue
 from kvpool.pool.instructions import Answer, Batch, Grant, Waited, distinct
 from kvpool.pool.ledger import Ledger
 from kvpool.pool.quota import Owner
@@ -57,7 +57,7 @@ class Allocations:
         self.queue: TicketQueue[CacheRequest] = TicketQueue(queue_limit)
         self._queue_limit = queue_limit
         self._departures: deque[float] = deque(maxlen=_DEPARTURES)
-        self._first_to_retry = False
+        self._retry_before: Rank | None = None
 
     # -- whole caches ---------------------------------------------------------------------------------------------
 
@@ -216,10 +216,9 @@ class Allocations:
                 self._wait(request, now)
         self._send(orders)
         if self.queue:
-            # Who is first in line may have passed this device over, because the books gave it to others, behind it.
-            first = self.queue.heads()[0][0]
-            behind = [r for r in requests[len(places) :] if r.ticket is None or (-r.priority, r.ticket) > first]
-            self._first_to_retry |= bool(behind)
+            # Who is first in a line may have passed this device over, because the books gave it to others.
+            ranks = [self._rank_of(request) for request in requests[len(places) :]]
+            self._retry_before = max(ranks if self._retry_before is None else [self._retry_before, *ranks])
 
     def _deliver(self, request: CacheRequest, answer: Answer, now: float) -> None:
         if request.batch is None:
@@ -242,6 +241,8 @@ class Allocations:
 
     def _wait(self, request: CacheRequest, now: float) -> None:
         request.shortages.clear()
+        if request.ticket is not None:
+            request.refused, request.short_of = self._room.news, request.client.host
         if self._ledger.clients.get(request.client.id) is not request.client:
             # It ended while the device looked for room. Nobody would take what comes, and others stand behind.
             self._deliver(request, ("error", *self._ledger.not_connected(request.client.id).to_wire()), now)
@@ -289,13 +290,13 @@ class Allocations:
         Who waits for its own quota holds up only those who wait for the same.
         """
         self._room.news += 1
-        self._try_waiting(now, self._queue_limit)
+        self._try_waiting(now)
 
-    def _try_waiting(self, now: float, most: int) -> None:
+    def _try_waiting(self, now: float) -> None:
         orders = Orders()
         heads = self.queue.heads()
         short: set[Owner | str] = set()
-        while heads and most:
+        while heads:
             (_, ticket), line = heappop(heads)
             request = self.queue.get(ticket)
             if request is None:
@@ -305,7 +306,6 @@ class Allocations:
                 request.short_of = lacks
             elif self._plan(request, orders, now):
                 self.queue.pop(ticket)
-                most -= 1
                 following = self.queue.first(line)
                 if following is not None:
                     heappush(heads, (following, line))
@@ -313,12 +313,37 @@ class Allocations:
                 short.add(request.short_of)
         self._send(orders)
 
+    def _rank_of(self, request: CacheRequest) -> Rank:
+        return self.queue.next_rank(request.priority) if request.ticket is None else (-request.priority, request.ticket)
+
+    def _try_heads(self, before: Rank, now: float) -> None:
+        """Try the first of each line once a device had no room for one that stands at ``before``.
+
+        Only those that stand before it, or were not refused themselves since room last came free, and only the first
+        ones: all of them would take each other's room in turns.
+        """
+        orders = Orders()
+        short: set[Owner | str] = set()
+        for rank, _ in self.queue.heads():
+            request = self.queue.get(rank[1])
+            if request is None or self._lacks(request, short) is not None:
+                continue
+            may_try = rank < before or request.refused != self._room.news
+            if may_try and self._plan(request, orders, now):
+                self.queue.pop(rank[1])
+            elif request.short_of is not None:
+                short.add(request.short_of)
+        self._send(orders)
+
     def follow_up(self, now: float) -> None:
         """Try who waits again if a decision on somebody else made room on the way. For the end of each event."""
-        while self._room.changed or self._first_to_retry:
-            most = self._queue_limit if self._room.changed else 1  # all of them would take each other's room in turns
-            self._room.changed = self._first_to_retry = False
-            self._try_waiting(now, most)
+        while self._room.changed or self._retry_before is not None:
+            changed, before = self._room.changed, self._retry_before
+            self._room.changed, self._retry_before = False, None
+            if changed:
+                self._try_waiting(now)
+            elif before is not None:
+                self._try_heads(before, now)
 
     def expire(self, now: float) -> None:
         """Answer the requests whose deadline has passed."""

@@ -167,13 +167,12 @@ class Leases:
     def _check_leasable(self, client: Client, rows: Sequence[int]) -> None:
         """Raise :class:`~kvpool.errors.CapacityError` if others' guarantees leave no room to hold these caches."""
         ledger = self._ledger
-        by_space: dict[int, list[int]] = {}
-        for row in rows if ledger.quotas.active else ():
-            by_space.setdefault(ledger.index.space_of(row), []).append(row)
-        for space, there in by_space.items():
-            if ledger.quotas.leasable_run(space, client.host, there) < len(there):
-                size_bytes = sum(ledger.index.size_bytes[row] for row in there)
-                leasable = ledger.quotas.leasable_bytes(ledger.quotas.account(space), client.host)
+        if not ledger.quotas.active:
+            return
+        size_bytes = sum(ledger.index.size_bytes[row] for row in set(rows) if not ledger.index.pins[row])
+        for space in {ledger.index.space_of(row) for row in rows}:  # all together, as if they were one model's
+            leasable = ledger.quotas.leasable_bytes(ledger.quotas.account(space), client.host)
+            if leasable < size_bytes:
                 raise CapacityError(
                     f"asked to pin {format_size(size_bytes)}, but what others are guaranteed leaves "
                     f"{format_size(leasable)} to hold: pin less, or release leases (see 'kvpool quota')",

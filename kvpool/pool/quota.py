@@ -248,6 +248,13 @@ class Quotas:
         rooms = ((owner.limit_bytes - owner.held_bytes, owner) for owner in account.owners)
         return min(rooms, key=lambda each: each[0], default=(inf, None))
 
+    def evictable_bytes(self, owner: Owner) -> int:
+        """Return what an owner holds that nobody has leased; chains may keep some of it all the same."""
+        return owner.held_bytes - self._leased(owner)
+
+    def _leased(self, owner: Owner) -> int:
+        return sum(sum(a.leased_at.values()) for a in self._by_tenant[owner.tenant] if owner in a.owners)
+
     def entitled_bytes(self, account: Account, host: str) -> int:
         """Return how much more may be leased there within guarantees alone."""
         if account.tenant is None:
@@ -301,7 +308,6 @@ class Quotas:
 
     def describe(self, owner: Owner) -> dict[str, Any]:
         """Return one quota as built-in types; a tenant's has model None."""
-        leased = sum(sum(a.leased_at.values()) for a in self._accounts if owner in a.owners)
         return {
             "tenant": owner.tenant,
             "model": owner.model,
@@ -310,7 +316,7 @@ class Quotas:
             "guaranteed_bytes": owner.guaranteed_bytes,
             "limit_bytes": None if owner.limit_bytes == inf else int(owner.limit_bytes),
             "held_bytes": owner.held_bytes,
-            "leased_bytes": leased,
+            "leased_bytes": self._leased(owner),
             "revision": owner.revision,
         }
 

@@ -18,9 +18,9 @@ from kvpool.pool.device import Device
 from kvpool.pool.ledger import Ledger
 from kvpool.pool.quota import Account, Owner
 
-Sheltered = Callable[[int, int, int, list[int]], list[int]]
-"""Given a device, a partition, bytes and rows that go anyway: others that can go with what hangs on them on other
-devices, children first."""
+Sheltered = Callable[[list[int], int, list[int]], list[int]]
+"""Given partitions, bytes and rows that go anyway: others of these partitions that can go with what hangs on them
+elsewhere, children first."""
 
 
 class Reclaim:
@@ -50,6 +50,12 @@ class Reclaim:
         self.found: dict[int, int] = {}
         """Bytes gathered, by device."""
 
+    def copy(self) -> Reclaim:
+        """Return one that begins with what is gathered so far."""
+        other = Reclaim(self._ledger, self._account, self._entitled, self._sheltered)
+        other._excess, other._chosen, other.found = self._excess.copy(), self._chosen.copy(), self.found.copy()
+        return other
+
     @property
     def rows(self) -> list[int]:
         """What is gathered, children before parents."""
@@ -68,11 +74,9 @@ class Reclaim:
             partition for partition in range(len(index.partitions)) if owner in quotas.account_in(partition).owners
         ]
         found = self._take(partitions, most_bytes, self._not_shared, straddling=False)
-        for partition in partitions:
-            device, host = index.partitions[partition][0], self._ledger.devices[index.partitions[partition][0]].host
-            protected = self._not_shared(quotas.account_in(partition))
-            if found < most_bytes and all(self._left(each, host) > 0 for each in protected):
-                found += self._add(self._sheltered(device, partition, int(most_bytes - found), self.rows))
+        if found < most_bytes:
+            free = [partition for partition in partitions if not self._not_shared(quotas.account_in(partition))]
+            found += self._add(self._sheltered(free, int(most_bytes - found), self.rows))
         return found >= most_bytes
 
     def on(self, device: Device, short_bytes: int) -> int:
@@ -138,11 +142,13 @@ class Reclaim:
         """Gather on a device what is sheltered by children elsewhere, account by account."""
         found = 0
         for partition in self._index.partitions_of(device.number):
+            if found >= short_bytes:
+                break
             protected = self._not_shared(self._quotas.account_in(partition))
             most = min([short_bytes - found, *(self._left(owner, device.host) for owner in protected)])
             if most > 0:
                 before = self.found.get(device.number, 0)
-                self._add(self._sheltered(device.number, partition, most, self.rows))
+                self._add(self._sheltered([partition], most, self.rows))
                 found += self.found.get(device.number, 0) - before
         return found
 

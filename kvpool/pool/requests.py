@@ -37,6 +37,8 @@ class CacheRequest:
     """How often room had come free when it was last tried anew."""
     born: int = 0
     """How many invalidations there had been when it was asked for."""
+    refused: int = -1
+    """How often room had come free when a device last had none for it after all."""
     short_of: Owner | str | None = None
     """What it lacked when it was last tried: memory of a host, or room below somebody's limit."""
 

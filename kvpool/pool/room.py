@@ -101,6 +101,10 @@ class Room:
             return None
         # Devices of one host have pages of one size: where not, the largest footprint is what quotas must allow.
         most_bytes = max(needs.values())
+        headroom, owner = quotas.headroom(account)
+        if owner is not None and headroom + quotas.evictable_bytes(owner) < most_bytes:
+            self.at_limit = owner
+            return None
         plan = self._reclaim(account, client.host, most_bytes)
         if not self._allowed(plan, account, client.host, most_bytes):
             return None
@@ -116,8 +120,7 @@ class Room:
             times = shortages.get(device.number, 0)
             if times > _MOST_SHORTAGES:
                 continue
-            going = self._reclaim(account, client.host, most_bytes)
-            self._allowed(going, account, client.host, most_bytes)
+            going = plan.copy()
             if times:
                 enough = going.on(device, needs[device.number] << times) > 0
             else:
@@ -272,14 +275,7 @@ class Room:
         self.changed = True  # elsewhere, too: what sheltered a parent on another device is gone
         return self._remove(rows, device.number)
 
-    def _sheltered_in(self, number: int, partition: int, short_bytes: int, but: Sequence[int]) -> list[int]:
-        """Return the rows of :meth:`_sheltered` in one partition, without some that go anyway."""
-        rows, _ = self._sheltered(number, short_bytes, partition, but)
-        return rows
-
-    def _sheltered(
-        self, number: int, short_bytes: int, partition: int | None = None, but: Sequence[int] = ()
-    ) -> tuple[list[int], int]:
+    def _sheltered(self, number: int, short_bytes: int) -> tuple[list[int], int]:
         """Return what can go from a device with what hangs on it elsewhere, children first, and its bytes there.
 
         For where victims run out because the children of the rest lie on other devices. Policies rank no cache before
@@ -287,20 +283,25 @@ class Room:
         before it in its chain, stays. Takes 20 ms where there are 200,000 caches.
         """
         index = self._ledger.index
-        devices, pins = np.frombuffer(index.device, np.int32), np.frombuffer(index.pins, np.uint32)
+        partitions = index.partitions_of(number)
+        going = np.array(self._sheltered_in(partitions, short_bytes, ()), np.int64)
+        sizes, devices = np.frombuffer(index.size_bytes, np.int64), np.frombuffer(index.device, np.int32)
+        return going.tolist(), int(sizes[going[devices[going] == number]].sum())
+
+    def _sheltered_in(self, partitions: Sequence[int], short_bytes: int, but: Sequence[int]) -> list[int]:
+        """Return the rows of :meth:`_sheltered` in some partitions, without those that go anyway."""
+        index = self._ledger.index
+        pins, where = np.frombuffer(index.pins, np.uint32), np.frombuffer(index.partition, np.int32)
         flags, sizes = np.frombuffer(index.flags, np.uint8), np.frombuffer(index.size_bytes, np.int64)
-        idle = (flags & KEYED != 0) & (devices == number)
+        idle = (flags & KEYED != 0) & np.isin(where, partitions)
         idle[with_ancestors(index, np.flatnonzero((flags != 0) & (pins > 0)))] = False
-        if partition is not None:
-            idle &= np.frombuffer(index.partition, np.int32) == partition
         idle[list(but)] = False
         rows = np.flatnonzero(idle)
         rows = rows[np.lexsort((-depths(index)[rows], np.frombuffer(index.last_accessed, np.float64)[rows]))]
         enough = int(np.searchsorted(np.cumsum(sizes[rows]), short_bytes)) + 1
         going = deepest_first(index, with_descendants(index, rows[:enough]))
-        if but:
-            going = going[~np.isin(going, list(but))]
-        return going.tolist(), int(sizes[going[devices[going] == number]].sum())
+        chosen: list[int] = going[~np.isin(going, list(but))].tolist() if but else going.tolist()
+        return chosen
 
     def _remove(self, rows: list[int], number: int) -> list[int]:
         """Take caches off the books, children before parents; returns the ids of those on device ``number``.

@@ -86,10 +86,13 @@ class PoolMachine(RuleBasedStateMachine):
         data=st.data(),
         sizes=st.lists(SIZES, min_size=1, max_size=3),
         timeout_s=st.sampled_from([0.0, 2.0, 5.0]),
+        priority=st.sampled_from([0, 0, 1]),
         then=AFTERWARDS,
     )
-    def request(self, data: st.DataObject, sizes: list[tuple[int, int]], timeout_s: float, then: str) -> None:
-        self.model.request(self.somebody(data), "small", sizes, timeout_s)
+    def request(
+        self, data: st.DataObject, sizes: list[tuple[int, int]], timeout_s: float, priority: int, then: str
+    ) -> None:
+        self.model.request(self.somebody(data), "small", sizes, timeout_s, priority)
         self.work(then)
 
     @precondition(lambda self: self.model.ready())
@@ -211,6 +214,19 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def a_revoked_client_lets_go(self, data: st.DataObject) -> None:
         self.model.let_go(data.draw(st.sampled_from(sorted(self.model.ghosts)), label="who"))
+
+    @rule(
+        tenant=st.sampled_from(["a", "b"]),
+        model=st.sampled_from([None, "small", "large"]),
+        guaranteed=st.sampled_from([0, 0, PAGE, 2 * PAGE, "30%", "60%"]),
+        limit=st.sampled_from([None, None, PAGE, 3 * PAGE, "50%"]),
+        then=AFTERWARDS,
+    )
+    def set_quota(
+        self, tenant: str, model: str | None, guaranteed: int | str, limit: int | str | None, then: str
+    ) -> None:
+        self.model.set_quota(tenant, model, guaranteed, limit)
+        self.work(then)
 
     @rule(
         tenant=st.sampled_from([None, "a", "b"]),

@@ -133,10 +133,10 @@ async def test_a_malformed_item_refuses_its_whole_batch(pool):
         for method, good, wrong in (
             ("request_caches", (1, number, 4096, 4096, 0.0, 0, None), (1, number, "x", 4096, 0.0, 0, None)),
             ("request_caches", (1, number, 4096, 4096, 0.0, 0, None), (1, number, 4096.5, 4097, 0.0, 0, None)),
-            ("request_caches", (1, number, 4096, 4096, 0.0, 0, None), (1, number, 4096, 4096, float("nan"), None)),
+            ("request_caches", (1, number, 4096, 4096, 0.0, 0, None), (1, number, 4096, 4096, float("nan"), 0, None)),
             ("request_caches", (1, number, 4096, 4096, 0.0, 0, None), (1, number)),
-            ("request_blocks", (1, number, key, None, None, 0, None), (1, number, "text", None, None, 0, None)),
-            ("request_blocks", (1, number, key, None, None, 0, None), (1, number, key, 1.5, None, 0, None)),
+            ("request_blocks", (1, number, key, None, None, None), (1, number, "text", None, None, None)),
+            ("request_blocks", (1, number, key, None, None, None), (1, number, key, 1.5, None, None)),
             ("look_up", (1, number, key, None), (1, number, None, None)),
             ("seal", (1, number, [cache.id], [key], None), (1, number, ["x"], [key], None)),
             ("seal_and_release", (1, number, [cache.id], [key], None), (1, number, cache.id, key, None)),

@@ -113,7 +113,7 @@ async def test_the_bare_handle_speaks_builtin_types(pool):
         "request_caches", "bare", [(1, model, 4096, 4096, 0.0, 0, None)]
     )
     assert (device, size_bytes) == (0, 4096)
-    ((_, resident, ids, _, _),) = await answer("request_blocks", "bare", [(2, model, hashes, None, None, 0, None)])
+    ((_, resident, ids, _, _),) = await answer("request_blocks", "bare", [(2, model, hashes, None, None, None)])
     assert (resident, len(ids)) == (0, 2)
     await answer("seal", "bare", [(3, model, ids, [encode_block_id(1), encode_block_id(2)], None)])
     ((_, found, *_),) = await answer("look_up", "bare", [(4, model, hashes, None)])

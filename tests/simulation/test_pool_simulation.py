@@ -38,6 +38,7 @@ WEIGHTS = {
     "invalidate": 1,
     "revoke": 0.5,
     "let_go": 0.5,
+    "set_quota": 1,
 }
 
 
@@ -114,7 +115,7 @@ class Simulation:
         if name is not None:
             sizes = [self.chance.choice(WHOLE_CACHES) for _ in range(self.chance.randint(1, 4))]
             grown = [(size, size * self.chance.choice([1, 1, 1, 3])) for size in sizes]
-            self.model.request(name, "small", grown, self.chance.choice([0.0, 1.0, 5.0, 30.0]))
+            self.model.request(name, "small", grown, self.chance.choice([0.0, 1.0, 5.0, 30.0]), self.chance.choice([0, 0, 1]))
 
     def pin(self) -> None:
         name = self.somebody(self.model.holders())
@@ -182,6 +183,15 @@ class Simulation:
                 self.model.map(name, cache_id)
             self.model.revoke(name)
             self.be_born()
+
+    def set_quota(self) -> None:
+        """Mostly small guarantees and wide limits, now and then a narrow one; often none at all."""
+        self.model.set_quota(
+            self.chance.choice(TENANTS),
+            self.chance.choice([None, "small", "large"]),
+            self.chance.choice([0, "5%", "20%", 4 * PAGE]),
+            self.chance.choice([None, None, "30%", "70%", 5 * PAGE]),
+        )
 
     def let_go(self) -> None:
         name = self.somebody(sorted(self.model.ghosts))
