@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml  # type: ignore[import-untyped]
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -71,6 +71,17 @@ class TierPlan(NamedTuple):
     write_policy: str
 
 
+class QuotaConfig(BaseModel):
+    """A quota that a pool begins with: that of a model, or of a tenant as a whole."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tenant: str = Field("default", min_length=1)
+    model: str | None = Field(None, min_length=1)
+    guaranteed: int | str = 0
+    limit: int | str | None = None
+
+
 class PoolConfig(BaseSettings):
     """What a pool is made of. Frozen; unknown keys are refused.
 
@@ -110,6 +121,9 @@ class PoolConfig(BaseSettings):
     queue_limit: int = Field(10_000, ge=1, description="most requests that may wait for memory")
     timeout_s: float = Field(
         30.0, gt=0.0, allow_inf_nan=False, description="how long a request waits for memory unless it says otherwise"
+    )
+    quotas: tuple[QuotaConfig, ...] = Field(
+        (), description="quotas to begin with, a list of {model or tenant, guaranteed, limit}: bytes, text or a share"
     )
     socket_dir: Path | None = Field(None, description="folder of the device sockets; by default a private one in /tmp")
     preset: str | None = Field(None, description="name of the preset this config came from, for the statistics")

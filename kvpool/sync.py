@@ -219,10 +219,17 @@ class Model:
         return self._model.spec
 
     def request_cache(
-        self, size: int | str, *, max_size: int | str | None = None, timeout_s: float | None = None
+        self,
+        size: int | str,
+        *,
+        max_size: int | str | None = None,
+        timeout_s: float | None = None,
+        priority: int = 0,
     ) -> VirtualKVCache:
         """See :meth:`kvpool.Model.request_cache`."""
-        return VirtualKVCache(_run(self._model.request_cache, size, max_size=max_size, timeout_s=timeout_s))
+        return VirtualKVCache(
+            _run(self._model.request_cache, size, max_size=max_size, timeout_s=timeout_s, priority=priority)
+        )
 
     def find_cache(self, key: bytes | str) -> VirtualKVCache | None:
         """See :meth:`kvpool.Model.find_cache`."""
@@ -312,9 +319,12 @@ class CachePool(BlockingAdministration):
         *,
         size: int | str | None = None,
         timeout_s: float | None = None,
+        priority: int = 0,
     ) -> VirtualKVCache:
         """See :meth:`kvpool.CachePool.request_cache`."""
-        return VirtualKVCache(_run(self._pool.request_cache, model_name, size_mb, size=size, timeout_s=timeout_s))
+        return VirtualKVCache(
+            _run(self._pool.request_cache, model_name, size_mb, size=size, timeout_s=timeout_s, priority=priority)
+        )
 
     def find_cache(self, model_name: str, key: bytes | str) -> VirtualKVCache | None:
         """See :meth:`kvpool.CachePool.find_cache`."""

@@ -43,6 +43,7 @@ from kvpool.pool.instructions import (
     InvalidateRequested,
     PinRequested,
     PrefixesLookedUp,
+    QuotaSet,
     ReleaseRequested,
     RevokeRequested,
     SealRequested,
@@ -272,19 +273,22 @@ class PoolModel:
     def set_quota(self, tenant: str, model: str | None, guaranteed: int | str, limit: int | str | None) -> None:
         """Sets a quota, and says it again with the same revision and with an older one: nothing changes by that."""
         revision = self.quotas.get((tenant, model), 0) + 2
-        state = self.pool.state
-        try:
-            holds, instructions = state.set_quota(tenant, model, guaranteed, limit, revision, self.pool.now)
-        except InvalidRequestError:
-            return  # more is guaranteed than the limit
-        assert (holds["applied"], holds["revision"]) == (True, revision)
+        answers: list[Any] = []
+        events = [QuotaSet(Batch(1), tenant, model, guaranteed, limit, revision)]
+        events += [QuotaSet(Batch(1), tenant, model, 1, None, older) for older in (revision, revision - 1)]
+        for event in events:
+            try:
+                self._administer(event, answers.append)
+            except InvalidRequestError:
+                del self.pool.open[event.batch]
+                return  # more is guaranteed than the limit
+            self.overcommitted = self._overcommitted()
         self.quotas[tenant, model] = revision
-        self.overcommitted = self._overcommitted()
-        self.pool.take(instructions)
-        for older in (revision, revision - 1):
-            again, instructions = state.set_quota(tenant, model, 1, None, older, self.pool.now)
-            assert again == holds | {"applied": False, "waiting": again["waiting"]} or instructions == []
-            assert not again["applied"]
+        assert [(answer["applied"], answer["revision"]) for answer in answers] == [
+            (True, revision), (False, revision), (False, revision)
+        ]  # fmt: skip
+        assert answers[1] == answers[2] | {"waiting": answers[1]["waiting"]}
+        assert all(answer["guaranteed"] == answers[0]["guaranteed"] for answer in answers)
 
     def _overcommitted(self) -> int:
         """Return by how much what is guaranteed or leased exceeds the memory; reckoned from the rows alone."""
@@ -622,7 +626,9 @@ class PoolModel:
             for (_, first), _ in heads:
                 assert first not in self.outcomes, "the first in line waited though there was room"
         for owner in pool.state.ledger.quotas.draining:
-            assert not list(self._could_go(owner.tenant, owner.model)), "what is above a limit goes when nobody holds it"
+            assert not list(self._could_go(owner.tenant, owner.model)), (
+                "what is above a limit goes when nobody holds it"
+            )
         self.check()
 
     def _could_go(self, tenant: str, model: str | None) -> Iterator[int]:

@@ -20,7 +20,7 @@ from kvpool.actors.fleet import Fleet
 from kvpool.actors.pool_telemetry import PoolTelemetry
 from kvpool.actors.protocol import errors_of
 from kvpool.errors import InvalidRequestError, from_wire
-from kvpool.pool.instructions import Batch, EvictRequested, InvalidateRequested, RevokeRequested
+from kvpool.pool.instructions import Batch, EvictRequested, InvalidateRequested, QuotaSet, RevokeRequested
 from kvpool.pool.leases import PINNER
 from kvpool.pool.listing import list_caches, list_models
 from kvpool.pool.state import PoolState
@@ -211,9 +211,24 @@ class Administration:
         self._state.set_policy(name, time.monotonic())
         return self._state.policy_name
 
+    async def set_quota(
+        self,
+        tenant: str,
+        model: str | int | None = None,
+        guaranteed: int | str = 0,
+        limit: int | str | None = None,
+        revision: int | None = None,
+    ) -> dict[str, Any]:
+        """State the whole quota of a tenant, or of a model of it; see :meth:`kvpool.CachePool.set_quota`."""
+        return dict(await self._decide(QuotaSet(Batch(1), tenant, model, guaranteed, limit, revision)))
+
+    async def quotas(self, tenant: str | None = None) -> list[dict[str, Any]]:
+        """Return the quotas of a tenant or of all; see :meth:`kvpool.CachePool.quotas`."""
+        return self._state.quotas(tenant)
+
     # -- carrying out ---------------------------------------------------------------------------------------------
 
-    async def _decide(self, event: EvictRequested | InvalidateRequested | RevokeRequested) -> dict[str, Any]:
+    async def _decide(self, event: EvictRequested | InvalidateRequested | QuotaSet | RevokeRequested) -> dict[str, Any]:
         instructions = self._state.handle(event, time.monotonic())
         (answer,) = await self._executor.finish(event.batch, instructions)
         if isinstance(answer, tuple):

@@ -187,7 +187,7 @@ class PoolActor(Administration):
     async def register_model(self, client: str, spec: dict[str, Any]) -> Any:
         """Return ``("model", number)`` for a model's ``name``, ``identity``, ``block_bytes`` and ``limit_bytes``."""
         try:
-            return "model", self._state.register_model(client, spec).number
+            return "model", self._state.register_model(client, spec, time.monotonic()).number
         except KvpoolError as error:
             return ("error", *error.to_wire())
 
@@ -301,6 +301,8 @@ class PoolActor(Administration):
                 device["arena_bytes"],
                 device["has_lower"],
             )
+        for quota in self._config.quotas:
+            await self.set_quota(quota.tenant, quota.model, quota.guaranteed, quota.limit)
         found = await self._fleet.ask([n for n, each in enumerate(self._described) if each["has_lower"]], "found")
         for number, spaces in found.items():
             for tenant, fingerprint, entries in spaces:

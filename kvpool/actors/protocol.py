@@ -11,7 +11,7 @@ from typing import Any
 from kvpool.errors import InvalidRequestError
 from kvpool.telemetry.context import is_carrier
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 """Goes up with every change of a message. ``connect`` compares it: Ray keeps running an old job's actor code.
 
 ``describe``, ``leases`` and ``delete`` are called across versions: :mod:`kvpool.actors.compatibility` says how.
@@ -23,7 +23,14 @@ NAMESPACE = "kvpool"
 STEPS_S = 600.0
 """How long the pool may take to evict, zero or give back much memory, seconds."""
 
-CACHE_ITEM = {"sequence": int, "model": int, "size": int, "max_size": int, "timeout_s": (int, float)}
+CACHE_ITEM = {
+    "sequence": int,
+    "model": int,
+    "size": int,
+    "max_size": int,
+    "timeout_s": (int, float),
+    "priority": int,
+}
 PREFIX_ITEM = {"sequence": int, "model": int, "hashes": bytes}
 FETCH_ITEM = {"sequence": int, "model": int, "hashes": bytes, "first": int, "timeout_s": (int, float)}
 BLOCKS_ITEM = {

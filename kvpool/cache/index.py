@@ -535,7 +535,9 @@ class CacheIndex(CacheTable):
             ensure(self.find(self._space[row], block_hash) == row, "row of a key", row=row)
         for row in used.tolist():
             where = self.device[row], self._accounts[self._space[row]]
-            ensure(self._space[row] in self._void or self.partitions[self.partition[row]] == where, "partition", row=row)
+            ensure(
+                self._space[row] in self._void or self.partitions[self.partition[row]] == where, "partition", row=row
+            )
         free = set(self._free)
         ensure(len(free) == len(self._free) and free.isdisjoint(used.tolist()), "rows both free and in use")
 

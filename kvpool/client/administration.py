@@ -15,6 +15,7 @@ from kvpool.client.connection import Connection
 from kvpool.client.events import EventStream
 from kvpool.client.model import Model
 from kvpool.client.spec import content_hashes, join_hashes
+from kvpool.errors import InvalidRequestError
 from kvpool.sizes import parse_size
 
 EVERYTHING = "all"
@@ -171,6 +172,64 @@ class Administration:
             If there is none of that name.
         """
         return str(await self._connection.call(self._connection.actor.set_policy, name))
+
+    async def set_quota(
+        self,
+        *,
+        model: Model | str | int | None = None,
+        tenant: str | None = None,
+        guaranteed: int | str = 0,
+        limit: int | str | None = None,
+        revision: int | None = None,
+    ) -> dict[str, Any]:
+        """State the whole quota of a model, or of this connection's tenant: what is not given is nothing, or no limit.
+
+        Parameters
+        ----------
+        model
+            Its name covers all revisions, adapters and shards, also those that are registered later.
+        tenant
+            In place of a model: this connection's own. (An operator sets others': ``kvpool quota``.)
+        guaranteed, limit
+            Bytes, text (``"10GiB"``), or a share of the pool (``"40%"``). Caches that nobody holds are evicted down to
+            a limit at once, others as their leases end.
+        revision
+            Nothing is changed if that one, or a later one, holds already; by default the next one.
+
+        Returns
+        -------
+        dict
+            What holds now, as in :meth:`quotas`, and ``applied``: whether it was changed by this.
+
+        Raises
+        ------
+        InvalidRequestError
+            If neither a model nor a tenant is named, or both, or the guarantee is more than the limit.
+        """
+        connection = self._connection
+        if (model is None) == (tenant is None):
+            raise InvalidRequestError(
+                f"a quota is a model's or a tenant's: give one of model={model!r}, tenant={tenant!r}"
+            )
+        if tenant not in (None, connection.tenant):
+            raise InvalidRequestError(
+                f"this connection is tenant {connection.tenant!r}'s, and sets no quota of tenant {tenant!r}: an operator "
+                f"does ('kvpool quota --tenant {tenant}')",
+                asked=tenant,
+            )
+        named = model.spec.name if isinstance(model, Model) else _named(model)
+        return dict(
+            await connection.call(connection.actor.set_quota, connection.tenant, named, guaranteed, limit, revision)
+        )
+
+    async def quotas(self) -> list[dict[str, Any]]:
+        """Return the quotas of this tenant and its models.
+
+        Each is ``{"tenant", "model", "guaranteed", "limit", "guaranteed_bytes", "limit_bytes", "held_bytes",
+        "leased_bytes", "waiting", "revision"}``: model None for the tenant as a whole; as it was set; what that comes
+        to now; what is held, and held by leases or pins; how many requests wait.
+        """
+        return list(await self._connection.call(self._connection.actor.quotas, self._connection.tenant))
 
     def events(self) -> EventStream:
         """Return the stream of events: ``async for event in pool.events()``."""

@@ -56,6 +56,23 @@ class BlockingAdministration:
         """See :meth:`kvpool.CachePool.set_policy`."""
         return str(self._run(self._pool.set_policy, name))
 
+    def set_quota(
+        self,
+        *,
+        model: Any = None,
+        tenant: str | None = None,
+        guaranteed: int | str = 0,
+        limit: int | str | None = None,
+        revision: int | None = None,
+    ) -> dict[str, Any]:
+        """See :meth:`kvpool.CachePool.set_quota`."""
+        asked = {"model": model, "tenant": tenant, "guaranteed": guaranteed, "limit": limit, "revision": revision}
+        return dict(self._run(self._pool.set_quota, **asked))
+
+    def quotas(self) -> list[dict[str, Any]]:
+        """See :meth:`kvpool.CachePool.quotas`."""
+        return list(self._run(self._pool.quotas))
+
     def events(self) -> BlockingEventStream:
         """See :meth:`kvpool.CachePool.events`; here ``for event in pool.events()``."""
         return BlockingEventStream(self._pool.events(), self._run)

@@ -176,12 +176,14 @@ class Connection:
 
     # -- calls ----------------------------------------------------------------------------------------------------
 
-    async def request_cache(self, model: int, size_bytes: int, max_size_bytes: int, timeout_s: float) -> Any:
+    async def request_cache(
+        self, model: int, size_bytes: int, max_size_bytes: int, timeout_s: float, priority: int
+    ) -> Any:
         """Ask for a cache and wait for memory up to ``timeout_s``; returns the ``granted`` answer."""
         self.check_loop()
         self.check_not_revoked()
         with self.caches.call() as trace:
-            item = (self.next_sequence(), model, size_bytes, max_size_bytes, timeout_s)
+            item = (self.next_sequence(), model, size_bytes, max_size_bytes, timeout_s, priority)
             answer = await self.caches.ask(item, trace)
             return answer if answer[0] == "granted" else await self._waiting.wait(answer[1])
 

@@ -31,7 +31,12 @@ class Model:
         return self.spec.name
 
     async def request_cache(
-        self, size: int | str, *, max_size: int | str | None = None, timeout_s: float | None = None
+        self,
+        size: int | str,
+        *,
+        max_size: int | str | None = None,
+        timeout_s: float | None = None,
+        priority: int = 0,
     ) -> VirtualKVCache:
         """Lease a new cache of ``size`` (bytes or text), waiting for memory if need be.
 
@@ -41,20 +46,25 @@ class Model:
             Reserve addresses up to this size.
         timeout_s
             How long to wait for memory, seconds; by default the pool's ``timeout_s``. 0 does not wait.
+        priority
+            Where to wait: in front of all of a lower number, behind those of an equal one.
 
         Raises
         ------
         InvalidSizeError, LimitError
             If it could never be granted.
         CapacityError
-            If there is no room in time.
+            If there is no room in time; :class:`~kvpool.errors.QueueFullError`, at once, if too many wait already: its
+            ``details["retry_after_s"]`` says when to try again.
         """
         size_bytes = parse_size(size)
         if timeout_s is not None and not is_number(timeout_s, at_least=0):
             raise InvalidRequestError(f"timeout_s is how many seconds to wait, 0 or more, not {timeout_s!r}")
+        if not isinstance(priority, int) or isinstance(priority, bool):
+            raise InvalidRequestError(f"a priority is a whole number, the higher the sooner, not {priority!r}")
         max_size_bytes = parse_size(max_size) if max_size is not None else size_bytes
         wait_s = self._connection.config["timeout_s"] if timeout_s is None else timeout_s
-        granted = await self._connection.request_cache(self.number, size_bytes, max_size_bytes, wait_s)
+        granted = await self._connection.request_cache(self.number, size_bytes, max_size_bytes, wait_s, priority)
         cache = VirtualKVCache(self._connection, self.number, self.name, granted)
         await cache.map()
         return cache

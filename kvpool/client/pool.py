@@ -175,6 +175,7 @@ class CachePool(Administration):
         *,
         size: int | str | None = None,
         timeout_s: float | None = None,
+        priority: int = 0,
     ) -> VirtualKVCache:
         """Lease a new cache: the short form of ``model()`` and :meth:`Model.request_cache`.
 
@@ -191,7 +192,7 @@ class CachePool(Administration):
             if not is_number(size_mb, at_least=1 / MIB):
                 raise InvalidSizeError(f"give size_mb, a positive number of MiB, or size; asked for {size_mb!r}")
             size = round((size_mb or 0) * MIB)
-        return await (await self.model(model_name)).request_cache(size, timeout_s=timeout_s)
+        return await (await self.model(model_name)).request_cache(size, timeout_s=timeout_s, priority=priority)
 
     async def find_cache(self, model_name: str, key: bytes | str) -> VirtualKVCache | None:
         """Lease the sealed cache of a key, or return None: the short form of :meth:`Model.find_cache`.

@@ -72,9 +72,7 @@ class TicketQueue(Generic[T]):
         self._insert(_Waiting(item, deadline, (-priority, ticket), line))
         return ticket
 
-    def put_back(
-        self, ticket: Ticket, item: T, deadline: float, priority: int = 0, line: Hashable = None
-    ) -> None:
+    def put_back(self, ticket: Ticket, item: T, deadline: float, priority: int = 0, line: Hashable = None) -> None:
         """Let an item that was popped wait again, in its old place. The limit does not count for it.
 
         Raises

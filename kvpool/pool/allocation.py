@@ -31,7 +31,6 @@ from kvpool.pool.requests import CacheRequest, Orders
 from kvpool.pool.room import Room
 from kvpool.sizes import format_size
 
-
 _DEPARTURES = 32
 """From so many ends of waiting it is reckoned when a place in the queue will be free."""
 
@@ -249,9 +248,7 @@ class Allocations:
             self._room.changed = True
             return
         if request.ticket is not None:  # it waited before: its place in the line is kept
-            self.queue.put_back(
-                request.ticket, request, request.deadline, request.priority, self._line_of(request)
-            )
+            self.queue.put_back(request.ticket, request, request.deadline, request.priority, self._line_of(request))
             self._room.changed |= request.news != self._room.news  # perhaps where it had been short
             return
         self._room.changed = True

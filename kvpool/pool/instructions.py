@@ -130,6 +130,17 @@ class RevokeRequested(NamedTuple):
     tenant: str | None
 
 
+class QuotaSet(NamedTuple):
+    """An administrator's word: see :mod:`kvpool.pool.quota`. The batch has one item."""
+
+    batch: Batch
+    tenant: str
+    model: str | int | None
+    guaranteed: int | str
+    limit: int | str | None
+    revision: int | None
+
+
 class TicketsCancelled(NamedTuple):
     """A client no longer waits for these tickets."""
 
@@ -200,6 +211,7 @@ Event = (
     | EvictRequested
     | InvalidateRequested
     | RevokeRequested
+    | QuotaSet
     | TicketsCancelled
     | DeviceAnswered
     | DeviceFreed

@@ -241,7 +241,9 @@ class Quotas:
 
     def limit_of(self, account: Account) -> tuple[float, Owner | None]:
         """Return the most that an account may ever hold, and by whose limit."""
-        return min(((owner.limit_bytes, owner) for owner in account.owners), key=lambda each: each[0], default=(inf, None))
+        return min(
+            ((owner.limit_bytes, owner) for owner in account.owners), key=lambda each: each[0], default=(inf, None)
+        )
 
     def headroom(self, account: Account) -> tuple[float, Owner | None]:
         """Return how much more an account may hold before it has to evict, and by whose limit."""
@@ -332,11 +334,15 @@ class Quotas:
         """Raise :class:`~kvpool.errors.InvariantError` if the figures do not agree with the caches. For tests."""
         if not self.active:
             return
-        kept = {id(owner): (owner.held_bytes, {h: n for h, n in owner.held_at.items() if n}) for owner in self._owners.values()}
+        kept = {
+            id(owner): (owner.held_bytes, {h: n for h, n in owner.held_at.items() if n})
+            for owner in self._owners.values()
+        }
         leased = [{h: n for h, n in account.leased_at.items() if n} for account in self._accounts]
         self._count()
         counted = {
-            id(owner): (owner.held_bytes, {h: n for h, n in owner.held_at.items() if n}) for owner in self._owners.values()
+            id(owner): (owner.held_bytes, {h: n for h, n in owner.held_at.items() if n})
+            for owner in self._owners.values()
         }
         ensure(kept == counted, "bytes held by owners", kept=list(kept.values()), counted=list(counted.values()))
         again = [{h: n for h, n in account.leased_at.items() if n} for account in self._accounts]

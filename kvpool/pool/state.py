@@ -44,6 +44,7 @@ from kvpool.pool.instructions import (
     PinRequested,
     PrefixesFetched,
     PrefixesLookedUp,
+    QuotaSet,
     ReleaseRequested,
     RevokeRequested,
     SealRequested,
@@ -196,18 +197,19 @@ class PoolState:
         self.ledger.index.replace_policy(name, now=now)
         self.policy_name = name.lower()
 
-    def set_quota(
+    def _set_quota(
         self,
+        batch: Batch,
         tenant: str,
         model: str | int | None,
         guaranteed: int | str,
         limit: int | str | None,
         revision: int | None,
         now: float,
-    ) -> tuple[dict[str, Any], list[Instruction]]:
+    ) -> None:
         """Set the whole quota of a tenant, or of a model by its name; see :mod:`kvpool.pool.quota`.
 
-        Returns what holds now, with ``applied``: False where the revision is not newer than the one that holds.
+        The answer is what holds now, with ``applied``: False where the revision is not newer than the one that holds.
 
         Raises
         ------
@@ -218,16 +220,17 @@ class PoolState:
             raise InvalidRequestError(f"a quota is a tenant's, or that of a model of it; got tenant {tenant!r}")
         if isinstance(model, int):
             model = self.ledger.find_models(model, tenant)[0].name
+        if model is not None and (not isinstance(model, str) or not model):
+            raise InvalidRequestError(f"a model with a quota is named by text or number, not {model!r}")
         amounts = parse_amount(guaranteed), None if limit is None else parse_amount(limit)
         quotas = self.ledger.quotas
-        self.ledger.out = []
         applied = quotas.set(tenant, model, *amounts, revision, now)
         if applied:
             self.allocations.line_up_anew()
             self._follow_quotas()
             self.allocations.retry(now)
-            self.allocations.follow_up(now)
-        return self._described(quotas.owner(tenant, model)) | {"applied": applied}, self.ledger.out
+        answer = self._described(quotas.owner(tenant, model)) | {"applied": applied}
+        self.ledger.answer(batch, 0, answer)
 
     def quotas(self, tenant: str | None = None) -> list[dict[str, Any]]:
         """Return the quotas of a tenant or of all: what was set, what it comes to, what is held, and who waits."""
@@ -272,6 +275,8 @@ class PoolState:
                 self.invalidations.invalidate(*event, now)
             case RevokeRequested():
                 self.revocations.revoke(*event, now)
+            case QuotaSet():
+                self._set_quota(*event, now)
             case PrefixesFetched():
                 self.raising.fetch(event.batch, event.client, event.items, now)
             case PersistRequested():

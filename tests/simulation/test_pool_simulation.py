@@ -115,7 +115,9 @@ class Simulation:
         if name is not None:
             sizes = [self.chance.choice(WHOLE_CACHES) for _ in range(self.chance.randint(1, 4))]
             grown = [(size, size * self.chance.choice([1, 1, 1, 3])) for size in sizes]
-            self.model.request(name, "small", grown, self.chance.choice([0.0, 1.0, 5.0, 30.0]), self.chance.choice([0, 0, 1]))
+            self.model.request(
+                name, "small", grown, self.chance.choice([0.0, 1.0, 5.0, 30.0]), self.chance.choice([0, 0, 1])
+            )
 
     def pin(self) -> None:
         name = self.somebody(self.model.holders())
