@@ -635,9 +635,9 @@ class PoolModel:
         index = self.pool.state.ledger.index
         for row in range(len(index.flags)):
             made_for = self.pool.state.ledger.model_of(row) if index.flags[row] else None
-            if made_for is not None and made_for.tenant == tenant and model in (None, made_for.name):
-                if index.flags[row] & KEYED and not index.pins[row] and not index.children[row]:
-                    yield row
+            idle = index.flags[row] & KEYED and not index.pins[row] and not index.children[row]
+            if idle and made_for is not None and made_for.tenant == tenant and model in (None, made_for.name):
+                yield row
 
     def end(self) -> None:
         """All clients give everything back and leave: nothing may remain."""

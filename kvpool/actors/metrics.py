@@ -54,6 +54,13 @@ def _queue(snapshot: PoolSnapshot) -> Iterator[Reading]:
     yield snapshot.statistics.waiting, {}
 
 
+def _quotas(figure: str, snapshot: PoolSnapshot) -> Iterator[Reading]:
+    for quota in snapshot.statistics.quotas:
+        if quota[figure] is not None:
+            of_model = {} if quota["model"] is None else {"model": quota["model"]}
+            yield quota[figure], {"tenant": quota["tenant"], **of_model}
+
+
 def _errors(snapshot: PoolSnapshot) -> Iterator[Reading]:
     for error_type, count in snapshot.errors.items():
         yield count, {"error.type": error_type}
@@ -68,6 +75,10 @@ _SUMS: tuple[tuple[str, str, str, Callable[[PoolSnapshot], Iterable[Reading]]], 
     ("kvpool.memory.zombie", "By", "Pages given up that a client may still map", partial(_of_devices, "zombie_bytes")),
     ("kvpool.leases", "{lease}", "Leases that are held, pins by word included", partial(_of_devices, "leases")),
     ("kvpool.queue.length", "{request}", "Requests that wait for memory", _queue),
+    ("kvpool.quota.guaranteed", "By", "What a quota guarantees now", partial(_quotas, "guaranteed_bytes")),
+    ("kvpool.quota.limit", "By", "The most a quota lets hold now", partial(_quotas, "limit_bytes")),
+    ("kvpool.quota.held", "By", "Held by the caches that a quota counts", partial(_quotas, "held_bytes")),
+    ("kvpool.quota.leased", "By", "Held by leases or by word, of these", partial(_quotas, "leased_bytes")),
 )  # fmt: skip
 _GAUGES = (
     ("kvpool.memory.utilization", "1", "Live bytes as a share of capacity", partial(_of_devices, "utilization")),

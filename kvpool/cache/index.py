@@ -395,7 +395,7 @@ class CacheIndex(CacheTable):
         return rows
 
     def guard(self, rows: Sequence[int], *, now: float) -> None:
-        """:meth:`pin` for the length of a decision: it is no access."""
+        """:meth:`pin` for the length of a decision: it is no access, and no lease that a meter counts."""
         pins, flags = self.pins, self.flags
         taken = []
         for row in rows:
@@ -404,7 +404,15 @@ class CacheIndex(CacheTable):
                 self.evictable_bytes[self.device[row]] -= self.size_bytes[row]
             pins[row] += 1
         if taken:
-            self._taken(taken, now)
+            self.policy.taken(taken, now)
+
+    def unguard(self, rows: Sequence[int], *, now: float) -> None:
+        """End :meth:`guard`; a chain tail first."""
+        meter, self.meter = self.meter, None
+        try:
+            self.unpin(rows, now=now)
+        finally:
+            self.meter = meter
 
     def pin(self, rows: Sequence[int], *, now: float) -> None:
         """Add a lease to each; a chain in the order of the chain. Pinned caches never go."""

@@ -26,6 +26,7 @@ _COMMANDS = {
     "invalidate": ("kvpool.cli.administration:invalidate", "Remove a model's content, or that of keys, for good."),
     "leases": ("kvpool.cli.administration:leases", "Show who holds what, and revoke it."),
     "ls": ("kvpool.cli.administration:ls", "List models and caches."),
+    "quota": ("kvpool.cli.quota:quota", "Show what tenants and models are guaranteed and limited to, or set it."),
     "set-policy": ("kvpool.cli.administration:set_policy", "Let another eviction policy decide."),
     "defragment": ("kvpool.cli.administration:defragment", "Compact a pool's memory."),
     "trim": ("kvpool.cli.administration:trim", "Give a pool's warm pages back to the system."),

@@ -55,7 +55,7 @@ async def _call(method: Any, *arguments: Any, timeout_s: float = _ANSWER_S) -> A
     return await call(method, *arguments, timeout_s=timeout_s)
 
 
-def _ask(name: str, method: str, *arguments: Any, doing: str = "asking", timeout_s: float = _ANSWER_S) -> Any:
+def ask(name: str, method: str, *arguments: Any, doing: str = "asking", timeout_s: float = _ANSWER_S) -> Any:
     """Call a method of a pool's actor, with a sign of life."""
 
     async def run() -> Any:
@@ -147,7 +147,7 @@ def leases(name: str, tenant: str | None, client: str | None, json_path: str | N
     is given to nobody until it has dropped them or has ended.
     """
     if client is not None:
-        ended = _ask(name, "revoke", client, tenant)
+        ended = ask(name, "revoke", client, tenant)
         if json_path is not None:
             write_json(json_path, ended)
             return
@@ -156,7 +156,7 @@ def leases(name: str, tenant: str | None, client: str | None, json_path: str | N
             f"map {format_size(ended['mapped_bytes'])}"
         )
         return
-    held = _ask(name, "leases", tenant)
+    held = ask(name, "leases", tenant)
     if json_path is not None:
         write_json(json_path, {"leases": held})
         return
@@ -184,7 +184,7 @@ def contains(name: str, tenant: str, model: str | int, keys: tuple[bytes, ...], 
     A KEY is the text under which a cache was sealed, or a block's hash: hash: and 32 hexadecimal digits. Takes no
     lease, and counts as no use.
     """
-    (answer,) = _ask(name, "contains", tenant, [(model, b"".join(keys), inject(get_current()))])
+    (answer,) = ask(name, "contains", tenant, [(model, b"".join(keys), inject(get_current()))])
     if answer[0] == "error":
         raise from_wire(answer[1:])
     found = answer[1]
@@ -218,7 +218,7 @@ def evict(
     if not everything and size is None:
         raise InvalidRequestError("say how much is to go: --bytes 1GiB, or --all (of --tenant, --model or --device)")
     size_bytes = parse_size(size) if size is not None else None
-    went = _ask(name, "evict", tenant, model, device, size_bytes, doing="evicting from", timeout_s=STEPS_S)
+    went = ask(name, "evict", tenant, model, device, size_bytes, doing="evicting from", timeout_s=STEPS_S)
     if json_path is not None:
         write_json(json_path, went)
         return
@@ -246,7 +246,7 @@ def invalidate(
     """
     if everything == bool(keys):
         raise InvalidRequestError("say what is to go: the keys, or --all content of the model")
-    gone = _ask(
+    gone = ask(
         name, "invalidate", model, list(keys) or None, tenant, doing="invalidating content of", timeout_s=STEPS_S
     )
     if json_path is not None:
@@ -272,7 +272,7 @@ def _show_invalidated(gone: Mapping[str, Any]) -> None:
 @JSON
 def trim(name: str, json_path: str | None) -> None:
     """Give the pool's warm pages back to the system."""
-    size_bytes = _ask(name, "trim", doing="trimming", timeout_s=STEPS_S)
+    size_bytes = ask(name, "trim", doing="trimming", timeout_s=STEPS_S)
     if json_path is not None:
         write_json(json_path, {"bytes": size_bytes})
     else:
@@ -284,7 +284,7 @@ def trim(name: str, json_path: str | None) -> None:
 @JSON
 def defragment(name: str, json_path: str | None) -> None:
     """Compact the pool's memory; what somebody has leased stays where it is."""
-    done = _ask(name, "defragment", doing="compacting", timeout_s=STEPS_S)
+    done = ask(name, "defragment", doing="compacting", timeout_s=STEPS_S)
     if json_path is not None:
         write_json(json_path, done)
     else:
@@ -297,7 +297,7 @@ def defragment(name: str, json_path: str | None) -> None:
 @JSON
 def set_policy(name: str, policy: str, json_path: str | None) -> None:
     """Let another eviction policy decide from now on; it takes over what is resident."""
-    now = _ask(name, "set_policy", policy)
+    now = ask(name, "set_policy", policy)
     if json_path is not None:
         write_json(json_path, {"policy": now})
     else:

@@ -213,8 +213,8 @@ class Administration:
             )
         if tenant not in (None, connection.tenant):
             raise InvalidRequestError(
-                f"this connection is tenant {connection.tenant!r}'s, and sets no quota of tenant {tenant!r}: an operator "
-                f"does ('kvpool quota --tenant {tenant}')",
+                f"this connection is tenant {connection.tenant!r}'s, and sets no quota of tenant {tenant!r}: an "
+                f"operator does ('kvpool quota --tenant {tenant}')",
                 asked=tenant,
             )
         named = model.spec.name if isinstance(model, Model) else _named(model)

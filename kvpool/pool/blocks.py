@@ -103,7 +103,7 @@ class BlockAllocations:
             request.places.extend([None] * count)
             positions.setdefault(device.number, []).extend(range(first, first + count))
             evictions.setdefault(device.number, []).extend(evict)
-        index.unpin(guard[::-1], now=now)
+        index.unguard(guard[::-1], now=now)
         if not request.ids:
             self._ledger.answer(batch, item, ("blocks", len(resident), [], [], []))
             return

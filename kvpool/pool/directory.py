@@ -63,7 +63,7 @@ class Directory:
             try:
                 coming, _ = self.bring_up(client, model, hashes, rows, now)
             finally:
-                ledger.index.unpin(rows[::-1], now=now)
+                ledger.index.unguard(rows[::-1], now=now)
 
         def answer(hit: Answer) -> None:
             ledger.answer(batch, item, hit)

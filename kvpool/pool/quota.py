@@ -1,9 +1,9 @@
 """What a tenant, or a model of it, is guaranteed, and the most it may hold.
 
 Bytes are those that caches take of their devices. An *owner* is a tenant or a model that has a quota; a model's name
-stands for all its revisions, adapters and shards. Caches are charged to *accounts*: one for each model that has a quota,
-one for the other models of each tenant that has one, and one for all else. The rules (``docs/quotas.md`` has them in
-the words of a user):
+stands for all its revisions, adapters and shards. Caches are charged to *accounts*: one for each model that has a
+quota, one for the other models of each tenant that has one, and one for all else. The rules (``docs/quotas.md`` has
+them in the words of a user):
 
 *Limit.* What an owner holds, cached or leased, never exceeds its limit. It evicts its own first.
 
@@ -188,7 +188,8 @@ class Quotas:
         asked = {key: owner.guaranteed.of(capacity_bytes) for key, owner in self._owners.items()}
         for key, owner in self._owners.items():
             owner.limit_bytes = inf if owner.limit is None else owner.limit.of(capacity_bytes)
-            asked[key] = min(asked[key], int(min(owner.limit_bytes, capacity_bytes)))
+            if owner.limit_bytes < asked[key]:  # as it may be once a device is lost
+                asked[key] = int(owner.limit_bytes)
         together = sum(
             max(asked.get((tenant, None), 0), sum(n for (t, model), n in asked.items() if t == tenant and model))
             for tenant in self._by_tenant

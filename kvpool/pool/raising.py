@@ -250,7 +250,7 @@ class Raising:
             try:
                 waiter.coming, raises = self.begin(client, model, hashes, rows, now)
             finally:
-                index.unpin(rows[::-1], now=now)
+                index.unguard(rows[::-1], now=now)
             if not raises or timeout_s <= 0:
                 self._lease(waiter, answer, now)
                 return

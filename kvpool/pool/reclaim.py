@@ -1,6 +1,7 @@
 """Which caches go where there are quotas: what is borrowed first, and nothing that is guaranteed to somebody else.
 
-*Borrowed* is what all owners of a cache hold beyond their guarantees. The order at a shortage, by the policy within each:
+*Borrowed* is what all owners of a cache hold beyond their guarantees. The order at a shortage, by the policy within
+each:
 
 1. what is borrowed, whoever asks;
 2. what the asking account may take in any case: its own, and what of its tenant has no guarantee of its own;
@@ -148,7 +149,12 @@ class Reclaim:
             most = min([short_bytes - found, *(self._left(owner, device.host) for owner in protected)])
             if most > 0:
                 before = self.found.get(device.number, 0)
-                self._add(self._sheltered([partition], most, self.rows))
+                for row in self._sheltered([partition], most, self.rows):
+                    host = self._ledger.devices[self._index.device[row]].host
+                    least = 1 if self._entitled else self._index.size_bytes[row]
+                    if any(self._left(owner, host) < least for owner in protected):
+                        break  # children come before their parents, so these can go alone
+                    self._add((row,))
                 found += self.found.get(device.number, 0) - before
         return found
 

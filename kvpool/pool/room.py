@@ -337,9 +337,9 @@ class Room:
         largest = max((free[number] + evictable[number] for number in free), default=0)
         by_quota, quota_details = self._by_quota(request)
         return CapacityError(
-            f"asked for {format_size(request.size_bytes)} and {why}: {by_quota}{format_size(sum(free.values()))} free and "
-            f"{format_size(sum(evictable.values()))} evictable on {len(devices)} devices, "
-            f"{format_size(sum(pinned.values()))} pinned by leases, {format_size(zombie_bytes)} zombie; at most "
+            f"asked for {format_size(request.size_bytes)} and {why}: {by_quota}"
+            f"{format_size(sum(free.values()))} free and {format_size(sum(evictable.values()))} evictable on "
+            f"{len(devices)} devices, {format_size(sum(pinned.values()))} pinned by leases, {format_size(zombie_bytes)} zombie; at most "
             f"{format_size(largest)} would have fitted: release leases, wait longer (timeout), or add memory",
             asked_bytes=request.size_bytes,
             free_bytes=sum(free.values()),
@@ -364,6 +364,7 @@ class Room:
         if leasable >= request.size_bytes:
             return "", {}
         return (
-            f"what others are guaranteed leaves {format_size(leasable)} to lease to model {request.model.name!r}, of which "
-            f"{format_size(quotas.entitled_bytes(account, host))} are its own guarantee (see 'kvpool quota'). In all "
+            f"what others are guaranteed leaves {format_size(leasable)} to lease to model {request.model.name!r}, of "
+            f"which {format_size(quotas.entitled_bytes(account, host))} are its own guarantee (see 'kvpool quota'). In "
+            "all "
         ), {"leasable_bytes": leasable}

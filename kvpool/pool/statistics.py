@@ -57,7 +57,8 @@ class PoolStatistics:
 
     ``models`` counts, by name, the caches and blocks that models were given; ``evictions_by_reason`` why content left
     (``capacity``, ``request`` by an administrator, ``invalidate``); ``blocks_lowered`` and ``blocks_raised`` what went
-    to the tiers below the devices and came up again, ``lower_keys`` what lies there now.
+    to the tiers below the devices and came up again, ``lower_keys`` what lies there now; ``quotas`` what
+    :meth:`kvpool.CachePool.quotas` returns, of all tenants.
     """
 
     name: str
@@ -86,6 +87,7 @@ class PoolStatistics:
     duplicates: int
     clients_died: int
     errors: dict[str, int]
+    quotas: list[dict[str, Any]]
 
     def total(self, field: str) -> int:
         """Return the sum of one figure over all devices, for example ``total("live_bytes")``."""
@@ -208,5 +210,6 @@ def collect(
         keys=index.published,
         lower_keys=len(state.below),
         waiting=len(state.allocations.queue),
+        quotas=state.quotas(),
         **totals,
     )

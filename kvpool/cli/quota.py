@@ -1,0 +1,82 @@
+"""``kvpool quota``: what tenants and models are guaranteed and limited to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import click
+
+from kvpool.cli.administration import ask
+from kvpool.cli.options import JSON, MODEL, NAME
+from kvpool.cli.output import print_rows, write_json
+from kvpool.errors import InvalidRequestError
+from kvpool.sizes import format_size
+
+
+@click.command()
+@NAME
+@click.option("--tenant", help="Of this tenant.  [default: all; with --model: default]")
+@MODEL
+@click.option("--guaranteed", help="Bytes, 10GiB, or 40% of the pool.  [default when setting: nothing]")
+@click.option("--limit", help="The same: the most it may hold, or 'none'.  [default when setting: none]")
+@click.option("--revision", type=click.IntRange(min=1), help="Change nothing if this one, or a later one, holds.")
+@JSON
+def quota(
+    name: str,
+    tenant: str | None,
+    model: str | int | None,
+    guaranteed: str | None,
+    limit: str | None,
+    revision: int | None,
+    json_path: str | None,
+) -> None:
+    """Show quotas; with --guaranteed or --limit, state the whole quota of a --model, or of a --tenant.
+
+    What is not given when setting one is nothing guaranteed, or no limit.
+    """
+    if guaranteed is None and limit is None:
+        if revision is not None:
+            raise InvalidRequestError("--revision goes with --guaranteed or --limit: say what is to hold")
+        shown = [each for each in ask(name, "quotas", tenant) if model is None or each["model"] == model]
+        if json_path is not None:
+            write_json(json_path, {"quotas": shown})
+        else:
+            show_quotas(name, shown)
+        return
+    if model is None and tenant is None:
+        raise InvalidRequestError("a quota is a model's or a tenant's: give --model, or --tenant")
+    most = None if limit in (None, "none") else limit
+    asked = (tenant or "default", model, guaranteed or 0, most, revision)
+    holds = ask(name, "set_quota", *asked, doing="setting a quota of")
+    if json_path is not None:
+        write_json(json_path, holds)
+        return
+    show_quotas(name, [holds])
+    if not holds["applied"]:
+        click.echo(f"not changed: revision {holds['revision']} holds already, asked for {revision}")
+
+
+def show_quotas(name: str, quotas: Sequence[Mapping[str, Any]]) -> None:
+    """Print a row for each quota."""
+    if not quotas:
+        click.echo(f"pool {name} has no such quota")
+        return
+    rows = [
+        {
+            "tenant": each["tenant"],
+            "model": each["model"] or "(all)",
+            "guaranteed": _amount(each["guaranteed"], each["guaranteed_bytes"]),
+            "limit": "none" if each["limit"] is None else _amount(each["limit"], each["limit_bytes"]),
+            "holds": format_size(each["held_bytes"]),
+            "leased": format_size(each["leased_bytes"]),
+            "waiting": each["waiting"],
+            "revision": each["revision"],
+        }
+        for each in quotas
+    ]
+    print_rows(f"quotas of pool {name}", rows)
+
+
+def _amount(given: str, size_bytes: int) -> str:
+    return f"{given}: {format_size(size_bytes)}" if given.endswith("%") else format_size(size_bytes)

@@ -1,0 +1,350 @@
+"""Quotas: guarantees that are met by eviction alone, limits that hold, what is borrowed and what goes first."""
+
+from __future__ import annotations
+
+import pytest
+from pool_harness import PAGE, LocalPool, keys_of
+
+from kvpool.errors import CapacityError, InvalidRequestError, InvalidSizeError, LimitError, from_wire
+from kvpool.pool.amount import parse_amount
+from kvpool.pool.instructions import Batch, CachesRequested, DeviceLost, QuotaSet
+
+PAGES = 10
+
+
+@pytest.fixture
+def pool():
+    pool = LocalPool(pages=PAGES)
+    pool.connect()
+    for name in "ab":
+        pool.model(name=name, block_bytes=PAGE)
+    yield pool
+    pool.check()
+    pool.close()
+
+
+A, B = 0, 1
+
+
+def set_quota(pool, model=None, guaranteed=0, limit=None, revision=None, tenant="default"):
+    return pool.administer(QuotaSet(Batch(1), tenant, model, guaranteed, limit, revision))
+
+
+def guarantee_both(pool, *, limit=None):
+    set_quota(pool, "a", "40%", limit)
+    set_quota(pool, "b", "40%", limit)
+
+
+def held(pool, model):
+    return next(q["held_bytes"] for q in pool.state.quotas() if q["model"] == model) // PAGE
+
+
+def put(pool, model, first, count):
+    """Cache that many pages of blocks that nobody holds; returns how many of them are in the pool then."""
+    return sum(pool.store([first + n], model=model, block_bytes=PAGE) for n in range(count))
+
+
+def lease(pool, model, count):
+    """Ask for pages, without waiting; returns the ids of those that were granted."""
+    answers = [pool.request(PAGE, model=model) for _ in range(count)]
+    return [answer[1] for answer in answers if answer[0] == "granted"]
+
+
+def error_of(answer):
+    assert answer[0] == "error", answer
+    return from_wire(answer[1:])
+
+
+# -- guarantees ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_idle_guarantee_is_borrowed_by_caches_and_given_back_when_its_owner_asks(pool):
+    guarantee_both(pool)
+    assert put(pool, B, 100, PAGES) == PAGES
+    assert held(pool, "b") == PAGES
+    assert len(lease(pool, A, 4)) == 4
+    assert (held(pool, "a"), held(pool, "b")) == (4, 6)
+
+
+def test_leases_never_eat_into_what_others_are_guaranteed(pool):
+    guarantee_both(pool)
+    mine = lease(pool, B, PAGES)
+    assert len(mine) == 6  # its own 40 %, and the 20 % that nobody is guaranteed
+    error = error_of(pool.request(PAGE, model=B))
+    assert isinstance(error, CapacityError)
+    assert "guaranteed" in error.message
+    assert error.details["leasable_bytes"] == 0
+    assert error.details["free_bytes"] == 4 * PAGE
+    assert len(lease(pool, A, PAGES)) == 4
+
+
+def test_a_hit_ends_where_leasing_it_would_take_what_others_are_guaranteed(pool):
+    guarantee_both(pool)
+    chain = list(range(1, PAGES + 1))
+    assert pool.store(chain, model=B, block_bytes=PAGE) == 6  # who writes holds
+    assert pool.store(chain, model=B, block_bytes=PAGE) == PAGES
+    hit = pool.look_up(chain, model=B)
+    assert len(hit[1]) == 6
+    assert len(pool.look_up(chain, model=B)[1]) == 6  # these are leased already
+    assert len(lease(pool, A, 4)) == 4
+
+
+def test_pinning_by_word_counts_as_leasing(pool):
+    guarantee_both(pool)
+    put(pool, B, 100, PAGES)
+    found = pool.state.ledger.index.find_all(pool.state.ledger.models[B].space, keys_of(range(100, 100 + PAGES)))
+    ids = [pool.state.ledger.index.id_of(row) for row in found]
+    assert isinstance(error_of(pool.pin(ids, held=True)), CapacityError)
+    assert pool.pin(ids[:6], held=True)[1] == [True] * 6
+
+
+def test_the_borrower_goes_first_and_nobody_falls_below_its_guarantee(pool):
+    guarantee_both(pool)
+    put(pool, A, 0, 4)  # the oldest, by LRU the first to go
+    put(pool, B, 100, 6)
+    pool.model(name="c", block_bytes=PAGE)
+    assert put(pool, 2, 200, 5) == 5  # has no guarantee: takes the 20 % that are lent, its own from then on
+    assert (held(pool, "a"), held(pool, "b")) == (4, 4)
+    assert pool.look_up([0], model=A)[1]
+
+
+def test_who_is_over_its_guarantee_evicts_by_the_policy_among_all_that_borrow(pool):
+    set_quota(pool, "a", "20%")
+    put(pool, A, 0, 5)
+    put(pool, B, 100, 5)
+    put(pool, B, 200, 2)
+    assert (held(pool, "a")) == 3  # 2 of its 3 borrowed ones were the oldest
+
+
+def test_a_small_guarantee_is_met_though_all_that_is_borrowed_is_one_large_cache(pool):
+    large = pool.model(name="large", block_bytes=None)
+    set_quota(pool, "large", "50%")
+    set_quota(pool, "a", "40%")
+    _, cache_id, *_ = pool.request(6 * PAGE, model=large)
+    pool.seal([cache_id], keys_of([7]), model=large, finish=True)
+    put(pool, B, 100, 4)
+    assert len(lease(pool, A, 4)) == 4
+    assert held(pool, "large") == 6  # what has no guarantee went, and that was enough
+    put_again = pool.request(PAGE, model=B)
+    assert put_again[0] == "error"  # who has no guarantee does not get it
+    set_quota(pool, "a", "50%")
+    assert len(lease(pool, A, 1)) == 1
+    assert held(pool, "large") == 0
+
+
+def test_a_tenants_guarantee_covers_those_of_its_models(pool):
+    pool.connect("x", "x")
+    set_quota(pool, None, "60%")
+    set_quota(pool, "a", "40%")
+    assert [q["guaranteed_bytes"] // PAGE for q in pool.state.quotas()] == [6, 4]
+    other = pool.model("x", name="a", block_bytes=PAGE)
+    answers = [pool.request(PAGE, client="x", model=other) for _ in range(PAGES)]
+    assert [answer[0] for answer in answers] == ["granted"] * 4 + ["error"] * 6
+    assert len(lease(pool, B, PAGES)) == 2  # of the tenant's 60 %, 40 are kept for a
+    assert len(lease(pool, A, PAGES)) == 4
+
+
+def test_guarantees_that_exceed_the_memory_are_split_in_proportion(pool):
+    set_quota(pool, "a", 8 * PAGE)
+    set_quota(pool, "b", 12 * PAGE)
+    assert [q["guaranteed_bytes"] for q in pool.state.quotas()] == [4 * PAGE, 6 * PAGE]
+
+
+def test_a_lost_device_shrinks_shares_and_splits_bytes():
+    pool = LocalPool(devices=2, pages=PAGES)
+    pool.connect()
+    set_quota(pool, "a", "50%")
+    set_quota(pool, "b", 10 * PAGE)
+    assert [q["guaranteed_bytes"] for q in pool.state.quotas()] == [10 * PAGE, 10 * PAGE]
+    pool.handle(DeviceLost(1, "killed"))
+    split = [5 * PAGE * 10 // 15, 10 * PAGE * 10 // 15]
+    assert [q["guaranteed_bytes"] for q in pool.state.quotas()] == split
+    pool.close()
+
+
+# -- limits -------------------------------------------------------------------------------------------------------------
+
+
+def test_at_its_limit_a_model_evicts_its_own(pool):
+    set_quota(pool, "a", 0, "30%")
+    put(pool, B, 100, 2)
+    for n in range(6):
+        put(pool, A, n, 1)
+        assert held(pool, "a") <= 3
+    assert [bool(pool.look_up([n], model=A)[1]) for n in range(6)] == [False] * 3 + [True] * 3
+    assert all(pool.look_up([100 + n], model=B)[1] for n in range(2))
+
+
+def test_with_nothing_of_its_own_to_evict_it_waits_and_the_error_says_so(pool):
+    set_quota(pool, "a", 0, 3 * PAGE)
+    mine = lease(pool, A, 3)
+    error = error_of(pool.request(PAGE, model=A))
+    assert isinstance(error, CapacityError)
+    assert "limit" in error.message
+    assert (error.details["limit_bytes"], error.details["held_bytes"]) == (3 * PAGE, 3 * PAGE)
+    assert pool.request(PAGE, model=A, timeout_s=5.0)[0] == "queued"
+    assert pool.request(PAGE, model=B)[0] == "granted"  # nobody else is held up
+    pool.release(mine[:1])
+    assert [answer[0] for _, answer in pool.grants["c"]] == ["granted"]
+
+
+def test_blocks_are_stored_up_to_the_limit(pool):
+    set_quota(pool, "a", 0, 3 * PAGE)
+    answer = pool.blocks(range(1, 8), model=A)
+    assert len(answer[2]) == 3
+
+
+def test_what_could_never_be_granted_is_refused(pool):
+    set_quota(pool, "a", 0, 3 * PAGE)
+    error = error_of(pool.request(4 * PAGE, model=A, timeout_s=5.0))
+    assert isinstance(error, LimitError)
+    assert error.details == {"asked_bytes": 4 * PAGE, "limit_bytes": 3 * PAGE}
+    set_quota(pool, "a", 0, "80%")
+    assert pool.request(4 * PAGE, model=A)[0] == "granted"
+
+
+def test_a_limit_below_use_drains_and_revokes_nothing(pool):
+    put(pool, A, 0, 3)
+    mine = lease(pool, A, 4)
+    for n, cache_id in enumerate(mine):
+        pool.seal([cache_id], keys_of([50 + n]), model=A)
+    holds = set_quota(pool, "a", 0, 2 * PAGE)
+    assert holds["applied"]
+    assert held(pool, "a") == 4  # what nobody held went at once
+    for left, cache_id in zip((3, 2, 2), mine, strict=False):
+        pool.release([cache_id])
+        assert held(pool, "a") == left
+    assert not pool.state.ledger.quotas.draining
+    assert pool.request(PAGE, model=A)[0] == "granted"
+
+
+def test_the_limit_of_a_spec_is_a_quota_until_somebody_sets_one(pool):
+    small = pool.model(name="small", block_bytes=PAGE, limit_bytes=2 * PAGE)
+    assert len(lease(pool, small, 4)) == 2
+    assert next(q for q in pool.state.quotas() if q["model"] == "small")["revision"] == 0
+    assert set_quota(pool, "small", 0, 4 * PAGE, revision=1)["applied"]
+    assert len(lease(pool, small, 4)) == 2
+    pool.state.register_model(
+        "c",
+        {"name": "small", "identity": {"model": "small", "revision": "2"}, "block_bytes": PAGE, "limit_bytes": PAGE},
+    )
+    assert next(q for q in pool.state.quotas() if q["model"] == "small")["limit_bytes"] == 4 * PAGE
+
+
+def test_a_tenants_limit_counts_all_its_models(pool):
+    set_quota(pool, None, 0, 5 * PAGE)
+    assert len(lease(pool, A, 3)) == 3
+    assert len(lease(pool, B, 3)) == 2
+
+
+# -- setting ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_older_revision_changes_nothing_and_is_told_what_holds(pool):
+    assert set_quota(pool, "a", "40%", "80%", revision=5)["applied"]
+    for revision in (5, 4, 1):
+        holds = set_quota(pool, "a", "10%", None, revision=revision)
+        assert (holds["applied"], holds["guaranteed"], holds["limit"], holds["revision"]) == (False, "40%", "80%", 5)
+    assert set_quota(pool, "a", "10%")["revision"] == 6
+    assert set_quota(pool, "a", "20%", revision=9)["limit"] is None  # the whole quota is stated
+
+
+@pytest.mark.parametrize(
+    ("quota", "error"),
+    [
+        ({"guaranteed": "50%", "limit": "40%"}, InvalidRequestError),
+        ({"guaranteed": "101%"}, InvalidSizeError),
+        ({"guaranteed": "-3%"}, InvalidSizeError),
+        ({"guaranteed": -1}, InvalidSizeError),
+        ({"limit": "much"}, InvalidSizeError),
+        ({"revision": 0}, InvalidRequestError),
+        ({"revision": "2"}, InvalidRequestError),
+        ({"model": ""}, InvalidRequestError),
+        ({"tenant": ""}, InvalidRequestError),
+    ],
+)
+def test_what_makes_no_sense_changes_nothing(pool, quota, error):
+    with pytest.raises(error):
+        set_quota(pool, **{"model": "a"} | quota)
+    assert not pool.state.quotas()
+    assert not pool.state.ledger.quotas.active
+
+
+def test_amounts_are_bytes_text_or_shares():
+    assert parse_amount("40%").of(1000) == 400
+    assert parse_amount("12.5%").of(1000) == 125
+    assert parse_amount("1KiB").of(5) == 1024
+    assert parse_amount(0).of(1000) == parse_amount("0").of(1000) == 0
+    assert parse_amount(77).of(5) == 77
+
+
+def test_quotas_set_before_or_after_content_count_the_same(pool):
+    put(pool, A, 0, 3)
+    mine = lease(pool, A, 2)
+    set_quota(pool, "a", "10%")
+    (quota,) = pool.state.quotas()
+    assert (quota["held_bytes"], quota["leased_bytes"]) == (5 * PAGE, 2 * PAGE)
+    pool.invalidate("a")  # what is held stays, and counts on
+    assert held(pool, "a") == 2
+    pool.release(mine)
+    assert held(pool, "a") == 0
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu", "size_aware_lru", "adaptive"])
+def test_every_policy_keeps_its_order_when_accounts_are_told_apart(policy):
+    orders = []
+    for with_quota in (False, True):
+        pool = LocalPool(pages=PAGES, policy=policy)
+        pool.connect()
+        for name in "ab":
+            pool.model(name=name, block_bytes=PAGE)
+        if with_quota:
+            set_quota(pool, "a", 0, "100%")
+        for n in range(5):
+            pool.now += 1
+            put(pool, A, n, 1)
+            put(pool, B, 100 + n, 1)
+            hit = pool.look_up([n], model=A) if n % 2 else pool.look_up([100 + n], model=B)
+            pool.release(hit[1])
+        index = pool.state.ledger.index
+        orders.append([(index.key_of(row)) for row in index.victims(0)])
+        pool.close()
+    assert len(orders[0]) == PAGES
+    if policy == "adaptive":  # draws samples
+        assert sorted(orders[0]) == sorted(orders[1])
+    else:
+        assert orders[0] == orders[1]
+
+
+# -- who waits for what -------------------------------------------------------------------------------------------------
+
+
+def ask(pool, model, pages, *, timeout_s=9.0, priority=0):
+    return pool.request(pages * PAGE, model=model, timeout_s=timeout_s, priority=priority)
+
+
+def test_within_its_guarantee_nobody_stands_behind_others(pool):
+    guarantee_both(pool)
+    lease(pool, B, 6)
+    assert ask(pool, B, 1)[0] == "queued"
+    assert ask(pool, A, 1)[0] == "granted"
+    assert ask(pool, A, 4)[0] == "queued"  # 3 of it are left
+    assert ask(pool, A, 1)[0] == "queued"  # behind the large one
+
+
+def test_a_raised_guarantee_lets_those_who_wait_have_it(pool):
+    guarantee_both(pool)
+    lease(pool, B, 6)
+    assert ask(pool, B, 1)[0] == "queued"
+    set_quota(pool, "a", 0)
+    assert [answer[0] for _, answer in pool.grants["c"]] == ["granted"]
+
+
+def test_nobody_ever_sees_more_than_its_limit_between_decision_and_answer(pool):
+    """Both halves of a burst are decided before the device has answered anything."""
+    set_quota(pool, "a", 0, 3 * PAGE)
+    for _ in range(2):
+        pool.handle(CachesRequested(Batch(3), "c", [(n, A, PAGE, PAGE, 9.0, 0, None) for n in range(3)]))
+        assert held(pool, "a") == 3
+    pool.settle()
+    assert held(pool, "a") == 3
