@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from heapq import heapify, heappop, heapreplace
 from typing import Any
 
@@ -395,7 +396,7 @@ class CacheIndex(CacheTable):
         return rows
 
     def guard(self, rows: Sequence[int], *, now: float) -> None:
-        """:meth:`pin` for the length of a decision: it is no access, and no lease that a meter counts."""
+        """:meth:`pin` for the pool's own sake: it is no access."""
         pins, flags = self.pins, self.flags
         taken = []
         for row in rows:
@@ -404,14 +405,19 @@ class CacheIndex(CacheTable):
                 self.evictable_bytes[self.device[row]] -= self.size_bytes[row]
             pins[row] += 1
         if taken:
-            self.policy.taken(taken, now)
+            self._taken(taken, now)
 
-    def unguard(self, rows: Sequence[int], *, now: float) -> None:
-        """End :meth:`guard`; a chain tail first."""
+    @contextmanager
+    def shielded(self, rows: Sequence[int], *, now: float) -> Iterator[None]:
+        """Guard the rows of a chain for the length of a decision, which a meter is not told of."""
         meter, self.meter = self.meter, None
+        self.guard(rows, now=now)
+        self.meter = meter
         try:
-            self.unpin(rows, now=now)
+            yield
         finally:
+            self.meter = None
+            self.unpin(rows[::-1], now=now)
             self.meter = meter
 
     def pin(self, rows: Sequence[int], *, now: float) -> None:

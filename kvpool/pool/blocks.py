@@ -81,29 +81,28 @@ class BlockAllocations:
         # The resident run is pinned while victims are chosen, so that making room never cuts the chain in front of
         # the new blocks; a new block then protects its parent as a resident child.
         guard = resident if resident or parent_row < 0 else [parent_row]
-        index.guard(guard, now=now)
         positions: dict[int, list[int]] = {}
         evictions: dict[int, list[int]] = {}
-        if output_tokens is not None:
-            self._ledger.policy.answered(model.space, hashes, resident, output_tokens, now)
-        wanted = self._room.admit(client, model, hashes, resident, now)
-        while len(request.ids) < wanted:
-            first = len(request.ids)
-            found = self._room.find_run(client, model, model.block_bytes, wanted - first)
-            if found is None:
-                break
-            device, count, evict = found
-            planned = hashes[len(resident) + first : len(resident) + first + count]
-            rows = self._ledger.add_chain(
-                client, model.space, device, model.block_bytes, planned, previous, hashes, now
-            )
-            previous = rows[-1]
-            request.ids.extend(map(index.id_of, rows))
-            request.devices.extend([device.number] * count)
-            request.places.extend([None] * count)
-            positions.setdefault(device.number, []).extend(range(first, first + count))
-            evictions.setdefault(device.number, []).extend(evict)
-        index.unguard(guard[::-1], now=now)
+        with index.shielded(guard, now=now):
+            if output_tokens is not None:
+                self._ledger.policy.answered(model.space, hashes, resident, output_tokens, now)
+            wanted = self._room.admit(client, model, hashes, resident, now)
+            while len(request.ids) < wanted:
+                first = len(request.ids)
+                found = self._room.find_run(client, model, model.block_bytes, wanted - first)
+                if found is None:
+                    break
+                device, count, evict = found
+                planned = hashes[len(resident) + first : len(resident) + first + count]
+                rows = self._ledger.add_chain(
+                    client, model.space, device, model.block_bytes, planned, previous, hashes, now
+                )
+                previous = rows[-1]
+                request.ids.extend(map(index.id_of, rows))
+                request.devices.extend([device.number] * count)
+                request.places.extend([None] * count)
+                positions.setdefault(device.number, []).extend(range(first, first + count))
+                evictions.setdefault(device.number, []).extend(evict)
         if not request.ids:
             self._ledger.answer(batch, item, ("blocks", len(resident), [], [], []))
             return

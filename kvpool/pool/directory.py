@@ -59,11 +59,8 @@ class Directory:
         coming = 0
         if self.bring_up is not None and len(rows) < len(hashes):
             # Guarded, so that making room for what comes up never cuts the chain in front of it.
-            ledger.index.guard(rows, now=now)
-            try:
+            with ledger.index.shielded(rows, now=now):
                 coming, _ = self.bring_up(client, model, hashes, rows, now)
-            finally:
-                ledger.index.unguard(rows[::-1], now=now)
 
         def answer(hit: Answer) -> None:
             ledger.answer(batch, item, hit)

@@ -246,11 +246,8 @@ class Raising:
 
             index = self._ledger.index
             rows = self._directory.reachable(client, index.match(model.space, hashes))
-            index.guard(rows, now=now)  # nobody may have leased those behind ``first``
-            try:
+            with index.shielded(rows, now=now):  # nobody may have leased those behind ``first``
                 waiter.coming, raises = self.begin(client, model, hashes, rows, now)
-            finally:
-                index.unguard(rows[::-1], now=now)
             if not raises or timeout_s <= 0:
                 self._lease(waiter, answer, now)
                 return

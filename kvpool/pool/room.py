@@ -339,7 +339,8 @@ class Room:
         return CapacityError(
             f"asked for {format_size(request.size_bytes)} and {why}: {by_quota}"
             f"{format_size(sum(free.values()))} free and {format_size(sum(evictable.values()))} evictable on "
-            f"{len(devices)} devices, {format_size(sum(pinned.values()))} pinned by leases, {format_size(zombie_bytes)} zombie; at most "
+            f"{len(devices)} devices, "
+            f"{format_size(sum(pinned.values()))} pinned by leases, {format_size(zombie_bytes)} zombie; at most "
             f"{format_size(largest)} would have fitted: release leases, wait longer (timeout), or add memory",
             asked_bytes=request.size_bytes,
             free_bytes=sum(free.values()),

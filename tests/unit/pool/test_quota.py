@@ -55,7 +55,7 @@ def error_of(answer):
     return from_wire(answer[1:])
 
 
-# -- guarantees ---------------------------------------------------------------------------------------------------------
+# -- guarantees -------------------------------------------------------------------------------------------------------
 
 
 def test_an_idle_guarantee_is_borrowed_by_caches_and_given_back_when_its_owner_asks(pool):
@@ -162,7 +162,7 @@ def test_a_lost_device_shrinks_shares_and_splits_bytes():
     pool.close()
 
 
-# -- limits -------------------------------------------------------------------------------------------------------------
+# -- limits -----------------------------------------------------------------------------------------------------------
 
 
 def test_at_its_limit_a_model_evicts_its_own(pool):
@@ -237,7 +237,7 @@ def test_a_tenants_limit_counts_all_its_models(pool):
     assert len(lease(pool, B, 3)) == 2
 
 
-# -- setting ------------------------------------------------------------------------------------------------------------
+# -- setting ----------------------------------------------------------------------------------------------------------
 
 
 def test_an_older_revision_changes_nothing_and_is_told_what_holds(pool):
@@ -316,7 +316,7 @@ def test_every_policy_keeps_its_order_when_accounts_are_told_apart(policy):
         assert orders[0] == orders[1]
 
 
-# -- who waits for what -------------------------------------------------------------------------------------------------
+# -- who waits for what -----------------------------------------------------------------------------------------------
 
 
 def ask(pool, model, pages, *, timeout_s=9.0, priority=0):
