@@ -85,6 +85,15 @@ def put_get(json_path: str | None) -> None:
 
 @bench.command()
 @JSON
+def quotas(json_path: str | None) -> None:
+    """Time how soon a model gets its guarantee of 40 % while another idles, borrows, or asks for all it can."""
+    from kvpool.bench import quotas as benchmark
+
+    _report("guarantees that were borrowed", lambda: asyncio.run(benchmark.measure()), json_path)
+
+
+@bench.command()
+@JSON
 def tiers(json_path: str | None) -> None:
     """Time bringing 512 MiB down to the host tier and up again, beside memcpy of the same bytes."""
     from kvpool.bench import tiers as benchmark

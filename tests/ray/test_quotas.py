@@ -1,0 +1,65 @@
+"""Quotas of a running pool: by config, in a program, from the command line."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+
+import numpy as np
+import pytest
+from command_line import Cli
+from pool_actors import until_waiting
+
+from kvpool import ModelSpec, encode_block_id
+from kvpool.errors import CapacityError, InvalidRequestError, InvalidSizeError, QueueFullError
+
+PAGE = 64 * 1024
+PAGES = 32
+
+
+async def test_each_model_gets_its_guarantee_while_the_other_borrows(make_pool, cli: Cli) -> None:
+    begin = [{"model": "a", "guaranteed": "40%"}, {"model": "b", "guaranteed": "40%"}]
+    pool = await make_pool(quotas=begin, queue_limit=1)
+    a, b = [await pool.model(ModelSpec(name, block_bytes=PAGE)) for name in "ab"]
+    blocks = np.ones((1, PAGE), np.uint8)
+    for number in range(PAGES):
+        assert await b.put_blocks([encode_block_id(number)], blocks) == 1
+    assert {q["model"]: q["held_bytes"] // PAGE for q in await pool.quotas()} == {"a": 0, "b": PAGES}
+
+    share = PAGES * 40 // 100
+    began = time.monotonic()
+    mine = await asyncio.gather(*(a.request_cache(PAGE, timeout_s=5.0) for _ in range(share)))
+    assert time.monotonic() - began < 5.0  # else they waited, and for nothing
+    held = {q["model"]: q["held_bytes"] // PAGE for q in await pool.quotas()}
+    assert (held["a"], held["b"]) == (share, PAGES - share)
+
+    # All that is not guaranteed to the other, and no more; the rest waits, or is told when to come again.
+    mine += await asyncio.gather(*(a.request_cache(PAGE) for _ in range(PAGES - 2 * share - 1)))
+    with pytest.raises(CapacityError, match="guaranteed"):
+        await a.request_cache(2 * PAGE, timeout_s=0)
+    waiting = asyncio.create_task(a.request_cache(2 * PAGE, timeout_s=5.0, priority=1))
+    await until_waiting(pool, 1)
+    with pytest.raises(QueueFullError) as full:
+        await a.request_cache(2 * PAGE, timeout_s=5.0)
+    assert 0 < full.value.details["retry_after_s"] <= 5.0
+
+    # An operator lends it the other's share, and takes it back.
+    on = ("--name", pool.name, "--model", "b", "--json", "-")
+    holds = json.loads((await cli("quota", *on, "--guaranteed", "10%", "--limit", "50%", "--revision", 7)).stdout)
+    assert (holds["applied"], holds["revision"], holds["guaranteed_bytes"]) == (True, 7, PAGES * PAGE // 10)
+    mine.append(await waiting)
+    again = json.loads((await cli("quota", *on, "--guaranteed", "90%", "--revision", 7)).stdout)
+    assert (again["applied"], again["guaranteed"], again["limit"]) == (False, "10%", "50%")
+    shown = (await cli("quota", "--name", pool.name)).stdout
+    assert "10%" in shown
+    assert "quotas of pool" in (await cli("status", "--name", pool.name)).stdout
+
+    with pytest.raises(InvalidRequestError, match="operator"):
+        await pool.set_quota(tenant="another", guaranteed="10%")
+    with pytest.raises(InvalidSizeError):
+        await pool.set_quota(model=a, limit="much")
+    for model in (a, "b"):
+        assert (await pool.set_quota(model=model))["guaranteed_bytes"] == 0
+    for cache in mine:
+        await cache.release()
