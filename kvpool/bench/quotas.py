@@ -77,7 +77,7 @@ async def _borrow(model: Model, number: int) -> None:
 
 
 async def _beside_a_burst(pool: CachePool, owner: Model, other: Model, count: int) -> float:
-    """The same as :func:`_take` while the other has leased all it may, and waits for more; none may exceed its limit."""
+    """Do as :func:`_take` while the other has leased all it may and waits for more; none may exceed its limit."""
     burst = [asyncio.ensure_future(other.request_cache(SIZE_BYTES, timeout_s=60.0)) for _ in range(2 * count)]
     try:
         while (await pool.stats()).waiting + sum(each.done() for each in burst) < len(burst):

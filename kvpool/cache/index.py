@@ -323,7 +323,9 @@ class CacheIndex(CacheTable):
             self._grow()
         rows = []
         above = parent_row
-        partitions, partition = self.partition, self._partition_of(device, self._accounts[space])
+        account = self._accounts[space]
+        partition = self._partition_of(device, account) if account else self._by_device[device][0]
+        partitions = self.partition
         for _ in range(count):
             row = free.pop()
             parent[row] = above

@@ -96,13 +96,10 @@ class Quotas:
         """By space, the tenant and model for which it was made."""
         self._by_tenant: dict[str, list[Account]] = {}
         self._alive = -1
+        self.active = False
+        """Whether anybody has a quota."""
         self.draining: set[Owner] = set()
         """Those that hold more than a limit that was lowered."""
-
-    @property
-    def active(self) -> bool:
-        """Whether anybody has a quota."""
-        return bool(self._owners)
 
     # -- to set ---------------------------------------------------------------------------------------------------
 
@@ -150,6 +147,7 @@ class Quotas:
         self, tenant: str, model: str | None, guaranteed: Amount, limit: Amount | None, revision: int, now: float
     ) -> None:
         owner = self._owners.setdefault((tenant, model), Owner(tenant, model))
+        self.active = True
         owner.guaranteed, owner.limit, owner.revision = guaranteed, limit, revision
         if (tenant, model) not in self._by_name:
             account = Account(len(self._accounts), tenant, owner if model is not None else None)

@@ -348,3 +348,34 @@ def test_nobody_ever_sees_more_than_its_limit_between_decision_and_answer(pool):
         assert held(pool, "a") == 3
     pool.settle()
     assert held(pool, "a") == 3
+
+
+def test_by_priority_then_in_order_and_small_ones_do_not_pass_a_large_one(pool):
+    mine = lease(pool, A, PAGES)
+    tickets = {
+        name: ask(pool, B, pages, priority=priority)[1]
+        for name, pages, priority in (("large", 4, 0), ("small", 1, 0), ("urgent", 1, 1))
+    }
+    pool.release(mine[:3])
+    assert [ticket for ticket, _ in pool.grants["c"]] == [tickets["urgent"]]  # 2 are free, and kept for the large one
+    pool.release(mine[3:5])
+    assert [ticket for ticket, _ in pool.grants["c"]] == [tickets["urgent"], tickets["large"]]
+    pool.release(mine[5:6])
+    assert [ticket for ticket, _ in pool.grants["c"]][-1] == tickets["small"]
+
+
+def test_a_full_queue_refuses_at_once_and_says_when_to_come_again():
+    pool = LocalPool(pages=4, queue_limit=1)
+    pool.connect()
+    pool.model(name="a", block_bytes=PAGE)
+    mine = lease(pool, A, 4)
+    assert ask(pool, A, 1, timeout_s=8.0)[0] == "queued"
+    pool.now = 3.0
+    error = error_of(ask(pool, A, 1, priority=9))
+    assert type(error).__name__ == "QueueFullError"
+    assert error.details["retry_after_s"] == pytest.approx(5.0)  # nobody has left yet: the next deadline
+    pool.release(mine[:1])  # one leaves, at 3.0
+    assert ask(pool, A, 1, timeout_s=8.0)[0] == "queued"
+    pool.now = 4.0
+    assert error_of(ask(pool, A, 1)).details["retry_after_s"] == pytest.approx(1.0)  # as fast as the last one
+    pool.close()
