@@ -161,7 +161,7 @@ class DeviceActor:
         found, self._found = self._found, ()
         spaces: dict[tuple[str, str], list[tuple[bytes, bytes | None, int]]] = {}
         for key in found:
-            known = self._tiers.below(key) if self._tiers is not None else None
+            known = self._tiers.locate(key) if self._tiers is not None else None
             if known is not None:
                 space = spaces.setdefault((key.tenant, key.fingerprint), [])
                 space.append((key.block_hash, known.parent, known.size_bytes))

@@ -171,7 +171,7 @@ class LowerOperations:
             ensure(len(targets) == len(entries), "what is filled is leased until then")
             filled = await self._tiers.fill(targets)
             return [
-                True if there else (None if self._tiers.below(key) is not None else False)
+                True if there else (None if self._tiers.locate(key) is not None else False)
                 for key, there in zip(keys, filled, strict=True)
             ]
         finally:
