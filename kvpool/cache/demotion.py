@@ -39,9 +39,7 @@ class Demotion:
         self._behind: WriteBehind | None = None
         self._staged: StagedWrites | None = None
         if contents.host is not None:
-            self.arrivals = Arrivals(
-                contents.host, mover, contents.under_way, contents.kind_alone, contents.dropped
-            )  # fmt: skip
+            self.arrivals = Arrivals(contents.host, mover, contents.under_way, contents.kind_alone, contents.dropped)
 
     def use_disk(self, disk: DiskTier) -> None:
         """Begin to write to a disk, now that it has been started."""

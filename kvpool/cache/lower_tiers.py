@@ -7,12 +7,14 @@ for that.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from kvpool.cache.contents import Location, LowerContents
 from kvpool.cache.demotion import Demotion
+from kvpool.cache.disk.index import DiskEntry
 from kvpool.cache.disk.threads import uncancelled
 from kvpool.cache.disk.tier import DiskTier
 from kvpool.cache.disk_calls import DiskCalls
@@ -27,12 +29,19 @@ from kvpool.errors import TierError
 
 logger = logging.getLogger("kvpool.tiers")
 
+STORE_DEADLINE_S = 30.0
+"""After this a store is taken to hang: a slow one takes a second or two for a large cache."""
+
+_START_FACTOR = 10
+"""How much longer a start may take: it reads the names of all files, and of a million on a network that takes long."""
+
 
 class LowerTiers:
     """The tiers below one device. No fault of theirs is an error of :meth:`demote` or :meth:`fill`: it is a miss.
 
     All methods belong to one event loop. Memory named in a call must stay as it is until the call returns, also when
-    that is cancelled: the cancellation takes effect when no thread uses the memory any more.
+    that is cancelled: the cancellation takes effect when no thread uses the memory any more. There is one exception: a
+    call that the store did not answer in time returns, and its memory is in use until :meth:`late` ends.
 
     Parameters
     ----------
@@ -48,6 +57,9 @@ class LowerTiers:
         How long :meth:`demote` waits for a slow store, at most.
     watermark
         Share of the host tier beyond which the oldest caches that lie there alone are written to the disk.
+    deadline_s
+        How long the store may take for one cache that is filled or written through, and for a removal; ten times as
+        long for the start.
     """
 
     def __init__(
@@ -58,6 +70,7 @@ class LowerTiers:
         *,
         patience_s: float = 1.0,
         watermark: float = 0.9,
+        deadline_s: float = STORE_DEADLINE_S,
     ) -> None:
         self._contents = LowerContents(host, disk, on_gone)
         self.problem_cause: str | None = None
@@ -65,8 +78,10 @@ class LowerTiers:
         self._down, self._up = Mover("kvpool-demote"), Mover("kvpool-fill")
         self._demotion = Demotion(self._contents, self._down, patience_s, watermark)
         self._filling = Filling(self._contents, self._up)
-        self._removal = TierRemoval(self._contents, self._down)
-        self._calls = None if disk is None else DiskCalls(disk, self._contents.under_way)
+        self._removal = TierRemoval(self._contents, self._down, deadline_s)
+        self._calls = None if disk is None else DiskCalls(disk, self._contents.under_way, deadline_s)
+        self._start_deadline_s = _START_FACTOR * deadline_s
+        self._closing: asyncio.Task[None] | None = None
         self._closed = False
 
     async def start(self) -> list[CacheKey]:
@@ -78,7 +93,7 @@ class LowerTiers:
         if contents.disk is None:
             return []
         try:
-            found = await contents.disk.start()
+            found = await self._start(contents.disk)
         except TierError as error:
             logger.warning("going on without the disk tier: %s", error)
             contents.disk_problem, contents.disk, self._calls = str(error), None, None
@@ -86,6 +101,19 @@ class LowerTiers:
             return []
         self._demotion.use_disk(contents.disk)
         return [entry.key for entry in found]
+
+    async def _start(self, disk: DiskTier) -> Sequence[DiskEntry]:
+        starting = asyncio.ensure_future(disk.start())
+        await uncancelled(asyncio.wait((starting,), timeout=self._start_deadline_s))
+        if starting.done():
+            return starting.result()
+
+        def started_late(starting: asyncio.Future[Sequence[DiskEntry]]) -> None:
+            if not starting.cancelled() and starting.exception() is None:
+                self._closing = asyncio.ensure_future(disk.close())  # nobody uses it any more: let others have it
+
+        starting.add_done_callback(started_late)
+        raise disk.overdue("starting", self._start_deadline_s)
 
     async def close(self) -> None:
         """Give up what waits, finish what has a thread, and give the host memory back. Files stay. Idempotent."""
@@ -178,6 +206,13 @@ class LowerTiers:
         """
         return await self._filling.fill(self._calls, check_sources(targets))
 
+    def late(self, source: Source) -> asyncio.Future[Any] | None:
+        """Return what ends when the store lets go of this memory, of a call that returned without waiting for it.
+
+        None if the memory is free, as it is after all calls that the store has answered.
+        """
+        return None if self._calls is None else self._calls.late(source.address)
+
     def hold(self, keys: Iterable[CacheKey]) -> None:
         """Keep caches from being pushed out of the host tier until :meth:`unhold`: they are wanted above.
 
@@ -200,7 +235,8 @@ class LowerTiers:
         Raises
         ------
         TierError
-            If it is not sure that the disk keeps none. They are not found in this life: call again.
+            If it is not sure that the disk keeps none: call again. They are not found in this life, nor stored anew
+            before they are gone. A removal that the store does not answer in time goes on.
         """
         return await self._removal.remove(keys)
 

@@ -208,8 +208,13 @@ class Raising:
         live = [cache_id for cache_id in work.ids if index.live_row(cache_id) >= 0]
 
         def finished(codes: list[Any], now: float) -> None:
-            # Lost with its device, if it is neither: it is off the books then.
-            known = [(i, code) for i, code in zip(live, codes, strict=True) if code in (FREED, RELEASED)]
+            # Lost with its device, if it is neither: it is off the books then. And what is not published nobody can
+            # find, also where the device must keep its memory because a store that hangs still writes to it.
+            known = [
+                (i, FREED if by_id[i] is None else code)
+                for i, code in zip(live, codes, strict=True)
+                if code in (FREED, RELEASED)
+            ]
             self._leases.settle([i for i, _ in known], [code for _, code in known], now)
             self._leases.memory_freed(now)
 
