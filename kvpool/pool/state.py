@@ -91,7 +91,7 @@ class PoolState:
         self.durability = Durability(self.ledger, fanout, self.allocations.retry)
         self.evictions = Evictions(self.ledger, self.leases, self.below)
         self.invalidations = Invalidations(self.ledger, self.leases, self.allocations.queue, self.below)
-        self.revocations = Revocations(self.ledger, self.leases, self.allocations)
+        self.revocations = Revocations(self.ledger, self.leases, self.allocations, self.raising)
 
     def add_device(
         self,

@@ -310,6 +310,20 @@ def test_a_fill_that_hangs_is_a_miss_and_leaves_the_books_while_the_device_keeps
     pool.state.check()
 
 
+def test_a_revoked_client_that_waits_is_told_at_once_and_others_go_on(pool):
+    first = full(pool)
+    full(pool, 100)
+    tickets = {client: begin_fetch(pool, first, client=client) for client in ("c", "d")}
+    pool.revoke("c")
+    assert granted(pool, tickets["c"])[:2] == ("error", "LeaseRevokedError")
+    assert tickets["c"] not in pool.state.raising
+    pool.settle_all()
+    assert len(pool.grants["c"]) == 1
+    answer = granted(pool, tickets["d"], "d")
+    assert len(answer[1]) == BLOCKS
+    pool.release(answer[1], "d")
+
+
 def test_a_fetch_that_begins_beyond_its_hashes_is_refused(pool):
     assert pool.fetch([1, 2], 3)[1] == "InvalidRequestError"
 
