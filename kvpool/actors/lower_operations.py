@@ -205,6 +205,28 @@ class LowerOperations:
             outcomes[position] = True if failed is None else ("error", *failed.to_wire())
         return outcomes
 
+    async def save(self, tenant: str | None) -> dict[str, Any]:
+        """Write what a tenant, or anyone, has in host memory through to the disk.
+
+        Returns ``{"caches", "bytes"}``, what lies on disk then; ``"evicted_before"`` and ``"evicted"``, how many files
+        the disk had ever dropped for want of room at the begin and the end of this; ``"failed"`` and ``"error"``, how
+        many could not be written, and the first error.
+        """
+        before = self._evicted()
+        errors = await self._tiers.save(tenant)
+        caches, size_bytes = self._tiers.on_disk(tenant)
+        return {
+            "caches": caches,
+            "bytes": size_bytes,
+            "evicted_before": before,
+            "evicted": self._evicted(),
+            "failed": len(errors),
+            "error": ("error", *errors[0].to_wire()) if errors else None,
+        }
+
+    def _evicted(self) -> int:
+        return int((self._tiers.statistics()["disk"] or {}).get("evicted_files", 0))
+
     async def _write(self, cache_id: int, source: Source) -> TierError | None:
         try:
             (error,) = await self._tiers.write_through([source])

@@ -100,11 +100,14 @@ class Demotion:
     async def write_through(self, calls: DiskCalls | None, sources: Sequence[Source]) -> list[TierError | None]:
         """Write caches to the disk; None for each that is safe there."""
         if calls is None:
-            problem = self._contents.disk_problem
-            why = "set disk_url" if problem is None else problem
-            error = TierError(f"a cache cannot be stored durably without a disk tier: {why}", cause="no_disk")
-            return [error] * len(sources)
+            return [self.no_disk()] * len(sources)
         return await all_of([self._write_through(calls, source) for source in sources])
+
+    def no_disk(self) -> TierError:
+        """Return the error of what cannot be written for want of a disk."""
+        problem = self._contents.disk_problem
+        why = "set disk_url" if problem is None else problem
+        return TierError(f"a cache cannot be stored durably without a disk tier: {why}", cause="no_disk")
 
     async def _write_through(self, calls: DiskCalls, source: Source) -> TierError | None:
         contents = self._contents

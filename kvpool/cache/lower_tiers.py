@@ -22,6 +22,7 @@ from kvpool.cache.filling import Filling
 from kvpool.cache.host_tier import HostTier
 from kvpool.cache.key import CacheKey
 from kvpool.cache.mover import Mover
+from kvpool.cache.saving import Saving
 from kvpool.cache.source import Source, check_sources
 from kvpool.cache.tier_removal import TierRemoval
 from kvpool.cache.tier_statistics import tier_statistics
@@ -78,6 +79,7 @@ class LowerTiers:
         self._down, self._up = Mover("kvpool-demote"), Mover("kvpool-fill")
         self._demotion = Demotion(self._contents, self._down, patience_s, watermark)
         self._filling = Filling(self._contents, self._up)
+        self._saving = Saving(self._contents)
         self._removal = TierRemoval(self._contents, self._down, deadline_s)
         self._calls = None if disk is None else DiskCalls(disk, self._contents.under_way, deadline_s)
         self._start_deadline_s = _START_FACTOR * deadline_s
@@ -192,6 +194,19 @@ class LowerTiers:
             If a source cannot be one; nothing was changed.
         """
         return await self._demotion.write_through(self._calls, check_sources(sources))
+
+    async def save(self, tenant: str | None) -> list[TierError]:
+        """Write what a tenant, or anyone, has in the host tier through to the disk; returns what went wrong."""
+        if self._calls is None:
+            return [self._demotion.no_disk()]
+        return await self._saving.save(self._calls, tenant)
+
+    def on_disk(self, tenant: str | None) -> tuple[int, int]:
+        """Return how many caches of a tenant, or of anyone, lie on the disk, and their bytes. O(files)."""
+        disk = self._contents.disk
+        entries = disk.entries() if disk is not None else []
+        sizes = [entry.size_bytes for entry in entries if tenant in (None, entry.key.tenant)]
+        return len(sizes), sum(sizes)
 
     async def fill(self, targets: Sequence[Source]) -> list[bool]:
         """Bring caches up into memory of the device; for each, whether all its bytes are there.
