@@ -60,7 +60,7 @@ class Demotion:
         kept = {key for key, source in unique.items() if contents.use(source, None)}
         new = [source for key, source in unique.items() if key not in kept]
         if new and self.arrivals is not None:
-            kept |= await self.arrivals.bring(new, Kind.SOLE, deadline)
+            kept |= await self._bring(self.arrivals, new, Kind.SOLE, deadline)
         elif new and self._staged is not None:
             staged = self._staged
             stored = await all_of([staged.write(source, deadline) for source in new])
@@ -81,11 +81,16 @@ class Demotion:
         kept = {key for key, source in unique.items() if contents.use(source, Kind.COPY)}
         new = [source for key, source in unique.items() if key not in kept]
         if new:
-            arrived = await arrivals.bring(new, Kind.COPY, 0.0)
+            arrived = await self._bring(arrivals, new, Kind.COPY, 0.0)
             contents.counters.copied_ahead += len(arrived)
             kept |= arrived
         kept = contents.still_there(kept)
         return [source.key in kept for source in sources]
+
+    async def _bring(self, arrivals: Arrivals, new: list[Source], kind: Kind, deadline: float) -> set[CacheKey]:
+        arrived = await arrivals.bring(new, kind, deadline)
+        self._contents.counters.host_written_bytes += sum(each.size_bytes for each in new if each.key in arrived)
+        return arrived
 
     async def _write_ahead(self, sources: list[Source]) -> list[bool]:
         staged = self._staged

@@ -53,6 +53,8 @@ class Filling:
             filled[number] = read.result()
         contents.counters.fills += filled.count(True)
         contents.counters.misses += filled.count(False)
+        if contents.host is not None:
+            contents.counters.host_misses += len(targets) - sum(filled[number] for number, _, _ in held)
         return filled
 
     async def _copy_up(
@@ -66,6 +68,7 @@ class Filling:
                     host.index.use(entry, Kind.COPY)
                     filled[number] = True
                     self._contents.counters.host_hits += 1
+                    self._contents.counters.host_read_bytes += entry.size_bytes
         finally:
             for _, entry, work in held:
                 host.index.release(entry)
