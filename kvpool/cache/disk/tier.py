@@ -16,6 +16,7 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
 from kvpool.cache.disk.folder import Folder
+from kvpool.cache.disk.folder_syncs import FolderSyncs
 from kvpool.cache.disk.header import BadFileError, check_file, header_bytes
 from kvpool.cache.disk.index import DiskEntry, DiskIndex
 from kvpool.cache.disk.key_locks import KeyLocks
@@ -86,8 +87,9 @@ class DiskTier:
         self._removing: Counter[CacheKey] = Counter()
         self._writing: dict[CacheKey, DiskEntry] = {}
         self._removals = Removals(folder, self._index, self._counters, self._removers)
+        self._syncs = FolderSyncs(folder, threads)
         self._writer = Writer(
-            folder, self._index, self._locks, self._counters, self._removals, self._writers, self._gone
+            folder, self._index, self._locks, self._counters, self._removals, self._writers, self._syncs, self._gone
         )
         self._started = self._open = False
 
@@ -121,6 +123,7 @@ class DiskTier:
         await self._writers.close()
         await self._readers.close()
         await self._removers.close()
+        await self._syncs.close()
         self._folder.close()
 
     def find(self, key: CacheKey) -> DiskEntry | None:
@@ -196,7 +199,7 @@ class DiskTier:
             self._counters.count_given_up("queue_full")
             return False
         try:
-            await self._admit(DiskEntry(key, parent, payload.nbytes), payload, self._writer.store)
+            await self._admit(DiskEntry(key, parent, payload.nbytes), payload, self._writer.store, None)
         except TierError:  # counted
             return False
         return True
@@ -210,29 +213,34 @@ class DiskTier:
             If it is not stored, or not surely.
         """
         payload = _payload(key, parent, view)
-        await self._admit(DiskEntry(key, parent, payload.nbytes), payload, self._writer.store_durably)
+        entry = DiskEntry(key, parent, payload.nbytes)
+        await self._admit(entry, payload, self._writer.store_anew, self._writer.make_durable)
 
     async def _admit(
         self,
         entry: DiskEntry,
         payload: memoryview,
         store: Callable[[DiskEntry, memoryview], Coroutine[Any, Any, None]],
+        finish: Callable[[DiskEntry], Coroutine[Any, Any, None]] | None,
     ) -> None:
-        """Store a cache once its turn has come; that is not cancelled once begun."""
+        """Store a cache once its turn has come, and finish that without a thread; neither is cancelled once begun."""
         key = entry.key
         async with self._write_room:
             self._waiting_writes += 1
             try:
-                async with self._locks.hold((key,)), self._writers.one():
-                    if not self._open:
-                        raise refusal(self._counters, "closed")
-                    if key in self._removing:  # told to go after this was asked for
-                        raise refusal(self._counters, "removed")
-                    self._writing[key] = entry
-                    try:
-                        await uncancelled(store(entry, payload))
-                    finally:
-                        del self._writing[key]
+                async with self._locks.hold((key,)):
+                    async with self._writers.one():
+                        if not self._open:
+                            raise refusal(self._counters, "closed")
+                        if key in self._removing:  # told to go after this was asked for
+                            raise refusal(self._counters, "removed")
+                        self._writing[key] = entry
+                        try:
+                            await uncancelled(store(entry, payload))
+                        finally:
+                            del self._writing[key]
+                    if finish is not None:
+                        await uncancelled(finish(entry))
             finally:
                 self._waiting_writes -= 1
 
