@@ -123,7 +123,7 @@ class DiskCalls:
             task.add_done_callback(partial(self._ended, lane, source.address))
         if work.void:
             return None
-        if overdue:
+        if overdue and (not task.done() or task.cancelled()):  # else it came at the last moment
             raise self._overdue(what, source.key)
         return task.result()
 
