@@ -20,7 +20,7 @@ from kvpool.actors.fleet import Fleet
 from kvpool.actors.pool_telemetry import PoolTelemetry
 from kvpool.actors.protocol import errors_of
 from kvpool.errors import InvalidRequestError, from_wire
-from kvpool.pool.instructions import Batch, EvictRequested, InvalidateRequested, RevokeRequested
+from kvpool.pool.instructions import Batch, EvictRequested, FlushRequested, InvalidateRequested, RevokeRequested
 from kvpool.pool.leases import PINNER
 from kvpool.pool.listing import list_caches, list_models
 from kvpool.pool.state import PoolState
@@ -200,6 +200,13 @@ class Administration:
             moved_bytes, freed_pages = moved_bytes + moved, freed_pages + pages
         return moved_bytes, freed_pages
 
+    async def flush(self, tenant: str | None = None) -> dict[str, int]:
+        """Write all that is stored to the disks below the devices, so that it survives the pool.
+
+        Returns ``{"caches", "bytes", "displaced"}``; see :meth:`kvpool.pool.flush.Flushes.flush`.
+        """
+        return dict(await self._decide(FlushRequested(Batch(1), tenant)))
+
     async def set_policy(self, name: str) -> str:
         """Let another eviction policy decide from now on; returns its name. It takes over what is resident.
 
@@ -213,7 +220,9 @@ class Administration:
 
     # -- carrying out ---------------------------------------------------------------------------------------------
 
-    async def _decide(self, event: EvictRequested | InvalidateRequested | RevokeRequested) -> dict[str, Any]:
+    async def _decide(
+        self, event: EvictRequested | FlushRequested | InvalidateRequested | RevokeRequested
+    ) -> dict[str, Any]:
         instructions = self._state.handle(event, time.monotonic())
         (answer,) = await self._executor.finish(event.batch, instructions)
         if isinstance(answer, tuple):

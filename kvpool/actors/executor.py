@@ -154,7 +154,7 @@ class Executor:
                 case Send():
                     self.fleet.put(self._telemetry.timed(instruction, now))
                 case Move():
-                    self.fleet.move(instruction, self._moved)
+                    self.fleet.move(self._telemetry.timed_move(instruction, now), self._moved)
                 case BatchDone():
                     future = self._done.pop(instruction.batch)
                     if not future.cancelled():

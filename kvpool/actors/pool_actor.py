@@ -301,10 +301,11 @@ class PoolActor(Administration):
                 device["arena_bytes"],
                 device["has_lower"],
             )
-        found = await self._fleet.ask([n for n, each in enumerate(self._described) if each["has_lower"]], "found")
-        for number, spaces in found.items():
-            for tenant, fingerprint, entries in spaces:
-                self._state.below.add(number, tenant, fingerprint, entries)
+        # Before the first client: what is invalidated meanwhile could be entered by an answer that is on its way.
+        for number, described in enumerate(self._described):
+            if described["has_lower"]:
+                async for tenant, fingerprint, entries in self._fleet.found(number):
+                    self._state.below.add(number, tenant, fingerprint, entries)
         self._telemetry.follow(self._alive(), self._memory_of)
         logger.info("pool %s started: %s", self._config.name, self._described)
         gc.collect()

@@ -28,6 +28,7 @@ _COMMANDS = {
     "ls": ("kvpool.cli.administration:ls", "List models and caches."),
     "set-policy": ("kvpool.cli.administration:set_policy", "Let another eviction policy decide."),
     "defragment": ("kvpool.cli.administration:defragment", "Compact a pool's memory."),
+    "flush": ("kvpool.cli.administration:flush", "Write all that is stored to disk."),
     "trim": ("kvpool.cli.administration:trim", "Give a pool's warm pages back to the system."),
     "bench": ("kvpool.cli.bench:bench", "Measure, beside something measured in the same run."),
     "doctor": ("kvpool.cli.doctor:doctor", "Say what is wrong with this system and how to mend it."),

@@ -291,6 +291,24 @@ def defragment(name: str, json_path: str | None) -> None:
         click.echo(f"{format_size(done['moved_bytes'])} moved, {done['freed_pages']:,} pages freed")
 
 
+@click.command()
+@NAME
+@TENANT
+@JSON
+def flush(name: str, tenant: str | None, json_path: str | None) -> None:
+    """Write all that is stored to disk, so that a pool of the same name and disk_url finds it again.
+
+    For a clean end: 'kvpool flush', then 'kvpool stop'. Stop what writes before.
+    """
+    done = _ask(name, "flush", tenant, doing="writing to disk what is stored in", timeout_s=STEPS_S)
+    if json_path is not None:
+        write_json(json_path, done)
+        return
+    click.echo(f"{done['caches']:,} caches, {format_size(done['bytes'])}, are on disk")
+    if done["displaced"]:
+        click.echo(f"{done['displaced']:,} caches made way for them: disk_budget is too small for all")
+
+
 @click.command("set-policy")
 @NAME
 @click.argument("policy")

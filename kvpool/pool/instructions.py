@@ -113,6 +113,13 @@ class EvictRequested(NamedTuple):
     size_bytes: int | None
 
 
+class FlushRequested(NamedTuple):
+    """An administrator's word: see :meth:`kvpool.pool.flush.Flushes.flush`. The batch has one item."""
+
+    batch: Batch
+    tenant: str | None
+
+
 class InvalidateRequested(NamedTuple):
     """An administrator's word: see :class:`kvpool.pool.invalidation.Invalidations`. The batch has one item."""
 
@@ -198,6 +205,7 @@ Event = (
     | ReleaseRequested
     | PinRequested
     | EvictRequested
+    | FlushRequested
     | InvalidateRequested
     | RevokeRequested
     | TicketsCancelled

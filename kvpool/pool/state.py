@@ -22,6 +22,7 @@ from kvpool.pool.directory import Directory
 from kvpool.pool.durability import Durability
 from kvpool.pool.evictions import Evictions
 from kvpool.pool.fanout import Fanout
+from kvpool.pool.flush import Flushes
 from kvpool.pool.instructions import (
     Answer,
     Batch,
@@ -34,6 +35,7 @@ from kvpool.pool.instructions import (
     Event,
     EvictRequested,
     Failed,
+    FlushRequested,
     Instruction,
     InvalidateRequested,
     LowerGone,
@@ -89,9 +91,10 @@ class PoolState:
         self.raising = Raising(self.ledger, room, self.below, self.directory, fanout, self.leases)
         self.copies = CopiesAhead(self.ledger, gc_threshold)
         self.durability = Durability(self.ledger, fanout, self.allocations.retry)
+        self.flushes = Flushes(self.ledger, self.durability)
         self.evictions = Evictions(self.ledger, self.leases, self.below)
         self.invalidations = Invalidations(self.ledger, self.leases, self.allocations.queue, self.below)
-        self.revocations = Revocations(self.ledger, self.leases, self.allocations)
+        self.revocations = Revocations(self.ledger, self.leases, self.allocations, self.raising)
 
     def add_device(
         self,
@@ -219,6 +222,8 @@ class PoolState:
                 self.leases.pin(event.batch, event.client, event.items, event.held, now)
             case EvictRequested():
                 self.evictions.evict(*event, now)
+            case FlushRequested():
+                self.flushes.flush(*event, now)
             case InvalidateRequested():
                 self.invalidations.invalidate(*event, now)
             case RevokeRequested():

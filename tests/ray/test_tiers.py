@@ -210,3 +210,21 @@ async def test_a_folder_that_cannot_be_used_leaves_a_pool_without_disk(make_pool
     model = await pool.model(SPEC)
     assert await put(model, 1) == CHAIN
     assert str(Path(file)) in (await tiers(pool))["disk_problem"]
+
+
+async def test_what_was_flushed_is_hit_after_the_pool_was_deleted_and_made_anew(make_pool, tmp_path):
+    """It lies on the device, in host memory, and on disk by then."""
+    settings = {"host_memory": "1MiB", "disk_url": str(tmp_path / "disk"), "name": f"t{os.getpid()}-flushed"}
+    pool = await make_pool("host:1x1MiB", **settings)
+    model = await pool.model(SPEC)
+    chains = 12
+    for number in range(chains):
+        assert await put(model, number) == CHAIN
+    done = await pool.flush()
+    assert done == {"caches": chains * CHAIN, "bytes": chains * CHAIN * BLOCK_BYTES, "displaced": 0}
+    await pool.delete()
+
+    again = await make_pool("host:1x1MiB", **settings)
+    model = await again.model(SPEC)
+    for number in range(chains):
+        assert await read(model, number) == CHAIN
