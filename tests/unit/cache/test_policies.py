@@ -131,5 +131,5 @@ def test_the_policy_of_the_docs_works_under_its_name(documented_module: str) -> 
 
 
 def test_a_policy_whose_module_is_not_there_is_refused() -> None:
-    with pytest.raises(UnknownPolicyError, match=r"'no_such_module'.*install it where the pool runs"):
+    with pytest.raises(UnknownPolicyError, match=r"'no_such_module'.*installed where its actor runs"):
         find_policy("no_such_module:mru")
