@@ -12,7 +12,7 @@ from typing import Any
 
 from kvpool.cache.eviction import plain_name
 from kvpool.cache.key import fingerprint
-from kvpool.errors import InvariantError, KvpoolError, PolicyError, ProtocolError
+from kvpool.errors import DeviceLostError, InvariantError, KvpoolError, PolicyError, ProtocolError
 from kvpool.pool.ahead import CopiesAhead
 from kvpool.pool.allocation import Allocations
 from kvpool.pool.below import Below
@@ -133,6 +133,8 @@ class PoolState:
         ------
         ProtocolError
             If it is connected already, or no device is on its host.
+        DeviceLostError
+            If all devices are lost.
         """
         ledger = self.ledger
         if client in ledger.clients or client in ledger.revoked or client.startswith((PINNER, RAISER)):
@@ -140,6 +142,8 @@ class PoolState:
         reachable = [d.number for d in ledger.devices if d.host == host and d.lost is None]
         if not reachable:
             hosts = sorted({device.host for device in ledger.devices if device.lost is None})
+            if ledger.devices and not hosts:
+                raise DeviceLostError(f"all devices of pool {self.name!r} are lost: delete it and start it again")
             raise ProtocolError(
                 f"pool {self.name!r} has no device on this host ({host}); its devices are on "
                 f"{', '.join(hosts) or 'no host'}: run the client on one of those nodes"
