@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from kvpool.actors.compatibility import protocol_difference, version_of
 from kvpool.config import PoolConfig
@@ -132,14 +131,11 @@ def check_working(pool: Pool) -> list[Finding]:
         if lower is None or device["lost"]:
             continue
         if lower["disk_problem"]:
-            findings.append(
-                Finding(
-                    "disk tier", where, FAILED, lower["disk_problem"], "a folder of its own", _mend_disk(pool, lower)
-                )
-            )
+            mend = _mend_disk(pool.name, lower["disk_problem"])
+            findings.append(Finding("disk tier", where, FAILED, lower["disk_problem"], "a folder of its own", mend))
         elif lower["disk"] is not None and lower["disk"]["errors"]:
             errors = ", ".join(f"{cause} {count:,} times" for cause, count in sorted(lower["disk"]["errors"].items()))
-            mend = "see the log of kvpool.disk in the device's process: free space, rights, whether the disk is still mounted"
+            mend = "see the log of kvpool.disk in the device's process: is there space, is it mounted?"
             findings.append(Finding("disk tier", where, WARNING, f"since its start: {errors}", "no errors", mend))
         elif lower["disk"] is not None:
             findings.append(Finding("disk tier", where, OK, "in use"))
@@ -151,12 +147,10 @@ def check_working(pool: Pool) -> list[Finding]:
     return findings
 
 
-def _mend_disk(pool: Pool, lower: dict[str, Any]) -> str:
-    if "in use by another process" in lower["disk_problem"]:
+def _mend_disk(name: str, problem: str) -> str:
+    if "in use by another process" in problem:
         return (
-            f"its folder is DISK_URL/{pool.name}/DEVICE, so a pool of the same name in another cluster has the same: give "
+            f"its folder is DISK_URL/{name}/DEVICE, so a pool of the same name in another cluster has the same: give "
             "one of them another name or another disk_url"
         )
-    return (
-        "make the folder usable for the user of Ray's processes, or name another by disk_url, and start the pool again"
-    )
+    return "let Ray's processes read and write there, or name another folder by disk_url, and start the pool again"

@@ -199,8 +199,8 @@ def working(policy_failure: str | None = None, **lower: Any) -> Pool:
         (Pool("p", error="the pool did not answer"), []),
         (working(), []),
         (working(disk={"errors": {}}), [("disk tier", OK, "")]),
-        (working(disk={"errors": {"ENOSPC": 2}}), [("disk tier", WARNING, "free space")]),
-        (working(disk_problem="file:///x: Permission denied"), [("disk tier", FAILED, "name another by disk_url")]),
+        (working(disk={"errors": {"ENOSPC": 2}}), [("disk tier", WARNING, "is there space")]),
+        (working(disk_problem="file:///x: Permission denied"), [("disk tier", FAILED, "name another folder")]),
         (
             working(disk_problem="file:///d/p/host-0 is in use by another process: give …"),
             [("disk tier", FAILED, "DISK_URL/p/DEVICE, so a pool of the same name in another cluster")],
