@@ -11,7 +11,7 @@ from typing import Any
 from kvpool.errors import InvalidRequestError
 from kvpool.telemetry.context import is_carrier
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 """Goes up with every change of a message. ``connect`` compares it: Ray keeps running an old job's actor code.
 
 ``describe``, ``leases`` and ``delete`` are called across versions: :mod:`kvpool.actors.compatibility` says how.

@@ -140,9 +140,16 @@ async def test_kills_at_random_moments_lose_nothing_that_is_durable_and_bring_no
 async def test_what_is_not_surely_on_disk_is_not_acknowledged_as_durable(make_pool, tmp_path):
     pool = await make_pool()
     model = await pool.model(SPEC)
-    with pytest.raises(TierError, match="disk_url"):
+    with pytest.raises(TierError, match=r"in the pool, but not durable: .*set disk_url"):
         await put(model, 1, durable=True)
     assert await read(model, 1) == CHAIN  # it is stored all the same
+
+
+async def test_a_pool_that_is_to_write_nothing_says_so(make_pool, tmp_path):
+    pool = await make_pool(disk_url=str(tmp_path / "disk"), write_policy="none", host_memory="64KiB")
+    model = await pool.model(SPEC)
+    with pytest.raises(TierError, match="set write_policy to something else than 'none'"):
+        await put(model, 1, durable=True)
 
 
 async def test_what_is_there_already_is_made_durable_by_word(make_pool, tmp_path):
