@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 class CacheEvictionPolicy(Protocol):
     """Ranks the caches that may go. Made with the index it serves, whose columns it may read at any time.
 
+    One of your own is asked through :class:`~kvpool.cache.guarded_policy.GuardedPolicy`, which checks what it answers.
+
     It hears of a row only while the row is *evictable*: published under a key and held by no lease. A victim is
     evictable and has no resident child, for a child without its parent could never be hit again.
     Rows come in batches in the order of the chain: tail first when they become evictable, so that a chain loses its
