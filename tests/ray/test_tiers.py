@@ -84,6 +84,23 @@ async def test_a_look_up_tells_what_is_coming_and_does_not_wait_for_it(make_pool
         assert len(hit.tensors()) == CHAIN
 
 
+async def test_a_fetch_that_is_cancelled_loses_nothing(make_pool):
+    pool = await make_pool("host:1x1MiB", host_memory="2MiB")
+    model = await pool.model(SPEC)
+    for number in range(5):
+        await put(model, number)
+
+    async with await model.match_prefix(chain(0)) as hit:
+        waiting = asyncio.create_task(hit.fetch())
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert hit.num_blocks + hit.coming == CHAIN
+        assert await hit.fetch() == CHAIN
+        assert (hit.numpy()[-1] == content(0)[-1]).all()
+
+
 async def test_durable_blocks_are_found_again_after_a_kill_and_a_new_start(make_pool, tmp_path):
     url = str(tmp_path / "disk")
     pool = await make_pool("host:1x2MiB", disk_url=url, name=f"t{os.getpid()}-durable")
