@@ -1,10 +1,12 @@
 """kvpool: one elastic pool of KV-cache memory for many models on a Ray cluster.
 
-Start with :class:`CachePool`; the blocking form of everything is in :mod:`kvpool.sync`.
+Start with :class:`CachePool`; the blocking form of everything is in :mod:`kvpool.sync`. All errors are in
+:mod:`kvpool.errors`, below ``kvpool.errors.KvpoolError``.
 """
 
 from typing import TYPE_CHECKING, Any
 
+from kvpool import errors as errors
 from kvpool.version import __version__ as __version__
 
 if TYPE_CHECKING:

@@ -8,6 +8,7 @@ from time import thread_time
 from typing import TypedDict
 
 from kvpool.bound import most_prefix_hits
+from kvpool.cache.eviction import plain_name
 from kvpool.cache.host_index import HostEntry, HostIndex, Kind
 from kvpool.cache.index import CacheIndex
 from kvpool.cache.key import BlockHash, CacheKey, encode_block_id
@@ -184,7 +185,7 @@ def simulate(
     if on_progress is not None:
         on_progress(len(requests))
     return SimulationRow(
-        policy=policy.lower(),
+        policy=plain_name(policy),
         seed=seed,
         capacity=capacity,
         capacity_blocks=capacity_blocks,

@@ -75,6 +75,9 @@ class VirtualKVCache:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
 
+    def __repr__(self) -> str:
+        return repr(self._cache)
+
     @property
     def blocks(self) -> tuple[CacheBlock, ...]:
         """The power-of-two ranges of the device's arena that it is made of."""
@@ -119,6 +122,9 @@ class _LeasedBlocks:
 
     def __init__(self, blocks: client.PrefixHit | client.NewBlocks) -> None:
         self._leased = blocks
+
+    def __repr__(self) -> str:
+        return repr(self._leased)
 
     @property
     def num_blocks(self) -> int:

@@ -340,8 +340,9 @@ class PoolModel:
     ) -> None:
         (answer,) = answers
         if answer[0] == "error":
-            assert _error(answer, ParentNotResidentError), answer
-            assert not is_sure
+            lost = self.pool.lost and _error(answer, DeviceLostError)
+            gone = not process.alive and _error(answer, ProtocolError, LeaseRevokedError)
+            assert lost or gone or (_error(answer, ParentNotResidentError) and not is_sure), answer
             return
         _, resident, cache_ids, devices, places = answer
         assert len(cache_ids) == len(devices) == len(places) <= len(ids) - resident

@@ -220,8 +220,9 @@ class DeviceActor:
 
     async def persist(self, tenant: str, fingerprint: str, entries: list[tuple[int, bytes, bytes | None]]) -> list[Any]:
         """Write caches through to the disk; see :meth:`LowerOperations.persist`."""
-        if self._lower is None:
-            error = TierError("this pool has no disk tier: set disk_url to have durable content", cause="no_disk")
+        if self._lower is None or self._plan.disk_url is None or self._plan.write_policy == "none":
+            needed = "set disk_url" if self._plan.disk_url is None else "set write_policy to something else than 'none'"
+            error = TierError(f"this pool writes to no disk: {needed} to have durable content", cause="no_disk")
             return [("error", *error.to_wire())] * len(entries)
         return await self._lower.persist(tenant, fingerprint, entries)
 

@@ -31,6 +31,7 @@ from kvpool.pool.instructions import (
     Moved,
     PersistRequested,
     PinRequested,
+    PolicyFailed,
     PrefixesFetched,
     PrefixesLookedUp,
     ReleaseRequested,
@@ -167,6 +168,9 @@ class Executor:
                     self._telemetry.waited(instruction, now)
                 case Failed(operation, error):
                     logger.error("what follows on %r of a device could not be decided", operation[0], exc_info=error)
+                case PolicyFailed(error):
+                    by = self._state.policy_name
+                    logger.error("pool %s goes on with policy %s: %s", self._state.name, by, error, exc_info=error)
         self.feed.notify()
         self._set_timer()
 

@@ -77,10 +77,12 @@ class PoolActor(Administration):
         carry_trace_ids()
         print_trace_ids()
         self._config = PoolConfig(**config)
-        self._state = PoolState(
-            self._config.name, self._config.policy, self._config.placement, self._config.queue_limit,
-            self._config.gc_threshold,
-        )  # fmt: skip
+        self._unusable: KvpoolError | None = None
+        try:
+            self._state = self._make_state(self._config.policy)
+        except KvpoolError as error:  # raised from here, it would be told as the traceback of an actor that died
+            self._unusable = error
+            self._state = self._make_state("lru")
         self._telemetry = PoolTelemetry(self._state)
         self._executor = Executor(self._state, self._telemetry)
         self._fleet = self._executor.fleet
@@ -92,8 +94,16 @@ class PoolActor(Administration):
     # -- the pool as a whole --------------------------------------------------------------------------------------
 
     async def start(self) -> dict[str, Any]:
-        """Start the devices, once; returns :meth:`describe`."""
+        """Start the devices, once; returns :meth:`describe`.
+
+        Raises
+        ------
+        UnknownPolicyError, PolicyError
+            If the policy is not to be had here.
+        """
         self._check_not_ended()
+        if self._unusable is not None:
+            raise self._unusable
         if self._started is None:
             self._started = asyncio.create_task(self._start())
         await self._started
@@ -160,9 +170,9 @@ class PoolActor(Administration):
         """
         try:
             self._check_not_ended()
+            described = await self.start()
         except KvpoolError as error:
             return {"error": error.to_wire()}
-        described = await self.start()
         if client["protocol"] != PROTOCOL_VERSION:
             return described
         if self._draining:
@@ -287,6 +297,10 @@ class PoolActor(Administration):
         return answers
 
     # -- carrying out ---------------------------------------------------------------------------------------------
+
+    def _make_state(self, policy: str) -> PoolState:
+        config = self._config
+        return PoolState(config.name, policy, config.placement, config.queue_limit, config.gc_threshold)
 
     async def _start(self) -> None:
         run_at_normal_priority()

@@ -8,7 +8,6 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -34,11 +33,10 @@ _HASHED_BYTES = 256 * MIB  # more than the processor's cache
 
 
 async def measure(folder: Path) -> dict[str, Any]:
-    """Run the benchmark in a new folder inside ``folder``; returns ``{"bench": "disk", "rows": [...]}``."""
-    with TemporaryDirectory(prefix="kvpool-bench-", dir=folder) as inside:
-        rows = await _rows(Path(inside), 2 * MIB, TOTAL_BYTES)
-        rows += await _rows(Path(inside), 64 * KIB, SMALL_TOTAL_BYTES)
-        rows += [_checksum(), await asyncio.to_thread(_start, Path(inside) / "start")]
+    """Run the benchmark in an empty folder; returns ``{"bench": "disk", "rows": [...]}``."""
+    rows = await _rows(folder, 2 * MIB, TOTAL_BYTES)
+    rows += await _rows(folder, 64 * KIB, SMALL_TOTAL_BYTES)
+    rows += [_checksum(), await asyncio.to_thread(_start, folder / "start")]
     return {"bench": "disk", "rows": rows}
 
 

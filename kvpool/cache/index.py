@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 from kvpool.cache.chains import Rows, depths
-from kvpool.cache.eviction import CacheEvictionPolicy, find_policy, make_policy
+from kvpool.cache.eviction import CacheEvictionPolicy
+from kvpool.cache.guarded_policy import make_policy
 from kvpool.cache.key import BlockHash
 from kvpool.cache.table import KEYED, MAX_STAMP, NO_ROW, RESIDENT, SEALED, CacheTable
-from kvpool.errors import ensure
+from kvpool.errors import PolicyError, ensure
 
 
 class CacheIndex(CacheTable):
@@ -34,6 +35,8 @@ class CacheIndex(CacheTable):
     ------
     UnknownPolicyError
         If there is no policy of that name.
+    PolicyError
+        If it cannot be made; and from any method, if it fails there and :attr:`policy_failed` raises that.
     """
 
     def __init__(self, policy: str = "lru", seed: int = 0) -> None:
@@ -44,6 +47,8 @@ class CacheIndex(CacheTable):
         self._tenants: list[str] = []  # by space
         self._rows_by_hash: list[dict[BlockHash, int]] = []  # by space
         self._void: set[int] = set()  # spaces in which nothing is ever looked up
+        self.policy_failed: Callable[[PolicyError, float], None] = _give_up
+        """Called when a policy of one's own fails, with the time of the last event: must raise, or replace it."""
         self.policy: CacheEvictionPolicy = make_policy(policy, self)
 
     @property
@@ -148,8 +153,10 @@ class CacheIndex(CacheTable):
         ------
         UnknownPolicyError
             If there is no policy of that name; nothing is changed.
+        PolicyError
+            If it cannot be made, or fails as it takes over; nothing is changed.
         """
-        policy = find_policy(name)(self)
+        policy = make_policy(name, self)
         idle = np.frombuffer(self.pins, np.uint32) == 0
         rows = np.flatnonzero((np.frombuffer(self.flags, np.uint8) & KEYED != 0) & idle)
         accessed = np.frombuffer(self.last_accessed, np.float64)[rows]
@@ -396,3 +403,7 @@ class CacheIndex(CacheTable):
         self._hashes.extend([None] * added)
         self.policy.grown(len(self.flags))
         return added
+
+
+def _give_up(error: PolicyError, _now: float) -> None:
+    raise error

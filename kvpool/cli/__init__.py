@@ -5,6 +5,8 @@ Subcommands are imported when they are called, so that those that need no cluste
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
@@ -90,6 +92,9 @@ class LazyGroup(click.Group):
 @click.pass_context
 def main(ctx: click.Context) -> None:
     """One elastic pool of KV-cache memory for many models on a Ray cluster."""
+    here = os.getcwd()
+    if here not in sys.path:  # policies of one's own: last, so that nothing in it hides what is installed
+        sys.path.append(here)
     try:
         end_telemetry = set_up_command_line()
     except ConfigError as error:

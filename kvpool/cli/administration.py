@@ -179,7 +179,7 @@ def leases(name: str, tenant: str | None, client: str | None, json_path: str | N
 @click.argument("keys", nargs=-1, required=True, callback=parse_keys, metavar="KEY...")
 @JSON
 def contains(name: str, tenant: str, model: str | int, keys: tuple[bytes, ...], json_path: str | None) -> None:
-    """Show how many of the leading KEYs of a chain are in the pool, and where.
+    """Show how many of the leading KEYs of a chain are on a pool's devices, and where (not what lies below these).
 
     A KEY is the text under which a cache was sealed, or a block's hash: hash: and 32 hexadecimal digits. Takes no
     lease, and counts as no use.

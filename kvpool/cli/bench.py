@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
@@ -51,7 +54,8 @@ def disk(folder: Path, json_path: str | None) -> None:
     """Time the disk tier: writing and reading back, beside dd of the same bytes in the same folder."""
     from kvpool.bench import disk as benchmark
 
-    _report("the disk tier", lambda: asyncio.run(benchmark.measure(folder)), json_path)
+    with _ended_by_sigterm(), TemporaryDirectory(prefix="kvpool-bench-", dir=folder) as inside:
+        _report("the disk tier", lambda: asyncio.run(benchmark.measure(Path(inside))), json_path)
 
 
 @bench.command()
@@ -99,6 +103,21 @@ def waiting(json_path: str | None) -> None:
     from kvpool.bench import waiting as benchmark
 
     _report("memory that is waited for", lambda: asyncio.run(benchmark.measure()), json_path)
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the block as an exception does, so that what it made is cleaned up."""
+
+    def end(number: int, _frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not end the cleaning up
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _report(title: str, run: Callable[[], dict[str, Any]], json_path: str | None) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvpool.cache.record import CacheBlock, blocks_of
+from kvpool.client.blocks import check_written
 from kvpool.client.connection import Connection
 from kvpool.client.lease import Lease
 from kvpool.client.spec import content_hash
@@ -200,9 +201,8 @@ class VirtualKVCache:
                 self.sealed = before
                 raise
         if hashed is not None and (durable or self._connection.config["write_policy"] == "write_through"):
-            _, (written,) = await self._connection.ask(self._connection.persists, self._model, hashed)
-            if written is not True:
-                raise from_wire(written[1:])
+            _, written = await self._connection.ask(self._connection.persists, self._model, hashed)
+            check_written(written)
 
     async def _seal(self, key: bytes | None) -> None:
         for _ in range(_MOST_ROUNDS):

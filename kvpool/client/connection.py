@@ -100,6 +100,8 @@ class Connection:
             If no pool of that name runs.
         ProtocolError
             If it speaks another version, or has no device on this host.
+        DeviceLostError
+            If all its devices are lost.
         SystemLimitError
             If this process may not map as many pages as the pool has.
         """

@@ -86,7 +86,10 @@ class Model:
         return hit
 
     async def contains(self, keys: bytes | str | Sequence[bytes | str]) -> dict[str, Any]:
-        """Tell how many leading ``keys`` are resident, and where; see :meth:`CachePool.contains`."""
+        """Tell how many leading ``keys`` are resident, and where; see :meth:`CachePool.contains`.
+
+        What lies in the tiers below is not resident, and does not count.
+        """
         return await self._connection.contains(self.number, join_hashes(content_hashes(keys)))
 
     async def new_blocks(
@@ -148,6 +151,8 @@ class Model:
             If ``parent`` is not in the pool.
         TierError
             If ``durable`` was asked for, and they are stored but not surely on disk.
+        DeviceLostError
+            If their device died meanwhile.
         """
         sources, keep = source_addresses(self.spec, tensors, len(hashes))
         blocks = await self._new_blocks(hashes, parent, output_tokens)

@@ -277,7 +277,13 @@ class Failed(NamedTuple):
     error: Exception
 
 
-Instruction = Send | Move | BatchDone | Grant | Waited | Failed
+class PolicyFailed(NamedTuple):
+    """Instruction: report that the eviction policy failed, and that another one decides from now on."""
+
+    error: Exception
+
+
+Instruction = Send | Move | BatchDone | Grant | Waited | Failed | PolicyFailed
 
 
 def distinct(traces: Iterable[Any]) -> tuple[Any, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from kvpool.memory.tickets import Ticket
 from kvpool.pool.client import Client
-from kvpool.pool.instructions import Batch
+from kvpool.pool.instructions import Answer, Batch
 from kvpool.pool.model import Model
 
 
@@ -52,6 +52,8 @@ class BlocksRequest:
     devices: list[int]
     places: list[Any]
     open_operations: int = 0
+    failure: Answer | None = None
+    """The error of a device that could not even look for room."""
 
 
 class Orders:

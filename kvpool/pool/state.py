@@ -10,8 +10,9 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from kvpool.cache.eviction import plain_name
 from kvpool.cache.key import fingerprint
-from kvpool.errors import InvariantError, KvpoolError, ProtocolError
+from kvpool.errors import DeviceLostError, InvariantError, KvpoolError, PolicyError, ProtocolError
 from kvpool.pool.ahead import CopiesAhead
 from kvpool.pool.allocation import Allocations
 from kvpool.pool.below import Below
@@ -43,6 +44,7 @@ from kvpool.pool.instructions import (
     Moved,
     PersistRequested,
     PinRequested,
+    PolicyFailed,
     PrefixesFetched,
     PrefixesLookedUp,
     ReleaseRequested,
@@ -59,6 +61,9 @@ from kvpool.pool.model import Model
 from kvpool.pool.raising import Raising
 from kvpool.pool.revocation import Revocations
 from kvpool.pool.room import Room
+
+FALLBACK_POLICY = "lru"
+"""Decides when a policy of one's own has failed."""
 
 
 class PoolState:
@@ -78,9 +83,12 @@ class PoolState:
 
     def __init__(self, name: str, policy: str, placement: str, queue_limit: int, gc_threshold: float = 0.8) -> None:
         self.name = name
-        self.policy_name = policy
+        self.policy_name = plain_name(policy)
+        self.policy_failure: str | None = None
+        """Why the policy that was asked for last does not decide any more."""
         self.placement_name = placement
         self.ledger = Ledger(policy, placement)
+        self.ledger.index.policy_failed = self._policy_failed
         self.below = Below(self.ledger)
         room = Room(self.ledger, self.below)
         self.allocations = Allocations(self.ledger, room, queue_limit)
@@ -128,6 +136,8 @@ class PoolState:
         ------
         ProtocolError
             If it is connected already, or no device is on its host.
+        DeviceLostError
+            If all devices are lost.
         """
         ledger = self.ledger
         if client in ledger.clients or client in ledger.revoked or client.startswith((PINNER, RAISER)):
@@ -135,6 +145,8 @@ class PoolState:
         reachable = [d.number for d in ledger.devices if d.host == host and d.lost is None]
         if not reachable:
             hosts = sorted({device.host for device in ledger.devices if device.lost is None})
+            if ledger.devices and not hosts:
+                raise DeviceLostError(f"all devices of pool {self.name!r} are lost: delete it and start it again")
             raise ProtocolError(
                 f"pool {self.name!r} has no device on this host ({host}); its devices are on "
                 f"{', '.join(hosts) or 'no host'}: run the client on one of those nodes"
@@ -193,9 +205,20 @@ class PoolState:
         ------
         UnknownPolicyError
             If there is none of that name; nothing is changed.
+        PolicyError
+            If it fails as it takes over; nothing is changed.
         """
         self.ledger.index.replace_policy(name, now=now)
-        self.policy_name = name.lower()
+        self.policy_name = plain_name(name)
+        self.policy_failure = None
+
+    def _policy_failed(self, error: PolicyError, now: float) -> None:
+        # In the middle of a decision, which goes on with the policy that takes over: whoever asked is served.
+        self.ledger.index.replace_policy(FALLBACK_POLICY, now=now)
+        self.policy_name = FALLBACK_POLICY
+        self.policy_failure = error.message
+        self.ledger.count_error(error)
+        self.ledger.out.append(PolicyFailed(error))
 
     def handle(self, event: Event, now: float) -> list[Instruction]:
         """Decide on one event at time ``now`` (seconds) and return what is to be done, in order.

@@ -57,12 +57,14 @@ class PoolStatistics:
 
     ``models`` counts, by name, the caches and blocks that models were given; ``evictions_by_reason`` why content left
     (``capacity``, ``request`` by an administrator, ``invalidate``); ``blocks_lowered`` and ``blocks_raised`` what went
-    to the tiers below the devices and came up again, ``lower_keys`` what lies there now.
+    to the tiers below the devices and came up again, ``lower_keys`` what lies there now. ``policy_failure`` is why the
+    policy that was asked for last does not decide any more.
     """
 
     name: str
     policy: str
     policy_requested: str
+    policy_failure: str | None
     placement: str
     preset: str | None
     devices: tuple[DeviceStatistics, ...]
@@ -200,6 +202,7 @@ def collect(
         name=state.name,
         policy=state.policy_name,
         policy_requested=policy_requested or state.policy_name,
+        policy_failure=state.policy_failure,
         placement=state.placement_name,
         preset=preset,
         devices=tuple(devices),

@@ -5,7 +5,8 @@ import tracemalloc
 
 import pytest
 
-from kvpool.cache.eviction import make_policy, policy_names, register_policy
+from kvpool.cache.eviction import policy_names, register_policy
+from kvpool.cache.guarded_policy import make_policy
 from kvpool.cache.index import CacheIndex
 from kvpool.cache.key import encode_block_id
 from kvpool.cache.lru import LeafFirstLRU
@@ -191,9 +192,8 @@ def test_policies_are_known_by_name(index: CacheIndex) -> None:
         make_policy("mru", index)
     with pytest.raises(ConfigError, match="exists already"):
         register_policy("Lru")(lambda index: LeafFirstLRU(index))
-    index.add(index.space("tenant", "fingerprint"), 100, 0, now=0.0)
-    with pytest.raises(InvariantError, match="in use"):
-        make_policy("lru", index)
+    with pytest.raises(UnknownPolicyError, match=r"did you mean 'adaptive'\?"):
+        make_policy("Adaptiv", index)
 
 
 def test_a_policy_that_a_user_registers_decides(monkeypatch: pytest.MonkeyPatch) -> None:
