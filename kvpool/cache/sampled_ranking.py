@@ -15,16 +15,18 @@ from kvpool.cache.leaf_sets import LeafSets
 if TYPE_CHECKING:
     from kvpool.cache.index import CacheIndex
 
-Candidate = tuple[float, int, int]
-"""Worth, row, and the turn by which it was reckoned: it is dead once the row has another one."""
+Candidate = tuple[float, int, float]
+"""Worth, row, and when the turn was born by which it was reckoned: it is dead once the row has another one."""
 
-Worths = Callable[[NDArray[np.int32]], tuple[NDArray[np.float64], NDArray[np.int32]]]
+Worths = Callable[[NDArray[np.int32]], tuple[NDArray[np.float64], NDArray[np.float64]]]
 
 _SAMPLE = 256
 _KEPT = 64
-_MOST_SAMPLED = 4096
-_BLOCKS_BETWEEN_SAMPLES = 24
 _LEAVES_BETWEEN_SAMPLES = 24
+_BLOCKS_BETWEEN_SAMPLES = 24
+_LEAVES_FOR_A_BLOCK = 64
+"""Where there are many leaves, a block of a request changes less of what is worth least, and a sample serves longer."""
+_LARGER_THAN_GONE = 4
 
 
 class Drawn:
@@ -53,14 +55,19 @@ class SampledRanking:
     A sample serves for some blocks of requests, or until some of it has gone, whichever is first; so the cost is spread
     where requests are short. Asking changes nothing, and the same question has the same answer until something changes.
 
+    A row that is taken, or gets a child, mostly comes back soon; so it stays in the set of leaves until it is drawn, and
+    is put out then.
+
     Parameters
     ----------
     index
         For its chains and devices.
     turns, kinds, idle
         By row: the turn and kind by which it is worth something; whether it may go.
+    born
+        By turn.
     worth_of, worths_of
-        What a row is worth now; the same for many, with their turns.
+        What a row is worth now; the same for many, with when their turns were born.
     """
 
     def __init__(
@@ -69,11 +76,12 @@ class SampledRanking:
         turns: array[int],
         kinds: array[int],
         idle: array[int],
+        born: array[float],
         worth_of: Callable[[int], float],
         worths_of: Worths,
     ) -> None:
         self._parent, self._children, self._device = index.parent, index.children, index.device
-        self._turn, self._kind, self._idle = turns, kinds, idle
+        self._turn, self._kind, self._idle, self._born = turns, kinds, idle, born
         self._worth_of, self._worths_of = worth_of, worths_of
         self._chance = np.random.default_rng(index.seed)
         self._leaves = LeafSets()
@@ -96,7 +104,9 @@ class SampledRanking:
         self._leaves.grow(rows)
 
     def add(self, row: int) -> None:
-        """Add a leaf."""
+        """Add a leaf, if it is not in."""
+        if self._leaves.place[row] >= 0:
+            return
         device = self._device[row]
         while device >= len(self._candidates):
             self._candidates.append([])
@@ -105,13 +115,12 @@ class SampledRanking:
         self._leaves.add(row, device)
 
     def expose(self, row: int) -> None:
-        """Add a leaf that was a parent until now, if it is none yet: it may go right behind its last child."""
-        if self._leaves.place[row] < 0:
-            self.add(row)
-            heappush(self._candidates[self._device[row]], (self._worth_of(row), row, self._turn[row]))
+        """Add a leaf that was a parent until now: it may go right behind its last child."""
+        self.add(row)
+        heappush(self._candidates[self._device[row]], (self._worth_of(row), row, self._born[self._turn[row]]))
 
     def discard(self, row: int) -> None:
-        """Take a row out, if it is a leaf."""
+        """Take a row out, if it is in."""
         if self._leaves.place[row] >= 0:
             self._leaves.discard(row, self._device[row])
 
@@ -124,39 +133,45 @@ class SampledRanking:
 
     def _rank(self, device: int) -> Iterator[tuple[float, int]]:
         """Yield worth and row of the victims of a device: the cheapest candidate, then up its chain."""
-        if not self._leaves.count(device):
+        leaves = self._leaves.count(device)
+        if not leaves:
             return
-        place, turns, kinds, idle = self._leaves.place, self._turn, self._kind, self._idle
+        turns, born, kinds, idle = self._turn, self._born, self._kind, self._idle
         parent, children, devices = self._parent, self._children, self._device
         heap = self._candidates[device]
-        while heap and (place[heap[0][1]] < 0 or turns[heap[0][1]] != heap[0][2]):
+        while heap:
+            _, row, since = heap[0]
+            if idle[row] and not children[row] and born[turns[row]] == since:
+                break
             heappop(heap)
             self._leaves_left[device] -= 1
         if self.blocks >= self._resample_at[device] or self._leaves_left[device] <= 0:
-            heap = self._candidates[device] = self._sample(device, set(), _SAMPLE)
-            self._resample_at[device] = self.blocks + _BLOCKS_BETWEEN_SAMPLES
+            heap = self._candidates[device] = self._sample(device, [], _SAMPLE)
+            self._resample_at[device] = self.blocks + max(_BLOCKS_BETWEEN_SAMPLES, leaves // _LEAVES_FOR_A_BLOCK)
             self._leaves_left[device] = _LEAVES_BETWEEN_SAMPLES
         heap = heap[:]
         left = self._leaves_left[device]
         exposed: list[Candidate] = []  # parents whose children are all among those that went
+        ends: list[int] = []  # leaves that went
         gone: set[int] = set()
         gone_children: dict[int, int] = {}
         while True:
             if not heap or left <= 0:
                 # The longer the list, the more are drawn at once. What is left of the last sample is forgotten.
-                drawn = min(max(_SAMPLE, len(gone)), _MOST_SAMPLED)
-                heap = self._sample(device, gone, drawn)
+                drawn = max(_SAMPLE, _LARGER_THAN_GONE * len(ends))
+                heap = self._sample(device, ends, drawn)
                 left = drawn * _LEAVES_BETWEEN_SAMPLES // _SAMPLE
                 if not heap and not exposed:
-                    heap = self._sample(device, gone, self._leaves.count(device))
+                    heap = self._sample(device, ends, self._leaves.count(device))
                     if not heap:
                         return
             if exposed and (not heap or exposed[0] < heap[0]):
-                worth, row, turn = heappop(exposed)
+                worth, row, since = heappop(exposed)
             else:
-                worth, row, turn = heappop(heap)
-                if row in gone or place[row] < 0 or turns[row] != turn:
+                worth, row, since = heappop(heap)
+                if row in gone or not idle[row] or children[row] or born[turns[row]] != since:
                     continue
+                ends.append(row)
             left -= 1
             while True:
                 gone.add(row)
@@ -167,21 +182,39 @@ class SampledRanking:
                 gone_children[above] = gone_children.get(above, 0) + 1
                 if gone_children[above] < children[above]:
                     break
-                if turns[above] != turn or kinds[above] != kinds[row]:
-                    worth, turn = self._worth_of(above), turns[above]
+                if turns[above] != turns[row] or kinds[above] != kinds[row]:
+                    worth, since = self._worth_of(above), born[turns[above]]
                     if heap and heap[0][0] < worth:
-                        heappush(exposed, (worth, above, turn))
+                        heappush(exposed, (worth, above, since))
                         break
                 row = above
 
-    def _sample(self, device: int, gone: set[int], count: int) -> list[Candidate]:
+    def _sample(self, device: int, gone: list[int], count: int) -> list[Candidate]:
         """Return those worth least of some leaves that are drawn and not gone, in order."""
         rows = self._leaves.draw(device, count, self._chance)
+        living = self._living(rows)
+        if not living.all():
+            if 2 * np.count_nonzero(living) < len(rows):
+                self._leaves.keep(device, self._living(self._leaves.all(device)))
+                rows = self._leaves.draw(device, count, self._chance)
+            else:
+                for row in rows[~living].tolist():
+                    self._leaves.discard(row, device)
+                rows = rows[living]
         if gone:
-            rows = np.array([row for row in rows.tolist() if row not in gone], np.int32)
-        worths, turns = self._worths_of(rows)
+            remaining = np.ones(len(self._idle), bool)
+            remaining[gone] = False
+            rows = rows[remaining[rows]]
+        worths, born = self._worths_of(rows)
         kept = count * _KEPT // _SAMPLE
         if len(rows) > kept:
             least = np.argpartition(worths, kept)[:kept]
-            worths, rows, turns = worths[least], rows[least], turns[least]
-        return sorted(set(zip(worths.tolist(), rows.tolist(), turns.tolist(), strict=True)))
+            worths, rows, born = worths[least], rows[least], born[least]
+        order = np.lexsort((rows, worths))
+        return list(zip(worths[order].tolist(), rows[order].tolist(), born[order].tolist(), strict=True))
+
+    def _living(self, rows: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """Return which of these are leaves that may go."""
+        idle, children = np.frombuffer(self._idle, np.uint8), np.frombuffer(self._children, np.uint32)
+        living: NDArray[np.bool_] = (idle[rows] != 0) & (children[rows] == 0)
+        return living

@@ -5,12 +5,9 @@ from __future__ import annotations
 from array import array
 from collections import deque
 from collections.abc import Sequence
-from math import exp
 
 import numpy as np
-from numpy.typing import NDArray
-
-from kvpool.cache.hazard import AGES, FEATURES, GAPS, KINDS, LEVELS, Floats, HazardTable, age_level, age_levels
+from kvpool.cache.hazard import GAPS, KINDS, LEVELS, WIDTH, HazardTable, age_level, age_levels
 from kvpool.cache.key import BlockHash
 
 TAIL, BODY, SHARED, OLD = range(KINDS)
@@ -21,6 +18,9 @@ CONTINUED = 1 << KINDS
 """Flag of a turn whose session went on: its blocks are OLD. The lower flags say which kinds are still watched."""
 
 NO_TURN = -1
+_WATCHED = CONTINUED - 1
+_PLACES = [[kind * WIDTH for kind in range(KINDS) if flags & 1 << kind] for flags in range(CONTINUED)]
+"""By flags: where the kinds that are watched lie behind the first class of a group."""
 _SHARDS = 16  # dictionaries of anchors for each space: one alone would stop everything when it grows
 _GHOSTS_AT_LEAST = 256
 _SWEPT_AT_ONCE = 384
@@ -39,7 +39,7 @@ class TurnTable:
         self.hazards = hazards
         self.born = array("d")  # on the clock of requests
         self.number = array("i")  # in its session, from 0
-        self.group = array("i")  # stage and gap: the class of a kind of its blocks is group * KINDS + kind
+        self.base = array("i")  # by stage and gap: place of its first class in tables by age, kinds follow
         self.blocks = array("i")  # length of the prompt
         self.body_blocks = array("i")
         self.shared_blocks = array("i")
@@ -47,12 +47,13 @@ class TurnTable:
         self.flags = array("B")
         self.counted = array("b")  # age bucket up to which its exposures are counted
         self.held = array("i")  # resident blocks it touched last
-        self.levels = [array("B") for _ in range(FEATURES)]  # offset of the level among those of all features
+        self.level = array("B")  # of both features
         self.last: list[BlockHash | None] = []
         self._last_but_one: list[BlockHash | None] = []
         self._space = array("i")
-        self._queued = array("B")
+        self._queued = array("i")  # how often it is in the line
         self._order: deque[int] = deque()
+        self._fresh: list[int] = []  # begun since exposures were last counted
         self._free: list[int] = []
         self._anchors: list[list[dict[BlockHash, int]]] = []  # by space, then by the last byte of the hash
         self._cursor = 0
@@ -65,7 +66,7 @@ class TurnTable:
     @property
     def ghosts(self) -> int:
         """Records without any resident block."""
-        return sum(not self.held[turn] for turn in self._order)
+        return sum(not self.held[turn] for turn in set(self._order))
 
     def anchored(self, space: int, block_hash: BlockHash) -> int:
         """Return the latest turn whose prompt ended with this block, or with one behind it; -1 if none is known."""
@@ -92,44 +93,52 @@ class TurnTable:
         number: int,
         gap_bucket: int,
         shared: int,
+        new: int,
         most_ghosts: int,
+        over: int,
     ) -> int:
-        """Return a new record for a prompt, ``shared`` of whose blocks are of that kind."""
+        """Return a record for a prompt with ``shared`` blocks of that kind and ``new`` ones behind what was known.
+
+        Record ``over`` is written over, which had the same prompt and has no blocks left; -1: there is none.
+        """
         self._now = born
-        turn = self._free.pop() if self._free else self._extend()
-        blocks = len(hashes)
+        if over >= 0:
+            turn = over
+        else:
+            turn = self._free.pop() if self._free else self._extend()
+            self._space[turn] = space
+            self.held[turn] = 0
+            self.last[turn] = last = hashes[-1]
+            while space >= len(self._anchors):
+                self._anchors.append([{} for _ in range(_SHARDS)])
+            shards = self._anchors[space]
+            shards[last[-1] % _SHARDS][last] = turn
+            if len(hashes) > 1:
+                self._last_but_one[turn] = last = hashes[-2]
+                shards[last[-1] % _SHARDS][last] = turn
         self.born[turn] = born
         self.number[turn] = number
-        self.group[turn] = min(number, 1) * GAPS + gap_bucket
-        self.blocks[turn] = blocks
+        self.base[turn] = ((GAPS if number else 0) + gap_bucket) * KINDS * WIDTH
+        self.blocks[turn] = blocks = len(hashes)
         self.shared_blocks[turn] = shared
         self.body_blocks[turn] = body = blocks - 1 - shared
         self.flags[turn] = 1 << TAIL | (1 << BODY if body > 0 else 0) | (1 << SHARED if shared else 0)
         self.counted[turn] = -1
-        self.held[turn] = 0
-        self.last[turn] = self._last_but_one[turn] = None
-        for feature in range(FEATURES):
-            self.levels[feature][turn] = feature * LEVELS
-        self._space[turn] = space
-        while space >= len(self._anchors):
-            self._anchors.append([{} for _ in range(_SHARDS)])
-        shards = self._anchors[space]
-        self.last[turn] = last = hashes[-1]
-        shards[last[-1] % _SHARDS][last] = turn
-        if blocks > 1:
-            self._last_but_one[turn] = last = hashes[-2]
-            shards[last[-1] % _SHARDS][last] = turn
-        self._queued[turn] = 1
-        self._order.append(turn)
-        while len(self._order) > max(_GHOSTS_AT_LEAST, most_ghosts):
-            oldest = self._order.popleft()
-            self._queued[oldest] = 0
-            self.forget_if_gone(oldest)
+        self.level[turn] = min(new.bit_length(), LEVELS - 1) * LEVELS
+        self._fresh.append(turn)
+        order = self._order
+        self._queued[turn] += 1
+        order.append(turn)
+        while len(order) > most_ghosts and len(order) > _GHOSTS_AT_LEAST:
+            oldest = order.popleft()
+            self._queued[oldest] -= 1
+            if not self.held[oldest]:
+                self.forget_if_gone(oldest)
         return turn
 
-    def set_level(self, turn: int, feature: int, level: int) -> None:
-        """Say at which level a feature of the turn is; the highest one is open above."""
-        self.levels[feature][turn] = feature * LEVELS + min(level, LEVELS - 1)
+    def set_output(self, turn: int, tokens: int) -> None:
+        """Say how long the answer was."""
+        self.level[turn] = self.level[turn] // LEVELS * LEVELS + min(tokens.bit_length(), LEVELS - 1)
 
     def forget_if_gone(self, turn: int) -> None:
         """Drop the record unless it has resident blocks or is among the latest ones."""
@@ -148,81 +157,74 @@ class TurnTable:
 
     # -- learning -------------------------------------------------------------------------------------------------
 
-    def factor(self, turn: int) -> float:
-        """Return by what the turn's features multiply the hazard of its class."""
-        weights = self.hazards.weights
-        return exp(sum([weights[levels[turn]] for levels in self.levels]))
-
-    def factors(self, turns: NDArray[np.int32]) -> Floats:
-        """Return :meth:`factor` of each."""
-        weights = np.frombuffer(self.hazards.weights)
-        total = weights[np.frombuffer(self.levels[0], np.uint8)[turns]]
-        for levels in self.levels[1:]:
-            total += weights[np.frombuffer(levels, np.uint8)[turns]]
-        return np.exp(total)
-
     def expose(self, turn: int, bucket: int) -> None:
         """Count that what is still watched of a turn reached an age bucket without a hit before it."""
+        flags = self.flags[turn] & _WATCHED
         first = self.counted[turn] + 1
-        flags = self.flags[turn]
-        if bucket < first or not flags & (CONTINUED - 1):
+        if bucket < first or not flags:
             return
         self.counted[turn] = bucket
-        exposures, hazards = self.hazards.exposures, self.hazards.hazards
+        hazards = self.hazards
+        entered, risen = hazards.entered, hazards.risen
+        start, behind = self.base[turn] + first, bucket + 1 - first
         expected = 0.0
-        for kind in range(KINDS):
-            if flags & 1 << kind:
-                base = (self.group[turn] * KINDS + kind) * AGES
-                for place in range(base + first, base + bucket + 1):
-                    exposures[place] += 1.0
-                    if kind <= BODY:
-                        expected += hazards[place]
+        for place in _PLACES[flags]:
+            at = start + place
+            entered[at] += 1.0
+            entered[at + behind] -= 1.0
+            if place <= BODY * WIDTH:
+                expected += risen[at + behind] - risen[at]
         if expected:
-            expected *= self.factor(turn)
-            gains, all_expected = self.hazards.gains, self.hazards.expected
-            for levels in self.levels:
-                gains[levels[turn]] -= expected
-                all_expected[levels[turn]] += expected
+            level = self.level[turn]
+            expected *= hazards.factors[level]
+            hazards.gains[level] -= expected
+            hazards.expected[level] += expected
 
     def hit(self, turn: int, kind: int, bucket: int, share: float) -> None:
         """Count that a share of a turn's blocks of one kind was hit."""
-        self.hazards.hits[(self.group[turn] * KINDS + kind) * AGES + bucket] += share
+        self.hazards.hits[self.base[turn] + kind * WIDTH + bucket] += share
         if kind <= BODY:
-            gains = self.hazards.gains
-            for levels in self.levels:
-                gains[levels[turn]] += share
+            self.hazards.gains[self.level[turn]] += share
 
     def sweep(self, now: float) -> None:
-        """:meth:`expose` the next some records, so that those that nobody asks for are counted too. Takes 0.2 ms."""
+        """:meth:`expose` the next some records, so that those that nobody asks for are counted too, and the new ones."""
         start = self._cursor
         stop = min(start + _SWEPT_AT_ONCE, len(self.born))
         self._cursor = 0 if stop == len(self.born) else stop
-        span = slice(start, stop)
-        flags, counted = np.frombuffer(self.flags, np.uint8)[span], np.frombuffer(self.counted, np.int8)[span]
-        buckets = age_levels(now - np.frombuffer(self.born)[span]).astype(np.int8)
-        group = np.frombuffer(self.group, np.int32)[span]
-        exposures, hazards = np.frombuffer(self.hazards.exposures), np.frombuffer(self.hazards.hazards)
-        gains, all_expected = np.frombuffer(self.hazards.gains), np.frombuffer(self.hazards.expected)
-        (behind,) = np.nonzero((flags & (CONTINUED - 1) != 0) & (buckets > counted))
-        steps = (buckets[behind] - counted[behind]).astype(np.int64)
-        which = np.repeat(behind, steps)  # a record for each bucket that it reached
-        reached = buckets[which] - (np.repeat(np.cumsum(steps), steps) - np.arange(len(which)) - 1)
-        counted[behind] = buckets[behind]
+        self.count_fresh(now, range(start, stop))
+
+    def count_fresh(self, now: float, others: range = range(0)) -> None:
+        """:meth:`expose` the records that are new since the last time, and others. Takes 0.2 ms for some hundred."""
+        turns = np.unique(np.array([*self._fresh, *others], np.int64))
+        self._fresh.clear()
+        flags = np.frombuffer(self.flags, np.uint8)[turns] & _WATCHED
+        counted = np.frombuffer(self.counted, np.int8)
+        buckets = age_levels(now - np.frombuffer(self.born)[turns]).astype(np.int8)
+        late = (flags != 0) & (buckets > counted[turns])
+        turns, flags, buckets = turns[late], flags[late], buckets[late]
+        first = np.frombuffer(self.base, np.int32)[turns] + counted[turns] + 1
+        stop = first + (buckets - counted[turns])
+        counted[turns] = buckets
+        hazards = self.hazards
+        entered, risen = np.frombuffer(hazards.entered), np.frombuffer(hazards.risen)
+        expected = np.zeros(len(turns))
         for kind in range(KINDS):
-            watched = flags[which] & 1 << kind != 0
-            places = (group[which[watched]] * KINDS + kind) * AGES + reached[watched]
-            np.add.at(exposures, places, 1.0)
-            if kind <= BODY and len(places):
-                turns = (which[watched] + start).astype(np.int32)
-                expected = hazards[places] * self.factors(turns)
-                for levels in self.levels:
-                    level = np.frombuffer(levels, np.uint8)[turns]
-                    np.subtract.at(gains, level, expected)
-                    np.add.at(all_expected, level, expected)
+            (watched,) = np.nonzero(flags & 1 << kind)
+            starts, stops = first[watched] + kind * WIDTH, stop[watched] + kind * WIDTH
+            np.add.at(entered, starts, 1.0)
+            np.subtract.at(entered, stops, 1.0)
+            if kind <= BODY:
+                expected[watched] += risen[stops] - risen[starts]
+        level = np.frombuffer(self.level, np.uint8)[turns]
+        expected *= np.frombuffer(hazards.factors)[level]
+        sums = np.bincount(level, expected, len(hazards.gains))
+        gains, all_expected = np.frombuffer(hazards.gains), np.frombuffer(hazards.expected)
+        gains -= sums
+        all_expected += sums
 
     def _extend(self) -> int:
-        columns = (self.number, self.group, self.blocks, self.body_blocks, self.shared_blocks, self.old_blocks)
-        for column in (*columns, self.flags, self.counted, self.held, *self.levels, self._space, self._queued):
+        columns = (self.number, self.base, self.blocks, self.body_blocks, self.shared_blocks, self.old_blocks)
+        for column in (*columns, self.flags, self.counted, self.held, self.level, self._space, self._queued):
             column.append(0)
         self.born.append(0.0)
         self.last.append(None)
