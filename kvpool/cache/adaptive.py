@@ -232,7 +232,44 @@ class Adaptive(CacheEvictionPolicy):
         ranking.version += 1
         ranking.blocks += len(hashes)
         clock = self._clock.advance(now)
-        last = hashes[-1]
+        if len(hashes) == 1:
+            turn = self._turn[rows[0]] if rows else table.anchored(space, hashes[0])
+            if turn >= 0 and table.blocks[turn] == 1:
+                self._repeat(turn, rows, clock)
+            else:
+                turn = self._begin_chain(space, hashes, rows, clock)
+        else:
+            turn = self._begin_chain(space, hashes, rows, clock)
+        self._hashes, self._latest = hashes, turn
+        if ranking.blocks >= self._due_blocks:
+            self._keep_up()
+        return turn
+
+    def _repeat(self, turn: int, rows: Sequence[int], clock: float) -> None:
+        """:meth:`_begin_chain` for a prompt of one block that the turn had too: it has nothing else to learn from."""
+        table = self._turns
+        level = age_level(clock - table.born[turn])
+        bucket = int(level)
+        gap_bucket = int(level / 2) + 1
+        number = table.number[turn] + 1
+        table.expose(turn, bucket)
+        table.hit(turn, TAIL, bucket, 1.0)
+        shared = 0
+        if rows:
+            row = rows[0]
+            if self._kind[row] == SHARED:
+                table.hit(turn, SHARED, bucket, 1.0)
+            used = self._uses[row] + 1
+            self._uses[row] = used
+            if used > number + 1:
+                shared = 1
+                self._kind[row] = SHARED
+            else:
+                self._kind[row] = TAIL
+        table.renew(turn, clock, number, gap_bucket if gap_bucket < GAPS else GAPS - 1, shared, 1 - len(rows))
+
+    def _begin_chain(self, space: int, hashes: Sequence[BlockHash], rows: Sequence[int], clock: float) -> int:
+        table = self._turns
         before, depth = NO_TURN, len(rows)
         if depth < len(hashes):
             before, depth = table.deepest(space, hashes, depth)
@@ -253,25 +290,25 @@ class Adaptive(CacheEvictionPolicy):
                 if turn != before:
                     self._learn_sharing(turn, counts, clock)
                 table.held[turn] -= sum(counts)
-        over = NO_TURN
         if before >= 0:
             self._learn_continuation(before, depth, hashes[depth - 1], touched.get(before, _NONE), bucket)
-            if table.last[before] == last and not table.held[before]:
-                over = before  # the same prompt again, and nothing is left behind that it could be asked for
-        turn = table.add(space, hashes, clock, number, gap_bucket, shared, len(hashes) - depth, len(self._index), over)
+        new = len(hashes) - depth
+        if before >= 0 and table.last[before] == hashes[-1] and not table.held[before]:
+            turn = before  # the same prompt again; nothing is left of the record that could be asked for
+            table.renew(turn, clock, number, gap_bucket, shared, new)
+        else:
+            turn = table.add(space, hashes, clock, number, gap_bucket, shared, new)
+            table.drop_ghosts(len(self._index))
         if rows:
             table.held[turn] = len(rows)
             turns = self._turn
             for row in rows:
                 turns[row] = turn
-            if len(rows) == len(hashes) and self._kind[row] == BODY:
-                self._kind[row] = TAIL
+            if len(rows) == len(hashes) and self._kind[rows[-1]] == BODY:
+                self._kind[rows[-1]] = TAIL
             for turn_before in touched:
                 if not table.held[turn_before]:
                     table.forget_if_gone(turn_before)
-        self._hashes, self._latest = hashes, turn
-        if ranking.blocks >= self._due_blocks:
-            self._keep_up()
         return turn
 
     def _touch(self, rows: Sequence[int], number: int) -> tuple[dict[int, list[int]], int]:

@@ -177,6 +177,8 @@ class CacheIndex(CacheTable):
         ``chain`` is the request whose blocks they are, if they are known to be such.
         """
         ensure(0 <= device < len(self.resident_bytes), "a device that was not added", device=device)
+        if not count:
+            return []
         parent, children, pins, flags = self.parent, self.children, self.pins, self.flags
         devices, sizes, spaces = self.device, self.size_bytes, self._space
         accessed, accesses, free = self.last_accessed, self.access_count, self._free

@@ -20,9 +20,10 @@ Candidate = tuple[float, int, float]
 
 Worths = Callable[[NDArray[np.int32]], tuple[NDArray[np.float64], NDArray[np.float64]]]
 
-_SAMPLE = 256
-_KEPT = 64
-_LEAVES_BETWEEN_SAMPLES = 24
+_SAMPLE, _LARGEST_SAMPLE = 256, 1024
+_LEAVES_FOR_A_SAMPLED_ONE = 16
+_KEPT, _GO = 1 / 4, 3 / 32
+"""Shares of a sample that are remembered, and that go before the next one is drawn."""
 _BLOCKS_BETWEEN_SAMPLES = 24
 _LEAVES_FOR_A_BLOCK = 64
 """Where there are many leaves, a block of a request changes less of what is worth least, and a sample serves longer."""
@@ -146,9 +147,10 @@ class SampledRanking:
             heappop(heap)
             self._leaves_left[device] -= 1
         if self.blocks >= self._resample_at[device] or self._leaves_left[device] <= 0:
-            heap = self._candidates[device] = self._sample(device, [], _SAMPLE)
+            drawn = min(max(_SAMPLE, leaves // _LEAVES_FOR_A_SAMPLED_ONE), _LARGEST_SAMPLE)
+            heap = self._candidates[device] = self._sample(device, [], drawn)
             self._resample_at[device] = self.blocks + max(_BLOCKS_BETWEEN_SAMPLES, leaves // _LEAVES_FOR_A_BLOCK)
-            self._leaves_left[device] = _LEAVES_BETWEEN_SAMPLES
+            self._leaves_left[device] = int(drawn * _GO)
         heap = heap[:]
         left = self._leaves_left[device]
         exposed: list[Candidate] = []  # parents whose children are all among those that went
@@ -160,7 +162,7 @@ class SampledRanking:
                 # The longer the list, the more are drawn at once. What is left of the last sample is forgotten.
                 drawn = max(_SAMPLE, _LARGER_THAN_GONE * len(ends))
                 heap = self._sample(device, ends, drawn)
-                left = drawn * _LEAVES_BETWEEN_SAMPLES // _SAMPLE
+                left = int(drawn * _GO)
                 if not heap and not exposed:
                     heap = self._sample(device, ends, self._leaves.count(device))
                     if not heap:
@@ -206,7 +208,7 @@ class SampledRanking:
             remaining[gone] = False
             rows = rows[remaining[rows]]
         worths, born = self._worths_of(rows)
-        kept = count * _KEPT // _SAMPLE
+        kept = int(count * _KEPT)
         if len(rows) > kept:
             least = np.argpartition(worths, kept)[:kept]
             worths, rows, born = worths[least], rows[least], born[least]
