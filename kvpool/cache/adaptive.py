@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from kvpool.cache.index import CacheIndex
 
 _REBUILD_REQUESTS, _REBUILD_BLOCKS = 50, 2000
-_SWEEP_REQUESTS, _SWEEP_BLOCKS = 8, 256
+_DROP_REQUESTS = 64
+_SWEEP_REQUESTS, _SWEEP_BLOCKS = 8, 1024
 _NONE = (0,) * KINDS
 _PLACES = np.array([TAIL, BODY, SHARED, OLD, OLD, OLD, SHARED, OLD], np.int32) * WIDTH
 """Where the class of a block lies in its group, by its kind; then the same for turns whose session went on."""
@@ -93,16 +94,15 @@ class Adaptive(CacheEvictionPolicy):
     def removed(self, rows: Sequence[int]) -> None:
         self._ranking.version += 1
         idle, turns, parent, children = self._idle, self._turn, self._parent, self._children
-        held, discard = self._turns.held, self._ranking.discard
+        held, queued, discard = self._turns.held, self._turns.queued, self._ranking.discard
         for row in rows:
             idle[row] = 0
             discard(row)
             turn = turns[row]
             if turn >= 0:
                 turns[row] = NO_TURN
-                left = held[turn] - 1
-                held[turn] = left
-                if not left:
+                held[turn] = left = held[turn] - 1
+                if not left and not queued[turn]:
                     self._turns.forget_if_gone(turn)
         for row in rows:  # once all are out, so that parents that went in the same batch do not become leaves
             above = parent[row]
@@ -191,7 +191,7 @@ class Adaptive(CacheEvictionPolicy):
     ) -> int:
         turn = self._turn_of(space, hashes, rows, now)
         missing = len(hashes) - len(rows)
-        worth, worth_before = self._worth(turn, TAIL, 0.0), self._worth(turn, BODY, 0.0)
+        worth = self._worth(turn, TAIL, 0.0)
         sizes = self._index.size_bytes
         left = float(short)
         rankings = [self._ranking.of(device) for device in devices]
@@ -199,7 +199,7 @@ class Adaptive(CacheEvictionPolicy):
             while left > 0 and missing and worth < victim_worth:  # tail first, as victims
                 left -= 1
                 missing -= 1
-                worth = worth_before
+                worth = self._worth(turn, BODY, 0.0)
             if left <= 0 or not missing:
                 break
             left -= sizes[row] / size_bytes
@@ -232,41 +232,33 @@ class Adaptive(CacheEvictionPolicy):
         ranking.version += 1
         ranking.blocks += len(hashes)
         clock = self._clock.advance(now)
-        if len(hashes) == 1:
+        if len(hashes) > 1:
+            turn = self._begin_chain(space, hashes, rows, clock)
+        else:
             turn = self._turn[rows[0]] if rows else table.anchored(space, hashes[0])
-            if turn >= 0 and table.blocks[turn] == 1:
-                self._repeat(turn, rows, clock)
+            if turn < 0 and not rows:
+                turn = table.add(space, hashes, clock, 0, 0, 0, 1)
+            elif turn >= 0 and table.blocks[turn] == 1 and table.last[turn] == hashes[0]:
+                table.repeat(
+                    turn, clock, self._use_again(rows[0], table.number[turn] + 1) if rows else 0, 1 - len(rows)
+                )
             else:
                 turn = self._begin_chain(space, hashes, rows, clock)
-        else:
-            turn = self._begin_chain(space, hashes, rows, clock)
         self._hashes, self._latest = hashes, turn
         if ranking.blocks >= self._due_blocks:
             self._keep_up()
+        if not self._clock.requests % _DROP_REQUESTS:
+            table.drop_ghosts(len(self._index))
         return turn
 
-    def _repeat(self, turn: int, rows: Sequence[int], clock: float) -> None:
-        """:meth:`_begin_chain` for a prompt of one block that the turn had too: it has nothing else to learn from."""
-        table = self._turns
-        level = age_level(clock - table.born[turn])
-        bucket = int(level)
-        gap_bucket = int(level / 2) + 1
-        number = table.number[turn] + 1
-        table.expose(turn, bucket)
-        table.hit(turn, TAIL, bucket, 1.0)
-        shared = 0
-        if rows:
-            row = rows[0]
-            if self._kind[row] == SHARED:
-                table.hit(turn, SHARED, bucket, 1.0)
-            used = self._uses[row] + 1
-            self._uses[row] = used
-            if used > number + 1:
-                shared = 1
-                self._kind[row] = SHARED
-            else:
-                self._kind[row] = TAIL
-        table.renew(turn, clock, number, gap_bucket if gap_bucket < GAPS else GAPS - 1, shared, 1 - len(rows))
+    def _use_again(self, row: int, number: int) -> int:
+        """Count the use of a row that is the whole prompt of its turn; returns how many are shared now."""
+        self._uses[row] = used = self._uses[row] + 1
+        if used > number + 1:
+            self._kind[row] = SHARED
+            return 1
+        self._kind[row] = TAIL
+        return 0
 
     def _begin_chain(self, space: int, hashes: Sequence[BlockHash], rows: Sequence[int], clock: float) -> int:
         table = self._turns
@@ -298,7 +290,6 @@ class Adaptive(CacheEvictionPolicy):
             table.renew(turn, clock, number, gap_bucket, shared, new)
         else:
             turn = table.add(space, hashes, clock, number, gap_bucket, shared, new)
-            table.drop_ghosts(len(self._index))
         if rows:
             table.held[turn] = len(rows)
             turns = self._turn
@@ -376,11 +367,11 @@ class Adaptive(CacheEvictionPolicy):
         rebuild_requests = min(_REBUILD_REQUESTS, 4 + requests // 8)
         rebuild_blocks = min(_REBUILD_BLOCKS, 40 + blocks // 8)
         if requests - self._rebuilt_at[0] >= rebuild_requests and blocks - self._rebuilt_at[1] >= rebuild_blocks:
-            self._turns.count_fresh(self._clock.now)
+            self._turns.count_fresh()
             self._hazards.rebuild(requests - self._rebuilt_at[0])
             self._rebuilt_at = requests, blocks
         elif requests - self._swept_at[0] >= _SWEEP_REQUESTS and blocks - self._swept_at[1] >= _SWEEP_BLOCKS:
-            self._turns.sweep(self._clock.now)
+            self._turns.sweep()
             self._swept_at = requests, blocks
         # The first bounds grow: too early is harmless.
         self._due_blocks = min(self._rebuilt_at[1] + rebuild_blocks, self._swept_at[1] + _SWEEP_BLOCKS)

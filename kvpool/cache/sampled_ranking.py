@@ -21,11 +21,11 @@ Candidate = tuple[float, int, float]
 Worths = Callable[[NDArray[np.int32]], tuple[NDArray[np.float64], NDArray[np.float64]]]
 
 _SAMPLE, _LARGEST_SAMPLE = 256, 1024
-_LEAVES_FOR_A_SAMPLED_ONE = 16
+_LEAVES_FOR_A_SAMPLED_ONE = 4
 _KEPT, _GO = 1 / 4, 3 / 32
 """Shares of a sample that are remembered, and that go before the next one is drawn."""
 _BLOCKS_BETWEEN_SAMPLES = 24
-_LEAVES_FOR_A_BLOCK = 64
+_LEAVES_FOR_A_BLOCK = 32
 """Where there are many leaves, a block of a request changes less of what is worth least, and a sample serves longer."""
 _LARGER_THAN_GONE = 4
 
@@ -86,7 +86,9 @@ class SampledRanking:
         self._worth_of, self._worths_of = worth_of, worths_of
         self._chance = np.random.default_rng(index.seed)
         self._leaves = LeafSets()
-        self._candidates: list[list[Candidate]] = []  # by device: heaps
+        self._candidates: list[list[Candidate]] = []  # by device: of the last sample, in order
+        self._first: list[int] = []  # by device: where those begin that have not gone
+        self._exposed: list[list[Candidate]] = []  # by device: heaps of leaves that were parents at the last sample
         self._resample_at: list[int] = []  # by device: count of blocks
         self._leaves_left: list[int] = []  # by device: candidates that may go before the next sample
         self._known: dict[int, Drawn] = {}
@@ -111,6 +113,8 @@ class SampledRanking:
         device = self._device[row]
         while device >= len(self._candidates):
             self._candidates.append([])
+            self._first.append(0)
+            self._exposed.append([])
             self._resample_at.append(0)
             self._leaves_left.append(0)
         self._leaves.add(row, device)
@@ -118,7 +122,7 @@ class SampledRanking:
     def expose(self, row: int) -> None:
         """Add a leaf that was a parent until now: it may go right behind its last child."""
         self.add(row)
-        heappush(self._candidates[self._device[row]], (self._worth_of(row), row, self._born[self._turn[row]]))
+        heappush(self._exposed[self._device[row]], (self._worth_of(row), row, self._born[self._turn[row]]))
 
     def discard(self, row: int) -> None:
         """Take a row out, if it is in."""
@@ -139,40 +143,44 @@ class SampledRanking:
             return
         turns, born, kinds, idle = self._turn, self._born, self._kind, self._idle
         parent, children, devices = self._parent, self._children, self._device
-        heap = self._candidates[device]
-        while heap:
-            _, row, since = heap[0]
+        candidates, place = self._candidates[device], self._first[device]
+        while place < len(candidates):
+            _, row, since = candidates[place]
             if idle[row] and not children[row] and born[turns[row]] == since:
                 break
-            heappop(heap)
-            self._leaves_left[device] -= 1
-        if self.blocks >= self._resample_at[device] or self._leaves_left[device] <= 0:
+            place += 1
+        left = self._leaves_left[device] - (place - self._first[device])
+        if self.blocks >= self._resample_at[device] or left <= 0:
             drawn = min(max(_SAMPLE, leaves // _LEAVES_FOR_A_SAMPLED_ONE), _LARGEST_SAMPLE)
-            heap = self._candidates[device] = self._sample(device, [], drawn)
+            self._candidates[device] = candidates = self._sample(device, [], drawn)
+            self._exposed[device] = []
             self._resample_at[device] = self.blocks + max(_BLOCKS_BETWEEN_SAMPLES, leaves // _LEAVES_FOR_A_BLOCK)
-            self._leaves_left[device] = int(drawn * _GO)
-        heap = heap[:]
-        left = self._leaves_left[device]
-        exposed: list[Candidate] = []  # parents whose children are all among those that went
+            left, place = int(drawn * _GO), 0
+        self._first[device], self._leaves_left[device] = place, left
+        exposed = self._exposed[device][:]  # and parents whose children are all among those that went
         ends: list[int] = []  # leaves that went
+        all_seen = False
         gone: set[int] = set()
         gone_children: dict[int, int] = {}
         while True:
-            if not heap or left <= 0:
+            if (left <= 0 or place == len(candidates)) and not all_seen:
                 # The longer the list, the more are drawn at once. What is left of the last sample is forgotten.
                 drawn = max(_SAMPLE, _LARGER_THAN_GONE * len(ends))
-                heap = self._sample(device, ends, drawn)
+                candidates, place = self._sample(device, ends, drawn), 0
                 left = int(drawn * _GO)
-                if not heap and not exposed:
-                    heap = self._sample(device, ends, self._leaves.count(device))
-                    if not heap:
-                        return
-            if exposed and (not heap or exposed[0] < heap[0]):
+                if not candidates:
+                    candidates = self._sample(device, ends, self._leaves.count(device))
+                    all_seen = not candidates
+            if place == len(candidates) and not exposed:
+                return
+            if exposed and (place == len(candidates) or exposed[0] < candidates[place]):
                 worth, row, since = heappop(exposed)
             else:
-                worth, row, since = heappop(heap)
-                if row in gone or not idle[row] or children[row] or born[turns[row]] != since:
-                    continue
+                worth, row, since = candidates[place]
+                place += 1
+            if row in gone or not idle[row] or children[row] > gone_children.get(row, 0) or born[turns[row]] != since:
+                continue
+            if not children[row]:
                 ends.append(row)
             left -= 1
             while True:
@@ -186,7 +194,7 @@ class SampledRanking:
                     break
                 if turns[above] != turns[row] or kinds[above] != kinds[row]:
                     worth, since = self._worth_of(above), born[turns[above]]
-                    if heap and heap[0][0] < worth:
+                    if place < len(candidates) and candidates[place][0] < worth:
                         heappush(exposed, (worth, above, since))
                         break
                 row = above
