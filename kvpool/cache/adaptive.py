@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kvpool.cache.index import CacheIndex
 
 _REBUILD_REQUESTS, _REBUILD_BLOCKS = 50, 2000
-_DROP_REQUESTS = 64
+_DROP_REQUESTS = 32
 _SWEEP_REQUESTS, _SWEEP_BLOCKS = 8, 1024
 _NONE = (0,) * KINDS
 _PLACES = np.array([TAIL, BODY, SHARED, OLD, OLD, OLD, SHARED, OLD], np.int32) * WIDTH
@@ -231,6 +231,7 @@ class Adaptive(CacheEvictionPolicy):
         ranking, table = self._ranking, self._turns
         ranking.version += 1
         ranking.blocks += len(hashes)
+        ranking.requests += 1
         clock = self._clock.advance(now)
         if len(hashes) > 1:
             turn = self._begin_chain(space, hashes, rows, clock)
@@ -247,7 +248,7 @@ class Adaptive(CacheEvictionPolicy):
         self._hashes, self._latest = hashes, turn
         if ranking.blocks >= self._due_blocks:
             self._keep_up()
-        if not self._clock.requests % _DROP_REQUESTS:
+        if not self._clock.requests % _DROP_REQUESTS:  # some of them at once
             table.drop_ghosts(len(self._index))
         return turn
 

@@ -20,12 +20,12 @@ Candidate = tuple[float, int, float]
 
 Worths = Callable[[NDArray[np.int32]], tuple[NDArray[np.float64], NDArray[np.float64]]]
 
-_SAMPLE, _LARGEST_SAMPLE = 256, 1024
+_SAMPLE, _LARGEST_SAMPLE = 512, 1024
 _LEAVES_FOR_A_SAMPLED_ONE = 4
 _KEPT, _GO = 1 / 4, 3 / 32
 """Shares of a sample that are remembered, and that go before the next one is drawn."""
-_BLOCKS_BETWEEN_SAMPLES = 24
-_LEAVES_FOR_A_BLOCK = 32
+_REQUESTS_BETWEEN_SAMPLES = 1
+_LEAVES_FOR_A_REQUEST = 6
 """Where there are many leaves, a block of a request changes less of what is worth least, and a sample serves longer."""
 _LARGER_THAN_GONE = 4
 
@@ -94,6 +94,7 @@ class SampledRanking:
         self._known: dict[int, Drawn] = {}
         self.version = 0
         """Of everything that an answer depends on."""
+        self.requests = 0
         self.blocks = 0
         """Blocks of all requests so far."""
 
@@ -150,11 +151,11 @@ class SampledRanking:
                 break
             place += 1
         left = self._leaves_left[device] - (place - self._first[device])
-        if self.blocks >= self._resample_at[device] or left <= 0:
+        if self.requests >= self._resample_at[device] or left <= 0:
             drawn = min(max(_SAMPLE, leaves // _LEAVES_FOR_A_SAMPLED_ONE), _LARGEST_SAMPLE)
             self._candidates[device] = candidates = self._sample(device, [], drawn)
             self._exposed[device] = []
-            self._resample_at[device] = self.blocks + max(_BLOCKS_BETWEEN_SAMPLES, leaves // _LEAVES_FOR_A_BLOCK)
+            self._resample_at[device] = self.requests + max(_REQUESTS_BETWEEN_SAMPLES, leaves // _LEAVES_FOR_A_REQUEST)
             left, place = int(drawn * _GO), 0
         self._first[device], self._leaves_left[device] = place, left
         exposed = self._exposed[device][:]  # and parents whose children are all among those that went

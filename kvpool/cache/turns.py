@@ -163,11 +163,17 @@ class TurnTable:
         self.renew(turn, born, self.number[turn] + 1, gap_bucket if gap_bucket < GAPS else GAPS - 1, shared, new)
 
     def drop_ghosts(self, most: int) -> None:
-        """Forget the oldest records without resident blocks, but for so many (and at least 256) of the latest."""
+        """Forget the oldest records without resident blocks once there are an eighth too many of them.
+
+        ``most`` and at least 256 of the latest records stay.
+        """
         order, queued, held = self._order, self.queued, self.held
         most = max(most, _GHOSTS_AT_LEAST)
+        surplus = len(order) - most
+        if surplus < min(most // 8, _DROPPED_AT_ONCE):
+            return
         oldest: list[int] = []
-        for _ in range(min(len(order) - most, _DROPPED_AT_ONCE)):
+        for _ in range(min(surplus, _DROPPED_AT_ONCE)):
             turn = order.popleft()
             queued[turn] -= 1
             if queued[turn]:  # renewed since it was put there
