@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _REBUILD_REQUESTS, _REBUILD_BLOCKS = 50, 2000
 _DROP_REQUESTS = 32
-_SWEEP_REQUESTS, _SWEEP_BLOCKS = 8, 1024
+_SWEEP_REQUESTS, _SWEEP_BLOCKS = 8, 256
 _NONE = (0,) * KINDS
 _PLACES = np.array([TAIL, BODY, SHARED, OLD, OLD, OLD, SHARED, OLD], np.int32) * WIDTH
 """Where the class of a block lies in its group, by its kind; then the same for turns whose session went on."""
@@ -71,8 +71,9 @@ class Adaptive(CacheEvictionPolicy):
         self._ranking.grow(rows)
 
     def evictable(self, rows: Sequence[int], now: float) -> None:
-        self._ranking.version += 1
-        children, turns, idle, kinds = self._children, self._turn, self._idle, self._kind
+        ranking = self._ranking
+        ranking.version += 1
+        children, turns, idle, kinds, place = self._children, self._turn, self._idle, self._kind, ranking.place
         for row in rows:
             if turns[row] < 0:
                 self._adopt(rows, now)
@@ -80,7 +81,8 @@ class Adaptive(CacheEvictionPolicy):
             if not children[row]:
                 if kinds[row] == BODY and self._index.key_of(row) == self._turns.last[turns[row]]:
                     kinds[row] = TAIL
-                self._ranking.add(row)
+                if place[row] < 0:
+                    ranking.add(row)
 
     def taken(self, rows: Sequence[int], now: float) -> None:
         self._ranking.version += 1
@@ -92,22 +94,24 @@ class Adaptive(CacheEvictionPolicy):
         self._ranking.version += 1
 
     def removed(self, rows: Sequence[int]) -> None:
-        self._ranking.version += 1
+        ranking, table = self._ranking, self._turns
+        ranking.version += 1
         idle, turns, parent, children = self._idle, self._turn, self._parent, self._children
-        held, queued, discard = self._turns.held, self._turns.queued, self._ranking.discard
+        held, queued, place = table.held, table.queued, ranking.place
         for row in rows:
             idle[row] = 0
-            discard(row)
+            if place[row] >= 0:
+                ranking.discard(row)
             turn = turns[row]
             if turn >= 0:
                 turns[row] = NO_TURN
                 held[turn] = left = held[turn] - 1
                 if not left and not queued[turn]:
-                    self._turns.forget_if_gone(turn)
+                    table.forget_if_gone(turn)
         for row in rows:  # once all are out, so that parents that went in the same batch do not become leaves
             above = parent[row]
             if above >= 0 and idle[above] and not children[above]:
-                self._ranking.expose(above)
+                ranking.expose(above)
 
     def _adopt(self, rows: Sequence[int], now: float) -> None:
         """Give turns to rows that no request brought: whole caches, or what was there before this policy."""
@@ -199,7 +203,7 @@ class Adaptive(CacheEvictionPolicy):
             while left > 0 and missing and worth < victim_worth:  # tail first, as victims
                 left -= 1
                 missing -= 1
-                worth = self._worth(turn, BODY, 0.0)
+                worth = self._worth(turn, BODY, 0.0) if missing else worth
             if left <= 0 or not missing:
                 break
             left -= sizes[row] / size_bytes

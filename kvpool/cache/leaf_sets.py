@@ -51,10 +51,8 @@ class LeafSets:
         return np.array(self._rows[device], np.int32)
 
     def discard(self, row: int, device: int) -> None:
-        """Take a row out, if it is in."""
+        """Take a row out, which must be in."""
         place = self.place[row]
-        if place < 0:
-            return
         there = self._rows[device]
         last = there.pop()
         if last != row:

@@ -92,6 +92,8 @@ class SampledRanking:
         self._resample_at: list[int] = []  # by device: count of blocks
         self._leaves_left: list[int] = []  # by device: candidates that may go before the next sample
         self._known: dict[int, Drawn] = {}
+        self.place = self._leaves.place
+        """Below 0 for rows that are not among the leaves."""
         self.version = 0
         """Of everything that an answer depends on."""
         self.requests = 0
@@ -108,27 +110,29 @@ class SampledRanking:
         self._leaves.grow(rows)
 
     def add(self, row: int) -> None:
-        """Add a leaf, if it is not in."""
-        if self._leaves.place[row] >= 0:
-            return
+        """Add a leaf, which must not be in."""
         device = self._device[row]
-        while device >= len(self._candidates):
+        if device >= len(self._candidates):
+            self._add_devices(device)
+        self._leaves.add(row, device)
+
+    def _add_devices(self, last: int) -> None:
+        while last >= len(self._candidates):
             self._candidates.append([])
             self._first.append(0)
             self._exposed.append([])
             self._resample_at.append(0)
             self._leaves_left.append(0)
-        self._leaves.add(row, device)
 
     def expose(self, row: int) -> None:
         """Add a leaf that was a parent until now: it may go right behind its last child."""
-        self.add(row)
+        if self.place[row] < 0:
+            self.add(row)
         heappush(self._exposed[self._device[row]], (self._worth_of(row), row, self._born[self._turn[row]]))
 
     def discard(self, row: int) -> None:
-        """Take a row out, if it is in."""
-        if self._leaves.place[row] >= 0:
-            self._leaves.discard(row, self._device[row])
+        """Take a row out, which must be in."""
+        self._leaves.discard(row, self._device[row])
 
     def of(self, device: int) -> Drawn:
         """Return worth and row of the victims of a device, the first to go first."""
@@ -209,7 +213,7 @@ class SampledRanking:
                 self._leaves.keep(device, self._living(self._leaves.all(device)))
                 rows = self._leaves.draw(device, count, self._chance)
             else:
-                for row in rows[~living].tolist():
+                for row in np.unique(rows[~living]).tolist():
                     self._leaves.discard(row, device)
                 rows = rows[living]
         if gone:
