@@ -27,7 +27,7 @@ _KEPT, _GO = 1 / 4, 3 / 32
 _REQUESTS_BETWEEN_SAMPLES = 1
 _LEAVES_FOR_A_REQUEST = 6
 """Where there are many leaves, a block of a request changes less of what is worth least, and a sample serves longer."""
-_LARGER_THAN_GONE = 4
+_LARGER_THAN_GONE = 16
 
 
 class Drawn:
@@ -39,15 +39,19 @@ class Drawn:
         self._more = more
 
     def __iter__(self) -> Iterator[tuple[float, int]]:
+        drawn, more = self._drawn, self._more
         place = 0
         while True:
-            if place == len(self._drawn):
-                entry = next(self._more, None)
-                if entry is None:
+            if place < len(drawn):
+                entry = drawn[place]
+            else:
+                following = next(more, None)
+                if following is None:
                     return
-                self._drawn.append(entry)
-            yield self._drawn[place]
+                drawn.append(following)
+                entry = following
             place += 1
+            yield entry
 
 
 class SampledRanking:
@@ -157,7 +161,7 @@ class SampledRanking:
         left = self._leaves_left[device] - (place - self._first[device])
         if self.requests >= self._resample_at[device] or left <= 0:
             drawn = min(max(_SAMPLE, leaves // _LEAVES_FOR_A_SAMPLED_ONE), _LARGEST_SAMPLE)
-            self._candidates[device] = candidates = self._sample(device, [], drawn)
+            self._candidates[device] = candidates = self._sample(device, [], drawn, _KEPT)
             self._exposed[device] = []
             self._resample_at[device] = self.requests + max(_REQUESTS_BETWEEN_SAMPLES, leaves // _LEAVES_FOR_A_REQUEST)
             left, place = int(drawn * _GO), 0
@@ -171,11 +175,12 @@ class SampledRanking:
             if (left <= 0 or place == len(candidates)) and not all_seen:
                 # The longer the list, the more are drawn at once. What is left of the last sample is forgotten.
                 drawn = max(_SAMPLE, _LARGER_THAN_GONE * len(ends))
-                candidates, place = self._sample(device, ends, drawn), 0
-                left = int(drawn * _GO)
+                candidates, place = self._sample(device, ends, drawn, _GO), 0
                 if not candidates:
-                    candidates = self._sample(device, ends, self._leaves.count(device))
+                    drawn = leaves
+                    candidates = self._sample(device, ends, drawn, _GO)
                     all_seen = not candidates
+                left = len(candidates)
             if place == len(candidates) and not exposed:
                 return
             if exposed and (place == len(candidates) or exposed[0] < candidates[place]):
@@ -204,8 +209,8 @@ class SampledRanking:
                         break
                 row = above
 
-    def _sample(self, device: int, gone: list[int], count: int) -> list[Candidate]:
-        """Return those worth least of some leaves that are drawn and not gone, in order."""
+    def _sample(self, device: int, gone: list[int], count: int, share: float) -> list[Candidate]:
+        """Return the share worth least of so many leaves that are drawn and not gone, in order."""
         rows = self._leaves.draw(device, count, self._chance)
         living = self._living(rows)
         if not living.all():
@@ -221,7 +226,7 @@ class SampledRanking:
             remaining[gone] = False
             rows = rows[remaining[rows]]
         worths, born = self._worths_of(rows)
-        kept = int(count * _KEPT)
+        kept = int(count * share)
         if len(rows) > kept:
             least = np.argpartition(worths, kept)[:kept]
             worths, rows, born = worths[least], rows[least], born[least]
