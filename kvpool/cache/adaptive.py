@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from kvpool.cache.chains import Rows
 from kvpool.cache.eviction import CacheEvictionPolicy, register_policy
 from kvpool.cache.hazard import GAPS, KINDS, WIDTH, Floats, HazardTable, age_level, age_levels
 from kvpool.cache.key import BlockHash
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _REBUILD_REQUESTS, _REBUILD_BLOCKS = 50, 2000
 _DROP_REQUESTS = 32
+_MANY = 512
 _SWEEP_REQUESTS, _SWEEP_BLOCKS = 8, 256
 _NONE = (0,) * KINDS
 _PLACES = np.array([TAIL, BODY, SHARED, OLD, OLD, OLD, SHARED, OLD], np.int32) * WIDTH
@@ -96,6 +98,9 @@ class Adaptive(CacheEvictionPolicy):
     def removed(self, rows: Sequence[int]) -> None:
         ranking, table = self._ranking, self._turns
         ranking.version += 1
+        if len(rows) >= _MANY:
+            self._removed_many(np.array(rows, np.int64))
+            return
         idle, turns, parent, children = self._idle, self._turn, self._parent, self._children
         held, queued, place = table.held, table.queued, ranking.place
         for row in rows:
@@ -112,6 +117,23 @@ class Adaptive(CacheEvictionPolicy):
             above = parent[row]
             if above >= 0 and idle[above] and not children[above]:
                 ranking.expose(above)
+
+    def _removed_many(self, rows: Rows) -> None:
+        """Do as :meth:`removed` for many, with a tenth of the time for each and some for all leaves that stay."""
+        idle, turns = np.frombuffer(self._idle, np.uint8), np.frombuffer(self._turn, np.int32)
+        idle[rows] = 0
+        self._ranking.sift()
+        touched, counts = np.unique(turns[rows], return_counts=True)
+        turns[rows] = NO_TURN
+        if touched[0] < 0:
+            touched, counts = touched[1:], counts[1:]
+        np.frombuffer(self._turns.held, np.int32)[touched] -= counts.astype(np.int32)
+        self._turns.forget_those_gone(touched.astype(np.int64))
+        above = np.unique(np.frombuffer(self._parent, np.int32)[rows])
+        above = above[above >= 0]
+        bare = (idle[above] != 0) & (np.frombuffer(self._children, np.uint32)[above] == 0)
+        for row in above[bare].tolist():
+            self._ranking.expose(row)
 
     def _adopt(self, rows: Sequence[int], now: float) -> None:
         """Give turns to rows that no request brought: whole caches, or what was there before this policy."""

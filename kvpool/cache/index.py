@@ -12,6 +12,9 @@ from kvpool.cache.key import BlockHash
 from kvpool.cache.table import KEYED, MAX_STAMP, NO_ROW, RESIDENT, SEALED, CacheTable
 from kvpool.errors import ensure
 
+_MANY = 512
+"""Caches that leave at once, from which on it pays to go through the columns as a whole."""
+
 
 class CacheIndex(CacheTable):
     """Caches by row, key and id; their leases and chains; and the policy that ranks those nobody holds.
@@ -60,6 +63,11 @@ class CacheIndex(CacheTable):
         return number
 
     # -- content that is void ---------------------------------------------------------------------------------------
+
+    @property
+    def has_void(self) -> bool:
+        """Whether any content was declared void so far."""
+        return bool(self._void)
 
     def is_void(self, row: int) -> bool:
         """Whether a cache's content was declared void: it may not be published, and nobody finds it."""
@@ -315,6 +323,14 @@ class CacheIndex(CacheTable):
         Resident children of a removed cache stay as roots that no chain leads to any more, and go in their turn.
         Eviction never removes such a cache: it happens when memory is lost.
         """
+        if len(rows) >= _MANY:
+            self._remove_many(np.array(rows, np.int64))
+        else:
+            self._remove_few(rows)
+        self._resident -= len(rows)
+        self.policy.removed(rows)
+
+    def _remove_few(self, rows: Sequence[int]) -> None:
         parent, children, pins, flags, hashes = self.parent, self.children, self.pins, self.flags, self._hashes
         devices, sizes, stamps, spaces = self.device, self.size_bytes, self._stamps, self._space
         resident_bytes, evictable_bytes = self.resident_bytes, self.evictable_bytes
@@ -339,8 +355,31 @@ class CacheIndex(CacheTable):
             stamps[row] = stamp
             if stamp < MAX_STAMP:  # else the row is retired, so that no id ever comes back
                 self._free.append(row)
-        self._resident -= len(rows)
-        self.policy.removed(rows)
+
+    def _remove_many(self, rows: Rows) -> None:
+        """Do as :meth:`_remove_few`, column by column: a third of the time where there are thousands."""
+        flags, stamps = np.frombuffer(self.flags, np.uint8), np.frombuffer(self._stamps, np.uint32)
+        parent, children = np.frombuffer(self.parent, np.int32), np.frombuffer(self.children, np.uint32)
+        ensure(bool(flags[rows].all()) and len(np.unique(rows)) == len(rows), "removing a cache that is gone")
+        above = parent[rows]
+        np.subtract.at(children, above[above >= 0], np.uint32(1))
+        if len(left_behind := rows[children[rows] != 0]):
+            self._orphan(left_behind)
+        keyed = rows[flags[rows] & KEYED != 0]
+        idle = keyed[np.frombuffer(self.pins, np.uint32)[keyed] == 0]
+        devices, sizes = np.frombuffer(self.device, np.int32), np.frombuffer(self.size_bytes, np.int64)
+        for gone, bytes_left in ((rows, self.resident_bytes), (idle, self.evictable_bytes)):
+            for device in np.unique(devices[gone]).tolist():
+                bytes_left[device] -= int(sizes[gone[devices[gone] == device]].sum())
+        hashes = self._hashes
+        for row, space in zip(keyed.tolist(), np.frombuffer(self._space, np.int32)[keyed].tolist(), strict=True):
+            block_hash = hashes[row]
+            if block_hash is not None:
+                del self._rows_by_hash[space][block_hash]
+                hashes[row] = None
+        flags[rows] = 0
+        stamps[rows] += 1
+        self._free.extend(rows[stamps[rows] < MAX_STAMP].tolist())
 
     def remove_device(self, number: int) -> int:
         """Forget all caches of a device that is lost, leased or not; returns how many. Its number is not used again."""

@@ -139,6 +139,11 @@ class SampledRanking:
         """Take a row out, which must be in."""
         self._leaves.discard(row, self._device[row])
 
+    def sift(self) -> None:
+        """Put all out that are no leaves any more."""
+        for device in self.devices:
+            self._leaves.keep(device, self._living(self._leaves.all(device)))
+
     def of(self, device: int) -> Drawn:
         """Return worth and row of the victims of a device, the first to go first."""
         known = self._known.get(device)

@@ -181,14 +181,22 @@ class TurnTable:
             elif not held[turn]:
                 oldest.append(turn)
         if oldest:
-            self._count(np.array(oldest, np.int64))
-        for turn in oldest:
-            self._forget(turn)
+            self._forget_all(np.array(oldest, np.int64))
 
     def forget_if_gone(self, turn: int) -> None:
         """Drop the record unless it has resident blocks or is among the latest ones."""
         if not self.held[turn] and not self.queued[turn] and self.last[turn] is not None:
             self.expose(turn, int(age_level(self.now - self.born[turn])))
+            self._forget(turn)
+
+    def forget_those_gone(self, turns: NDArray[np.int64]) -> None:
+        """:meth:`forget_if_gone` for many."""
+        gone = (np.frombuffer(self.held, np.int32)[turns] == 0) & (np.frombuffer(self.queued, np.uint8)[turns] == 0)
+        self._forget_all(turns[gone])
+
+    def _forget_all(self, turns: NDArray[np.int64]) -> None:
+        self._count(turns)
+        for turn in turns.tolist():
             self._forget(turn)
 
     def _forget(self, turn: int) -> None:
