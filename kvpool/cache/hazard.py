@@ -63,8 +63,8 @@ class HazardTable:
     many reached each bucket, so that a group is counted in two steps, however long it waited. ``gains`` and
     ``expected`` count by the features' levels: hits less those expected, and those expected.
 
-    Derived by :meth:`rebuild`, in the same arrays: ``risen``, the sum of the hazards (chances of a hit in a bucket once
-    it is reached) of the buckets before; ``worths``, see :func:`gittins`; ``factors``, by what levels multiply a hazard.
+    Derived by :meth:`rebuild`, in place: ``risen``, the sum of the hazards (chances of a hit in a bucket once it is
+    reached) of the buckets before; ``worths``, see :func:`gittins`; ``factors``, by what levels multiply a hazard.
     """
 
     def __init__(self) -> None:

@@ -61,8 +61,8 @@ class SampledRanking:
     A sample serves for some blocks of requests, or until some of it has gone, whichever is first; so the cost is spread
     where requests are short. Asking changes nothing, and the same question has the same answer until something changes.
 
-    A row that is taken, or gets a child, mostly comes back soon; so it stays in the set of leaves until it is drawn, and
-    is put out then.
+    A row that is taken, or gets a child, mostly comes back soon; so it stays in the set of leaves until it is drawn and
+    put out.
 
     Parameters
     ----------

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+
 from kvpool.cache.hazard import GAPS, KINDS, LEVELS, WIDTH, HazardTable, age_level, age_levels
-from kvpool.cache.key import BlockHash
+from kvpool.cache.key import SHARDS, BlockHash, KeyShards, key_shards
 
 TAIL, BODY, SHARED, OLD = range(KINDS)
 """Kinds of a turn's blocks: the last one (often partial, then never used again); those before; those used more often
@@ -25,7 +26,6 @@ _GROUP = KINDS * WIDTH
 _NEW_LEVELS = [min(digits, LEVELS - 1) * LEVELS for digits in range(65)]
 _PLACES = [[kind * WIDTH for kind in range(KINDS) if flags & 1 << kind] for flags in range(CONTINUED)]
 """By flags: where the kinds that are watched lie behind the first class of a group."""
-_SHARDS = 16  # dictionaries of anchors for each space: one alone would stop everything when it grows
 _GHOSTS_AT_LEAST = 256
 _SWEPT_AT_ONCE = 1024
 _DROPPED_AT_ONCE = 256
@@ -60,7 +60,7 @@ class TurnTable:
         self._order: deque[int] = deque()
         self._fresh: list[int] = []  # begun since exposures were last counted
         self._free: list[int] = []
-        self._anchors: list[list[dict[BlockHash, int]]] = []  # by space, then by the last byte of the hash
+        self._anchors: list[KeyShards] = []  # by space
         self._cursor = 0
         self.now = 0.0  # of the latest request
 
@@ -77,7 +77,7 @@ class TurnTable:
         """Return the latest turn whose prompt ended with this block, or with one behind it; -1 if none is known."""
         if space >= len(self._anchors):
             return NO_TURN
-        return self._anchors[space][block_hash[-1] % _SHARDS].get(block_hash, NO_TURN)
+        return self._anchors[space][block_hash[-1] % SHARDS].get(block_hash, NO_TURN)
 
     def set_output(self, turn: int, tokens: int) -> None:
         """Say how long the answer was."""
@@ -89,7 +89,7 @@ class TurnTable:
             shards = self._anchors[space]
             for place in range(len(hashes) - 1, resident - 1, -1):
                 block_hash = hashes[place]
-                turn = shards[block_hash[-1] % _SHARDS].get(block_hash)
+                turn = shards[block_hash[-1] % SHARDS].get(block_hash)
                 if turn is not None:
                     return turn, place + 1
         return NO_TURN, resident
@@ -106,13 +106,13 @@ class TurnTable:
         self.held[turn] = 0
         self.last[turn] = last = hashes[-1]
         while space >= len(self._anchors):
-            self._anchors.append([{} for _ in range(_SHARDS)])
+            self._anchors.append(key_shards())
         shards = self._anchors[space]
-        shards[last[-1] % _SHARDS][last] = turn
+        shards[last[-1] % SHARDS][last] = turn
         self.blocks[turn] = blocks = len(hashes)
         if blocks > 1:
             self._last_but_one[turn] = last = hashes[-2]
-            shards[last[-1] % _SHARDS][last] = turn
+            shards[last[-1] % SHARDS][last] = turn
         self.queued[turn] = 1
         self._order.append(turn)
         self._begin(turn, born, number, gap_bucket, shared, new)
@@ -203,12 +203,12 @@ class TurnTable:
         shards = self._anchors[self._space[turn]]
         last, last_but_one = self.last[turn], self._last_but_one[turn]
         if last is not None:
-            shard = shards[last[-1] % _SHARDS]
+            shard = shards[last[-1] % SHARDS]
             if shard.get(last) == turn:
                 del shard[last]
             self.last[turn] = None
         if last_but_one is not None:
-            shard = shards[last_but_one[-1] % _SHARDS]
+            shard = shards[last_but_one[-1] % SHARDS]
             if shard.get(last_but_one) == turn:
                 del shard[last_but_one]
             self._last_but_one[turn] = None
@@ -247,7 +247,7 @@ class TurnTable:
             self.hazards.gains[self.level[turn]] += share
 
     def sweep(self) -> None:
-        """:meth:`expose` the next some records, so that those that nobody asks for are counted too, and the new ones."""
+        """:meth:`expose` the new records, and some of the others, so that those that nobody asks for count too."""
         start = self._cursor
         stop = min(start + _SWEPT_AT_ONCE, len(self.born))
         self._cursor = 0 if stop == len(self.born) else stop
