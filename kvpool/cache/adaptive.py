@@ -59,7 +59,8 @@ class Adaptive(CacheEvictionPolicy):
         )
         self._rebuilt_at = self._swept_at = (0, 0)  # requests and blocks
         self._due_blocks = 0  # of all requests, before which neither is due
-        self._hashes: Sequence[BlockHash] = ()  # of the latest request that its turn was asked for
+        self._space = -1
+        self._hashes: Sequence[BlockHash] = ()  # of the request whose turn was asked for last
         self._latest = NO_TURN
         self.grown(len(index.parent))
 
@@ -244,12 +245,12 @@ class Adaptive(CacheEvictionPolicy):
 
     def _turn_of(self, space: int, hashes: Sequence[BlockHash], rows: Sequence[int], now: float) -> int:
         """Return the turn of a request, begun if nobody looked its chain up."""
-        last, turn = hashes[-1], self._latest
-        if hashes is not self._hashes or self._turns.last[turn] != last:  # the same list, if within one decision
-            turn = self._turns.anchored(space, last)
-            if turn < 0 or self._turns.last[turn] != last:
-                return self._begin(space, hashes, rows, now)
-            self._hashes, self._latest = hashes, turn
+        if hashes is self._hashes and space == self._space:  # within one decision: the turn was found before
+            return self._latest
+        turn = self._turns.anchored(space, hashes[-1])
+        if turn < 0 or self._turns.last[turn] != hashes[-1]:
+            return self._begin(space, hashes, rows, now)
+        self._space, self._hashes, self._latest = space, hashes, turn
         return turn
 
     def _begin(self, space: int, hashes: Sequence[BlockHash], rows: Sequence[int], now: float) -> int:
@@ -271,7 +272,7 @@ class Adaptive(CacheEvictionPolicy):
                 )
             else:
                 turn = self._begin_chain(space, hashes, rows, clock)
-        self._hashes, self._latest = hashes, turn
+        self._space, self._hashes, self._latest = space, hashes, turn
         if ranking.blocks >= self._due_blocks:
             self._keep_up()
         if not self._clock.requests % _DROP_REQUESTS:  # some of them at once

@@ -29,6 +29,7 @@ _PLACES = [[kind * WIDTH for kind in range(KINDS) if flags & 1 << kind] for flag
 _GHOSTS_AT_LEAST = 256
 _SWEPT_AT_ONCE = 1024
 _DROPPED_AT_ONCE = 256
+_ADDED = 256
 
 
 class TurnTable:
@@ -283,10 +284,12 @@ class TurnTable:
         all_expected += sums
 
     def _extend(self) -> int:
+        """Add free records, and return one of them."""
         columns = (self.number, self.base, self.blocks, self.body_blocks, self.shared_blocks, self.old_blocks)
-        for column in (*columns, self.flags, self.counted, self.held, self.level, self._space, self.queued):
-            column.append(0)
-        self.born.append(0.0)
-        self.last.append(None)
-        self._last_but_one.append(None)
-        return len(self.born) - 1
+        for column in (*columns, self.flags, self.counted, self.held, self.level, self._space, self.queued, self.born):
+            column.frombytes(bytes(_ADDED * column.itemsize))
+        self.last.extend([None] * _ADDED)
+        self._last_but_one.extend([None] * _ADDED)
+        records = len(self.born)
+        self._free.extend(range(records - 1, records - _ADDED, -1))
+        return records - _ADDED
