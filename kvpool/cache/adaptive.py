@@ -222,6 +222,8 @@ class Adaptive(CacheEvictionPolicy):
         sizes = self._index.size_bytes
         left = float(short)
         rankings = [self._ranking.of(device) for device in devices]
+        if missing == 1 == len(rankings) and (victim := rankings[0].first) and sizes[victim[1]] >= short * size_bytes:
+            return int(worth >= victim[0])
         for victim_worth, row in rankings[0] if len(rankings) == 1 else merge(*rankings):
             while left > 0 and missing and worth < victim_worth:  # tail first, as victims
                 left -= 1

@@ -26,18 +26,23 @@ _KEPT, _GO = 1 / 4, 3 / 32
 """Shares of a sample that are remembered, and that go before the next one is drawn."""
 _REQUESTS_BETWEEN_SAMPLES = 1
 _LEAVES_FOR_A_REQUEST = 6
-"""Where there are many leaves, a block of a request changes less of what is worth least, and a sample serves longer."""
+"""Where there are many leaves, a request changes less of what is worth least, and a sample serves longer."""
 _LARGER_THAN_GONE = 16
 _LEAST_BY = 16
 
 
 class Drawn:
-    """The victims of one device in the order in which they go, drawn as far as anybody asked."""
+    """The victims of one device in the order in which they go, drawn as far as anybody asked.
 
-    def __init__(self, version: int, more: Iterator[tuple[float, int]]) -> None:
+    Mostly that is one, which costs no more than a look at the candidates; ``more`` begins with it once more.
+    """
+
+    def __init__(self, version: int, first: tuple[float, int] | None, more: Iterator[tuple[float, int]]) -> None:
         self.version = version
-        self._drawn: list[tuple[float, int]] = []
+        self.first = first  # None: it is not known without a look for more
+        self._drawn = [] if first is None else [first]
         self._more = more
+        self._begun = first is None
 
     def __iter__(self) -> Iterator[tuple[float, int]]:
         drawn, more = self._drawn, self._more
@@ -46,6 +51,9 @@ class Drawn:
             if place < len(drawn):
                 entry = drawn[place]
             else:
+                if not self._begun:
+                    self._begun = True
+                    next(more)
                 following = next(more, None)
                 if following is None:
                     return
@@ -58,8 +66,7 @@ class Drawn:
 class SampledRanking:
     """Ranks the leaves of each device by worth, from samples of them.
 
-    A sample serves for some blocks of requests, or until some of it has gone, whichever is first; so the cost is spread
-    where requests are short. Asking changes nothing, and the same question has the same answer until something changes.
+    A sample serves for some requests, or until some of it has gone, whichever is first. Asking changes nothing, and the same question has the same answer until something changes.
 
     A row that is taken, or gets a child, mostly comes back soon; so it stays in the set of leaves until it is drawn and
     put out.
@@ -92,7 +99,7 @@ class SampledRanking:
         self._chance = np.random.default_rng(index.seed)
         self._leaves = LeafSets()
         self._candidates: list[list[Candidate]] = []  # by device: of the last sample, in order
-        self._first: list[int] = []  # by device: where those begin that have not gone
+        self._begin: list[int] = []  # by device: where those begin that have not gone
         self._exposed: list[list[Candidate]] = []  # by device: heaps of leaves that were parents at the last sample
         self._resample_at: list[int] = []  # by device: count of blocks
         self._leaves_left: list[int] = []  # by device: candidates that may go before the next sample
@@ -124,7 +131,7 @@ class SampledRanking:
     def _add_devices(self, last: int) -> None:
         while last >= len(self._candidates):
             self._candidates.append([])
-            self._first.append(0)
+            self._begin.append(0)
             self._exposed.append([])
             self._resample_at.append(0)
             self._leaves_left.append(0)
@@ -148,8 +155,40 @@ class SampledRanking:
         """Return worth and row of the victims of a device, the first to go first."""
         known = self._known.get(device)
         if known is None or known.version != self.version:
-            known = self._known[device] = Drawn(self.version, self._rank(device))
+            first = self._first(device)
+            known = self._known[device] = Drawn(self.version, None if first is None else first[:2], self._rank(device))
         return known
+
+    def _first(self, device: int) -> Candidate | None:
+        """Return the cheapest candidate, after a look for new ones if it is time."""
+        leaves = self._leaves.count(device)
+        if not leaves:
+            return None
+        turns, born, idle, children = self._turn, self._born, self._idle, self._children
+        candidates, begin = self._candidates[device], self._begin[device]
+        place = begin
+        while place < len(candidates):
+            _, row, since = candidates[place]
+            if idle[row] and not children[row] and born[turns[row]] == since:
+                break
+            place += 1
+        left = self._leaves_left[device] - (place - begin)
+        if self.requests >= self._resample_at[device] or left <= 0:
+            drawn = min(max(_SAMPLE, leaves // _LEAVES_FOR_A_SAMPLED_ONE), _LARGEST_SAMPLE)
+            self._candidates[device] = candidates = self._sample(device, [], drawn, _KEPT)
+            self._exposed[device] = []
+            self._resample_at[device] = self.requests + max(_REQUESTS_BETWEEN_SAMPLES, leaves // _LEAVES_FOR_A_REQUEST)
+            left, place = int(drawn * _GO), 0
+        self._begin[device], self._leaves_left[device] = place, left
+        exposed = self._exposed[device]
+        while exposed:
+            _, row, since = exposed[0]
+            if idle[row] and not children[row] and born[turns[row]] == since:
+                break
+            heappop(exposed)
+        if exposed and (place == len(candidates) or exposed[0] < candidates[place]):
+            return exposed[0]
+        return candidates[place] if place < len(candidates) else None
 
     def _rank(self, device: int) -> Iterator[tuple[float, int]]:
         """Yield worth and row of the victims of a device: the cheapest candidate, then up its chain."""
@@ -158,20 +197,7 @@ class SampledRanking:
             return
         turns, born, kinds, idle = self._turn, self._born, self._kind, self._idle
         parent, children, devices = self._parent, self._children, self._device
-        candidates, place = self._candidates[device], self._first[device]
-        while place < len(candidates):
-            _, row, since = candidates[place]
-            if idle[row] and not children[row] and born[turns[row]] == since:
-                break
-            place += 1
-        left = self._leaves_left[device] - (place - self._first[device])
-        if self.requests >= self._resample_at[device] or left <= 0:
-            drawn = min(max(_SAMPLE, leaves // _LEAVES_FOR_A_SAMPLED_ONE), _LARGEST_SAMPLE)
-            self._candidates[device] = candidates = self._sample(device, [], drawn, _KEPT)
-            self._exposed[device] = []
-            self._resample_at[device] = self.requests + max(_REQUESTS_BETWEEN_SAMPLES, leaves // _LEAVES_FOR_A_REQUEST)
-            left, place = int(drawn * _GO), 0
-        self._first[device], self._leaves_left[device] = place, left
+        candidates, place, left = self._candidates[device], self._begin[device], self._leaves_left[device]
         exposed = self._exposed[device][:]  # and parents whose children are all among those that went
         ends: list[int] = []  # leaves that went
         all_seen = False
