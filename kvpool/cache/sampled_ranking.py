@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpool.cache.leaf_sets import LeafSets
+from kvpool.errors import ensure
 
 if TYPE_CHECKING:
     from kvpool.cache.index import CacheIndex
@@ -53,7 +54,7 @@ class Drawn:
             else:
                 if not self._begun:
                     self._begun = True
-                    next(more)
+                    ensure(next(more, None) == self.first, "two answers on what goes first", first=self.first)
                 following = next(more, None)
                 if following is None:
                     return
@@ -186,9 +187,9 @@ class SampledRanking:
             if idle[row] and not children[row] and born[turns[row]] == since:
                 break
             heappop(exposed)
-        if exposed and (place == len(candidates) or exposed[0] < candidates[place]):
-            return exposed[0]
-        return candidates[place] if place < len(candidates) else None
+        if place == len(candidates):
+            return None  # others may be cheaper than what is exposed
+        return min(candidates[place], exposed[0]) if exposed else candidates[place]
 
     def _rank(self, device: int) -> Iterator[tuple[float, int]]:
         """Yield worth and row of the victims of a device: the cheapest candidate, then up its chain."""

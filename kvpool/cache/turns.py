@@ -161,7 +161,17 @@ class TurnTable:
             if self.flags[turn] & 1 << SHARED:
                 self.hit(turn, SHARED, bucket, 1.0)
         gap_bucket = int(level / 2) + 1
-        self.renew(turn, born, self.number[turn] + 1, gap_bucket if gap_bucket < GAPS else GAPS - 1, shared, new)
+        self.now = self.born[turn] = born
+        self.number[turn] += 1
+        self.base[turn] = _GROUP * (GAPS + gap_bucket if gap_bucket < GAPS else 2 * GAPS - 1)
+        self.counted[turn] = -1
+        self.level[turn] = _NEW_LEVELS[new]
+        self.shared_blocks[turn] = shared
+        self.flags[turn] = 1 << TAIL | shared << SHARED
+        self._fresh.append(turn)
+        if not self.queued[turn]:
+            self._order.append(turn)
+        self.queued[turn] = 2
 
     def drop_ghosts(self, most: int) -> None:
         """Forget the oldest records without resident blocks once there are an eighth too many of them.
