@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 _REBUILD_REQUESTS, _REBUILD_BLOCKS = 50, 2000
 _DROP_REQUESTS = 32
 _MANY = 512
+_DOUBT = 0.7
+"""By what the worth of a session's first turn is multiplied when it is to be admitted: less is known of it than of what
+would have to go."""
 _SWEEP_REQUESTS, _SWEEP_BLOCKS = 8, 256
 _NONE = (0,) * KINDS
 _PLACES = np.array([TAIL, BODY, SHARED, OLD, OLD, OLD, SHARED, OLD], np.int32) * WIDTH
@@ -218,7 +221,8 @@ class Adaptive(CacheEvictionPolicy):
     ) -> int:
         turn = self._turn_of(space, hashes, rows, now)
         missing = len(hashes) - len(rows)
-        worth = self._worth(turn, TAIL, 0.0)
+        doubt = 1.0 if self._turns.number[turn] else _DOUBT
+        worth = doubt * self._worth(turn, TAIL, 0.0)
         sizes = self._index.size_bytes
         left = float(short)
         rankings = [self._ranking.of(device) for device in devices]
@@ -228,7 +232,7 @@ class Adaptive(CacheEvictionPolicy):
             while left > 0 and missing and worth < victim_worth:  # tail first, as victims
                 left -= 1
                 missing -= 1
-                worth = self._worth(turn, BODY, 0.0) if missing else worth
+                worth = doubt * self._worth(turn, BODY, 0.0)
             if left <= 0 or not missing:
                 break
             left -= sizes[row] / size_bytes

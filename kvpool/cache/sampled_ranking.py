@@ -67,7 +67,8 @@ class Drawn:
 class SampledRanking:
     """Ranks the leaves of each device by worth, from samples of them.
 
-    A sample serves for some requests, or until some of it has gone, whichever is first. Asking changes nothing, and the same question has the same answer until something changes.
+    A sample serves for some requests, or until some of it has gone, whichever is first. Asking changes nothing, and the
+    same question has the same answer until something changes.
 
     A row that is taken, or gets a child, mostly comes back soon; so it stays in the set of leaves until it is drawn and
     put out.
