@@ -44,7 +44,7 @@ class Adaptive(CacheEvictionPolicy):
     blocks that are worth less than the victims they would need are not admitted.
 
     Costs 14 bytes a row, and about 250 bytes for each turn with resident blocks or among the latest (as many of these
-    as there are resident blocks, at least 256).
+    as there are resident blocks, at least 256, and up to an eighth more for a while).
     """
 
     def __init__(self, index: CacheIndex) -> None:
