@@ -289,3 +289,17 @@ def test_the_least_are_found_among_many_equal_ones() -> None:
         assert 400 <= len(found) <= 500
         assert found.tolist() == np.sort(worths)[: len(found)].tolist()
     assert _least(np.array([2.0, 1.0]), 5).tolist() == [1, 0]
+
+
+def test_each_goes_once_whatever_was_exposed_before() -> None:
+    """Parents that lost their children between two samples are candidates beside those of the last one."""
+    pool = Pool()
+    chance = Random(6)
+    for number in range(60):
+        first = 10 * chance.randrange(12)
+        pool.request([*range(first, first + 1 + number % 9)], capacity=500)
+    while len(pool.index):
+        victims = list(pool.index.policy.victims(0))
+        assert len(set(victims)) == len(victims) == len(pool.index)
+        assert pool.policy.victim() == victims[0]
+        pool.index.remove(victims[0])
