@@ -59,6 +59,15 @@ def disk(folder: Path, json_path: str | None) -> None:
 
 
 @bench.command()
+@JSON
+def evict(json_path: str | None) -> None:
+    """Time eviction in the books of a pool: for each request, at worst, and of 512 MiB at once; ADAPTIVE beside LRU."""
+    from kvpool.bench import evict as benchmark
+
+    _report("eviction", benchmark.run, json_path)
+
+
+@bench.command()
 @click.option(
     "--trace",
     type=click.Path(exists=True, path_type=Path),

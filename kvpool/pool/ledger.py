@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -281,10 +282,10 @@ class Ledger:
     def count_evictions(self, rows: Sequence[int], reason: str) -> int:
         """Count caches that are about to leave, and tell who listens; returns their bytes."""
         index, counters = self.index, self.counters
-        size_bytes = 0
-        for row in rows:
-            size_bytes += index.size_bytes[row]
-            self.devices[index.device[row]].evictions += 1
+        sizes = index.size_bytes
+        size_bytes = sum([sizes[row] for row in rows])
+        for device, count in Counter(map(index.device.__getitem__, rows)).items():
+            self.devices[device].evictions += count
         counters.evictions += len(rows)
         counters.evicted_bytes += size_bytes
         counters.evictions_by_reason[reason] += len(rows)

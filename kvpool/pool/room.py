@@ -172,10 +172,12 @@ class Room:
         index = ledger.index
         by_device: dict[int, list[int]] = {}
         void: dict[int, list[int]] = {}
+        devices, has_void = index.device, index.has_void
         for row in rows:
-            by_device.setdefault(index.device[row], []).append(index.id_of(row))
-            if index.is_void(row):
-                void.setdefault(index.device[row], []).append(index.id_of(row))
+            cache_id = index.id_of(row)
+            by_device.setdefault(devices[row], []).append(cache_id)
+            if has_void and index.is_void(row):
+                void.setdefault(devices[row], []).append(cache_id)
         self._below.lower(rows)
         ledger.count_evictions(rows, "capacity")
         index.remove_all(rows)
