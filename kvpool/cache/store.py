@@ -22,7 +22,8 @@ operation                                                           answer
 ``("compact", most bytes)``                                         ``(bytes moved, pages freed, whether more is left)``
 =================================================================== ================================================
 
-``compact``, and ``allocate`` where there is no room, move caches that nobody has leased. A cache's next lease gives its new place, with a higher generation.
+``compact`` moves caches that nobody has leased, and so does ``allocate`` where there is no room. A cache's next lease
+gives its new place, with a higher generation.
 
 A *place* is ``(offset, pages, generation)``, with pages as ``((index, serial), ...)``. ``allocate`` first evicts, then
 places as many of its ids as fit, in their order; each is leased to the client before the answer leaves.

@@ -18,6 +18,7 @@ from kvpool.errors import (
 )
 from kvpool.memory.allocation import Allocation, Compaction, Movable, Place, Request, VictimSource, no_room
 from kvpool.memory.backend import Backend
+from kvpool.memory.compaction import WINDOW_PAGES
 from kvpool.memory.mover import Mover
 from kvpool.memory.pages import PageTable
 from kvpool.memory.ranges import RangeAllocator
@@ -282,8 +283,8 @@ class GPUMemoryAllocator:
         Parameters
         ----------
         budget_bytes
-            Bytes to copy at most, or those of the cheapest step: at most ``WINDOW_PAGES`` pages for what slides, a
-            page for what does not. Default: no bound, all is compacted.
+            Bytes to copy at most, or one cache. What is begun goes on in the next call. Default: no bound, all is
+            compacted.
 
         Raises
         ------
@@ -301,7 +302,7 @@ class GPUMemoryAllocator:
                 while done.more:
                     if left_bytes <= 0 and budget_bytes is not None:
                         return Compaction(moved_bytes, freed_pages, True)
-                    done = self._mover.step(tenant, left_bytes, self._table.capacity_pages, owner)
+                    done = self._mover.step(tenant, left_bytes, WINDOW_PAGES, owner)
                     moved_bytes += done.moved_bytes
                     freed_pages += done.freed_pages
                     left_bytes -= done.moved_bytes if budget_bytes is not None else 0
@@ -360,7 +361,7 @@ class GPUMemoryAllocator:
         cache_id, tenant, size_bytes, maximum_bytes = request
         if self._mover.unfinished:
             self._mover.finish()
-        place = self._place(tenant, size_bytes, maximum_bytes)
+        place = self._place(request)
         if place is None:
             with self.change():
                 place = self._place_by_compaction(request, self._mover.promising) or self._place_by_eviction(request)
@@ -389,8 +390,8 @@ class GPUMemoryAllocator:
             while done.more:
                 # Pages of another tenant that its clients map come free only later: what counts can be used now.
                 missing = max(1, needed - self._ranges.pages_for(request.tenant))
-                done = self._mover.step(tenant, missing * self.page_size_bytes, missing, self.owner)
-                place = self._place(request.tenant, request.size_bytes, request.max_size_bytes) if done.more else None
+                done = self._mover.step(tenant, self.capacity_bytes, missing, self.owner)
+                place = self._place(request) if done.more else None
                 if place is not None:
                     return place
         return None
@@ -398,7 +399,7 @@ class GPUMemoryAllocator:
     def _place_by_eviction(self, request: Request) -> Place:
         while self._victims is not None and (victim := self._victims.next_victim()) is not None:
             self.free(victim)
-            place = self._place(request.tenant, request.size_bytes, request.max_size_bytes)
+            place = self._place(request)
             place = place or self._place_by_compaction(request, self._mover.promising)
             if place is not None:
                 return place
@@ -407,15 +408,18 @@ class GPUMemoryAllocator:
             raise self._full(request)
         return place
 
-    def _place(self, tenant: str, size_bytes: int, maximum_bytes: int) -> Place | None:
+    def _place(self, request: Request) -> Place | None:
         """Return offset and pages, or ``None`` if there is no room."""
+        cache_id, tenant, size_bytes, maximum_bytes = request
         if maximum_bytes >= self.page_size_bytes:
             pages = -(-size_bytes >> self._page_shift)
             growing = maximum_bytes > size_bytes
             range_bytes = 1 << (maximum_bytes - 1).bit_length() if growing else pages << self._page_shift
             taken = self._ranges.take(tenant, Shape(range_bytes, pages))
             return None if taken is None else (taken.index << self._page_shift, taken.refs)
-        return self._shared.allocate(tenant, size_bytes, None if maximum_bytes == size_bytes else maximum_bytes)
+        return self._shared.allocate(
+            cache_id, tenant, size_bytes, None if maximum_bytes == size_bytes else maximum_bytes
+        )
 
     def _largest_bytes(self, tenant: str | None) -> int:
         """The largest cache that ``tenant``, or any, could allocate now without an eviction."""

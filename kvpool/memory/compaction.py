@@ -82,6 +82,28 @@ class Plan(NamedTuple):
         """Bytes to copy."""
         return sum(move.size_bytes for move in self.moves)
 
+    def within(self, budget_bytes: int) -> Plan:
+        """Return the front of the plan that copies ``budget_bytes`` at most, at least one move."""
+        for count, move in enumerate(self.moves):
+            if budget_bytes < move.size_bytes and count:
+                return Plan(self.moves[:count], ())
+            budget_bytes -= move.size_bytes
+        return self
+
+
+def runs(moves: Iterable[Move]) -> Iterator[list[Move]]:
+    """Yield moves of caches that lie side by side, before and after, together: they are one copy."""
+    run: list[Move] = []
+    source = destination = -1
+    for move in moves:
+        if run and (move.source != source or move.destination != destination):
+            yield run
+            run = []
+        run.append(move)
+        source, destination = move.source + move.size_bytes, move.destination + move.size_bytes
+    if run:
+        yield run
+
 
 NOTHING = Plan((), ())
 
@@ -97,16 +119,36 @@ def plan_evacuation(snapshot: Snapshot, budget_bytes: int, most_pages: int) -> P
         Pages to free at most.
     """
     page_bytes = snapshot.page_bytes
-    used = _used_bytes(snapshot)
+    mask = -page_bytes
     residents: dict[int, list[Part]] = {page: [] for page in snapshot.pages}
+    used = dict.fromkeys(snapshot.pages, 0)
     fixed: set[int] = set()
+    free: list[tuple[int, int]] = []
+    page, cursor = -1, 0  # a page, and where the part before ends in it
+
+    def close_page() -> None:
+        if page in residents and cursor < page + page_bytes:
+            free.append((cursor, page + page_bytes - cursor))
+
     for part in snapshot.parts:
-        for page in pages_under(part.offset, part.size_bytes, page_bytes):
-            if page in residents:
-                residents[page].append(part)
-                if not part.movable:
-                    fixed.add(page)
-    holes = _Holes(find_holes(snapshot))
+        offset, size_bytes, _, movable = part
+        end = offset + size_bytes
+        for here in range(offset & mask, end, page_bytes):
+            if here != page:
+                close_page()
+                page = cursor = here
+            if here not in residents:
+                continue
+            begin = max(offset, here)
+            if begin > cursor:
+                free.append((cursor, begin - cursor))
+            cursor = min(end, here + page_bytes)
+            used[here] += cursor - begin
+            residents[here].append(part)
+            if not movable:
+                fixed.add(here)
+    close_page()
+    holes = _Holes(free, page_bytes)
     moves: list[Move] = []
     freed: list[int] = []
     moved_ids: set[int] = set()
@@ -121,10 +163,8 @@ def plan_evacuation(snapshot: Snapshot, budget_bytes: int, most_pages: int) -> P
         cost = sum(part.size_bytes for part in parts)
         if moves and moved_bytes + cost > budget_bytes:
             break
-        cut = holes.cut(page, page + page_bytes)
-        placed = _place(parts, holes)
+        placed = holes.place(page, parts)
         if placed is None:
-            holes.undo_cut(page, page + page_bytes, cut)
             failures += 1
             continue
         failures = 0
@@ -132,8 +172,7 @@ def plan_evacuation(snapshot: Snapshot, budget_bytes: int, most_pages: int) -> P
         freed.append(page)
         moved_bytes += cost
         moved_ids.update(part.cache_id for part in parts)
-        for move in placed:
-            received.update(pages_under(move.destination, move.size_bytes, page_bytes))
+        received.update(move.destination & mask for move in placed)
     return Plan(tuple(moves), tuple(freed))
 
 
@@ -225,94 +264,62 @@ def choose_join(snapshot: Snapshot, budget_bytes: int, most_pages: int) -> tuple
     return tuple(page for group in reversed(chosen[:best]) for page in group)
 
 
-def find_holes(snapshot: Snapshot) -> list[tuple[int, int]]:
-    """Return what is free as (offset, bytes), ascending. A hole may go on in the next page."""
-    holes: list[tuple[int, int]] = []
-    parts = iter(snapshot.parts)
-    part = next(parts, None)
-    for start, end in _regions(snapshot):
-        cursor = start
-        while part is not None and part.offset < end:
-            if part.offset > cursor:
-                holes.append((cursor, part.offset - cursor))
-            cursor = max(cursor, part.end)
-            if part.end > end:
-                break
-            part = next(parts, None)
-        if cursor < end:
-            holes.append((cursor, end - cursor))
-    return holes
-
-
 def pages_under(offset: int, size_bytes: int, page_bytes: int) -> range:
     """Return the offsets of the pages that a part lies in."""
     return range(offset - offset % page_bytes, offset + size_bytes, page_bytes)
 
 
 class _Holes:
-    """Holes by size, so that the smallest that fits is found."""
+    """Holes by size, so that the smallest that fits is found. None goes on in the next page."""
 
-    def __init__(self, holes: Iterable[tuple[int, int]]) -> None:
-        self._by_offset = sorted(holes)
-        self._by_size = sorted((size_bytes, offset) for offset, size_bytes in self._by_offset)
+    def __init__(self, holes: Sequence[tuple[int, int]], page_bytes: int) -> None:
+        self._mask = -page_bytes
+        #: Offsets by size, the lowest last.
+        self._offsets: dict[int, list[int]] = {}
+        for offset, size_bytes in reversed(holes):
+            self._offsets.setdefault(size_bytes, []).append(offset)
+        self._sizes = sorted(self._offsets)
+        self._emptied: set[int] = set()
 
-    def add(self, offset: int, size_bytes: int) -> None:
-        if size_bytes:
-            insort(self._by_offset, (offset, size_bytes))
-            insort(self._by_size, (size_bytes, offset))
+    def place(self, page: int, parts: Sequence[Part]) -> list[Move] | None:
+        """Place all parts of a page in holes of others, the largest first; or none, and the holes are as they were."""
+        self._emptied.add(page)
+        moves: list[Move] = []
+        undo: list[tuple[int, int, int]] = []  # holes taken: offset, bytes, bytes of them that are used
+        for offset, size_bytes, cache_id, _ in sorted(parts, key=lambda part: (-part[1], part[0])):
+            hole = self._take(size_bytes, undo)
+            if hole < 0:
+                for start, hole_bytes, used_bytes in reversed(undo):
+                    if 0 < used_bytes < hole_bytes:
+                        self._offsets[hole_bytes - used_bytes].pop()
+                    self._offsets[hole_bytes].append(start)
+                self._emptied.remove(page)
+                return None
+            moves.append(Move(cache_id, offset, hole, size_bytes))
+        return moves
 
-    def remove(self, offset: int, size_bytes: int) -> None:
-        if size_bytes:
-            del self._by_offset[bisect_left(self._by_offset, (offset, size_bytes))]
-            del self._by_size[bisect_left(self._by_size, (size_bytes, offset))]
-
-    def take(self, size_bytes: int) -> tuple[int, int] | None:
-        """Take the front of the smallest hole that fits; returns the hole as it was."""
-        position = bisect_left(self._by_size, (size_bytes, -1))
-        if position == len(self._by_size):
-            return None
-        hole_bytes, offset = self._by_size[position]
-        self.remove(offset, hole_bytes)
-        self.add(offset + size_bytes, hole_bytes - size_bytes)
-        return offset, hole_bytes
-
-    def cut(self, start: int, end: int) -> list[tuple[int, int]]:
-        """Take ``[start, end)`` out of all holes; returns those that were cut, as they were."""
-        first = bisect_left(self._by_offset, (start, 0))
-        if first and sum(self._by_offset[first - 1]) > start:
-            first -= 1
-        cut = []
-        for offset, size_bytes in self._by_offset[first:]:
-            if offset >= end:
-                break
-            cut.append((offset, size_bytes))
-        for offset, size_bytes in cut:
-            self.remove(offset, size_bytes)
-            self.add(offset, max(0, start - offset))
-            self.add(end, max(0, offset + size_bytes - end))
-        return cut
-
-    def undo_cut(self, start: int, end: int, cut: Sequence[tuple[int, int]]) -> None:
-        for offset, size_bytes in cut:
-            self.remove(offset, max(0, start - offset))
-            self.remove(end, max(0, offset + size_bytes - end))
-            self.add(offset, size_bytes)
-
-
-def _place(parts: Sequence[Part], holes: _Holes) -> list[Move] | None:
-    """Place all parts in holes, the largest first; or none, and the holes are as they were."""
-    moves: list[Move] = []
-    taken: list[tuple[int, int, int]] = []
-    for part in sorted(parts, key=lambda part: (-part.size_bytes, part.offset)):
-        hole = holes.take(part.size_bytes)
-        if hole is None:
-            for size_bytes, offset, hole_bytes in reversed(taken):
-                holes.remove(offset + size_bytes, hole_bytes - size_bytes)
-                holes.add(offset, hole_bytes)
-            return None
-        taken.append((part.size_bytes, *hole))
-        moves.append(Move(part.cache_id, part.offset, hole[0], part.size_bytes))
-    return moves
+    def _take(self, size_bytes: int, undo: list[tuple[int, int, int]]) -> int:
+        """Take the front of the smallest hole that fits, and return it; -1: there is none."""
+        sizes, mask, emptied = self._sizes, self._mask, self._emptied
+        position = bisect_left(sizes, size_bytes)
+        while position < len(sizes):
+            hole_bytes = sizes[position]
+            offsets = self._offsets[hole_bytes]
+            while offsets:
+                offset = offsets.pop()
+                if offset & mask in emptied:  # nothing goes there any more
+                    undo.append((offset, hole_bytes, 0))
+                    continue
+                undo.append((offset, hole_bytes, size_bytes))
+                rest_bytes = hole_bytes - size_bytes
+                if rest_bytes:
+                    if rest_bytes not in self._offsets:
+                        self._offsets[rest_bytes] = []
+                        insort(sizes, rest_bytes)
+                    self._offsets[rest_bytes].append(offset + size_bytes)
+                return offset
+            position += 1
+        return -1
 
 
 def _used_bytes(snapshot: Snapshot) -> dict[int, int]:

@@ -13,6 +13,7 @@ from kvpool.memory.allocation import Place
 from kvpool.memory.buddy import BuddyAllocator
 from kvpool.memory.ranges import RangeAllocator
 from kvpool.memory.reserve import Shape
+from kvpool.memory.residents import Residents
 
 
 class SharedPages:
@@ -38,6 +39,8 @@ class SharedPages:
         self._one_page = Shape(self._page_bytes, 1)
         #: By tenant. The default's is made now, so that an impossible size shows now.
         self._parts = {"default": BuddyAllocator(0, min_block_bytes, self._page_bytes)}
+        #: By tenant: which caches have these parts.
+        self._residents = {"default": Residents(self._page_bytes)}
         #: By offset: the two pieces of a part that lies across a border of pages.
         self._pieces: dict[int, tuple[int, ...]] = {}
         #: By offset of a page in quarantine: its tenant, and the parts of it that are free and yet for nobody.
@@ -45,26 +48,26 @@ class SharedPages:
         #: Bytes of these parts.
         self.withheld_bytes = 0
 
-    def allocate(self, tenant: str, size_bytes: int, max_size_bytes: int | None) -> Place | None:
+    def allocate(self, cache_id: int, tenant: str, size_bytes: int, max_size_bytes: int | None) -> Place | None:
         """Return offset and page of a part, or ``None`` if it needs a page and there is none."""
         parts = self._parts.get(tenant)
         if parts is None:
             parts = self._parts[tenant] = BuddyAllocator(0, self._min_block_bytes, self._page_bytes)
-        if parts.total_bytes:
-            try:
-                offset = parts.allocate(size_bytes, max_size_bytes)
-            except AddressSpaceError:
-                pass  # no hole is large enough: one page more
-            else:
-                return offset, self._ranges.in_use[offset // self._page_bytes][1].refs
-        page = self._ranges.take(tenant, self._one_page)
-        if page is None:
-            return None
-        parts.add(page.index * self._page_bytes)
-        return parts.allocate(size_bytes, max_size_bytes), page.refs
+            self._residents[tenant] = Residents(self._page_bytes)
+        try:
+            offset = parts.allocate(size_bytes, max_size_bytes)
+        except AddressSpaceError:  # no hole is large enough: one page more
+            page = self._ranges.take(tenant, self._one_page)
+            if page is None:
+                return None
+            parts.add(page.index * self._page_bytes)
+            offset = parts.allocate(size_bytes, max_size_bytes)
+        self._residents[tenant].enter(offset, (cache_id, parts.allocation_size(offset)))
+        return offset, self._ranges.in_use[offset // self._page_bytes][1].refs
 
     def free(self, tenant: str, offset: int) -> None:
         """Take the part at ``offset`` back, and give its page to the arena when nothing else lives in it."""
+        self._residents[tenant].leave(offset)
         for piece in self._pieces.pop(offset, (offset,)):
             self._free_piece(tenant, piece)
 
@@ -80,16 +83,18 @@ class SharedPages:
             parts.take(page)
             self._ranges.put(page // self._page_bytes)
 
-    def move(self, tenant: str, source: int, destination: int) -> None:
-        """Enter that a part lies elsewhere, perhaps over a part of where it lay.
+    def move(self, tenant: str, moves: Iterable[tuple[int, int]]) -> None:
+        """Enter that parts lie elsewhere (source, destination), in this order, perhaps over where they lay.
 
         Pages that are empty by that stay until :meth:`put_empty`: what moves next may go there.
         """
-        parts = self._parts[tenant]
-        size_bytes = self.part_bytes(tenant, source)
-        for piece in self._pieces.pop(source, (source,)):
-            parts.free(piece)
-        self._carve(parts, destination, size_bytes)
+        parts, residents, pieces = self._parts[tenant], self._residents[tenant], self._pieces
+        for source, destination in moves:
+            resident = residents.leave(source)
+            for piece in pieces.pop(source, (source,)):
+                parts.free(piece)
+            self._carve(parts, destination, resident[1])
+            residents.enter(destination, resident)
 
     def join(self, tenant: str, pages: Sequence[int], offsets: Iterable[int]) -> int | None:
         """Map pages (offsets) side by side, with the parts at ``offsets``, all that begin in them.
@@ -109,12 +114,8 @@ class SharedPages:
         moved = {page: (first + number) * self._page_bytes for number, page in enumerate(pages)}
         for page in moved.values():
             parts.add(page)
-        for offset in offsets:
-            size_bytes = self.part_bytes(tenant, offset)
-            for piece in self._pieces.pop(offset, (offset,)):
-                parts.free(piece)
-            page = offset & -self._page_bytes
-            self._carve(parts, moved[page] + offset - page, size_bytes)
+        mask = -self._page_bytes
+        self.move(tenant, [(offset, moved[offset & mask] + (offset & ~mask)) for offset in offsets])
         for page in moved:
             parts.take(page)
         return first * self._page_bytes
@@ -175,7 +176,11 @@ class SharedPages:
 
     def part_bytes(self, tenant: str, offset: int) -> int:
         """Bytes of the part at ``offset``, rounded as it was when allocated."""
-        return sum(map(self._parts[tenant].allocation_size, self._pieces.get(offset, (offset,))))
+        return self._residents[tenant].at(offset)[1]
+
+    def residents(self, tenant: str) -> Residents:
+        """What lies in this tenant's pages."""
+        return self._residents[tenant]
 
     def largest_hole_bytes(self, tenant: str | None) -> int:
         """The largest part that ``tenant``, or any, could still get from a page that is in use."""
@@ -198,4 +203,5 @@ class SharedPages:
             all_withheld_bytes += withheld_bytes
             known_bytes = used_bytes.get(tenant, 0) + withheld_bytes
             ensure(parts.used_bytes == known_bytes, "no part of a page is lost", tenant=tenant)
+            self._residents[tenant].check(known_bytes - withheld_bytes)
         ensure(self.withheld_bytes == all_withheld_bytes, "withheld bytes are counted", counted=self.withheld_bytes)
