@@ -227,6 +227,18 @@ class BuddyAllocator:
         self._merge_range(found[0][0], offset)
         self._merge_range(end, position)
 
+    def is_free(self, offset: int, size_bytes: int) -> bool:
+        """Whether :meth:`carve` would find all of ``[offset, offset + size_bytes)`` free."""
+        end = offset + size_bytes
+        while offset < end:
+            for block_bytes, blocks in self._free.items():
+                if offset & -block_bytes in blocks:
+                    offset = (offset & -block_bytes) + block_bytes
+                    break
+            else:
+                return False
+        return True
+
     def split(self, offset: int) -> None:
         """Make the range at ``offset`` as many ranges of the minimum block, each to be freed by itself.
 

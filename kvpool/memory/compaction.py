@@ -31,6 +31,8 @@ WINDOW_PAGES = 64
 DENSE = 1 - 1 / 32
 """Pages filled above this share are not joined: more than 32 would be copied for each that comes free."""
 
+_LEAST_BYTES = 1 << 15
+
 _MOST_FAILURES = 32
 """Pages in a row that cannot be evacuated before no fuller one is tried."""
 
@@ -83,11 +85,15 @@ class Plan(NamedTuple):
         return sum(move.size_bytes for move in self.moves)
 
     def within(self, budget_bytes: int) -> Plan:
-        """Return the front of the plan that copies ``budget_bytes`` at most, at least one move."""
+        """Return the front of the plan that copies ``budget_bytes`` at most, at least one move.
+
+        A small cache counts for as many bytes as could be copied in the time that its bookkeeping takes.
+        """
         for count, move in enumerate(self.moves):
-            if budget_bytes < move.size_bytes and count:
+            cost_bytes = max(move.size_bytes, _LEAST_BYTES)
+            if budget_bytes < cost_bytes and count:
                 return Plan(self.moves[:count], ())
-            budget_bytes -= move.size_bytes
+            budget_bytes -= cost_bytes
         return self
 
 

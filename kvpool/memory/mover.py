@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import islice
 
 from kvpool.errors import BackendError, ensure
 from kvpool.memory.allocation import Allocation, Compaction, Movable
@@ -63,6 +64,11 @@ class Mover:
         self._page_bytes = ranges.table.page_size_bytes
         #: A move over a part of the cache's own place that the backend interrupted, the bytes copied, and whom to tell.
         self.unfinished: tuple[Move, int, Movable] | None = None
+        #: A plan that :meth:`go_on` goes on with, and whose pages it is about.
+        self._begun: tuple[str, Plan] | None = None
+        #: Since it began.
+        self.moved_bytes = 0
+        self.freed_pages = 0
         #: By tenant: the free bytes in its pages when no plan was found.
         self._futile: dict[str, int] = {}
 
@@ -97,6 +103,48 @@ class Mover:
         self._futile.pop(tenant, None)
         return self._carry_out(tenant, plan.within(budget_bytes), owner)
 
+    def go_on(self, tenant: str, budget_bytes: int, owner: Movable) -> Compaction:
+        """Take a small step: copy ``budget_bytes``, or a cache, of a plan for one page that lasts for several steps.
+
+        Between two of them caches come, go and are leased. Moves that are not possible any more are left out.
+
+        Raises
+        ------
+        BackendError
+            As :meth:`step`.
+        """
+        self.finish()
+        if self._begun is None or not self._begun[1].moves:
+            if self._shared.free_bytes(tenant) < self._page_bytes:
+                return Compaction(0, 0, False)
+            plan = self._plan(Survey(self._shared, tenant, self._page_bytes, owner), self._page_bytes, 1, looks=1)
+            if not plan.freed:
+                self._futile[tenant] = self._shared.free_bytes(tenant)
+                return Compaction(0, 0, False)
+            self._futile.pop(tenant, None)
+            self._begun = (tenant, Plan(plan.moves, ()))
+        tenant, rest = self._begun
+        front = rest.within(budget_bytes)
+        self._begun = (tenant, Plan(rest.moves[len(front.moves) :], ()))
+        moved_bytes = freed_pages = 0
+        for run in runs(front.moves):
+            if self._is_possible(tenant, run, owner):
+                done = self._carry_out(tenant, Plan(tuple(run), ()), owner)
+                moved_bytes, freed_pages = moved_bytes + done.moved_bytes, freed_pages + done.freed_pages
+        return Compaction(moved_bytes, freed_pages, True)
+
+    def _is_possible(self, tenant: str, run: Sequence[Move], owner: Movable) -> bool:
+        """Whether caches still lie where they did, may move, and their new place is free but for what they have."""
+        for move in run:
+            allocation = self._live.get(move.cache_id)
+            if allocation is None or allocation.offset != move.source or not owner.may_move(move.cache_id):
+                return False
+        source, destination = run[0].source, run[0].destination
+        size_bytes = sum(move.size_bytes for move in run)
+        if destination < source < destination + size_bytes:
+            size_bytes = source - destination
+        return self._shared.is_free(tenant, destination, size_bytes)
+
     def finish(self) -> None:
         """Finish the move that an error of the backend interrupted, if there is one.
 
@@ -112,16 +160,17 @@ class Mover:
             self._switch(tenant, [move], owner)
             self._shared.put_empty(tenant, pages_under(move.source, move.size_bytes, self._page_bytes))
 
-    def _plan(self, survey: Survey, budget_bytes: int, most_pages: int) -> Plan:
-        for snapshot in survey.for_evacuation(budget_bytes, most_pages):
+    def _plan(self, survey: Survey, budget_bytes: int, most_pages: int, looks: int | None = None) -> Plan:
+        """Plan with the first snapshots, as many as ``looks`` of each kind, or as many as it takes."""
+        for snapshot in islice(survey.for_evacuation(budget_bytes, most_pages), looks):
             plan = plan_evacuation(snapshot, budget_bytes, most_pages)
             if plan.freed:
                 return plan
-        for snapshot in survey.for_slides():
+        for snapshot in islice(survey.for_slides(most_pages), looks):
             plan = plan_slide(snapshot, budget_bytes, most_pages)
             if plan.freed:
                 return plan
-        for snapshot in survey.for_join():
+        for snapshot in islice(survey.for_join(), looks):
             pages = choose_join(snapshot, budget_bytes, most_pages)
             if pages:
                 return self._join(survey, snapshot, pages)
@@ -155,7 +204,10 @@ class Mover:
                 move = self.unfinished[0]
                 emptied.difference_update(pages_under(move.destination, move.size_bytes, self._page_bytes))
             freed_pages = self._shared.put_empty(tenant, sorted(emptied))
-        return Compaction(sum(move.size_bytes for move in done), freed_pages, True)
+            moved_bytes = sum(move.size_bytes for move in done)
+            self.moved_bytes += moved_bytes
+            self.freed_pages += freed_pages
+        return Compaction(moved_bytes, freed_pages, True)
 
     def _copy(self, run: list[Move], done_bytes: int, done: list[Move], owner: Movable) -> None:
         """Copy what is not copied yet of caches that lie side by side; adds those that are whole to ``done``.

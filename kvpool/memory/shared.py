@@ -96,6 +96,10 @@ class SharedPages:
             self._carve(parts, destination, resident[1])
             residents.enter(destination, resident)
 
+    def is_free(self, tenant: str, offset: int, size_bytes: int) -> bool:
+        """Whether nothing lies in a part of this tenant's pages."""
+        return self._parts[tenant].is_free(offset, size_bytes)
+
     def join(self, tenant: str, pages: Sequence[int], offsets: Iterable[int]) -> int | None:
         """Map pages (offsets) side by side, with the parts at ``offsets``, all that begin in them.
 

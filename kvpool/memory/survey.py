@@ -8,8 +8,11 @@ from kvpool.memory.allocation import Movable
 from kvpool.memory.compaction import WINDOW_PAGES, Part, Snapshot
 from kvpool.memory.shared import SharedPages
 
-_TARGET_FACTOR = 2
+_TARGET_FACTOR = 1.5
 """Free bytes looked at for each byte that is to be placed in them: not every hole fits."""
+
+_MANY = 64
+"""Caches of a page."""
 
 
 class Survey:
@@ -48,7 +51,9 @@ class Survey:
                 moved_bytes += self._page_bytes - self._free_bytes[page]
         chosen = set(sources)
         hole_bytes = 0
-        for page in reversed(emptiest):
+        # The fullest pages are the best place, but where caches are small much is looked at there for a few holes.
+        many = sum(1 for page in sources for _ in self._residents.ids(page)) > _MANY * len(sources)
+        for page in emptiest if many else reversed(emptiest):
             if hole_bytes >= _TARGET_FACTOR * moved_bytes:
                 break
             if page not in chosen and self._free_bytes[page]:
@@ -60,12 +65,16 @@ class Survey:
         if len(chosen) < len(self._pages):
             yield self._snapshot(self._pages)
 
-    def for_slides(self) -> Iterator[Snapshot]:
-        """Yield windows of pages that lie side by side, those first in which least is moved for a page."""
-        windows = [window for window in self._windows() if self._free(window) >= self._page_bytes]
-        windows.sort(key=lambda window: -self._free(window) / len(window))
-        for window in windows:
-            yield self._snapshot(window)
+    def for_slides(self, most_pages: int) -> Iterator[Snapshot]:
+        """Yield windows of pages that lie side by side, those first in which least is moved for a page.
+
+        First windows no larger than it takes for ``most_pages`` and what is lost at the end, then the largest.
+        """
+        for enough_bytes in ((most_pages + 1) * self._page_bytes, WINDOW_PAGES * self._page_bytes):
+            windows = [each for each in self._windows(enough_bytes) if self._free(each) >= self._page_bytes]
+            windows.sort(key=lambda window: -self._free(window) / len(window))
+            for window in windows:
+                yield self._snapshot(window)
 
     def for_join(self) -> Iterator[Snapshot]:
         """Yield the emptiest pages, with those that a cache lies across; then all pages."""
@@ -97,12 +106,16 @@ class Survey:
     def _free(self, pages: Iterable[int]) -> int:
         return sum(map(self._free_bytes.__getitem__, pages))
 
-    def _windows(self) -> Iterator[list[int]]:
+    def _windows(self, enough_bytes: int) -> Iterator[list[int]]:
+        """Yield pages that lie side by side, until so many bytes are free in them, or there are too many."""
         window: list[int] = []
+        free_bytes = 0
         for page in self._pages:
-            if window and (page != window[-1] + self._page_bytes or len(window) == WINDOW_PAGES):
+            apart = window and page != window[-1] + self._page_bytes
+            if apart or len(window) == WINDOW_PAGES or free_bytes >= enough_bytes:
                 yield window
-                window = []
+                window, free_bytes = [], 0
             window.append(page)
+            free_bytes += self._free_bytes[page]
         if window:
             yield window

@@ -139,6 +139,13 @@ class CompactionMachine(RuleBasedStateMachine):
             if not self.leased and not self.mapped:
                 self.nothing_is_wasted()
 
+    @rule(budget=st.sampled_from([1, 3 * MIN, 4 * PAGE]), times=st.integers(1, 4))
+    def compact_a_little(self, budget: int, times: int) -> None:
+        for _ in range(times):
+            usage = self.allocator.usage()
+            done = self.allocator.compact_a_little(budget)
+            assert usage.backed_bytes - self.allocator.usage().backed_bytes == done.freed_pages * PAGE
+
     def nothing_is_wasted(self) -> None:
         for tenant in ("a", "b"):
             small = [each for each in self.places.values() if each.tenant == tenant and each.max_size_bytes < PAGE]

@@ -1,0 +1,62 @@
+"""When compaction in the background takes its next step."""
+
+from __future__ import annotations
+
+STEP_BYTES = 1 << 20
+"""What one step copies at most, or one cache: some tenths of a millisecond, for which whoever comes meanwhile waits."""
+
+IDLE_S = 1.0
+"""How often it is looked whether there is something to do, when there was nothing."""
+
+_QUIET_S = 0.05
+"""After so long without an operation nobody is disturbed."""
+_BUSY = 0.1
+"""Part of the share of time that is taken while operations come, so that few of them meet a step."""
+
+
+class CompactionPacer:
+    """Spreads steps over time, so that they take a share of it, and a tenth of that share while others are served.
+
+    All times are seconds of one clock, which the caller reads.
+
+    Parameters
+    ----------
+    threshold
+        Fragmentation above which memory is compacted; 1: never.
+    share
+        Most of the time that steps take.
+    """
+
+    def __init__(self, threshold: float, share: float) -> None:
+        self._threshold = threshold
+        self._share = share
+        self._last_operation = float("-inf")
+        #: Fragmentation at which nothing could be moved: until there is more, nothing is tried.
+        self._futile = 0.0
+
+    def operated(self, now: float) -> None:
+        """Note that somebody was served."""
+        self._last_operation = now
+
+    def due(self, fragmentation: float) -> bool:
+        """Whether a step is worth its time now."""
+        self._futile = min(self._futile, fragmentation)
+        return fragmentation > max(self._threshold, self._futile)
+
+    def stepped(self, began: float, ended: float, fragmentation: float, more: bool) -> float:
+        """Return how long to wait after a step, seconds.
+
+        Parameters
+        ----------
+        began, ended
+            When it did.
+        fragmentation
+            What it left.
+        more
+            Whether another one may do more.
+        """
+        if not more:
+            self._futile = fragmentation
+            return IDLE_S
+        share = self._share if ended - self._last_operation > _QUIET_S else self._share * _BUSY
+        return (ended - began) * (1 / share - 1)
