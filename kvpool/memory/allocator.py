@@ -20,6 +20,7 @@ from kvpool.memory.allocation import Allocation, Compaction, Movable, Place, Req
 from kvpool.memory.backend import Backend
 from kvpool.memory.compaction import WINDOW_PAGES
 from kvpool.memory.mover import Mover
+from kvpool.memory.packing import shares_pages
 from kvpool.memory.pages import PageTable
 from kvpool.memory.ranges import RangeAllocator
 from kvpool.memory.reserve import Shape
@@ -32,8 +33,8 @@ from kvpool.memory.usage import MemoryUsage
 class GPUMemoryAllocator:
     """Allocates caches on one device. Belongs to one thread.
 
-    Caches that never grow to a page share pages with others of their tenant; larger ones own theirs. A page is backed
-    exactly while something lives in it; then it is kept warm for its tenant, as far as the reserve's bound goes.
+    Caches that do not fill pages share them with others of their tenant, see :mod:`kvpool.memory.packing`. A page is
+    backed exactly while something lives in it; then it is kept warm for its tenant, as far as the reserve's bound goes.
 
     Parameters
     ----------
@@ -221,7 +222,7 @@ class GPUMemoryAllocator:
         except KeyError:
             raise self._not_live(cache_id) from None
         self._live_bytes -= allocation.size_bytes
-        if allocation.max_size_bytes < self.page_size_bytes:
+        if shares_pages(allocation.size_bytes, allocation.max_size_bytes, self.page_size_bytes):
             self._shared.free(allocation.tenant, allocation.offset)
         else:
             self._ranges.put(allocation.offset >> self._page_shift)
@@ -231,7 +232,7 @@ class GPUMemoryAllocator:
     def wipe(self, cache_id: int) -> None:
         """Set all bytes of a live cache's memory to zero, those that its size was rounded up by included."""
         each = self.allocation(cache_id)
-        if each.max_size_bytes < self.page_size_bytes:
+        if shares_pages(each.size_bytes, each.max_size_bytes, self.page_size_bytes):
             self._scrubber.zero(each.offset, self._shared.part_bytes(each.tenant, each.offset))
         else:
             self._scrubber.zero(each.offset, len(each.pages) << self._page_shift)
@@ -240,7 +241,7 @@ class GPUMemoryAllocator:
         """Keep what is free, or comes free, under a live cache from everybody until ``client_id`` has unmapped it."""
         each = self.allocation(cache_id)
         held = self._table.quarantine(client_id, [index for index, _ in each.pages])
-        if each.max_size_bytes < self.page_size_bytes:
+        if shares_pages(each.size_bytes, each.max_size_bytes, self.page_size_bytes):
             for index in held:
                 self._shared.withhold(each.tenant, index << self._page_shift)
 
@@ -340,7 +341,7 @@ class GPUMemoryAllocator:
             homes.add(index)
             refs = home.refs
             ensure(len(each.pages) << self._page_shift >= each.size_bytes, "a cache is backed", id=each.cache_id)
-            if each.max_size_bytes < self.page_size_bytes:
+            if shares_pages(each.size_bytes, each.max_size_bytes, self.page_size_bytes):
                 range_bytes = self._shared.part_bytes(each.tenant, each.offset)
                 refs = self._shared.refs(each.offset, range_bytes)
                 homes.update(index for index, _ in refs)
@@ -393,8 +394,7 @@ class GPUMemoryAllocator:
         """Free as many pages as are missing, if so many could come free; ``None`` if that did not help."""
         if self.owner is None:
             return None
-        small = request.max_size_bytes < self.page_size_bytes
-        needed = 1 if small else -(-request.size_bytes >> self._page_shift)
+        needed = -(-request.size_bytes >> self._page_shift)
         tenants = [request.tenant, *(each for each in self._shared.tenants if each != request.tenant)]
         possible = {tenant: self._mover.possible(tenant) for tenant in tenants if promising(tenant)}
         if self._ranges.pages_for(request.tenant) + sum(possible.values()) < needed:
@@ -425,7 +425,7 @@ class GPUMemoryAllocator:
     def _place(self, request: Request) -> Place | None:
         """Return offset and pages, or ``None`` if there is no room."""
         cache_id, tenant, size_bytes, maximum_bytes = request
-        if maximum_bytes >= self.page_size_bytes:
+        if not shares_pages(size_bytes, maximum_bytes, self.page_size_bytes):
             pages = -(-size_bytes >> self._page_shift)
             growing = maximum_bytes > size_bytes
             range_bytes = 1 << (maximum_bytes - 1).bit_length() if growing else pages << self._page_shift

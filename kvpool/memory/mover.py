@@ -141,6 +141,8 @@ class Mover:
                 return False
         source, destination = run[0].source, run[0].destination
         size_bytes = sum(move.size_bytes for move in run)
+        if self._shared.is_withheld(source, size_bytes):
+            return False
         if destination < source < destination + size_bytes:
             size_bytes = source - destination
         return self._shared.is_free(tenant, destination, size_bytes)

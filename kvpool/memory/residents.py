@@ -19,7 +19,7 @@ class _Page:
     def __init__(self) -> None:
         #: That begin here, by offset.
         self.parts: dict[int, Resident] = {}
-        #: Offset of the part that reaches into this page from the one before.
+        #: Offset of the part that reaches into this page from those before.
         self.reaching = _NONE
         self.used_bytes = 0
 
@@ -50,9 +50,10 @@ class Residents:
             here.used_bytes += resident[1]
             return
         here.used_bytes += inside_bytes
-        there = self._pages.setdefault(page + self._page_bytes, _Page())
-        there.used_bytes += resident[1] - inside_bytes
-        there.reaching = offset
+        for following in range(page + self._page_bytes, offset + resident[1], self._page_bytes):
+            there = self._pages.setdefault(following, _Page())
+            there.used_bytes += min(self._page_bytes, offset + resident[1] - following)
+            there.reaching = offset
 
     def leave(self, offset: int) -> Resident:
         """Forget, and return, the part at ``offset``."""
@@ -60,15 +61,13 @@ class Residents:
         here = self._pages[page]
         resident = here.parts.pop(offset)
         inside_bytes = page + self._page_bytes - offset
-        if resident[1] > inside_bytes:
-            there = self._pages[page + self._page_bytes]
-            there.used_bytes -= resident[1] - inside_bytes
+        here.used_bytes -= min(inside_bytes, resident[1])
+        for following in range(page + self._page_bytes, offset + resident[1], self._page_bytes):
+            there = self._pages[following]
+            there.used_bytes -= min(self._page_bytes, offset + resident[1] - following)
             there.reaching = _NONE
             if not there.used_bytes:
-                del self._pages[page + self._page_bytes]
-            here.used_bytes -= inside_bytes
-        else:
-            here.used_bytes -= resident[1]
+                del self._pages[following]
         if not here.used_bytes:
             del self._pages[page]
         return resident
@@ -119,10 +118,9 @@ class Residents:
         used = dict.fromkeys(self._pages, 0)
         for page, here in self._pages.items():
             for offset, (_, size_bytes) in here.parts.items():
-                inside_bytes = min(size_bytes, page + self._page_bytes - offset)
-                used[page] += inside_bytes
-                if size_bytes > inside_bytes:
-                    used[page + self._page_bytes] += size_bytes - inside_bytes
-                    ensure(self._pages[page + self._page_bytes].reaching == offset, "who reaches over is known")
+                used[page] += min(size_bytes, page + self._page_bytes - offset)
+                for following in range(page + self._page_bytes, offset + size_bytes, self._page_bytes):
+                    used[following] += min(self._page_bytes, offset + size_bytes - following)
+                    ensure(self._pages[following].reaching == offset, "who reaches over is known", page=following)
         ensure(used == {page: here.used_bytes for page, here in self._pages.items()}, "a page's bytes are counted")
         ensure(sum(used.values()) == known_bytes, "who lies in each page is known", known_bytes=known_bytes)

@@ -1,7 +1,8 @@
-"""Caches smaller than a page: several of one tenant share its pages.
+"""Caches that do not fill pages: several of one tenant share its pages.
 
-A part comes to lie in one page, aligned as the buddy allocator does it. Compaction puts it anywhere, also across the
-border of two pages that lie side by side: else caches a little larger than half a page would fill half of each page.
+A part smaller than a page comes to lie in one, aligned as the buddy allocator does it; a larger one begins at a page.
+Compaction puts it anywhere, also across the borders of pages that lie side by side: else caches a little larger than
+half a page would fill half of each page.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from kvpool.memory.buddy import BuddyAllocator
 from kvpool.memory.ranges import RangeAllocator
 from kvpool.memory.reserve import Shape
 from kvpool.memory.residents import Residents
+from kvpool.sizes import round_up
 
 
 class SharedPages:
@@ -41,7 +43,7 @@ class SharedPages:
         self._parts = {"default": BuddyAllocator(0, min_block_bytes, self._page_bytes)}
         #: By tenant: which caches have these parts.
         self._residents = {"default": Residents(self._page_bytes)}
-        #: By offset: the two pieces of a part that lies across a border of pages.
+        #: By offset: the pieces of a part that lies across borders of pages.
         self._pieces: dict[int, tuple[int, ...]] = {}
         #: By offset of a page in quarantine: its tenant, and the parts of it that are free and yet for nobody.
         self._withheld: dict[int, tuple[str, list[int]]] = {}
@@ -54,6 +56,8 @@ class SharedPages:
         if parts is None:
             parts = self._parts[tenant] = BuddyAllocator(0, self._min_block_bytes, self._page_bytes)
             self._residents[tenant] = Residents(self._page_bytes)
+        if size_bytes > self._page_bytes:
+            return self._allocate_pages(cache_id, tenant, size_bytes)
         try:
             offset = parts.allocate(size_bytes, max_size_bytes)
         except AddressSpaceError:  # no hole is large enough: one page more
@@ -65,11 +69,33 @@ class SharedPages:
         self._residents[tenant].enter(offset, (cache_id, parts.allocation_size(offset)))
         return offset, self._ranges.in_use[offset // self._page_bytes][1].refs
 
+    def _allocate_pages(self, cache_id: int, tenant: str, size_bytes: int) -> Place | None:
+        """Return offset and pages of a part that begins a page, and leaves the end of its last one to others."""
+        pages = -(-size_bytes // self._page_bytes)
+        taken = self._ranges.take(tenant, Shape(pages * self._page_bytes, pages))
+        if taken is None:
+            return None
+        self._ranges.split(taken.index)
+        parts, offset = self._parts[tenant], taken.index * self._page_bytes
+        for page in range(pages):
+            parts.add(offset + page * self._page_bytes)
+        part_bytes = round_up(size_bytes, self._min_block_bytes)
+        self._carve(parts, offset, part_bytes)
+        self._residents[tenant].enter(offset, (cache_id, part_bytes))
+        return offset, taken.refs
+
     def free(self, tenant: str, offset: int) -> None:
         """Take the part at ``offset`` back, and give its page to the arena when nothing else lives in it."""
         self._residents[tenant].leave(offset)
-        for piece in self._pieces.pop(offset, (offset,)):
+        pieces = self._pieces.pop(offset, None)
+        if pieces is None:
+            self._free_piece(tenant, offset)
+            if self._parts[tenant].is_free_block(offset & -self._page_bytes):
+                self.put_empty(tenant, (offset & -self._page_bytes,))
+            return
+        for piece in pieces:
             self._free_piece(tenant, piece)
+        self.put_empty(tenant, [piece & -self._page_bytes for piece in pieces])
 
     def _free_piece(self, tenant: str, offset: int) -> None:
         parts = self._parts[tenant]
@@ -79,9 +105,6 @@ class SharedPages:
             self.withhold(tenant, page)
             if sum(map(parts.allocation_size, self._withheld[page][1])) == self._page_bytes:
                 self.readmit(page)
-        elif parts.is_free_block(page):
-            parts.take(page)
-            self._ranges.put(page // self._page_bytes)
 
     def move(self, tenant: str, moves: Iterable[tuple[int, int]]) -> None:
         """Enter that parts lie elsewhere (source, destination), in this order, perhaps over where they lay.
@@ -99,6 +122,11 @@ class SharedPages:
     def is_free(self, tenant: str, offset: int, size_bytes: int) -> bool:
         """Whether nothing lies in a part of this tenant's pages."""
         return self._parts[tenant].is_free(offset, size_bytes)
+
+    def is_withheld(self, offset: int, size_bytes: int) -> bool:
+        """Whether one of the pages under a part is in quarantine."""
+        mask = -self._page_bytes
+        return any(page in self._withheld for page in range(offset & mask, offset + size_bytes, self._page_bytes))
 
     def join(self, tenant: str, pages: Sequence[int], offsets: Iterable[int]) -> int | None:
         """Map pages (offsets) side by side, with the parts at ``offsets``, all that begin in them.
@@ -128,19 +156,25 @@ class SharedPages:
         """Give those of these pages (offsets) back to the arena in which nothing lives; returns how many."""
         parts = self._parts[tenant]
         empty = [page for page in pages if parts.is_free_block(page)]
-        for page in empty:
+        start = 0
+        for number, page in enumerate(empty, 1):
             parts.take(page)
-            self._ranges.put(page // self._page_bytes)
+            if number == len(empty) or empty[number] != page + self._page_bytes:  # those side by side stay together
+                index, count = empty[start] // self._page_bytes, number - start
+                if count > 1:
+                    self._ranges.unite(index, count)
+                self._ranges.put(index)
+                start = number
         return len(empty)
 
     def _carve(self, parts: BuddyAllocator, offset: int, size_bytes: int) -> None:
-        border = (offset | (self._page_bytes - 1)) + 1
-        if offset + size_bytes <= border:
-            parts.carve(offset, size_bytes)
-            return
-        parts.carve(offset, border - offset)
-        parts.carve(border, offset + size_bytes - border)
-        self._pieces[offset] = (offset, border)
+        end = offset + size_bytes
+        borders = range((offset | (self._page_bytes - 1)) + 1, end, self._page_bytes)
+        pieces = (offset, *borders)
+        for start, stop in zip(pieces, (*borders, end), strict=True):
+            parts.carve(start, stop - start)
+        if borders:
+            self._pieces[offset] = pieces
 
     def refs(self, offset: int, size_bytes: int) -> tuple[tuple[int, int], ...]:
         """Return (index, serial) of each page under a part."""

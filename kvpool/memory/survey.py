@@ -98,8 +98,8 @@ class Survey:
         mask, may_move = -self._page_bytes, self.owner.may_move
         parts = []
         for offset, (cache_id, size_bytes) in self._residents.within(pages):
-            first, last = offset & mask, (offset + size_bytes - 1) & mask
-            inside = first in known and (last == first or last in known)
+            first, end = offset & mask, offset + size_bytes
+            inside = first in known and (end <= first + self._page_bytes or known.issuperset(range(first, end, -mask)))
             parts.append(Part(offset, size_bytes, cache_id, inside and may_move(cache_id)))
         return Snapshot(self._page_bytes, pages, tuple(parts))
 
@@ -112,7 +112,9 @@ class Survey:
         free_bytes = 0
         for page in self._pages:
             apart = window and page != window[-1] + self._page_bytes
-            if apart or len(window) == WINDOW_PAGES or free_bytes >= enough_bytes:
+            enough = free_bytes >= enough_bytes or len(window) >= WINDOW_PAGES
+            # A cache that lies across the end of the window would stay where it is.
+            if apart or (enough and not self._residents.linked(page)) or len(window) == 2 * WINDOW_PAGES:
                 yield window
                 window, free_bytes = [], 0
             window.append(page)

@@ -14,6 +14,7 @@ from kvpool.errors import CapacityError, DoubleReleaseError, StaleCacheError
 from kvpool.memory.allocation import Allocation
 from kvpool.memory.allocator import GPUMemoryAllocator
 from kvpool.memory.host import HostBackend
+from kvpool.memory.packing import shares_pages
 
 PAGE = 65536
 PAGES = 16
@@ -243,11 +244,15 @@ class AllocatorMachine(RuleBasedStateMachine):
         quarantined = {serial for _, serial in self.quarantined}
         free: dict[int, int] = {}
         for where, _ in self.live.values():
-            serial = where.pages[0][1]
-            if where.max_size_bytes < PAGE and serial in quarantined:
-                grows = where.max_size_bytes > where.size_bytes
-                size = 1 << (where.max_size_bytes - 1).bit_length() if grows else -(-where.size_bytes // 4096) * 4096
-                free[serial] = free.get(serial, PAGE) - max(size, 4096)
+            if not shares_pages(where.size_bytes, where.max_size_bytes, PAGE):
+                continue
+            grows = where.max_size_bytes > where.size_bytes
+            size = 1 << (where.max_size_bytes - 1).bit_length() if grows else -(-where.size_bytes // 4096) * 4096
+            end = where.offset + max(size, 4096)
+            for index, serial in where.pages:
+                if serial in quarantined:
+                    inside = min(end, (index + 1) * PAGE) - max(where.offset, index * PAGE)
+                    free[serial] = free.get(serial, PAGE) - inside
         return sum(free.values())
 
     @invariant()
