@@ -417,7 +417,7 @@ class GPUMemoryAllocator:
             place = place or self._place_by_compaction(request, self._mover.promising)
             if place is not None:
                 return place
-        place = self._place_by_compaction(request, lambda tenant: self._mover.possible(tenant) > 0)
+        place = self._place_by_compaction(request, self._mover.untried)
         if place is None:
             raise self._full(request)
         return place

@@ -3,7 +3,7 @@
 Only caches smaller than a page are moved. A larger one owns its pages, which need not lie anywhere in particular: what
 it wastes is the end of its last page, and no move would change that.
 
-There are three ways, tried in this order:
+There are four ways, tried in this order:
 
 *Evacuate*: the emptiest pages that hold nothing unmovable are emptied into the holes of the others, the smallest hole
 that fits for each cache, the largest cache first. At most a page is copied for a page that comes free.
@@ -14,6 +14,8 @@ It needs no free memory: a cache may move over a part of its own place.
 
 *Join*: pages that lie scattered and hold nothing unmovable are mapped side by side, which copies nothing. Then they
 slide.
+
+*Regroup*: all slide although no page comes free by it, where then pages can be emptied into the holes.
 
 What is unmovable stays where it is and the holes around it are used. A plan that frees no page is not made, so that
 compaction comes to an end.
@@ -188,24 +190,7 @@ def plan_slide(snapshot: Snapshot, budget_bytes: int, most_pages: int) -> Plan:
     Windows are slid as far as a page comes free by it. ``budget_bytes`` and ``most_pages`` as in
     :func:`plan_evacuation`; what one window holds may be more, and is copied.
     """
-    page_bytes = snapshot.page_bytes
-    used = _used_bytes(snapshot)
-    plans: list[Plan] = []
-    parts = iter(snapshot.parts)
-    part = next(parts, None)
-    for pages in _windows(snapshot):
-        start, end = pages[0], pages[-1] + page_bytes
-        inside = []
-        while part is not None and part.offset < end:
-            # One that reaches into the window stays: its place is the business of the window before.
-            inside.append(part if part.offset >= start else part._replace(movable=False))
-            if part.end > end:
-                break
-            part = next(parts, None)
-        if sum(page_bytes - used[page] for page in pages) >= page_bytes:
-            plan = slide(inside, pages, page_bytes)
-            if plan.freed:
-                plans.append(plan)
+    plans = [plan for plan in _slides(snapshot) if plan.freed]
     plans.sort(key=lambda plan: plan.moved_bytes / len(plan.freed))
     moves: list[Move] = []
     freed: list[int] = []
@@ -217,6 +202,38 @@ def plan_slide(snapshot: Snapshot, budget_bytes: int, most_pages: int) -> Plan:
         freed += plan.freed
         moved_bytes += plan.moved_bytes
     return Plan(tuple(moves), tuple(freed))
+
+
+def plan_regrouping(snapshot: Snapshot, most_pages: int) -> Plan:
+    """Slide everywhere, so that small holes become large ones, if then pages can be emptied into these.
+
+    This is what helps where unmovable caches lie scattered: no window comes free there by itself.
+    """
+    plans = list(_slides(snapshot))
+    places = {move.cache_id: move.destination for plan in plans for move in plan.moves}
+    parts = [part._replace(offset=places.get(part.cache_id, part.offset)) for part in snapshot.parts]
+    then = plan_evacuation(
+        snapshot._replace(parts=tuple(sorted(parts))), len(snapshot.pages) * snapshot.page_bytes, most_pages
+    )
+    if not then.freed:
+        return NOTHING
+    return Plan((*(move for plan in plans for move in plan.moves), *then.moves), then.freed)
+
+
+def _slides(snapshot: Snapshot) -> Iterator[Plan]:
+    """Yield for each window in which a page's worth is free, or something moves, how its caches slide together."""
+    parts = iter(snapshot.parts)
+    part = next(parts, None)
+    for pages in _windows(snapshot):
+        start, end = pages[0], pages[-1] + snapshot.page_bytes
+        inside = []
+        while part is not None and part.offset < end:
+            # One that reaches into the window stays: its place is the business of the window before.
+            inside.append(part if part.offset >= start else part._replace(movable=False))
+            if part.end > end:
+                break
+            part = next(parts, None)
+        yield slide(inside, pages, snapshot.page_bytes)
 
 
 def slide(parts: Sequence[Part], pages: Sequence[int], page_bytes: int) -> Plan:

@@ -16,6 +16,7 @@ from kvpool.memory.compaction import (
     choose_join,
     pages_under,
     plan_evacuation,
+    plan_regrouping,
     plan_slide,
     runs,
     slide,
@@ -75,7 +76,14 @@ class Mover:
     def promising(self, tenant: str) -> bool:
         """Whether a plan may be found: no page can come free of less, and much must have changed since none was."""
         free_bytes = self._shared.free_bytes(tenant)
-        return free_bytes >= self._page_bytes + self._futile.get(tenant, 0)
+        futile_bytes = self._futile.get(tenant, 0)
+        if free_bytes < futile_bytes:
+            self._futile[tenant] = futile_bytes = free_bytes
+        return free_bytes >= self._page_bytes + futile_bytes + futile_bytes // 8
+
+    def untried(self, tenant: str) -> bool:
+        """Whether anything may have changed since no plan was found."""
+        return self._shared.free_bytes(tenant) != self._futile.get(tenant, 0)
 
     def possible(self, tenant: str) -> int:
         """Most pages that could come free."""
@@ -176,7 +184,7 @@ class Mover:
             pages = choose_join(snapshot, budget_bytes, most_pages)
             if pages:
                 return self._join(survey, snapshot, pages)
-        return NOTHING
+        return plan_regrouping(survey.whole(), most_pages) if looks is None else NOTHING
 
     def _join(self, survey: Survey, snapshot: Snapshot, pages: Sequence[int]) -> Plan:
         """Map pages side by side; returns how to slide what is in them."""

@@ -63,7 +63,7 @@ class Survey:
             return
         yield self._snapshot(sorted(chosen))
         if len(chosen) < len(self._pages):
-            yield self._snapshot(self._pages)
+            yield self.whole()
 
     def for_slides(self, most_pages: int) -> Iterator[Snapshot]:
         """Yield windows of pages that lie side by side, those first in which least is moved for a page.
@@ -90,7 +90,11 @@ class Survey:
                 chosen.add(first)
         yield self._snapshot(sorted(chosen))
         if len(chosen) < len(self._pages):
-            yield self._snapshot(self._pages)
+            yield self.whole()
+
+    def whole(self) -> Snapshot:
+        """Return all pages."""
+        return self._snapshot(self._pages)
 
     def _snapshot(self, pages: Iterable[int]) -> Snapshot:
         pages = tuple(pages)
