@@ -156,7 +156,7 @@ def plan_evacuation(snapshot: Snapshot, budget_bytes: int, most_pages: int) -> P
             if not movable:
                 fixed.add(here)
     close_page()
-    holes = _Holes(free, page_bytes)
+    holes = _Holes(list(_joined(free, fixed, page_bytes)), page_bytes)
     moves: list[Move] = []
     freed: list[int] = []
     moved_ids: set[int] = set()
@@ -292,8 +292,22 @@ def pages_under(offset: int, size_bytes: int, page_bytes: int) -> range:
     return range(offset - offset % page_bytes, offset + size_bytes, page_bytes)
 
 
+def _joined(holes: Iterable[tuple[int, int]], fixed: set[int], page_bytes: int) -> Iterator[tuple[int, int]]:
+    """Yield holes, those that go on in the next page in one piece, if neither page can be emptied."""
+    start = end = -1
+    for offset, size_bytes in holes:
+        if offset == end and offset in fixed and end - page_bytes in fixed:
+            end += size_bytes
+            continue
+        if start != end:
+            yield start, end - start
+        start, end = offset, offset + size_bytes
+    if start != end:
+        yield start, end - start
+
+
 class _Holes:
-    """Holes by size, so that the smallest that fits is found. None goes on in the next page."""
+    """Holes by size, so that the smallest that fits is found. None goes on in a page that may be emptied."""
 
     def __init__(self, holes: Sequence[tuple[int, int]], page_bytes: int) -> None:
         self._mask = -page_bytes
