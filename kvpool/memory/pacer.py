@@ -10,12 +10,12 @@ IDLE_S = 1.0
 
 _QUIET_S = 0.05
 """After so long without an operation nobody is disturbed."""
-_BUSY = 0.1
-"""Part of the share of time that is taken while operations come, so that few of them meet a step."""
+_BUSY = 0.02
+"""Part of the share of time that is taken while operations come, so that fewer than one in a hundred meets a step."""
 
 
 class CompactionPacer:
-    """Spreads steps over time, so that they take a share of it, and a tenth of that share while others are served.
+    """Spreads steps over time, so that they take a share of it, and a fiftieth of that while others are served.
 
     All times are seconds of one clock, which the caller reads.
 

@@ -5,11 +5,11 @@ import pytest
 from kvpool.memory.pacer import IDLE_S, CompactionPacer
 
 
-def test_steps_take_their_share_of_the_time_and_a_tenth_of_it_while_others_are_served() -> None:
+def test_steps_take_their_share_of_the_time_and_a_fiftieth_of_it_while_others_are_served() -> None:
     pacer = CompactionPacer(threshold=0.2, share=0.1)
     assert pacer.stepped(10.0, 10.001, 0.3, True) == pytest.approx(0.009)
     pacer.operated(10.0)
-    assert pacer.stepped(10.0, 10.001, 0.3, True) == pytest.approx(0.099)
+    assert pacer.stepped(10.0, 10.001, 0.3, True) == pytest.approx(0.499)
     assert pacer.stepped(11.0, 11.001, 0.3, True) == pytest.approx(0.009)
 
 
