@@ -30,7 +30,7 @@ from kvpool.errors import ConfigError, KvpoolError, ProtocolError, TierError
 from kvpool.memory.allocator import GPUMemoryAllocator
 from kvpool.memory.host import HostBackend
 from kvpool.memory.limits import require_memory
-from kvpool.memory.pacer import IDLE_S, STEP_BYTES, CompactionPacer
+from kvpool.memory.pacer import IDLE_S, CompactionPacer
 from kvpool.memory.page_server import PageServer
 from kvpool.telemetry.calls import SCOPE
 from kvpool.telemetry.context import Carrier
@@ -226,13 +226,13 @@ class DeviceActor:
                 continue
             began = time.monotonic()
             try:
-                done = self._allocator.compact_a_little(STEP_BYTES)
+                done = self._allocator.compact_a_little(self._pacer.step_bytes)
             except KvpoolError:  # nothing is lost, and the next step begins with what this one left
                 logger.exception("device %s of pool %s could not compact", self._name, self._pool)
                 continue
             self._request_drops()
             fragmentation = self._allocator.usage().fragmentation
-            wait_s = self._pacer.stepped(began, time.monotonic(), fragmentation, done.more)
+            wait_s = self._pacer.stepped(began, time.monotonic(), fragmentation, done)
 
     async def fill(self, tenant: str, fingerprint: str, entries: list[tuple[int, bytes]]) -> list[bool | None]:
         """Bring content up from below; see :meth:`LowerOperations.fill`."""

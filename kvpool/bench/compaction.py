@@ -13,7 +13,7 @@ from kvpool.config import PoolConfig
 from kvpool.memory.allocation import Allocation
 from kvpool.memory.allocator import GPUMemoryAllocator
 from kvpool.memory.host import HostBackend
-from kvpool.memory.pacer import STEP_BYTES, CompactionPacer
+from kvpool.memory.pacer import CompactionPacer
 from kvpool.sizes import KIB, MIB, format_size
 
 _CAPACITY_BYTES = 256 * MIB
@@ -95,10 +95,10 @@ def _foreground(size_bytes: int, pacer: CompactionPacer | None) -> tuple[list[fl
             while (now := clock()) < due:  # no sleep: it would take longer than what is measured
                 if pacer is None or now < next_step or not pacer.due(memory.usage().fragmentation):
                     continue
-                more = memory.compact_a_little(STEP_BYTES).more
+                done = memory.compact_a_little(pacer.step_bytes)
                 ended = clock()
                 steps.append(ended - now)
-                next_step = ended + pacer.stepped(now, ended, memory.usage().fragmentation, more)
+                next_step = ended + pacer.stepped(now, ended, memory.usage().fragmentation, done)
             memory.allocate(first + number, size_bytes)
             if number:
                 memory.free(first + number - 1)

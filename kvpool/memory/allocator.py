@@ -303,7 +303,10 @@ class GPUMemoryAllocator:
                 while done.more:
                     if left_bytes <= 0 and budget_bytes is not None:
                         return Compaction(moved_bytes, freed_pages, True)
-                    done = self._mover.step(tenant, left_bytes, WINDOW_PAGES, owner)
+                    if budget_bytes is None:
+                        done = self._mover.step(tenant, left_bytes, WINDOW_PAGES, owner)
+                    else:
+                        done = self._mover.go_on(tenant, left_bytes, owner, None)
                     moved_bytes += done.moved_bytes
                     freed_pages += done.freed_pages
                     left_bytes -= done.moved_bytes if budget_bytes is not None else 0
@@ -316,7 +319,7 @@ class GPUMemoryAllocator:
         if owner is None or tenant is None:
             return Compaction(0, 0, False)
         with self.change():
-            return self._mover.go_on(tenant, budget_bytes, owner)
+            return self._mover.go_on(tenant, budget_bytes, owner, 1)
 
     @property
     def compacted(self) -> tuple[int, int]:

@@ -111,10 +111,11 @@ class Mover:
         self._futile.pop(tenant, None)
         return self._carry_out(tenant, plan.within(budget_bytes), owner)
 
-    def go_on(self, tenant: str, budget_bytes: int, owner: Movable) -> Compaction:
+    def go_on(self, tenant: str, budget_bytes: int, owner: Movable, looks: int | None) -> Compaction:
         """Take a small step: copy ``budget_bytes``, or a cache, of a plan for one page that lasts for several steps.
 
-        Between two of them caches come, go and are leased. Moves that are not possible any more are left out.
+        Between two of them caches come, go and are leased. Moves that are not possible any more are left out. A plan
+        is made with ``looks`` snapshots of each kind at most; None: with as many as it takes.
 
         Raises
         ------
@@ -125,7 +126,7 @@ class Mover:
         if self._begun is None or not self._begun[1].moves:
             if self._shared.free_bytes(tenant) < self._page_bytes:
                 return Compaction(0, 0, False)
-            plan = self._plan(Survey(self._shared, tenant, self._page_bytes, owner), self._page_bytes, 1, looks=1)
+            plan = self._plan(Survey(self._shared, tenant, self._page_bytes, owner), self._page_bytes, 1, looks)
             if not plan.freed:
                 self._futile[tenant] = self._shared.free_bytes(tenant)
                 return Compaction(0, 0, False)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-STEP_BYTES = 1 << 20
-"""What one step copies at most, or one cache: some tenths of a millisecond, for which whoever comes meanwhile waits."""
+from kvpool.memory.allocation import Compaction
+
+STEP_S = 0.0005
+"""What a step takes as a rule, and whoever comes meanwhile waits. (The largest cache may take longer.)"""
+
+_LEAST_BYTES, _MOST_BYTES = 1 << 16, 1 << 20
+"""What a step copies."""
 
 IDLE_S = 1.0
 """How often it is looked whether there is something to do, when there was nothing."""
@@ -31,6 +36,8 @@ class CompactionPacer:
         self._threshold = threshold
         self._share = share
         self._last_operation = float("-inf")
+        #: What the next step is to copy at most: as much as the last one would have done in its time.
+        self.step_bytes = _LEAST_BYTES
         #: Fragmentation at which nothing could be moved: until there is more, nothing is tried.
         self._futile = 0.0
 
@@ -43,7 +50,7 @@ class CompactionPacer:
         self._futile = min(self._futile, fragmentation)
         return fragmentation > max(self._threshold, self._futile)
 
-    def stepped(self, began: float, ended: float, fragmentation: float, more: bool) -> float:
+    def stepped(self, began: float, ended: float, fragmentation: float, done: Compaction) -> float:
         """Return how long to wait after a step, seconds.
 
         Parameters
@@ -52,10 +59,13 @@ class CompactionPacer:
             When it did.
         fragmentation
             What it left.
-        more
-            Whether another one may do more.
+        done
+            What it did.
         """
-        if not more:
+        if done.moved_bytes:
+            step_bytes = int(done.moved_bytes * STEP_S / max(ended - began, 1e-6))
+            self.step_bytes = min(max(step_bytes, _LEAST_BYTES), _MOST_BYTES)
+        if not done.more:
             self._futile = fragmentation
             return IDLE_S
         share = self._share if ended - self._last_operation > _QUIET_S else self._share * _BUSY
