@@ -152,6 +152,8 @@ PATTERNS: dict[str, Callable[[int], int]] = {
     "sawtooth": lambda i: i % 31 + 1,
     "all but a block, and a block": lambda i: (31, 1)[i % 2],
     "any": lambda i: random.Random(i).randint(1, 31),
+    "just above a page": lambda _: BLOCKS + 2,
+    "large and small": lambda i: (BLOCKS + 1, 2 * BLOCKS + 5, 3)[i % 3],
 }
 
 
