@@ -119,6 +119,15 @@ class PoolConfig(BaseSettings):
     gc_threshold: float = Field(
         0.8, gt=0.0, le=1.0, description="share of a device in use from which on what goes next is copied down ahead"
     )
+    compaction_threshold: float = Field(
+        0.25, ge=0.0, le=1.0, description="fragmentation above which a device compacts in the background; 1: never"
+    )
+    compaction_share: float = Field(
+        0.1,
+        gt=0.0,
+        le=0.5,
+        description="most of a device's time that goes there; a fiftieth of it while it serves others",
+    )
     host_memory: SizeBytes | None = Field(
         None, description="bytes of host memory below each device, for what is evicted there; by default none"
     )

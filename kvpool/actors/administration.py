@@ -27,7 +27,7 @@ from kvpool.pool.state import PoolState
 from kvpool.sizes import MIB
 from kvpool.telemetry.context import Carrier, is_carrier
 
-_COMPACT_BYTES = 4 * MIB
+_COMPACT_BYTES = 1 * MIB
 """Bytes that a device moves in one step of compaction, for which operations behind it wait."""
 
 

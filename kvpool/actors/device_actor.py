@@ -26,10 +26,11 @@ from kvpool.cache.key import CacheKey
 from kvpool.cache.lower_tiers import LowerTiers
 from kvpool.cache.store import DeviceStore, Operation
 from kvpool.config import TierPlan
-from kvpool.errors import ConfigError, ProtocolError, TierError
+from kvpool.errors import ConfigError, KvpoolError, ProtocolError, TierError
 from kvpool.memory.allocator import GPUMemoryAllocator
 from kvpool.memory.host import HostBackend
 from kvpool.memory.limits import require_memory
+from kvpool.memory.pacer import IDLE_S, CompactionPacer
 from kvpool.memory.page_server import PageServer
 from kvpool.telemetry.calls import SCOPE
 from kvpool.telemetry.context import Carrier
@@ -68,6 +69,8 @@ class DeviceActor:
         Variables that this process takes over: ``OTEL_*`` of the process that created the pool.
     tiers
         The fields of a :class:`~kvpool.config.TierPlan`: what lies below this device. None: nothing.
+    compaction
+        Threshold and share of time of a :class:`~kvpool.memory.pacer.CompactionPacer`.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class DeviceActor:
         beside_bytes: int = 0,
         environment: dict[str, str] | None = None,
         tiers: dict[str, Any] | None = None,
+        compaction: tuple[float, float] = (1.0, 0.1),
     ) -> None:
         adopt(environment or {})
         carry_trace_ids()
@@ -98,6 +102,8 @@ class DeviceActor:
         self._lower: LowerOperations | None = None
         self._found: Sequence[CacheKey] = ()
         self._started = False
+        self._pacer = CompactionPacer(*compaction)
+        self._compacting: asyncio.Task[None] | None = None
         self._provider = self._make_provider()
         self._tracer = (self._provider or NoOpTracerProvider()).get_tracer(SCOPE, __version__)
         self._allocator: GPUMemoryAllocator
@@ -145,6 +151,7 @@ class DeviceActor:
             self._tiers, self._found = opened
             self._lower = LowerOperations(self._store, self._tiers)
         await self._server.start()
+        self._compacting = asyncio.create_task(self._compact())
         gc.collect()
         gc.freeze()
         return {
@@ -201,6 +208,7 @@ class DeviceActor:
             answers.append(await self._lower.carry_out(operation))
             spans.done(operation, answers[-1])
         answers += self._apply(waiting, spans)
+        self._pacer.operated(time.monotonic())
         self._request_drops()
         return answers, self._zombies()
 
@@ -213,6 +221,24 @@ class DeviceActor:
             elif operation == ("trim",) and self._tiers is not None:
                 answers[place] += self._tiers.trim()
         return answers
+
+    async def _compact(self) -> None:
+        """Compact the memory in the background, for as long as this actor lives."""
+        wait_s = IDLE_S
+        while True:
+            await asyncio.sleep(wait_s)
+            wait_s = IDLE_S
+            if not self._pacer.due(self._allocator.usage().fragmentation):
+                continue
+            began = time.monotonic()
+            try:
+                done = self._allocator.compact_a_little(self._pacer.step_bytes)
+            except KvpoolError:  # nothing is lost, and the next step begins with what this one left
+                logger.exception("device %s of pool %s could not compact", self._name, self._pool)
+                continue
+            self._request_drops()
+            fragmentation = self._allocator.usage().fragmentation
+            wait_s = self._pacer.stepped(began, time.monotonic(), fragmentation, done)
 
     async def fill(self, tenant: str, fingerprint: str, entries: list[tuple[int, bytes]]) -> list[bool | None]:
         """Bring content up from below; see :meth:`LowerOperations.fill`."""
@@ -250,6 +276,7 @@ class DeviceActor:
     async def memory(self) -> dict[str, Any]:
         """Return this device's bytes (live, backed, reserve, zombie, free, largest), its caches and leases.
 
+        Also ``compacted``: bytes moved and pages freed by compaction so far.
         And ``lower``: the figures of its lower tiers, None if it has none.
         """
         usage = self._allocator.usage()
@@ -262,6 +289,7 @@ class DeviceActor:
             "largest": usage.largest_bytes,
             "caches": self._store.caches,
             "leases": self._store.lease_count,
+            "compacted": self._allocator.compacted,
             "lower": None if self._tiers is None else self._tiers.statistics(),
         }
 
@@ -275,6 +303,8 @@ class DeviceActor:
 
     async def shutdown(self) -> None:
         """Close the socket and give all memory back. The actor is of no use afterwards."""
+        if self._compacting is not None:
+            self._compacting.cancel()
         await self._server.close()
         if self._tiers is not None:
             await self._tiers.close()

@@ -106,6 +106,8 @@ _COUNTERS = (
     ("kvpool.cache.hits", "{block}", "Blocks found by look-ups", partial(_by_model, "hits")),
     ("kvpool.cache.misses", "{block}", "Blocks looked up and not found", partial(_by_model, "misses")),
     ("kvpool.evictions", "{cache}", "Caches evicted", _evictions),
+    ("kvpool.compaction.moved", "By", "Moved by compaction", partial(_of_devices, "compacted_bytes")),
+    ("kvpool.compaction.freed", "{page}", "Pages freed by compaction", partial(_of_devices, "compacted_pages")),
     ("kvpool.errors", "{error}", "Errors that clients were answered", _errors),
     ("kvpool.lower.hits", "{cache}", "Caches brought up from a lower tier", partial(_below, "hits", "hits")),
     (

@@ -22,7 +22,8 @@ operation                                                           answer
 ``("compact", most bytes)``                                         ``(bytes moved, pages freed, whether more is left)``
 =================================================================== ================================================
 
-``compact`` moves caches that nobody has leased. A cache's next lease gives its new place, with a higher generation.
+``compact`` moves caches that nobody has leased, and so does ``allocate`` where there is no room. A cache's next lease
+gives its new place, with a higher generation.
 
 A *place* is ``(offset, pages, generation)``, with pages as ``((index, serial), ...)``. ``allocate`` first evicts, then
 places as many of its ids as fit, in their order; each is leased to the client before the answer leaves.
@@ -86,6 +87,7 @@ class DeviceStore:
 
     def __init__(self, allocator: GPUMemoryAllocator) -> None:
         self.allocator = allocator
+        allocator.owner = self
         self._caches: dict[int, CacheRecord] = {}
         self._clients: dict[str, _Client] = {}
         self._lease_count = 0
@@ -103,7 +105,7 @@ class DeviceStore:
             "scrub": self.allocator.scrub,
             "revoke": self._revoke,
             "trim": self.allocator.trim,
-            "compact": self._compact,
+            "compact": self.allocator.compact,
         }
 
     def apply(
@@ -170,15 +172,6 @@ class DeviceStore:
         """End what :meth:`hold` began."""
         for cache_id in ids:
             self._end_leases(self._caches[cache_id], 1)
-
-    def _compact(self, budget_bytes: int) -> Any:
-        # By word only: with compaction at each allocation that finds no room, a device that tenants share kept one or
-        # two of its pages from everybody, for reasons that are not known yet (docs/compaction.md).
-        self.allocator.owner = self
-        try:
-            return self.allocator.compact(budget_bytes)
-        finally:
-            self.allocator.owner = None
 
     def may_move(self, cache_id: int) -> bool:
         """Whether nobody has a cache leased. (What nobody has leased is sealed, or it would be gone.)"""

@@ -34,6 +34,15 @@ def alloc(json_path: str | None) -> None:
 
 @bench.command()
 @JSON
+def compaction(json_path: str | None) -> None:
+    """Time compaction by the size of caches, and allocations while it runs in the background."""
+    from kvpool.bench import compaction as benchmark
+
+    _report("compaction of 256 MiB in pages of 2 MiB", benchmark.run, json_path)
+
+
+@bench.command()
+@JSON
 def concurrency(json_path: str | None) -> None:
     """Time 1, 100 and 1,000 concurrent requests, beside unmerged calls, a no-op actor, and with telemetry on."""
     from kvpool.bench import concurrency as benchmark

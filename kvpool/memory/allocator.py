@@ -18,7 +18,9 @@ from kvpool.errors import (
 )
 from kvpool.memory.allocation import Allocation, Compaction, Movable, Place, Request, VictimSource, no_room
 from kvpool.memory.backend import Backend
+from kvpool.memory.compaction import WINDOW_PAGES
 from kvpool.memory.mover import Mover
+from kvpool.memory.packing import shares_pages
 from kvpool.memory.pages import PageTable
 from kvpool.memory.ranges import RangeAllocator
 from kvpool.memory.reserve import Shape
@@ -31,8 +33,8 @@ from kvpool.memory.usage import MemoryUsage
 class GPUMemoryAllocator:
     """Allocates caches on one device. Belongs to one thread.
 
-    Caches that never grow to a page share pages with others of their tenant; larger ones own theirs. A page is backed
-    exactly while something lives in it; then it is kept warm for its tenant, as far as the reserve's bound goes.
+    Caches that do not fill pages share them with others of their tenant, see :mod:`kvpool.memory.packing`. A page is
+    backed exactly while something lives in it; then it is kept warm for its tenant, as far as the reserve's bound goes.
 
     Parameters
     ----------
@@ -220,7 +222,7 @@ class GPUMemoryAllocator:
         except KeyError:
             raise self._not_live(cache_id) from None
         self._live_bytes -= allocation.size_bytes
-        if allocation.max_size_bytes < self.page_size_bytes:
+        if shares_pages(allocation.size_bytes, allocation.max_size_bytes, self.page_size_bytes):
             self._shared.free(allocation.tenant, allocation.offset)
         else:
             self._ranges.put(allocation.offset >> self._page_shift)
@@ -230,7 +232,7 @@ class GPUMemoryAllocator:
     def wipe(self, cache_id: int) -> None:
         """Set all bytes of a live cache's memory to zero, those that its size was rounded up by included."""
         each = self.allocation(cache_id)
-        if each.max_size_bytes < self.page_size_bytes:
+        if shares_pages(each.size_bytes, each.max_size_bytes, self.page_size_bytes):
             self._scrubber.zero(each.offset, self._shared.part_bytes(each.tenant, each.offset))
         else:
             self._scrubber.zero(each.offset, len(each.pages) << self._page_shift)
@@ -239,7 +241,7 @@ class GPUMemoryAllocator:
         """Keep what is free, or comes free, under a live cache from everybody until ``client_id`` has unmapped it."""
         each = self.allocation(cache_id)
         held = self._table.quarantine(client_id, [index for index, _ in each.pages])
-        if each.max_size_bytes < self.page_size_bytes:
+        if shares_pages(each.size_bytes, each.max_size_bytes, self.page_size_bytes):
             for index in held:
                 self._shared.withhold(each.tenant, index << self._page_shift)
 
@@ -282,8 +284,8 @@ class GPUMemoryAllocator:
         Parameters
         ----------
         budget_bytes
-            Bytes to copy at most, or those of the cheapest step: at most ``WINDOW_PAGES`` pages for what slides, a
-            page for what does not. Default: no bound, all is compacted.
+            Bytes to copy at most, or one cache. What is begun goes on in the next call. Default: no bound, all is
+            compacted.
 
         Raises
         ------
@@ -301,11 +303,28 @@ class GPUMemoryAllocator:
                 while done.more:
                     if left_bytes <= 0 and budget_bytes is not None:
                         return Compaction(moved_bytes, freed_pages, True)
-                    done = self._mover.step(tenant, left_bytes, self._table.capacity_pages, owner)
+                    if budget_bytes is None:
+                        done = self._mover.step(tenant, left_bytes, WINDOW_PAGES, owner)
+                    else:
+                        done = self._mover.go_on(tenant, left_bytes, owner, None)
                     moved_bytes += done.moved_bytes
                     freed_pages += done.freed_pages
                     left_bytes -= done.moved_bytes if budget_bytes is not None else 0
         return Compaction(moved_bytes, freed_pages, False)
+
+    def compact_a_little(self, budget_bytes: int) -> Compaction:
+        """Take a small step of :meth:`compact`, as few pages looked at as possible, where it promises most."""
+        owner = self.owner
+        tenant = next(filter(self._mover.promising, self._shared.tenants), None)
+        if owner is None or tenant is None:
+            return Compaction(0, 0, False)
+        with self.change():
+            return self._mover.go_on(tenant, budget_bytes, owner, 1)
+
+    @property
+    def compacted(self) -> tuple[int, int]:
+        """Bytes moved and pages freed by compaction so far."""
+        return self._mover.moved_bytes, self._mover.freed_pages
 
     def usage(self) -> MemoryUsage:
         """Return the figures of this moment."""
@@ -325,7 +344,7 @@ class GPUMemoryAllocator:
             homes.add(index)
             refs = home.refs
             ensure(len(each.pages) << self._page_shift >= each.size_bytes, "a cache is backed", id=each.cache_id)
-            if each.max_size_bytes < self.page_size_bytes:
+            if shares_pages(each.size_bytes, each.max_size_bytes, self.page_size_bytes):
                 range_bytes = self._shared.part_bytes(each.tenant, each.offset)
                 refs = self._shared.refs(each.offset, range_bytes)
                 homes.update(index for index, _ in refs)
@@ -360,7 +379,7 @@ class GPUMemoryAllocator:
         cache_id, tenant, size_bytes, maximum_bytes = request
         if self._mover.unfinished:
             self._mover.finish()
-        place = self._place(tenant, size_bytes, maximum_bytes)
+        place = self._place(request)
         if place is None:
             with self.change():
                 place = self._place_by_compaction(request, self._mover.promising) or self._place_by_eviction(request)
@@ -378,8 +397,7 @@ class GPUMemoryAllocator:
         """Free as many pages as are missing, if so many could come free; ``None`` if that did not help."""
         if self.owner is None:
             return None
-        small = request.max_size_bytes < self.page_size_bytes
-        needed = 1 if small else -(-request.size_bytes >> self._page_shift)
+        needed = -(-request.size_bytes >> self._page_shift)
         tenants = [request.tenant, *(each for each in self._shared.tenants if each != request.tenant)]
         possible = {tenant: self._mover.possible(tenant) for tenant in tenants if promising(tenant)}
         if self._ranges.pages_for(request.tenant) + sum(possible.values()) < needed:
@@ -389,8 +407,8 @@ class GPUMemoryAllocator:
             while done.more:
                 # Pages of another tenant that its clients map come free only later: what counts can be used now.
                 missing = max(1, needed - self._ranges.pages_for(request.tenant))
-                done = self._mover.step(tenant, missing * self.page_size_bytes, missing, self.owner)
-                place = self._place(request.tenant, request.size_bytes, request.max_size_bytes) if done.more else None
+                done = self._mover.step(tenant, self.capacity_bytes, missing, self.owner)
+                place = self._place(request) if done.more else None
                 if place is not None:
                     return place
         return None
@@ -398,24 +416,27 @@ class GPUMemoryAllocator:
     def _place_by_eviction(self, request: Request) -> Place:
         while self._victims is not None and (victim := self._victims.next_victim()) is not None:
             self.free(victim)
-            place = self._place(request.tenant, request.size_bytes, request.max_size_bytes)
+            place = self._place(request)
             place = place or self._place_by_compaction(request, self._mover.promising)
             if place is not None:
                 return place
-        place = self._place_by_compaction(request, lambda tenant: self._mover.possible(tenant) > 0)
+        place = self._place_by_compaction(request, self._mover.untried)
         if place is None:
             raise self._full(request)
         return place
 
-    def _place(self, tenant: str, size_bytes: int, maximum_bytes: int) -> Place | None:
+    def _place(self, request: Request) -> Place | None:
         """Return offset and pages, or ``None`` if there is no room."""
-        if maximum_bytes >= self.page_size_bytes:
+        cache_id, tenant, size_bytes, maximum_bytes = request
+        if not shares_pages(size_bytes, maximum_bytes, self.page_size_bytes):
             pages = -(-size_bytes >> self._page_shift)
             growing = maximum_bytes > size_bytes
             range_bytes = 1 << (maximum_bytes - 1).bit_length() if growing else pages << self._page_shift
             taken = self._ranges.take(tenant, Shape(range_bytes, pages))
             return None if taken is None else (taken.index << self._page_shift, taken.refs)
-        return self._shared.allocate(tenant, size_bytes, None if maximum_bytes == size_bytes else maximum_bytes)
+        return self._shared.allocate(
+            cache_id, tenant, size_bytes, None if maximum_bytes == size_bytes else maximum_bytes
+        )
 
     def _largest_bytes(self, tenant: str | None) -> int:
         """The largest cache that ``tenant``, or any, could allocate now without an eviction."""

@@ -98,6 +98,20 @@ class RangeAllocator:
             self.in_use[page.index] = (shape, PageRange(page.tenant, page.index, (page,)))
         return first
 
+    def split(self, index: int) -> None:
+        """Make a range in use as many ranges of one page."""
+        shape, whole = self.in_use.pop(index)
+        ensure(shape.range_bytes == shape.pages * self._page_bytes, "only what does not grow is split", index=index)
+        self._addresses.split(index * self._page_bytes)
+        for page in whole.pages:
+            self.in_use[page.index] = (Shape(self._page_bytes, 1), PageRange(page.tenant, page.index, (page,)))
+
+    def unite(self, index: int, count: int) -> None:
+        """Make ranges of one page in use, that lie side by side from ``index`` on, one range."""
+        pages = [self.in_use.pop(each)[1].pages[0] for each in range(index, index + count)]
+        self._addresses.unite(index * self._page_bytes, count * self._page_bytes)
+        self.in_use[index] = (Shape(count * self._page_bytes, count), PageRange(pages[0].tenant, index, pages))
+
     def bound(self) -> None:
         """Give the oldest warm ranges back to the system, as far as they are above the reserve's bound."""
         while self._reserve.pages > self.reserve_pages:

@@ -6,7 +6,7 @@ have mapped stays right.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from typing import NamedTuple
 
 from kvpool.errors import ensure
@@ -73,17 +73,25 @@ class WarmReserve:
         return None if oldest is None else self._remove(oldest)
 
     def take_foreign(self, tenant: str, pages: int) -> list[PageRange]:
-        """Remove and return others' ranges with ``pages`` pages or a few more, first those that no client maps."""
+        """Remove and return others' ranges with ``pages`` pages or a few more, first those that no client maps.
+
+        If these are too few, also ranges that clients have to drop first: as many pages as are missing of each circle
+        of clients. Some may never answer (a stopped process), and must not stand before those that would.
+        """
         if pages <= 0:
             return []
         others = [entry for other, shelf in self._shelves.items() if other != tenant for entry in shelf.by_age.values()]
         others.sort(key=lambda entry: (entry[2].held, entry[0]))
+        nobody: frozenset[str] = frozenset()
+        missing = {nobody: pages}
         taken: list[PageRange] = []
         for entry in others:
-            if pages <= 0:
-                break
-            pages -= entry[1].pages
-            taken.append(self._remove(entry)[1])
+            circles = Counter(frozenset(page.holders) for page in entry[2].pages)
+            for circle in circles:
+                missing.setdefault(circle, missing[nobody])
+            if any(missing[circle] > 0 for circle in circles):
+                missing = {circle: count - circles[circle] for circle, count in missing.items()}
+                taken.append(self._remove(entry)[1])
         return taken
 
     def pages_of(self, tenant: str) -> int:

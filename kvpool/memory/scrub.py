@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from kvpool.memory.allocation import Allocation
 from kvpool.memory.backend import Backend
+from kvpool.memory.packing import shares_pages
 from kvpool.memory.ranges import RangeAllocator
 
 _CALL_BYTES = 8192
@@ -87,14 +88,15 @@ class Scrubber:
             return left_bytes
         caches: dict[int, list[tuple[int, int]]] = {index: [] for index in ranges}  # offset, bytes
         for cache in self._live.values():
-            # A cache with pages of its own begins its range; a smaller one lies in one page, or across a border.
+            # A cache with pages of its own begins its range; another one lies in one page, or across borders.
             there = caches.get(cache.offset // self._page_bytes)
             if there is not None:
                 there.append((cache.offset, cache.size_bytes))
-            if len(cache.pages) == 2 and cache.max_size_bytes < self._page_bytes:
-                border = cache.pages[1][0] * self._page_bytes
-                if (there := caches.get(cache.pages[1][0])) is not None:
-                    there.append((border, max(0, cache.offset + cache.size_bytes - border)))
+            if len(cache.pages) > 1 and shares_pages(cache.size_bytes, cache.max_size_bytes, self._page_bytes):
+                for index, _ in cache.pages[1:]:
+                    border = index * self._page_bytes
+                    if (there := caches.get(index)) is not None:
+                        there.append((border, max(0, cache.offset + cache.size_bytes - border)))
         for index, each in ranges.items():
             if left_bytes < self._page_bytes:
                 return None

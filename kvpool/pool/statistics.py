@@ -34,6 +34,10 @@ class DeviceStatistics:
     caches: int
     leases: int
     evictions: int
+    compacted_bytes: int
+    """Moved by compaction."""
+    compacted_pages: int
+    """Freed by it."""
     lost: str | None
     reported: bool
     """Whether the device told its figures; else they are zeros."""
@@ -185,6 +189,8 @@ def collect(
                 caches=reported.get("caches", 0),
                 leases=reported.get("leases", 0),
                 evictions=device.evictions,
+                compacted_bytes=reported.get("compacted", (0, 0))[0],
+                compacted_pages=reported.get("compacted", (0, 0))[1],
                 lost=device.lost,
                 reported=number in memory,
                 lower=reported.get("lower"),

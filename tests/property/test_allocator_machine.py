@@ -14,6 +14,7 @@ from kvpool.errors import CapacityError, DoubleReleaseError, StaleCacheError
 from kvpool.memory.allocation import Allocation
 from kvpool.memory.allocator import GPUMemoryAllocator
 from kvpool.memory.host import HostBackend
+from kvpool.memory.packing import shares_pages
 
 PAGE = 65536
 PAGES = 16
@@ -234,9 +235,25 @@ class AllocatorMachine(RuleBasedStateMachine):
         states = usage.backed_bytes + usage.reserve_bytes + usage.zombie_bytes + usage.free_bytes
         assert states == usage.capacity_bytes == PAGES * PAGE
         pages = {ref for where, _ in self.live.values() for ref in where.pages}
-        assert usage.backed_bytes == len(pages) * PAGE
+        assert usage.backed_bytes == len(pages) * PAGE - self.withheld_bytes()
         owned = usage.capacity_bytes - usage.free_bytes - usage.zombie_bytes
         assert self.backend.mem_info().free_bytes <= PAGES * PAGE - owned
+
+    def withheld_bytes(self) -> int:
+        """What is free in pages that caches share and a revoked client still maps: nobody gets it."""
+        quarantined = {serial for _, serial in self.quarantined}
+        free: dict[int, int] = {}
+        for where, _ in self.live.values():
+            if not shares_pages(where.size_bytes, where.max_size_bytes, PAGE):
+                continue
+            grows = where.max_size_bytes > where.size_bytes
+            size = 1 << (where.max_size_bytes - 1).bit_length() if grows else -(-where.size_bytes // 4096) * 4096
+            end = where.offset + max(size, 4096)
+            for index, serial in where.pages:
+                if serial in quarantined:
+                    inside = min(end, (index + 1) * PAGE) - max(where.offset, index * PAGE)
+                    free[serial] = free.get(serial, PAGE) - inside
+        return sum(free.values())
 
     @invariant()
     def nobody_sees_what_is_not_theirs(self) -> None:
