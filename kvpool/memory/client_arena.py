@@ -12,6 +12,7 @@ from pathlib import Path
 from kvpool.errors import DeviceLostError, ForkedHandleError, InvalidRequestError, KvpoolError, PoolUnavailableError
 from kvpool.memory.backend import Access, Backend
 from kvpool.memory.channel import MAX_DESCRIPTORS
+from kvpool.memory.page import runs
 from kvpool.memory.page_client import PageClient, PageRequest
 
 _log = logging.getLogger(__name__)
@@ -168,7 +169,7 @@ class ClientArena:
                     _log.info("cannot tell the owner at %s that its pages are unmapped: %s", self._path, failure)
             self._connection.stop(timeout_s)
             for access, base in self._bases.items():
-                for start, count in _runs(sorted(self._serials[access])):
+                for start, count in runs(sorted(self._serials[access])):
                     self._backend.unmap(base + start * self._page_size_bytes, count * self._page_size_bytes)
                 self._serials[access].clear()
                 self._indexes[access].clear()
@@ -195,7 +196,7 @@ class ClientArena:
                         self._unmap_serial(view, serial)  # the owner moved it: nothing of its old place is in use
                 self._backend.map(base + index * self._page_size_bytes, handle)
                 mapped[index] = serial
-            for start, count in _runs(sorted(mapped)):
+            for start, count in runs(sorted(mapped)):
                 self._backend.set_access(base + start * self._page_size_bytes, count * self._page_size_bytes, access)
         except BaseException:
             for index in mapped:
@@ -287,14 +288,3 @@ class ClientArena:
             raise InvalidRequestError("this arena is closed")
         if self._lost is not None:
             raise self._lost
-
-
-def _runs(indexes: list[int]) -> list[tuple[int, int]]:
-    """Return ``(first, count)`` of each run of consecutive numbers in a sorted list."""
-    runs: list[tuple[int, int]] = []
-    for index in indexes:
-        if runs and sum(runs[-1]) == index:
-            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-        else:
-            runs.append((index, 1))
-    return runs

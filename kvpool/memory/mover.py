@@ -163,7 +163,7 @@ class Mover:
         until the next one is begun.
         """
         way_bytes = abs(move.source - move.destination)
-        size_bytes = self._live[move.cache_id].size_bytes
+        size_bytes = self._live[move.cache_id].span_bytes
         overlapping = way_bytes < size_bytes
         ensure(not overlapping or move.destination < move.source, "what slides over itself slides down", move=move)
         try:
@@ -182,7 +182,7 @@ class Mover:
         allocation = self._live[move.cache_id]
         self._shared.move(allocation.tenant, move.source, move.destination)
         if self._scrubber.busy(allocation.tenant):  # the hole may not have been reached, and now counts as in use
-            end = allocation.size_bytes
+            end = allocation.span_bytes
             self._scrubber.zero(move.destination + end, move.size_bytes - end)
         self._enter(move.cache_id, move.destination, owner)
 
