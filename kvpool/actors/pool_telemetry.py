@@ -16,6 +16,7 @@ from kvpool.actors.metrics import PoolMetrics, PoolSnapshot
 from kvpool.actors.protocol import errors_of
 from kvpool.actors.spans import BatchSpans, ItemSpan, NoSpans
 from kvpool.errors import ConfigError
+from kvpool.pool.backing import KINDS
 from kvpool.pool.instructions import Answer, Send, Waited
 from kvpool.pool.state import PoolState
 from kvpool.pool.statistics import HOST_TIER, collect
@@ -179,7 +180,7 @@ def _ended(loop: asyncio.Task[None]) -> None:
 
 
 def _evicts(operation: tuple[Any, ...]) -> bool:
-    return bool(operation[0] == "evict" or (operation[0] == "allocate" and operation[-1]))
+    return bool(operation[0] == "evict" or (operation[0] in ("allocate", *KINDS) and operation[-1]))
 
 
 def _grants(answer: Answer) -> bool:

@@ -208,6 +208,12 @@ class CacheIndex(CacheTable):
             self.policy.stored(space, chain, rows, now)
         return rows
 
+    def resize(self, row: int, size_bytes: int, asked_bytes: int) -> None:
+        """Enter what a cache that is not sealed takes of its device from now on, and what has a meaning in it."""
+        ensure(self.flags[row] == RESIDENT, "resizing a cache that is sealed or gone", row=row)
+        self.resident_bytes[self.device[row]] += size_bytes - self.size_bytes[row]
+        self.size_bytes[row], self.asked_bytes[row] = size_bytes, asked_bytes
+
     def seal(self, row: int) -> None:
         """Mark a cache immutable; it gets no key by that. Idempotent."""
         ensure(self.flags[row], "sealing a cache that is gone", row=row)

@@ -17,7 +17,8 @@ from kvpool.errors import (
     UnknownCacheError,
     ensure,
 )
-from kvpool.pool.client import Client, Writer
+from kvpool.memory.extents import front
+from kvpool.pool.client import Backing, Client, Writer
 from kvpool.pool.counters import Counters
 from kvpool.pool.device import Device
 from kvpool.pool.instructions import Batch, BatchDone, Continuation, Instruction, Send
@@ -219,7 +220,10 @@ class Ledger:
         index = self.index
         row = index.add(space, footprint_bytes, device.number, parent_row, now=now)
         index.asked_bytes[row] = size_bytes
-        self.writers[index.id_of(row)] = Writer(client.id, self.invalidations if born is None else born, None)
+        backing = None
+        if max_size_bytes > size_bytes:
+            backing = Backing(max_size_bytes, front(size_bytes), front(size_bytes))
+        self.writers[index.id_of(row)] = Writer(client.id, self.invalidations if born is None else born, None, backing)
         return row
 
     def add_chain(

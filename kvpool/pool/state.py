@@ -14,6 +14,7 @@ from kvpool.cache.key import fingerprint
 from kvpool.errors import InvariantError, KvpoolError, ProtocolError
 from kvpool.pool.ahead import CopiesAhead
 from kvpool.pool.allocation import Allocations
+from kvpool.pool.backing import BackingChanges
 from kvpool.pool.below import Below
 from kvpool.pool.blocks import BlockAllocations
 from kvpool.pool.client import Client
@@ -27,6 +28,7 @@ from kvpool.pool.instructions import (
     Batch,
     BlocksRequested,
     CachesRequested,
+    ChangesRequested,
     ClientGone,
     DeviceAnswered,
     DeviceFreed,
@@ -82,6 +84,7 @@ class PoolState:
         self.below = Below(self.ledger)
         room = Room(self.ledger, self.below)
         self.allocations = Allocations(self.ledger, room, queue_limit)
+        self.changes = BackingChanges(self.ledger, room, self.allocations)
         self.blocks = BlockAllocations(self.ledger, room)
         fanout = Fanout(self.ledger)
         self.leases = Leases(self.ledger, fanout, self.allocations.retry)
@@ -207,6 +210,8 @@ class PoolState:
         match event:
             case CachesRequested():
                 self.allocations.request_caches(event.batch, event.client, event.items, now)
+            case ChangesRequested():
+                self.changes.request(event.batch, event.client, event.items, now)
             case PrefixesLookedUp():
                 self.directory.look_up(event.batch, event.client, event.items, now)
             case BlocksRequested():
