@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from kvpool.cache.key import encode_block_id
     from kvpool.cache.record import CacheBlock
     from kvpool.client import CachePool, Model, ModelSpec, NewBlocks, PoolEvent, PrefixHit, VirtualKVCache, delete
+    from kvpool.client.ranges import byte_ranges
     from kvpool.config import PoolConfig, load_config
     from kvpool.memory.backend import Access
     from kvpool.pool.statistics import PoolStatistics
@@ -29,6 +30,7 @@ _HOMES = {
     "PoolStatistics": "kvpool.pool.statistics",
     "PrefixHit": "kvpool.client",
     "VirtualKVCache": "kvpool.client",
+    "byte_ranges": "kvpool.client.ranges",
     "create_deepseek_ocr_cache_pool": "kvpool.presets",
     "create_vista_cache_pool": "kvpool.presets",
     "delete": "kvpool.client",
@@ -49,6 +51,7 @@ __all__ = [
     "PoolStatistics",
     "PrefixHit",
     "VirtualKVCache",
+    "byte_ranges",
     "create_deepseek_ocr_cache_pool",
     "create_vista_cache_pool",
     "delete",

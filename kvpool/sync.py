@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvpool import client
@@ -85,6 +85,18 @@ class VirtualKVCache:
     ) -> torch.Tensor:
         """See :meth:`kvpool.VirtualKVCache.tensor`."""
         return self._cache.tensor(dtype, shape, offset_bytes=offset_bytes, access=access)
+
+    def resize(self, size: int | str, *, timeout_s: float | None = None) -> None:
+        """See :meth:`kvpool.VirtualKVCache.resize`."""
+        _run(self._cache.resize, size, timeout_s=timeout_s)
+
+    def back(self, ranges: Iterable[tuple[int, int]], *, timeout_s: float | None = None) -> None:
+        """See :meth:`kvpool.VirtualKVCache.back`."""
+        _run(self._cache.back, ranges, timeout_s=timeout_s)
+
+    def unback(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """See :meth:`kvpool.VirtualKVCache.unback`."""
+        _run(self._cache.unback, ranges)
 
     def seal(self, key: bytes | str | None = None, *, durable: bool = False) -> None:
         """See :meth:`kvpool.VirtualKVCache.seal`."""
@@ -311,10 +323,13 @@ class CachePool(BlockingAdministration):
         size_mb: float | None = None,
         *,
         size: int | str | None = None,
+        max_size_mb: float | None = None,
+        max_size: int | str | None = None,
         timeout_s: float | None = None,
     ) -> VirtualKVCache:
         """See :meth:`kvpool.CachePool.request_cache`."""
-        return VirtualKVCache(_run(self._pool.request_cache, model_name, size_mb, size=size, timeout_s=timeout_s))
+        sizes = {"size": size, "max_size_mb": max_size_mb, "max_size": max_size}
+        return VirtualKVCache(_run(self._pool.request_cache, model_name, size_mb, timeout_s=timeout_s, **sizes))
 
     def find_cache(self, model_name: str, key: bytes | str) -> VirtualKVCache | None:
         """See :meth:`kvpool.CachePool.find_cache`."""

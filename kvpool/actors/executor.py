@@ -18,6 +18,7 @@ from kvpool.pool.instructions import (
     BatchDone,
     BlocksRequested,
     CachesRequested,
+    ChangesRequested,
     ClientGone,
     DeviceAnswered,
     DeviceFreed,
@@ -45,6 +46,7 @@ logger = logging.getLogger("kvpool.pool")
 
 _METHODS: dict[tuple[Any, ...], str] = {
     (CachesRequested,): "request_caches",
+    (ChangesRequested,): "change_backing",
     (PrefixesLookedUp,): "look_up",
     (PrefixesFetched,): "fetch",
     (PersistRequested,): "persist",
