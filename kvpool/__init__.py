@@ -10,7 +10,17 @@ from kvpool.version import __version__ as __version__
 if TYPE_CHECKING:
     from kvpool.cache.key import encode_block_id
     from kvpool.cache.record import CacheBlock
-    from kvpool.client import CachePool, Model, ModelSpec, NewBlocks, PoolEvent, PrefixHit, VirtualKVCache, delete
+    from kvpool.client import (
+        BlockAllocator,
+        CachePool,
+        Model,
+        ModelSpec,
+        NewBlocks,
+        PoolEvent,
+        PrefixHit,
+        VirtualKVCache,
+        delete,
+    )
     from kvpool.client.ranges import byte_ranges
     from kvpool.config import PoolConfig, load_config
     from kvpool.memory.backend import Access
@@ -20,6 +30,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Access": "kvpool.memory.backend",
+    "BlockAllocator": "kvpool.client",
     "CacheBlock": "kvpool.cache.record",
     "CachePool": "kvpool.client",
     "Model": "kvpool.client",
@@ -41,6 +52,7 @@ _HOMES = {
 
 __all__ = [
     "Access",
+    "BlockAllocator",
     "CacheBlock",
     "CachePool",
     "Model",

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import numpy
     import torch
 
-__all__ = ["CachePool", "Model", "NewBlocks", "PrefixHit", "VirtualKVCache", "delete"]
+__all__ = ["BlockAllocator", "CachePool", "Model", "NewBlocks", "PrefixHit", "VirtualKVCache", "delete"]
 
 _Result = TypeVar("_Result")
 
@@ -98,6 +98,16 @@ class VirtualKVCache:
         """See :meth:`kvpool.VirtualKVCache.unback`."""
         _run(self._cache.unback, ranges)
 
+    def block_allocator(
+        self, block_bytes: int | str, *, planes: int = 1, ahead_blocks: int | None = None
+    ) -> BlockAllocator:
+        """See :meth:`kvpool.VirtualKVCache.block_allocator`."""
+
+        async def open_it() -> client.BlockAllocator:
+            return self._cache.block_allocator(block_bytes, planes=planes, ahead_blocks=ahead_blocks)
+
+        return BlockAllocator(_run(open_it))
+
     def seal(self, key: bytes | str | None = None, *, durable: bool = False) -> None:
         """See :meth:`kvpool.VirtualKVCache.seal`."""
         _run(self._cache.seal, key, durable=durable)
@@ -124,6 +134,27 @@ class VirtualKVCache:
 
     def __exit__(self, *exception: object) -> None:
         _run(self._cache.__aexit__, *exception)
+
+
+class BlockAllocator:
+    """Blocking form of :class:`kvpool.BlockAllocator`; its attributes are read through."""
+
+    def __init__(self, blocks: client.BlockAllocator) -> None:
+        self._blocks = blocks
+        # As they are: neither waits for anything, and both are called thousands of times a second.
+        self.allocate = blocks.allocate
+        self.free = blocks.free
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._blocks, name)
+
+    def reserve(self, count: int, *, timeout_s: float | None = None) -> None:
+        """See :meth:`kvpool.BlockAllocator.reserve`."""
+        _run(self._blocks.reserve, count, timeout_s=timeout_s)
+
+    def trim(self) -> int:
+        """See :meth:`kvpool.BlockAllocator.trim`."""
+        return _run(self._blocks.trim)
 
 
 class _LeasedBlocks:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+import weakref
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kvpool.cache.record import CacheBlock, blocks_of
+from kvpool.client.block_allocator import BlockAllocator
 from kvpool.client.connection import Connection
 from kvpool.client.lease import Lease
 from kvpool.client.spec import content_hash, wait_of
@@ -62,6 +64,7 @@ class VirtualKVCache:
         self._connection = connection
         self._model = model
         self._changing = asyncio.Lock()
+        self._allocator: weakref.ref[BlockAllocator] | None = None
         self._viewed: set[Access] = set()
         """The views of the arena in which the cache is mapped."""
         self._take(cache_id, device, place)
@@ -235,6 +238,42 @@ class VirtualKVCache:
         self._connection.followers[self.id] = self
         async with self._changing:
             await self.follow(await self._connection.change(self.id, kind, asked, wait_s))
+
+    def block_allocator(
+        self, block_bytes: int | str, *, planes: int = 1, ahead_blocks: int | None = None
+    ) -> BlockAllocator:
+        """Hand out blocks of one size inside the cache, without a call for each: see :class:`BlockAllocator`.
+
+        The cache's ``max_size`` tells how many there are; what is backed of it then follows their use.
+
+        Parameters
+        ----------
+        block_bytes
+            Bytes of a block, or text. Of one plane, where there are several.
+        planes
+            How often a block's number counts: 2 for a tensor ``(2, num_blocks, ...)`` of keys and values.
+        ahead_blocks
+            How many blocks are kept free and backed ahead of use. By default 64, or two groups of those that share
+            pages if that is more.
+
+        Raises
+        ------
+        InvalidSizeError
+            If not even one block fits.
+        SealedError
+            If the cache is sealed.
+        CacheStateError
+            If another allocator of it is open.
+        """
+        self._lease.check_held()
+        self._access(Access.READ_WRITE)
+        known = self._allocator() if self._allocator is not None else None
+        if known is not None and not known.closed:
+            raise CacheStateError(f"cache {self.id} has a block allocator already: use that one, or close() it")
+        page_bytes = self._connection.devices[self._device]["page_bytes"]
+        allocator = BlockAllocator(self, self._connection, page_bytes, parse_size(block_bytes), planes, ahead_blocks)
+        self._allocator = weakref.ref(allocator)
+        return allocator
 
     async def follow(self, answer: Any) -> None:
         """Show in this process what the pool says is backed now. (For a change whose caller was cancelled, too.)"""

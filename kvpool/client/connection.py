@@ -8,7 +8,7 @@ import logging
 import os
 import secrets
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 from weakref import WeakSet, WeakValueDictionary
@@ -280,6 +280,21 @@ class Connection:
         task = self.loop.create_task(logged())
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+
+    def run_soon(self, make: Callable[[], Coroutine[Any, Any, None]], what: str, after_s: float = 0.0) -> None:
+        """Run a coroutine function on the connection's event loop, as :meth:`spawn` does. Any thread."""
+
+        def start() -> None:
+            if not self.closed:
+                self.spawn(make(), what)
+
+        try:
+            if after_s:
+                self.loop.call_soon_threadsafe(self.loop.call_later, after_s, start)
+            else:
+                self.loop.call_soon_threadsafe(start)
+        except RuntimeError:  # the loop is closed: the process or its use of the pool ends
+            logger.debug("%s: left to the end of this process", what)
 
     def _abandoned(self, answer: Any) -> None:
         """Give back what came for a caller that no longer wants it."""
