@@ -88,7 +88,7 @@ class Fleet:
                     config.name, f"host-{number}", capacity_bytes, page_bytes, config.min_block,
                     capacity_bytes * config.arena_factor, int(capacity_bytes * config.reserve),
                     str(self._sockets[number]), epoch, promised_bytes[node], dict(environment or {}),
-                    config.tier_plan(f"host-{number}")._asdict(),
+                    config.tier_plan(f"host-{number}")._asdict(), config.idle_trim_s,
                     node=node,
                 )  # fmt: skip
                 promised_bytes[node] += capacity_bytes + (config.host_memory or 0)

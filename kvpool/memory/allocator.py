@@ -321,6 +321,24 @@ class GPUMemoryAllocator:
         """Give warm pages back, of ``tenant`` or of all. Returns the bytes free by that; what clients map follows."""
         return self._ranges.trim(tenant) * self.page_size_bytes
 
+    def trim_idle(self, now: float, idle_s: float, most_bytes: int) -> int:
+        """Give warm pages back to the system that nobody has used for ``idle_s``, so that other programs can have them.
+
+        Parameters
+        ----------
+        now
+            Seconds of the caller's clock. To be called several times in ``idle_s``.
+        most_bytes
+            How much to give back in this step: it takes about 0.3 ms a page. A range is given back whole.
+
+        Returns
+        -------
+        int
+            Bytes given back; what clients map follows when they have dropped it.
+        """
+        most_pages = max(1, most_bytes >> self._page_shift)
+        return self._ranges.trim_idle(now, idle_s, most_pages) << self._page_shift
+
     def compact(self, budget_bytes: int | None = None) -> Compaction:
         """Move caches below a page together, so that pages come free; the tenant that wastes most comes first.
 

@@ -63,6 +63,8 @@ class BlockSpace:
         self._leaving: set[int] = set()
         #: Blocks that somebody reserved memory for, and has not allocated since.
         self._reserved = 0
+        #: Nothing was asked for since all that is empty was given back: nothing is wanted ahead.
+        self._resting = False
         self.note_backed(backed)
 
     # -- blocks -----------------------------------------------------------------------------------------------------
@@ -79,6 +81,7 @@ class BlockSpace:
         """
         if not isinstance(count, int) or count < 0:
             raise InvalidRequestError(f"allocate a whole number of blocks, not {count!r}", asked=repr(count))
+        self._resting = False
         if count > self.free_blocks:
             raise self._too_few(count)
         self.free_blocks -= count
@@ -157,14 +160,15 @@ class BlockSpace:
         """Whether :meth:`missing` or :meth:`take_surplus` would name anything."""
         free_blocks, ahead_blocks = self.free_blocks, self.ahead_blocks
         if free_blocks < ahead_blocks:
-            return bool(self._unbacked)
+            return bool(self._unbacked) and not self._resting
         if free_blocks <= 3 * ahead_blocks or not self._empty:
             return False
         return free_blocks - self._size(max(self._empty)) >= self._kept()
 
     def missing(self) -> list[int]:
         """Return the groups to be backed now, so that enough is free ahead of use: the first that are not."""
-        return self._unbacked_for(2 * self.ahead_blocks) if self.free_blocks < self.ahead_blocks else []
+        few = self.free_blocks < self.ahead_blocks and not self._resting
+        return self._unbacked_for(2 * self.ahead_blocks) if few else []
 
     def missing_for(self, count: int) -> list[int]:
         """Return the groups to be backed so that ``count`` blocks are free, and keep so many until they are allocated.
@@ -205,8 +209,9 @@ class BlockSpace:
         return self._take(self._kept()) if self.free_blocks > 3 * self.ahead_blocks else []
 
     def take_empty(self) -> list[int]:
-        """Take all empty groups, as :meth:`take_surplus` does, also of what was reserved."""
+        """Take all empty groups, as :meth:`take_surplus` does. Nothing is wanted ahead until something is asked for."""
         self._reserved = 0
+        self._resting = True
         return self._take(0)
 
     def note_unbacked(self, groups: Sequence[int]) -> None:

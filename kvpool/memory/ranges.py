@@ -7,6 +7,7 @@ from itertools import pairwise
 
 from kvpool.errors import AddressSpaceError, BackendError, ensure
 from kvpool.memory.buddy import BuddyAllocator
+from kvpool.memory.idle import IdleMarks
 from kvpool.memory.page import UNMAPPED, Page, PageRange, runs
 from kvpool.memory.pages import PageTable
 from kvpool.memory.reserve import Shape, WarmReserve
@@ -29,6 +30,7 @@ class RangeAllocator:
         self._page_bytes = table.page_size_bytes
         self._addresses = BuddyAllocator(table.arena_pages * self._page_bytes, self._page_bytes)
         self._reserve = WarmReserve()
+        self._idle = IdleMarks()
         #: Ranges in which something lives, by first index.
         self.in_use: dict[int, tuple[Shape, PageRange]] = {}
 
@@ -152,6 +154,18 @@ class RangeAllocator:
         while self._trim_oldest(tenant):
             pass
         return self.table.free_pages - free_pages
+
+    def trim_idle(self, now: float, idle_s: float, most_pages: int) -> int:
+        """Give warm ranges back that were put away ``idle_s`` ago, until ``most_pages`` are gone; returns how many.
+
+        Counted from the last call that was as long ago, so it is to be called several times in ``idle_s``.
+        """
+        idle = self._idle.pass_time(self._reserve.newest, now, idle_s)
+        pages = 0
+        while pages < most_pages and (entry := self._reserve.take_oldest(None, idle)) is not None:
+            self._give_back(entry[1])
+            pages += entry[0].pages
+        return pages
 
     def warm_pages(self, tenant: str) -> list[Page]:
         """Return the pages that are kept warm for ``tenant``."""

@@ -6,11 +6,18 @@ import asyncio
 
 import numpy as np
 import pytest
-from pool_actors import until_no_zombies
+from pool_actors import until, until_no_zombies
 
 import kvpool.sync
 from kvpool import Access, CachePool, byte_ranges
-from kvpool.errors import CacheStateError, CapacityError, InvalidSizeError, SealedError, TensorMismatchError
+from kvpool.errors import (
+    CacheStateError,
+    CapacityError,
+    DoubleReleaseError,
+    InvalidSizeError,
+    SealedError,
+    TensorMismatchError,
+)
 
 PAGE = 64 * 1024
 MIB = 1024 * 1024
@@ -19,6 +26,11 @@ MIB = 1024 * 1024
 async def device_of(pool: CachePool):
     (device,) = (await pool.stats()).devices
     return device
+
+
+async def nothing_is_warm(pool: CachePool) -> bool:
+    device = await device_of(pool)
+    return device.reserve_bytes == 0 and device.free_bytes == device.capacity_bytes
 
 
 def grow_blocking(name: str) -> None:
@@ -142,3 +154,35 @@ async def test_a_grown_cache_is_sealed_with_its_size_and_found_by_others(pool):
     async with other, await other.find_cache("m", "key") as found:
         assert found.size_bytes == 3 * PAGE
         assert (found.numpy("uint8", 3 * PAGE) == 7).all()
+
+
+async def test_blocks_are_handed_out_and_their_memory_follows(make_pool):
+    pool = await make_pool(idle_trim_s=0.2)
+    block_bytes = PAGE // 4
+    async with await pool.request_cache("m", size=block_bytes, max_size=2 * 64 * block_bytes) as cache:
+        tensor = cache.numpy("uint8", (2, 64, block_bytes))
+        blocks = cache.block_allocator(block_bytes, planes=2, ahead_blocks=8)
+        assert (blocks.num_blocks, blocks.free_blocks) == (64, 0)
+        with pytest.raises(CapacityError, match="reserve"):
+            blocks.allocate(1)
+        with pytest.raises(CacheStateError, match="already"):
+            cache.block_allocator(block_bytes)
+        await blocks.reserve(24)
+        held = [blocks.allocate(4) for _ in range(6)]
+        for numbers in held:
+            tensor[:, numbers] = numbers[0] + 1
+        await until(lambda: blocks.free_blocks >= 8, "memory ahead of use")
+        assert [int(tensor[1, numbers].min()) for numbers in held] == [numbers[0] + 1 for numbers in held]
+        blocks.free(held[0])
+        with pytest.raises(DoubleReleaseError):
+            blocks.free([*held[1], held[0][0]])
+        for numbers in held[1:]:
+            blocks.free(numbers)
+        await until(lambda: blocks.free_blocks <= 24, "the return of what is too much")
+        assert await blocks.trim() >= 16
+        assert (blocks.free_blocks, cache.size_bytes) == (0, 0)
+        assert not tensor.any()
+        del tensor
+    other = await pool.request_cache("m", size=8 * PAGE)
+    await other.release()
+    await until(lambda: nothing_is_warm(pool), "the return of what lies idle")

@@ -164,3 +164,23 @@ def test_addresses_for_twenty_times_the_memory(backend):
     with pytest.raises(AddressSpaceError):
         memory.allocate(32, 1, max_size_bytes=16 * PAGE)
     memory.close()
+
+
+def test_warm_pages_that_nobody_uses_go_back_after_a_while(memory):
+    for number in range(4):
+        memory.allocate(number, 2 * PAGE)
+    memory.free(0)
+    memory.free(1)
+    assert memory.trim_idle(0.0, 60.0, PAGE) == 0
+    memory.free(2)
+    assert memory.trim_idle(30.0, 60.0, PAGE) == 0
+    memory.allocate(5, 2 * PAGE)  # the newest: what was put away before lies idle on
+    assert memory.trim_idle(59.0, 60.0, 16 * PAGE) == 0
+    assert memory.trim_idle(60.0, 60.0, PAGE) == 2 * PAGE, "in steps, each of a whole range"
+    assert memory.trim_idle(60.0, 60.0, PAGE) == 2 * PAGE
+    assert memory.trim_idle(60.0, 60.0, PAGE) == 0
+    memory.free(5)
+    assert memory.trim_idle(100.0, 60.0, 16 * PAGE) == 0, "used at 59, put away after 60"
+    assert memory.usage().reserve_bytes == 2 * PAGE
+    assert memory.trim_idle(160.0, 60.0, 16 * PAGE) == 2 * PAGE
+    memory.check()
