@@ -8,7 +8,7 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from kvpool.errors import CapacityError, InvalidSizeError, KvpoolError
+from kvpool.errors import CacheStateError, CapacityError, InvalidSizeError, KvpoolError
 from kvpool.memory.block_space import BlockSpace
 from kvpool.memory.extents import Extents, difference, union
 from kvpool.sizes import format_size
@@ -100,7 +100,11 @@ class BlockAllocator:
         CapacityError
             If so many are not free with memory under them. :meth:`reserve` waits for memory; more comes by itself, too,
             as long as there is any.
+        CacheStateError
+            If the allocator is closed.
         """
+        if self.closed:
+            raise CacheStateError(f"the block allocator of cache {self._cache.id} is closed, or its cache is")
         with self._lock:
             try:
                 return self._space.allocate(count)
@@ -148,13 +152,16 @@ class BlockAllocator:
             return count
 
     def close(self) -> None:
-        """Change no more memory. What is allocated stays as it is, and another allocator may be opened. Idempotent."""
+        """Hand out no more blocks, and leave the cache's memory as it is. Idempotent.
+
+        Another allocator may then be opened; for it, all blocks are free.
+        """
         self._closed = True
 
     @property
     def closed(self) -> bool:
-        """Whether it was closed, or its cache's lease has ended."""
-        return self._closed or self._cache.released
+        """Whether it was closed, or its cache is sealed or released."""
+        return self._closed or self._cache.released or self._cache.sealed
 
     def _ranges(self, groups: Sequence[int]) -> Extents:
         """Return the bytes of groups of blocks in the cache, in all planes."""

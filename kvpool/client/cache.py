@@ -289,8 +289,8 @@ class VirtualKVCache:
             self._cover(access)
         if gone:
             await asyncio.to_thread(self._connection.arenas[self._device].withdraw, gone)
-        for access in viewed:
-            await self._connection.map_pages(self._device, pages, access)
+        for access in viewed:  # what is there by now: a later answer may have come meanwhile
+            await self._connection.map_pages(self._device, self._pages, access)
 
     def _cover(self, access: Access) -> None:
         """Let what is not backed read as zeros in a view, until the lease ends."""
