@@ -114,6 +114,12 @@ class PoolConfig(BaseSettings):
     min_block: PowerOfTwoBytes = Field(4096, description="smallest range of addresses handed out, bytes")
     arena_factor: int = Field(8, ge=1, le=1024, description="reserved addresses of a device, times its memory")
     reserve: float = Field(0.5, ge=0.0, le=1.0, description="share of a device that may be kept as warm pages")
+    idle_trim_s: float = Field(
+        60.0,
+        gt=0.0,
+        allow_inf_nan=False,
+        description="seconds after which warm pages that nobody used go back to the system",
+    )
     policy: PolicyName = Field("lru", description="eviction policy: a name, or module:name of one's own")
     placement: str = Field("least_loaded", description="which device a new cache goes to")
     gc_threshold: float = Field(

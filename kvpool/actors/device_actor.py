@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ from kvpool.memory.host import HostBackend
 from kvpool.memory.limits import require_memory
 from kvpool.memory.pacer import IDLE_S, CompactionPacer
 from kvpool.memory.page_server import PageServer
+from kvpool.sizes import MIB
 from kvpool.telemetry.calls import SCOPE
 from kvpool.telemetry.context import Carrier
 from kvpool.telemetry.logs import carry_trace_ids, print_trace_ids
@@ -45,6 +47,8 @@ logger = logging.getLogger("kvpool.device")
 
 _FOUND_AT_ONCE = 20_000
 """Caches told in one answer: 50 ms of the event loop, and two megabytes."""
+_TRIM_BYTES = 64 * MIB
+"""Idle memory that is given back in one step: about 10 ms."""
 
 _FLUSH_S = 2.0
 """How long the last spans may take to leave when the device ends, seconds."""
@@ -71,6 +75,8 @@ class DeviceActor:
         The fields of a :class:`~kvpool.config.TierPlan`: what lies below this device. None: nothing.
     compaction
         Threshold and share of time of a :class:`~kvpool.memory.pacer.CompactionPacer`.
+    idle_trim_s
+        Warm pages that nobody used for so many seconds go back to the system.
     """
 
     def __init__(
@@ -88,6 +94,7 @@ class DeviceActor:
         environment: dict[str, str] | None = None,
         tiers: dict[str, Any] | None = None,
         compaction: tuple[float, float] = (1.0, 0.1),
+        idle_trim_s: float = math.inf,
     ) -> None:
         adopt(environment or {})
         carry_trace_ids()
@@ -111,6 +118,8 @@ class DeviceActor:
         self._server: PageServer
         self._events = Stream()
         self._stamp = 0
+        self._idle_trim_s = idle_trim_s
+        self._trimmer: asyncio.Task[None] | None = None
 
     async def start(self) -> dict[str, Any]:
         """Reserve the arena and open the socket; return what clients and the pool must know of this device.
@@ -152,6 +161,8 @@ class DeviceActor:
             self._lower = LowerOperations(self._store, self._tiers)
         await self._server.start()
         self._compacting = asyncio.create_task(self._compact())
+        if self._idle_trim_s < math.inf:
+            self._trimmer = asyncio.create_task(self._trim_idle())
         gc.collect()
         gc.freeze()
         return {
@@ -305,6 +316,8 @@ class DeviceActor:
         """Close the socket and give all memory back. The actor is of no use afterwards."""
         if self._compacting is not None:
             self._compacting.cancel()
+        if self._trimmer is not None:
+            self._trimmer.cancel()
         await self._server.close()
         if self._tiers is not None:
             await self._tiers.close()
@@ -327,6 +340,16 @@ class DeviceActor:
         zombie_bytes = self._allocator.usage().zombie_bytes
         self._allocator.dropped(client, serials)
         self._tell_if_freed(zombie_bytes)
+
+    async def _trim_idle(self) -> None:
+        while True:
+            await asyncio.sleep(self._idle_trim_s / 4)
+            zombie_bytes = self._allocator.usage().zombie_bytes
+            while self._allocator.trim_idle(time.monotonic(), self._idle_trim_s, _TRIM_BYTES):
+                self._request_drops()
+                await asyncio.sleep(0)  # others wait no longer than for a step
+            if self._allocator.usage().zombie_bytes != zombie_bytes:
+                self._tell(("freed", self._zombies()))
 
     def _client_connected(self, client: str) -> None:
         if self._store.is_revoked(client):  # before it came here for the first time

@@ -18,6 +18,7 @@ from kvpool.pool.instructions import (
     BatchDone,
     BlocksRequested,
     CachesRequested,
+    ChangesRequested,
     ClientGone,
     DeviceAnswered,
     DeviceFreed,
@@ -46,6 +47,7 @@ logger = logging.getLogger("kvpool.pool")
 
 _METHODS: dict[tuple[Any, ...], str] = {
     (CachesRequested,): "request_caches",
+    (ChangesRequested,): "change_backing",
     (PrefixesLookedUp,): "look_up",
     (PrefixesFetched,): "fetch",
     (PersistRequested,): "persist",

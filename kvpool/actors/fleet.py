@@ -92,7 +92,7 @@ class Fleet:
                     capacity_bytes * config.arena_factor, int(capacity_bytes * config.reserve),
                     str(self._sockets[number]), epoch, promised_bytes[node], dict(environment or {}),
                     config.tier_plan(f"host-{number}")._asdict(),
-                    (config.compaction_threshold, config.compaction_share),
+                    (config.compaction_threshold, config.compaction_share), config.idle_trim_s,
                     node=node,
                 )  # fmt: skip
                 promised_bytes[node] += capacity_bytes + (config.host_memory or 0)

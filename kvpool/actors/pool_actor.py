@@ -28,6 +28,7 @@ from kvpool.actors.priority import run_at_normal_priority
 from kvpool.actors.protocol import (
     BLOCKS_ITEM,
     CACHE_ITEM,
+    CHANGE_ITEM,
     FETCH_ITEM,
     LEASE_ITEM,
     PREFIX_ITEM,
@@ -40,6 +41,7 @@ from kvpool.errors import KvpoolError, PoolBusyError, PoolNotFoundError
 from kvpool.pool.instructions import (
     BlocksRequested,
     CachesRequested,
+    ChangesRequested,
     PersistRequested,
     PinRequested,
     PrefixesFetched,
@@ -212,6 +214,10 @@ class PoolActor(Administration):
     async def request_caches(self, client: str, items: list[Any]) -> list[Any]:
         """Ask for caches: ``("granted", id, device, size, max_size, place)``, ``("queued", ticket)`` or an error."""
         return await self._lease(CachesRequested, CACHE_ITEM, client, items)
+
+    async def change_backing(self, client: str, items: list[Any]) -> list[Any]:
+        """Change what is backed of caches: ``("changed", id, size, extents, place)``, ``("queued", n)`` or an error."""
+        return await self._lease(ChangesRequested, CHANGE_ITEM, client, items)
 
     async def look_up(self, client: str, items: list[Any]) -> list[Any]:
         """Find and lease prefixes: ``("hit", ids, devices, places, sizes, coming)``.

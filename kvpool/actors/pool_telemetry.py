@@ -17,6 +17,7 @@ from kvpool.actors.metrics import PoolMetrics, PoolSnapshot
 from kvpool.actors.protocol import errors_of
 from kvpool.actors.spans import BatchSpans, ItemSpan, NoSpans
 from kvpool.errors import ConfigError
+from kvpool.pool.backing import KINDS
 from kvpool.pool.instructions import Answer, Move, Send, Waited
 from kvpool.pool.state import PoolState
 from kvpool.pool.statistics import HOST_TIER, collect
@@ -205,7 +206,7 @@ def _recorded(
 
 
 def _evicts(operation: tuple[Any, ...]) -> bool:
-    return bool(operation[0] in ("evict", "allocate") and operation[-1])  # else it only keeps others in order
+    return bool(operation[0] in ("evict", "allocate", *KINDS) and operation[-1])  # else it only keeps others in order
 
 
 def _grants(answer: Answer) -> bool:

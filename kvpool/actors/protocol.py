@@ -24,6 +24,7 @@ STEPS_S = 600.0
 """How long the pool may take to evict, zero or give back much memory, seconds."""
 
 CACHE_ITEM = {"sequence": int, "model": int, "size": int, "max_size": int, "timeout_s": (int, float)}
+CHANGE_ITEM = {"sequence": int, "id": int, "kind": str, "ranges": (list, tuple), "timeout_s": (int, float)}
 PREFIX_ITEM = {"sequence": int, "model": int, "hashes": bytes}
 FETCH_ITEM = {"sequence": int, "model": int, "hashes": bytes, "first": int, "timeout_s": (int, float)}
 BLOCKS_ITEM = {

@@ -225,6 +225,12 @@ class CacheIndex(CacheTable):
             self.policy.stored(space, chain, rows, now)
         return rows
 
+    def resize(self, row: int, size_bytes: int, asked_bytes: int) -> None:
+        """Enter what a cache that is not sealed takes of its device from now on, and what has a meaning in it."""
+        ensure(self.flags[row] == RESIDENT, "resizing a cache that is sealed or gone", row=row)
+        self.resident_bytes[self.device[row]] += size_bytes - self.size_bytes[row]
+        self.size_bytes[row], self.asked_bytes[row] = size_bytes, asked_bytes
+
     def seal(self, row: int) -> None:
         """Mark a cache immutable; it gets no key by that. Idempotent."""
         ensure(self.flags[row], "sealing a cache that is gone", row=row)
@@ -387,6 +393,13 @@ class CacheIndex(CacheTable):
         flags[rows] = 0
         stamps[rows] += 1
         self._free.extend(rows[stamps[rows] < MAX_STAMP].tolist())
+
+    def children_elsewhere(self, number: int) -> Rows:
+        """Return the rows on other devices whose parents lie on this one."""
+        devices, parent = np.frombuffer(self.device, np.int32), np.frombuffer(self.parent, np.int32)
+        chained = np.flatnonzero((np.frombuffer(self.flags, np.uint8) != 0) & (parent >= 0) & (devices != number))
+        found: Rows = chained[devices[parent[chained]] == number]
+        return found
 
     def remove_device(self, number: int) -> int:
         """Forget all caches of a device that is lost, leased or not; returns how many. Its number is not used again."""

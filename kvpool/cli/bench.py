@@ -43,6 +43,15 @@ def compaction(json_path: str | None) -> None:
 
 @bench.command()
 @JSON
+def blocks(json_path: str | None) -> None:
+    """Time blocks handed out inside a cache, and a cache resized by 1 GiB up and down, 100 times."""
+    from kvpool.bench import blocks as benchmark
+
+    _report("growth in place", lambda: asyncio.run(benchmark.measure()), json_path)
+
+
+@bench.command()
+@JSON
 def concurrency(json_path: str | None) -> None:
     """Time 1, 100 and 1,000 concurrent requests, beside unmerged calls, a no-op actor, and with telemetry on."""
     from kvpool.bench import concurrency as benchmark

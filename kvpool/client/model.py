@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from kvpool.client.cache import VirtualKVCache
 from kvpool.client.connection import Connection
 from kvpool.client.copying import source_addresses
 from kvpool.client.putting import fill
-from kvpool.client.spec import ModelSpec, content_hash, content_hashes, join_hashes
+from kvpool.client.spec import ModelSpec, content_hash, content_hashes, is_number, join_hashes, wait_of
 from kvpool.errors import InvalidRequestError
 from kvpool.sizes import parse_size
 
@@ -38,7 +37,7 @@ class Model:
         Parameters
         ----------
         max_size
-            Reserve addresses up to this size.
+            Reserve addresses up to this size, for :meth:`VirtualKVCache.resize`; they cost no memory.
         timeout_s
             How long to wait for memory, seconds; by default the pool's ``timeout_s``. 0 does not wait.
 
@@ -50,10 +49,8 @@ class Model:
             If there is no room in time.
         """
         size_bytes = parse_size(size)
-        if timeout_s is not None and not is_number(timeout_s, at_least=0):
-            raise InvalidRequestError(f"timeout_s is how many seconds to wait, 0 or more, not {timeout_s!r}")
         max_size_bytes = parse_size(max_size) if max_size is not None else size_bytes
-        wait_s = self._connection.config["timeout_s"] if timeout_s is None else timeout_s
+        wait_s = wait_of(timeout_s, self._connection.config["timeout_s"])
         granted = await self._connection.request_cache(self.number, size_bytes, max_size_bytes, wait_s)
         cache = VirtualKVCache(self._connection, self.number, self.name, granted)
         await cache.map()
@@ -172,11 +169,6 @@ class Model:
         blocks = NewBlocks(self._connection, self.spec, self.number, hashes, answer)
         await blocks.map()
         return blocks
-
-
-def is_number(value: object, at_least: float) -> bool:
-    """Return whether a value is a finite number, not below ``at_least``."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and at_least <= value < math.inf
 
 
 def _check_parent(parent: bytes | None) -> None:

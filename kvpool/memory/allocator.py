@@ -19,8 +19,10 @@ from kvpool.errors import (
 from kvpool.memory.allocation import Allocation, Compaction, Movable, Place, Request, VictimSource, no_room
 from kvpool.memory.backend import Backend
 from kvpool.memory.compaction import WINDOW_PAGES
+from kvpool.memory.extents import Extents, checked, difference, front, pages_touched, total_bytes, union
 from kvpool.memory.mover import Mover
 from kvpool.memory.packing import shares_pages
+from kvpool.memory.page import runs
 from kvpool.memory.pages import PageTable
 from kvpool.memory.ranges import RangeAllocator
 from kvpool.memory.reserve import Shape
@@ -222,26 +224,69 @@ class GPUMemoryAllocator:
         except KeyError:
             raise self._not_live(cache_id) from None
         self._live_bytes -= allocation.size_bytes
-        if shares_pages(allocation.size_bytes, allocation.max_size_bytes, self.page_size_bytes):
+        if allocation.shared:
             self._shared.free(allocation.tenant, allocation.offset)
         else:
             self._ranges.put(allocation.offset >> self._page_shift)
         if not self._changes:
             self._ranges.bound()
 
+    def resize(self, cache_id: int, size_bytes: int) -> Allocation:
+        """Let exactly the first ``size_bytes`` of a live cache be backed; its addresses and its other bytes stay.
+
+        Pages that it no longer needs go back to the system at once. Those that it needs come as for :meth:`allocate`;
+        new bytes are zero, or what the tenant had in a page that was kept warm. 0 is a size here.
+
+        Raises
+        ------
+        InvalidSizeError
+            If the size is above the cache's maximum, above the capacity, or negative.
+        CapacityError
+            If it does not fit, also after eviction. Nothing is changed then.
+        BackendError
+            If the system refuses memory that should be there. Nothing is changed then.
+        DoubleReleaseError, UnknownCacheError
+            As :meth:`free`.
+        """
+        each = self.allocation(cache_id)
+        if not isinstance(size_bytes, int) or not 0 <= size_bytes <= each.max_size_bytes:
+            raise InvalidSizeError(
+                f"cannot resize cache {cache_id} to {size_bytes} bytes: its addresses are for {each.max_size_bytes}",
+                asked_bytes=size_bytes,
+                max_size_bytes=each.max_size_bytes,
+            )
+        return self._change_extents(each, front(size_bytes))
+
+    def back(self, cache_id: int, ranges: Iterable[tuple[int, int]]) -> Allocation:
+        """Let parts of a live cache be backed, too: ``(start, end)`` in bytes from its first. As :meth:`resize`.
+
+        Backed are the pages that they touch. Raises as :meth:`resize`; InvalidSizeError for a range that is none.
+        """
+        each = self.allocation(cache_id)
+        return self._change_extents(each, union(each.extents, checked(ranges, each.max_size_bytes)))
+
+    def unback(self, cache_id: int, ranges: Iterable[tuple[int, int]]) -> Allocation:
+        """Let parts of a live cache no longer be backed; pages that nothing else of it touches go back to the system.
+
+        Raises as :meth:`back`, but never for lack of room.
+        """
+        each = self.allocation(cache_id)
+        return self._change_extents(each, difference(each.extents, checked(ranges, each.max_size_bytes)))
+
     def wipe(self, cache_id: int) -> None:
         """Set all bytes of a live cache's memory to zero, those that its size was rounded up by included."""
         each = self.allocation(cache_id)
-        if shares_pages(each.size_bytes, each.max_size_bytes, self.page_size_bytes):
+        if each.shared:
             self._scrubber.zero(each.offset, self._shared.part_bytes(each.tenant, each.offset))
-        else:
-            self._scrubber.zero(each.offset, len(each.pages) << self._page_shift)
+            return
+        for first, count in runs(index for index, _ in each.pages):
+            self._scrubber.zero(first << self._page_shift, count << self._page_shift)
 
     def quarantine(self, client_id: str, cache_id: int) -> None:
         """Keep what is free, or comes free, under a live cache from everybody until ``client_id`` has unmapped it."""
         each = self.allocation(cache_id)
         held = self._table.quarantine(client_id, [index for index, _ in each.pages])
-        if shares_pages(each.size_bytes, each.max_size_bytes, self.page_size_bytes):
+        if each.shared:
             for index in held:
                 self._shared.withhold(each.tenant, index << self._page_shift)
 
@@ -277,6 +322,24 @@ class GPUMemoryAllocator:
     def trim(self, tenant: str | None = None) -> int:
         """Give warm pages back, of ``tenant`` or of all. Returns the bytes free by that; what clients map follows."""
         return self._ranges.trim(tenant) * self.page_size_bytes
+
+    def trim_idle(self, now: float, idle_s: float, most_bytes: int) -> int:
+        """Give warm pages back to the system that nobody has used for ``idle_s``, so that other programs can have them.
+
+        Parameters
+        ----------
+        now
+            Seconds of the caller's clock. To be called several times in ``idle_s``.
+        most_bytes
+            How much to give back in this step: it takes about 0.3 ms a page. A range is given back whole.
+
+        Returns
+        -------
+        int
+            Bytes given back; what clients map follows when they have dropped it.
+        """
+        most_pages = max(1, most_bytes >> self._page_shift)
+        return self._ranges.trim_idle(now, idle_s, most_pages) << self._page_shift
 
     def compact(self, budget_bytes: int | None = None) -> Compaction:
         """Move caches below a page together, so that pages come free; the tenant that wastes most comes first.
@@ -344,7 +407,8 @@ class GPUMemoryAllocator:
             homes.add(index)
             refs = home.refs
             ensure(len(each.pages) << self._page_shift >= each.size_bytes, "a cache is backed", id=each.cache_id)
-            if shares_pages(each.size_bytes, each.max_size_bytes, self.page_size_bytes):
+            ensure(total_bytes(each.extents) == each.size_bytes, "a cache's size is what is backed", id=each.cache_id)
+            if each.shared:
                 range_bytes = self._shared.part_bytes(each.tenant, each.offset)
                 refs = self._shared.refs(each.offset, range_bytes)
                 homes.update(index for index, _ in refs)
@@ -352,6 +416,9 @@ class GPUMemoryAllocator:
             else:
                 range_bytes = shape.range_bytes
                 ensure(each.offset == index * self.page_size_bytes, "a large cache begins its range", id=each.cache_id)
+                touched = {index + number for number in pages_touched(each.extents, self.page_size_bytes)}
+                backed = {place for place, _ in each.pages}
+                ensure(backed == touched, "a large cache has the pages that its extents touch", id=each.cache_id)
             ensure(home.tenant == each.tenant and refs == each.pages, "a cache knows its pages", id=each.cache_id)
             ensure(range_bytes >= each.max_size_bytes, "a cache has its addresses", id=each.cache_id)
         ensure(homes == set(self._ranges.in_use), "something lives in each range in use")
@@ -376,15 +443,10 @@ class GPUMemoryAllocator:
         return Request(cache_id, tenant, size_bytes, maximum_bytes)
 
     def _allocate(self, request: Request) -> Allocation:
-        cache_id, tenant, size_bytes, maximum_bytes = request
-        if self._mover.unfinished:
-            self._mover.finish()
-        place = self._place(request)
-        if place is None:
-            with self.change():
-                place = self._place_by_compaction(request, self._mover.promising) or self._place_by_eviction(request)
-        offset, pages = place
-        allocation = Allocation(cache_id, tenant, offset, size_bytes, maximum_bytes, ((0, size_bytes),), pages)
+        cache_id, tenant, size_bytes, maximum_bytes, _ = request
+        offset, pages = self._find_place(request)
+        shared = shares_pages(size_bytes, maximum_bytes, self.page_size_bytes)
+        allocation = Allocation(cache_id, tenant, offset, size_bytes, maximum_bytes, ((0, size_bytes),), pages, shared)
         self._live[cache_id] = allocation
         self._live_bytes += size_bytes
         if cache_id > self._highest_id:
@@ -392,6 +454,44 @@ class GPUMemoryAllocator:
         if self._scrubber.busy(tenant):
             self.wipe(cache_id)
         return allocation
+
+    def _change_extents(self, each: Allocation, extents: Extents) -> Allocation:
+        size_bytes = total_bytes(extents)
+        if size_bytes > self.capacity_bytes:
+            raise InvalidSizeError(
+                f"asked for {size_bytes} bytes of cache {each.cache_id} to be backed: the device has "
+                f"{self.capacity_bytes}",
+                asked_bytes=size_bytes,
+                capacity_bytes=self.capacity_bytes,
+            )
+        pages = each.pages
+        if not each.shared:  # another one has all of its part of shared pages, always
+            first = each.offset >> self._page_shift
+            needed = {first + number for number in pages_touched(extents, self.page_size_bytes)}
+            there = {index for index, _ in pages}
+            # First what may be refused, so that nothing has changed then.
+            wanted = tuple(sorted(needed - there))
+            if wanted:
+                missing_bytes = len(wanted) << self._page_shift
+                pages = self._find_place(Request(each.cache_id, each.tenant, missing_bytes, missing_bytes, wanted))[1]
+            if there - needed:
+                pages = self._ranges.unback(first, there - needed).refs
+        if self._scrubber.busy(each.tenant):
+            for start, end in difference(extents, each.extents):
+                self._scrubber.zero(each.offset + start, end - start)
+        changed = self._live[each.cache_id]._replace(size_bytes=size_bytes, extents=extents, pages=pages)
+        self._live[each.cache_id] = changed
+        self._live_bytes += size_bytes - each.size_bytes
+        return changed
+
+    def _find_place(self, request: Request) -> Place:
+        if self._mover.unfinished:
+            self._mover.finish()
+        place = self._place(request)
+        if place is None:
+            with self.change():
+                place = self._place_by_compaction(request, self._mover.promising) or self._place_by_eviction(request)
+        return place
 
     def _place_by_compaction(self, request: Request, promising: Callable[[str], bool]) -> Place | None:
         """Free as many pages as are missing, if so many could come free; ``None`` if that did not help."""
@@ -427,7 +527,11 @@ class GPUMemoryAllocator:
 
     def _place(self, request: Request) -> Place | None:
         """Return offset and pages, or ``None`` if there is no room."""
-        cache_id, tenant, size_bytes, maximum_bytes = request
+        cache_id, tenant, size_bytes, maximum_bytes, wanted = request
+        if wanted:
+            each = self._live[cache_id]
+            grown = self._ranges.back(each.offset >> self._page_shift, wanted)
+            return None if grown is None else (each.offset, grown.refs)
         if not shares_pages(size_bytes, maximum_bytes, self.page_size_bytes):
             pages = -(-size_bytes >> self._page_shift)
             growing = maximum_bytes > size_bytes
@@ -445,7 +549,7 @@ class GPUMemoryAllocator:
 
     def _full(self, request: Request) -> CapacityError:
         backed = self._ranges.pages_for(request.tenant) * self.page_size_bytes >= request.size_bytes
-        short_of_addresses = self._ranges.largest_range_bytes() < request.max_size_bytes
+        short_of_addresses = not request.wanted and self._ranges.largest_range_bytes() < request.max_size_bytes
         kind = AddressSpaceError if backed and short_of_addresses else CapacityError
         return no_room(kind, request, self.usage(), self._largest_bytes(request.tenant))
 

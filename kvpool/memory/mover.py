@@ -229,7 +229,7 @@ class Mover:
         source, destination = run[0].source, run[0].destination
         way_bytes = abs(source - destination)
         last = run[-1]
-        size_bytes = last.source - source + self._live[last.cache_id].size_bytes
+        size_bytes = last.source - source + self._live[last.cache_id].span_bytes
         ensure(way_bytes >= size_bytes or destination < source, "what slides over itself slides down", move=run[0])
         try:
             while done_bytes < size_bytes:
@@ -242,7 +242,7 @@ class Mover:
             self.unfinished = None
             for move in run:
                 if done_bytes < move.size_bytes:
-                    overlapping = way_bytes < self._live[move.cache_id].size_bytes
+                    overlapping = way_bytes < self._live[move.cache_id].span_bytes
                     self.unfinished = (move, done_bytes, owner) if overlapping and done_bytes else None
                     break
                 done.append(move)
@@ -256,7 +256,7 @@ class Mover:
         self._shared.move(tenant, [(move.source, move.destination) for move in moves])
         if self._scrubber.busy(tenant):  # the holes may not have been reached, and now count as in use
             for move in moves:
-                end = self._live[move.cache_id].size_bytes
+                end = self._live[move.cache_id].span_bytes
                 self._scrubber.zero(move.destination + end, move.size_bytes - end)
         self._enter([(move.cache_id, move.destination, move.size_bytes) for move in moves], owner)
 
@@ -264,8 +264,8 @@ class Mover:
         """Note where caches lie: (id, offset, bytes)."""
         live, refs = self._live, self._shared.refs
         for cache_id, offset, size_bytes in places:
-            _, tenant, _, real_bytes, max_bytes, extents, _ = live[cache_id]
+            _, tenant, _, real_bytes, max_bytes, extents, _, shared = live[cache_id]
             live[cache_id] = moved = Allocation(
-                cache_id, tenant, offset, real_bytes, max_bytes, extents, refs(offset, size_bytes)
+                cache_id, tenant, offset, real_bytes, max_bytes, extents, refs(offset, size_bytes), shared
             )
             owner.moved(moved)

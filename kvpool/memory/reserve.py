@@ -6,6 +6,7 @@ have mapped stays right.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, OrderedDict
 from typing import NamedTuple
 
@@ -37,16 +38,17 @@ class WarmReserve:
 
     def __init__(self) -> None:
         self.pages = 0
+        self.newest = 0
+        """Number of the range that was put here last; each has a higher one than those before."""
         self._shelves: dict[str, _Shelf] = {}
-        self._age = 0
 
     def put(self, shape: Shape, warm: PageRange) -> None:
         """Keep ``warm`` as its tenant's newest."""
         shelf = self._shelves.get(warm.tenant)
         if shelf is None:
             shelf = self._shelves[warm.tenant] = _Shelf()
-        self._age += 1
-        shelf.by_age[warm.index] = (self._age, shape, warm)
+        self.newest += 1
+        shelf.by_age[warm.index] = (self.newest, shape, warm)
         try:
             shelf.by_shape[shape][warm.index] = warm
         except KeyError:
@@ -66,11 +68,11 @@ class WarmReserve:
         self.pages -= shape.pages
         return warm
 
-    def take_oldest(self, tenant: str | None = None) -> tuple[Shape, PageRange] | None:
-        """Remove and return the oldest range, of ``tenant`` or of all."""
+    def take_oldest(self, tenant: str | None = None, most: float = math.inf) -> tuple[Shape, PageRange] | None:
+        """Remove and return the oldest range, of ``tenant`` or of all, if its number is ``most`` or lower."""
         shelves = self._shelves.values() if tenant is None else filter(None, [self._shelves.get(tenant)])
         oldest = min((next(iter(shelf.by_age.values())) for shelf in shelves if shelf.by_age), default=None)
-        return None if oldest is None else self._remove(oldest)
+        return None if oldest is None or oldest[0] > most else self._remove(oldest)
 
     def take_foreign(self, tenant: str, pages: int) -> list[PageRange]:
         """Remove and return others' ranges with ``pages`` pages or a few more, first those that no client maps.

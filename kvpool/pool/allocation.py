@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvpool.errors import (
     AddressSpaceError,
@@ -27,6 +27,9 @@ from kvpool.pool.ledger import Ledger
 from kvpool.pool.requests import CacheRequest, Orders
 from kvpool.pool.room import Room
 from kvpool.sizes import format_size
+
+if TYPE_CHECKING:
+    from kvpool.pool.backing import BackingChanges
 
 
 class Allocations:
@@ -48,6 +51,8 @@ class Allocations:
         self.queue: TicketQueue[CacheRequest] = TicketQueue(queue_limit)
         self._queue_limit = queue_limit
         self._first_to_retry = False
+        self.changes: BackingChanges
+        """Decides on requests to change a cache; set by itself."""
 
     # -- whole caches ---------------------------------------------------------------------------------------------
 
@@ -77,8 +82,7 @@ class Allocations:
 
     def _check(self, request: CacheRequest) -> None:
         size_bytes, max_size_bytes, model = request.size_bytes, request.max_size_bytes, request.model
-        if not 0 <= request.timeout_s < math.inf:
-            raise InvalidRequestError(f"a timeout is 0 or more seconds, and ends; asked for {request.timeout_s}")
+        check_timeout(request.timeout_s)
         if size_bytes <= 0 or max_size_bytes < size_bytes:
             raise InvalidSizeError(
                 f"a cache needs 0 < size <= max_size, asked for size={size_bytes}, max_size={max_size_bytes}",
@@ -111,6 +115,8 @@ class Allocations:
         """Find room for a request and write it into the orders; False if there is none now."""
         if not request.shortages:
             request.news = self._room.news
+        if request.change is not None:
+            return self.changes.plan(request, request.change, orders)
         found = self._room.find(request.client, request.size_bytes, request.max_size_bytes, request.shortages)
         if found is None:
             return False
@@ -132,6 +138,8 @@ class Allocations:
             )  # fmt: skip
             traces = distinct(request.trace for request in requests)
             self._ledger.send(device, operation, partial(self._caches_placed, device, ids, requests), traces)
+        for change, request in orders.changes:
+            self.changes.send(change, request, orders.evict.pop(change.device, []))
 
     def _caches_placed(
         self, device: int, ids: list[int], requests: list[CacheRequest], answer: Answer, now: float
@@ -139,25 +147,37 @@ class Allocations:
         if answer[0] == "error":
             for cache_id, request in zip(ids, requests, strict=True):
                 self._ledger.forget(cache_id)
-                self._deliver(request, answer)
+                self.deliver(request, answer)
             self.retry(now)
             return
         places, _refused, shortage = answer
         self._ledger.counters.grants += len(places)
         for request, cache_id, place in zip(requests, ids, places, strict=False):
             request.model.caches += 1
-            self._deliver(request, ("granted", cache_id, device, request.size_bytes, request.max_size_bytes, place))
+            self.deliver(request, ("granted", cache_id, device, request.size_bytes, request.max_size_bytes, place))
         if shortage is None:
             return
         for cache_id in ids[len(places) :]:
             self._ledger.forget(cache_id)
         if shortage.get("class") == AddressSpaceError.__name__:  # evicting would free memory, which is not short
             for request in requests[len(places) :]:
-                self._deliver_error(request, AddressSpaceError(shortage["message"], **shortage["details"]))
+                self.deliver_error(request, AddressSpaceError(shortage["message"], **shortage["details"]))
             self._room.changed = True
             return
+        self.plan_again(requests[len(places) :], device, now)
+
+    def submit(self, requests: Sequence[CacheRequest], now: float) -> None:
+        """Decide on requests that came: those that need memory wait behind those that wait."""
         orders = Orders()
-        for request in requests[len(places) :]:
+        for request in requests:
+            if (self.queue and request.size_bytes) or not self._plan(request, orders, now):
+                self._wait(request, now)
+        self._send(orders)
+
+    def plan_again(self, requests: Sequence[CacheRequest], device: int, now: float) -> None:
+        """Find room for requests for which a device had less than the books say."""
+        orders = Orders()
+        for request in requests:
             request.shortages[device] = request.shortages.get(device, 0) + 1
             if not self._plan(request, orders, now):
                 self._wait(request, now)
@@ -165,24 +185,26 @@ class Allocations:
         if self.queue:
             # Who is first in line may have passed this device over, because the books gave it to others, behind it.
             first, _ = self.queue.head()
-            behind = [r for r in requests[len(places) :] if r.ticket is None or r.ticket > first]
+            behind = [r for r in requests if r.ticket is None or r.ticket > first]
             self._first_to_retry |= bool(behind)
 
-    def _deliver(self, request: CacheRequest, answer: Answer) -> None:
+    def deliver(self, request: CacheRequest, answer: Answer) -> None:
+        """Answer a request, where it is waited for."""
         if request.batch is None:
             ensure(request.ticket is not None, "a request without a batch has a ticket")
             self._ledger.out.append(Grant(request.client.id, request.ticket or 0, answer))
-            self._waited(request, answer[1] if answer[0] == "error" else answer[0])
+            self._waited(request, answer[1] if answer[0] == "error" else "granted")
         else:
             self._ledger.answer(request.batch, request.item, answer)
 
     def _waited(self, request: CacheRequest, outcome: str) -> None:
         self._ledger.out.append(Waited(request.model.number, request.asked, request.queued, outcome, request.trace))
 
-    def _deliver_error(self, request: CacheRequest, error: KvpoolError) -> None:
+    def deliver_error(self, request: CacheRequest, error: KvpoolError) -> None:
+        """Answer a request with an error, and count it."""
         self._ledger.counters.refusals += 1
         self._ledger.count_error(error)
-        self._deliver(request, ("error", *error.to_wire()))
+        self.deliver(request, ("error", *error.to_wire()))
 
     # -- waiting --------------------------------------------------------------------------------------------------
 
@@ -190,7 +212,7 @@ class Allocations:
         request.shortages.clear()
         if self._ledger.clients.get(request.client.id) is not request.client:
             # It ended while the device looked for room. Nobody would take what comes, and others stand behind.
-            self._deliver(request, ("error", *self._ledger.not_connected(request.client.id).to_wire()))
+            self.deliver(request, ("error", *self._ledger.not_connected(request.client.id).to_wire()))
             self._room.changed = True
             return
         if request.ticket is not None:  # it waited before: its place in the line is kept
@@ -199,7 +221,7 @@ class Allocations:
             return
         self._room.changed = True
         if request.deadline <= now:
-            self._deliver_error(request, self._room.capacity_error(request, "there is no room now"))
+            self.deliver_error(request, self._room.capacity_error(request, "there is no room now"))
             return
         try:
             request.ticket = self.queue.put(request, request.deadline)
@@ -210,7 +232,7 @@ class Allocations:
                 asked_bytes=request.size_bytes,
                 queue_limit=self._queue_limit,
             )
-            self._deliver_error(request, error)
+            self.deliver_error(request, error)
             return
         request.queued = now
         batch, request.batch = request.batch, None
@@ -242,7 +264,7 @@ class Allocations:
         """Answer the requests whose deadline has passed."""
         for _, request in self.queue.expired(now):
             error = self._room.capacity_error(request, f"there was no room within {request.timeout_s:g} s")
-            self._deliver_error(request, error)
+            self.deliver_error(request, error)
 
     def cancel(self, client: str, tickets: Sequence[int]) -> None:
         """Forget waiting requests of a client."""
@@ -257,8 +279,14 @@ class Allocations:
         for ticket, request in list(self.queue.items()):
             if request.client.id == client:
                 self.queue.pop(ticket)
-                self._deliver(request, ("error", *error.to_wire()))
+                self.deliver(request, ("error", *error.to_wire()))
 
     def cancel_client(self, client: str) -> None:
         """Forget all waiting requests of a client that is gone."""
         self.cancel(client, [ticket for ticket, request in self.queue.items() if request.client.id == client])
+
+
+def check_timeout(timeout_s: float) -> None:
+    """Raise :class:`~kvpool.errors.InvalidRequestError` unless somebody can wait so many seconds."""
+    if not 0 <= timeout_s < math.inf:
+        raise InvalidRequestError(f"a timeout is 0 or more seconds, and ends; asked for {timeout_s}")

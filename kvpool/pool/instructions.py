@@ -42,6 +42,17 @@ class CachesRequested(NamedTuple):
     items: Sequence[tuple[Any, ...]]
 
 
+class ChangesRequested(NamedTuple):
+    """Items: ``(sequence, id, "resize" or "back" or "unback", ranges, timeout_s, trace)``.
+
+    Of a resize, the ranges are all that is to be backed: ``[(0, size)]``, or none.
+    """
+
+    batch: Batch
+    client: str
+    items: Sequence[tuple[Any, ...]]
+
+
 class BlocksRequested(NamedTuple):
     """Items: ``(sequence, model, hashes, parent, trace)``; hashes are 16 bytes each, joined.
 
@@ -197,6 +208,7 @@ class Tick(NamedTuple):
 
 Event = (
     CachesRequested
+    | ChangesRequested
     | BlocksRequested
     | PrefixesLookedUp
     | PrefixesFetched

@@ -110,6 +110,20 @@ class Room:
             ledger.send(device.number, ("evict", evicted), nothing_more)
         return None
 
+    def find_more(self, device: Device, need_bytes: int, times: int) -> list[int] | None:
+        """Return the ids evicted on a device so that ``need_bytes`` more are free there; None: there is no such room.
+
+        ``times``: how often the device had less room than the books say, see :meth:`find`.
+        """
+        ledger = self._ledger
+        free_bytes = max(ledger.free_bytes(device), 0)
+        if not times and free_bytes >= need_bytes:
+            return []
+        short_bytes = need_bytes << times if times else need_bytes - free_bytes
+        if times > _MOST_SHORTAGES or (not times and ledger.index.evictable_bytes[device.number] < short_bytes):
+            return None
+        return self.evict(device, short_bytes, 0 if times else short_bytes) or None
+
     def admit(self, client: Client, model: Model, hashes: Sequence[bytes], rows: Sequence[int], now: float) -> int:
         """Return how many blocks of a chain behind its leading run ``rows`` are worth the room they take."""
         ledger = self._ledger
@@ -191,7 +205,7 @@ class Room:
     def capacity_error(self, request: CacheRequest, why: str) -> CapacityError:
         """Return the error that explains with all figures why a request was not met."""
         ledger = self._ledger
-        devices = [ledger.devices[n] for n in request.client.devices if ledger.devices[n].lost is None]
+        devices = [ledger.devices[n] for n in request.devices if ledger.devices[n].lost is None]
         free = {device.number: max(ledger.free_bytes(device), 0) for device in devices}
         evictable = {device.number: ledger.index.evictable_bytes[device.number] for device in devices}
         pinned = {d.number: ledger.index.resident_bytes[d.number] - evictable[d.number] for d in devices}

@@ -15,6 +15,7 @@ from kvpool.cache.key import fingerprint
 from kvpool.errors import DeviceLostError, InvariantError, KvpoolError, PolicyError, ProtocolError
 from kvpool.pool.ahead import CopiesAhead
 from kvpool.pool.allocation import Allocations
+from kvpool.pool.backing import BackingChanges
 from kvpool.pool.below import Below
 from kvpool.pool.blocks import BlockAllocations
 from kvpool.pool.client import Client
@@ -29,6 +30,7 @@ from kvpool.pool.instructions import (
     Batch,
     BlocksRequested,
     CachesRequested,
+    ChangesRequested,
     ClientGone,
     DeviceAnswered,
     DeviceFreed,
@@ -92,6 +94,7 @@ class PoolState:
         self.below = Below(self.ledger)
         room = Room(self.ledger, self.below)
         self.allocations = Allocations(self.ledger, room, queue_limit)
+        self.changes = BackingChanges(self.ledger, room, self.allocations)
         self.blocks = BlockAllocations(self.ledger, room)
         fanout = Fanout(self.ledger)
         self.leases = Leases(self.ledger, fanout, self.allocations.retry)
@@ -233,6 +236,8 @@ class PoolState:
         match event:
             case CachesRequested():
                 self.allocations.request_caches(event.batch, event.client, event.items, now)
+            case ChangesRequested():
+                self.changes.request(event.batch, event.client, event.items, now)
             case PrefixesLookedUp():
                 self.directory.look_up(event.batch, event.client, event.items, now)
             case BlocksRequested():

@@ -15,7 +15,6 @@ from kvpool.memory.allocation import Allocation
 from kvpool.memory.allocator import GPUMemoryAllocator
 from kvpool.memory.backend import Access
 from kvpool.memory.host import HostBackend
-from kvpool.memory.packing import shares_pages
 
 MIN = 4096
 PAGE = 16 * MIN
@@ -149,11 +148,7 @@ class CompactionMachine(RuleBasedStateMachine):
 
     def nothing_is_wasted(self) -> None:
         for tenant in ("a", "b"):
-            small = [
-                each
-                for each in self.places.values()
-                if each.tenant == tenant and shares_pages(each.size_bytes, each.max_size_bytes, PAGE)
-            ]
+            small = [each for each in self.places.values() if each.tenant == tenant and each.shared]
             used = sum(self.allocator._shared.part_bytes(tenant, each.offset) for each in small)
             pages = {ref for each in small for ref in each.pages}
             assert len(pages) == -(-used // PAGE)
