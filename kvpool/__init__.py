@@ -1,16 +1,29 @@
 """kvpool: one elastic pool of KV-cache memory for many models on a Ray cluster.
 
-Start with :class:`CachePool`; the blocking form of everything is in :mod:`kvpool.sync`.
+Start with :class:`CachePool`; the blocking form of everything is in :mod:`kvpool.sync`. All errors are in
+:mod:`kvpool.errors`, below ``kvpool.errors.KvpoolError``.
 """
 
 from typing import TYPE_CHECKING, Any
 
+from kvpool import errors as errors
 from kvpool.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from kvpool.cache.key import encode_block_id
     from kvpool.cache.record import CacheBlock
-    from kvpool.client import CachePool, Model, ModelSpec, NewBlocks, PoolEvent, PrefixHit, VirtualKVCache, delete
+    from kvpool.client import (
+        BlockAllocator,
+        CachePool,
+        Model,
+        ModelSpec,
+        NewBlocks,
+        PoolEvent,
+        PrefixHit,
+        VirtualKVCache,
+        delete,
+    )
+    from kvpool.client.ranges import byte_ranges
     from kvpool.config import PoolConfig, load_config
     from kvpool.memory.backend import Access
     from kvpool.pool.statistics import PoolStatistics
@@ -19,6 +32,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Access": "kvpool.memory.backend",
+    "BlockAllocator": "kvpool.client",
     "CacheBlock": "kvpool.cache.record",
     "CachePool": "kvpool.client",
     "Model": "kvpool.client",
@@ -29,6 +43,7 @@ _HOMES = {
     "PoolStatistics": "kvpool.pool.statistics",
     "PrefixHit": "kvpool.client",
     "VirtualKVCache": "kvpool.client",
+    "byte_ranges": "kvpool.client.ranges",
     "create_deepseek_ocr_cache_pool": "kvpool.presets",
     "create_vista_cache_pool": "kvpool.presets",
     "delete": "kvpool.client",
@@ -39,6 +54,7 @@ _HOMES = {
 
 __all__ = [
     "Access",
+    "BlockAllocator",
     "CacheBlock",
     "CachePool",
     "Model",
@@ -49,6 +65,7 @@ __all__ = [
     "PoolStatistics",
     "PrefixHit",
     "VirtualKVCache",
+    "byte_ranges",
     "create_deepseek_ocr_cache_pool",
     "create_vista_cache_pool",
     "delete",

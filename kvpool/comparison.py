@@ -9,6 +9,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from multiprocessing.sharedctypes import SynchronizedArray
 from pathlib import Path
 from statistics import fmean, pstdev
+from tempfile import TemporaryFile
 from typing import Any, NamedTuple
 
 from kvpool.errors import ConfigError
@@ -151,6 +152,25 @@ def as_json(
     }
 
 
+def make_folder(folder: Path) -> None:
+    """Make the folder of a report; called before hours are spent on what is in it.
+
+    Raises
+    ------
+    ConfigError
+        If the folder cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise _cannot_write(folder, error) from None
+
+
+def _cannot_write(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"--out {folder}: cannot write there ({error.strerror})", asked=str(folder))
+
+
 def write(title: str, payload: dict[str, Any], table: Sequence[ComparisonRow], folder: Path) -> list[Path]:
     """Write ``simulate.json``, ``simulate.md`` and, where matplotlib is installed, ``simulate.png``.
 
@@ -168,12 +188,12 @@ def write(title: str, payload: dict[str, Any], table: Sequence[ComparisonRow], f
     text += [f"| {' | '.join(header)} |", f"|---|{'---:|' * (len(header) - 1)}"]
     text += [f"| {' | '.join(line.values())} |" for line in lines]
     written = [folder / "simulate.json", folder / "simulate.md"]
+    make_folder(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         written[0].write_text(json.dumps(payload, indent=2) + "\n", encoding="utf-8")
         written[1].write_text("\n".join(text) + "\n", encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"--out {folder}: cannot write there ({error.strerror})", asked=str(folder)) from None
+        raise _cannot_write(folder, error) from None
     try:
         import matplotlib as mpl
     except ImportError:

@@ -35,6 +35,7 @@ _WANTED = {
     "greater_than": "more than {gt:g}",
     "greater_than_equal": "at least {ge:g}",
     "less_than_equal": "at most {le:g}",
+    "literal_error": "{expected}",
 }
 """What is possible, by the type of pydantic's error: its own wording speaks of types and URLs."""
 
@@ -45,6 +46,25 @@ def _power_of_two(size_bytes: int) -> int:
     if size_bytes & (size_bytes - 1):
         raise ValueError(f"must be a power of two of bytes, not {size_bytes}")
     return size_bytes
+
+
+def _plain_policy(name: str) -> str:
+    return name if ":" in name else name.lower()  # as kvpool.cache.eviction.plain_name, which is above this
+
+
+def _none_if_empty(url: object) -> object:
+    return None if isinstance(url, str) and not url.strip() else url
+
+
+def _absolute(url: str | None) -> str | None:
+    """Return a local folder by its full path: the devices, which open it, run in other folders."""
+    if url is None:
+        return None
+    scheme, is_url, path = url.partition("://")
+    if not is_url:
+        return os.path.abspath(os.path.expanduser(url))
+    local = scheme in ("file", "local") and not path.startswith("/")
+    return os.path.abspath(os.path.expanduser(path)) if local else url
 
 
 class DevicePlan(NamedTuple):
@@ -59,6 +79,8 @@ class DevicePlan(NamedTuple):
         return self.capacity_bytes // self.page_bytes
 
 
+PolicyName = Annotated[str, AfterValidator(_plain_policy)]
+DiskUrl = Annotated[str | None, BeforeValidator(_none_if_empty), AfterValidator(_absolute)]
 PowerOfTwoBytes = Annotated[int, BeforeValidator(parse_size), AfterValidator(_power_of_two)]
 
 
@@ -103,16 +125,31 @@ class PoolConfig(BaseSettings):
     min_block: PowerOfTwoBytes = Field(4096, description="smallest range of addresses handed out, bytes")
     arena_factor: int = Field(8, ge=1, le=1024, description="reserved addresses of a device, times its memory")
     reserve: float = Field(0.5, ge=0.0, le=1.0, description="share of a device that may be kept as warm pages")
-    policy: str = Field("lru", description="eviction policy: a name, or module:name of one's own")
+    idle_trim_s: float = Field(
+        60.0,
+        gt=0.0,
+        allow_inf_nan=False,
+        description="seconds after which warm pages that nobody used go back to the system",
+    )
+    policy: PolicyName = Field("lru", description="eviction policy: a name, or module:name of one's own")
     placement: str = Field("least_loaded", description="which device a new cache goes to")
     gc_threshold: float = Field(
         0.8, gt=0.0, le=1.0, description="share of a device in use from which on what goes next is copied down ahead"
     )
+    compaction_threshold: float = Field(
+        0.25, ge=0.0, le=1.0, description="fragmentation above which a device compacts in the background; 1: never"
+    )
+    compaction_share: float = Field(
+        0.1,
+        gt=0.0,
+        le=0.5,
+        description="most of a device's time that goes there; a fiftieth of it while it serves others",
+    )
     host_memory: SizeBytes | None = Field(
         None, description="bytes of host memory below each device, for what is evicted there; by default none"
     )
-    disk_url: str | None = Field(
-        None, description="folder or fsspec URL for what is evicted from memory, or is to survive; by default none"
+    disk_url: DiskUrl = Field(
+        None, description="folder or fsspec URL for what is evicted from memory, or is to survive; empty: none"
     )
     disk_budget: SizeBytes = Field(10 * 1024 * MIB, description="most bytes of the disk tier of each device")
     write_policy: Literal["write_back", "write_through", "none"] = Field(
@@ -133,6 +170,13 @@ class PoolConfig(BaseSettings):
             super().__init__(**values)
         except ValidationError as error:
             raise ConfigError("; ".join(_explain(item) for item in error.errors()), asked=sorted(values)) from None
+        # Where disk_url is given as none, the disk is switched off by word, and what else is said of it stays unused.
+        if "disk_budget" in self.model_fields_set and "disk_url" not in self.model_fields_set:
+            raise ConfigError(
+                f"disk_budget={format_size(self.disk_budget)} is that of a disk tier, of which there is none: name its "
+                "folder by disk_url, or leave disk_budget out",
+                asked=self.disk_budget,
+            )
 
     @classmethod
     def settings_customise_sources(
@@ -193,7 +237,7 @@ class PoolConfig(BaseSettings):
         Raises
         ------
         ConfigError
-            If a device is smaller than a page.
+            If a device, or the host memory below it, is smaller than a page.
         """
         plans = []
         for size_bytes in self.device_sizes_bytes():
@@ -204,6 +248,13 @@ class PoolConfig(BaseSettings):
                     f"devices={self.devices!r}: a device of {format_size(size_bytes)} is smaller than one page: give "
                     f"each at least {format_size(page_bytes)}, or set page_size to a smaller one",
                     asked_bytes=size_bytes,
+                    least_bytes=page_bytes,
+                )
+            if self.host_memory is not None and self.host_memory < page_bytes:
+                raise ConfigError(
+                    f"host_memory={format_size(self.host_memory)} below each device is smaller than one page: give at "
+                    f"least {format_size(page_bytes)}, set page_size to a smaller one, or leave it out",
+                    asked_bytes=self.host_memory,
                     least_bytes=page_bytes,
                 )
         return plans

@@ -10,7 +10,8 @@ Each message says what was asked, what is possible, and what to do; ``details`` 
     │   ├── LimitError                     more than the model's limit
     │   ├── TensorMismatchError            shape or dtype does not fit the cache or the model
     │   ├── ConfigError                    unknown key, unreadable value
-    │   │   └── UnknownPolicyError         no eviction or placement policy of that name
+    │   │   ├── UnknownPolicyError         no eviction or placement policy of that name
+    │   │   └── PolicyError                an eviction policy of one's own failed, or is none
     │   └── TraceFormatError               a trace line that cannot be used (file and line number)
     ├── CapacityError (MemoryError)        valid, but there is no room, or not before the deadline
     │   ├── AddressSpaceError              addresses ran out, not memory
@@ -92,6 +93,10 @@ class ConfigError(InvalidRequestError):
 
 class UnknownPolicyError(ConfigError):
     """No policy of that name is registered."""
+
+
+class PolicyError(ConfigError):
+    """An eviction policy of one's own raised an error, answered what cannot be, or is no policy at all."""
 
 
 class TraceFormatError(InvalidRequestError):

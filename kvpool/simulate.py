@@ -8,6 +8,7 @@ from time import thread_time
 from typing import TypedDict
 
 from kvpool.bound import most_prefix_hits
+from kvpool.cache.eviction import plain_name
 from kvpool.cache.host_index import HostEntry, HostIndex, Kind
 from kvpool.cache.index import CacheIndex
 from kvpool.cache.key import BlockHash, CacheKey, encode_block_id
@@ -162,20 +163,21 @@ def simulate(
         if hashes:
             index.policy.answered(space, hashes, rows, request.output_length, now)
         short = len(index) + len(missing) - capacity_blocks
-        if short > 0 and host is None:  # what a policy would not store has its place below
-            admitted = index.policy.admit(space, hashes, rows, (0,), 1, short, now)
-            short -= len(missing) - admitted
-            missing = missing[:admitted]
-        if short > 0:
-            victims = list(islice(index.policy.victims(0), short))
-            if host is not None:
-                host.lower(index, victims)
-            index.remove_all(victims)
-            evictions += len(victims)
-        stored = missing[: capacity_blocks - len(index)]
-        new = index.add_chain(space, 1, 0, len(stored), rows[-1] if rows else NO_ROW, now=now, chain=hashes)
-        index.publish_all(new, stored)
-        rows += new
+        if missing:
+            if short > 0 and host is None:  # what a policy would not store has its place below
+                admitted = index.policy.admit(space, hashes, rows, (0,), 1, short, now)
+                short -= len(missing) - admitted
+                missing = missing[:admitted]
+            if short > 0:
+                victims = list(islice(index.policy.victims(0), short))
+                if host is not None:
+                    host.lower(index, victims)
+                index.remove_all(victims)
+                evictions += len(victims)
+            stored = missing[: capacity_blocks - len(index)]
+            new = index.add_chain(space, 1, 0, len(stored), rows[-1] if rows else NO_ROW, now=now, chain=hashes)
+            index.publish_all(new, stored)
+            rows += new
         rows.reverse()
         index.unpin(rows, now=now)
         if on_progress is not None and not done % _REPORT_EVERY:
@@ -184,7 +186,7 @@ def simulate(
     if on_progress is not None:
         on_progress(len(requests))
     return SimulationRow(
-        policy=policy.lower(),
+        policy=plain_name(policy),
         seed=seed,
         capacity=capacity,
         capacity_blocks=capacity_blocks,

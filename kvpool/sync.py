@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvpool import client
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import numpy
     import torch
 
-__all__ = ["CachePool", "Model", "NewBlocks", "PrefixHit", "VirtualKVCache", "delete"]
+__all__ = ["BlockAllocator", "CachePool", "Model", "NewBlocks", "PrefixHit", "VirtualKVCache", "delete"]
 
 _Result = TypeVar("_Result")
 
@@ -75,6 +75,9 @@ class VirtualKVCache:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
 
+    def __repr__(self) -> str:
+        return repr(self._cache)
+
     @property
     def blocks(self) -> tuple[CacheBlock, ...]:
         """The power-of-two ranges of the device's arena that it is made of."""
@@ -85,6 +88,28 @@ class VirtualKVCache:
     ) -> torch.Tensor:
         """See :meth:`kvpool.VirtualKVCache.tensor`."""
         return self._cache.tensor(dtype, shape, offset_bytes=offset_bytes, access=access)
+
+    def resize(self, size: int | str, *, timeout_s: float | None = None) -> None:
+        """See :meth:`kvpool.VirtualKVCache.resize`."""
+        _run(self._cache.resize, size, timeout_s=timeout_s)
+
+    def back(self, ranges: Iterable[tuple[int, int]], *, timeout_s: float | None = None) -> None:
+        """See :meth:`kvpool.VirtualKVCache.back`."""
+        _run(self._cache.back, ranges, timeout_s=timeout_s)
+
+    def unback(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """See :meth:`kvpool.VirtualKVCache.unback`."""
+        _run(self._cache.unback, ranges)
+
+    def block_allocator(
+        self, block_bytes: int | str, *, planes: int = 1, ahead_blocks: int | None = None
+    ) -> BlockAllocator:
+        """See :meth:`kvpool.VirtualKVCache.block_allocator`."""
+
+        async def open_it() -> client.BlockAllocator:
+            return self._cache.block_allocator(block_bytes, planes=planes, ahead_blocks=ahead_blocks)
+
+        return BlockAllocator(_run(open_it))
 
     def seal(self, key: bytes | str | None = None, *, durable: bool = False) -> None:
         """See :meth:`kvpool.VirtualKVCache.seal`."""
@@ -114,11 +139,35 @@ class VirtualKVCache:
         _run(self._cache.__aexit__, *exception)
 
 
+class BlockAllocator:
+    """Blocking form of :class:`kvpool.BlockAllocator`; its attributes are read through."""
+
+    def __init__(self, blocks: client.BlockAllocator) -> None:
+        self._blocks = blocks
+        # As they are: neither waits for anything, and both are called thousands of times a second.
+        self.allocate = blocks.allocate
+        self.free = blocks.free
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._blocks, name)
+
+    def reserve(self, count: int, *, timeout_s: float | None = None) -> None:
+        """See :meth:`kvpool.BlockAllocator.reserve`."""
+        _run(self._blocks.reserve, count, timeout_s=timeout_s)
+
+    def trim(self) -> int:
+        """See :meth:`kvpool.BlockAllocator.trim`."""
+        return _run(self._blocks.trim)
+
+
 class _LeasedBlocks:
     """What found and new blocks have in common."""
 
     def __init__(self, blocks: client.PrefixHit | client.NewBlocks) -> None:
         self._leased = blocks
+
+    def __repr__(self) -> str:
+        return repr(self._leased)
 
     @property
     def num_blocks(self) -> int:
@@ -318,13 +367,14 @@ class CachePool(BlockingAdministration):
         size_mb: float | None = None,
         *,
         size: int | str | None = None,
+        max_size_mb: float | None = None,
+        max_size: int | str | None = None,
         timeout_s: float | None = None,
         priority: int = 0,
     ) -> VirtualKVCache:
         """See :meth:`kvpool.CachePool.request_cache`."""
-        return VirtualKVCache(
-            _run(self._pool.request_cache, model_name, size_mb, size=size, timeout_s=timeout_s, priority=priority)
-        )
+        how = {"size": size, "max_size_mb": max_size_mb, "max_size": max_size, "priority": priority}
+        return VirtualKVCache(_run(self._pool.request_cache, model_name, size_mb, timeout_s=timeout_s, **how))
 
     def find_cache(self, model_name: str, key: bytes | str) -> VirtualKVCache | None:
         """See :meth:`kvpool.CachePool.find_cache`."""

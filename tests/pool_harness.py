@@ -13,6 +13,7 @@ from typing import Any
 from kvpool.actors.lower_operations import KINDS
 from kvpool.cache.key import encode_block_id
 from kvpool.cache.store import DeviceStore
+from kvpool.errors import InvalidatedError
 from kvpool.memory.allocator import GPUMemoryAllocator
 from kvpool.memory.host import HostBackend
 from kvpool.pool.instructions import (
@@ -25,6 +26,7 @@ from kvpool.pool.instructions import (
     DeviceFreed,
     EvictRequested,
     Failed,
+    FlushRequested,
     Grant,
     InvalidateRequested,
     Move,
@@ -83,8 +85,21 @@ class Shelf:
     def forgotten(self, store: DeviceStore, *name: Any) -> int:
         return 0
 
+    def save(self, store: DeviceStore, tenant: str | None) -> dict[str, Any]:
+        caches = [content for key, (_, content) in self.content.items() if tenant in (None, key[0])]
+        size_bytes = sum(map(len, caches))
+        return {
+            "caches": len(caches),
+            "bytes": size_bytes,
+            "evicted_before": 0,
+            "evicted": 0,
+            "failed": 0,
+            "error": None,
+        }
+
     def persist(self, store: DeviceStore, tenant: str, fingerprint: str, entries: Any) -> list[Any]:
-        return [self._keep(store, tenant, fingerprint, *entry) for entry in entries]
+        gone = ("error", *InvalidatedError("not to be kept any more").to_wire())
+        return [True if self._keep(store, tenant, fingerprint, *entry) else gone for entry in entries]
 
 
 class LocalPool:
@@ -256,6 +271,12 @@ class LocalPool:
 
     def evict(self, tenant=None, model=None, device=None, size_bytes=None):
         return self.administer(EvictRequested(Batch(1), tenant, model, device, size_bytes))
+
+    def flush(self, tenant=None):
+        batch = Batch(1)
+        self.handle(FlushRequested(batch, tenant))
+        self.settle_all()
+        return self.done.pop(batch)[0]
 
     def invalidate(self, model="m", keys=None, tenant=None):
         return self.administer(InvalidateRequested(Batch(1), tenant, model, keys))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
@@ -24,6 +24,7 @@ from kvpool.errors import (
     CapacityError,
     DeviceLostError,
     DoubleReleaseError,
+    InvalidatedError,
     InvalidRequestError,
     InvalidSizeError,
     KvpoolError,
@@ -35,10 +36,12 @@ from kvpool.errors import (
     UnknownCacheError,
     from_wire,
 )
+from kvpool.memory.extents import Extents, changed, checked, difference, front, total_bytes
 from kvpool.pool.instructions import (
     Batch,
     BlocksRequested,
     CachesRequested,
+    ChangesRequested,
     EvictRequested,
     InvalidateRequested,
     PinRequested,
@@ -79,6 +82,15 @@ class Made:
     """The key under which its maker has asked to seal it, from that moment on."""
     sealed: bool = False
     generation: int = 0
+    extents: Extents = ()
+    """What its maker may count on: what it was told is backed, without what it has asked to give back."""
+    max_size_bytes: int = 0
+    changing: bool = False
+
+    @property
+    def sealable(self) -> bool:
+        """Whether it is backed from its first byte on, and stays so."""
+        return not self.changing and self.size_bytes > 0 and self.extents == front(self.size_bytes)
 
 
 @dataclass(eq=False)
@@ -127,6 +139,9 @@ class PoolModel:
         """By how much guarantees and leases exceeded the memory when a quota was set or a device lost."""
         self.hits = 0
         self.grants = 0
+        self.changes: dict[int, Callable[[Any], None]] = {}
+        """By ticket, who is to be told of the outcome of a change that waits."""
+        self.changes_made = 0
 
     # -- clients ------------------------------------------------------------------------------------------------------
 
@@ -152,7 +167,15 @@ class PoolModel:
 
     def unsealed(self, name: str) -> list[int]:
         """Return the caches that a client writes and has not asked to seal."""
+        return [i for i in self.writing(name) if self.made[i].sealable]
+
+    def writing(self, name: str) -> list[int]:
+        """Return all that a client writes and may change."""
         return [i for i in self.clients[name].sure() if self.made[i].maker == name and self.made[i].asked is None]
+
+    def changeable(self, name: str) -> list[int]:
+        """Return the caches of which a client may change what is backed."""
+        return [i for i in self.writing(name) if not self.made[i].changing]
 
     def holders(self) -> list[str]:
         return [name for name in self.ready() if self.clients[name].sure()]
@@ -196,7 +219,8 @@ class PoolModel:
                     page is not None and page.serial == serial and name in page.holders
                     for page, (_, serial) in zip(pages, made.pages, strict=True)
                 ):
-                    ctypes.memset(self._address(made), 0xEE, made.size_bytes)
+                    for start, end in made.extents:
+                        ctypes.memset(self._address(made) + start, 0xEE, end - start)
 
     def let_go(self, name: str) -> None:
         """A revoked client's process ends, or it has closed its tensors and says so."""
@@ -234,7 +258,8 @@ class PoolModel:
         void = set()
         for i, made in mine.items():
             row = index.live_row(i)
-            if (index.key_of(row) if index.is_sealed(row) else made.planned) in keys:
+            known = index.key_of(row) if index.is_sealed(row) else made.planned
+            if known in keys or i in self.pool.state.ledger.orphans:
                 void.add(i)
         while True:
             rows = {index.live_row(i) for i in void}
@@ -338,16 +363,64 @@ class PoolModel:
         process = self.clients[client]
         if ticket in process.tickets:
             process.tickets.remove(ticket)
-            self._granted(process, answer)
+            if ticket in self.changes:
+                self.changes.pop(ticket)(answer)
+            else:
+                self._granted(process, answer)
+
+    def change(
+        self, name: str, cache_id: int, kind: str, ranges: Sequence[tuple[int, int]], timeout_s: float = 0.0
+    ) -> None:
+        """The maker of a cache changes what is backed of it; one change at a time."""
+        made, process = self.made[cache_id], self.clients[name]
+        before, asked = made.extents, checked(ranges, made.max_size_bytes)
+        wanted = changed(kind, before, asked)
+        made.changing = True
+        made.extents = difference(before, difference(before, wanted))
+        took = partial(self._changed, process, made, before, wanted)
+        item = (1, cache_id, kind, list(ranges), timeout_s, None)
+        self.pool.submit(ChangesRequested, name, [item], partial(self._change_answered, process, took))
+
+    def _change_answered(self, process: Process, took: Callable[[Any], None], answers: list[Any]) -> None:
+        (answer,) = answers
+        if answer[0] != "queued":
+            took(answer)
+        elif answer[1] in self.outcomes:
+            took(self.outcomes[answer[1]])
+        else:
+            process.tickets.add(answer[1])
+            self.changes[answer[1]] = took
+
+    def _changed(self, process: Process, made: Made, before: Extents, wanted: Extents, answer: Any) -> None:
+        made.changing = False
+        if not process.alive or made.device in self.pool.lost:
+            return
+        if answer is None or answer[0] == "error":
+            kinds = (CapacityError, InvalidSizeError, *((InvalidatedError,) if made.id in self.void else ()))
+            given_up = made.id not in process.sure() and _error(answer, CacheStateError)
+            assert answer is None or given_up or _error(answer, *kinds), answer
+            made.extents = before  # and its bytes: nothing was done
+            return
+        _, cache_id, made.size_bytes, extents, place = answer
+        assert (cache_id, extents, made.size_bytes) == (made.id, wanted, total_bytes(wanted))
+        assert place[0] == made.offset, "its address stays"
+        assert place[2] > made.generation
+        kept = {ref for ref in made.pages if ref[0] in dict(place[1])}
+        assert kept <= set(place[1]), "pages that stay are the same"
+        _, made.pages, made.generation = place
+        made.extents = extents
+        if made.id in process.sure():
+            self._write(made, difference(extents, before))
+        self.changes_made += 1
 
     def _granted(self, process: Process, answer: Any) -> None:
         if answer[0] != "granted":
             self._refused(process, answer)
             return
-        _, cache_id, device, size_bytes, _, place = answer
+        _, cache_id, device, size_bytes, max_size_bytes, place = answer
         self.grants += 1
         model = next(iter(process.models))
-        self._make(process, model, cache_id, device, size_bytes, place, None)
+        self._make(process, model, cache_id, device, size_bytes, place, None, max_size_bytes)
 
     def _refused(self, process: Process, answer: Any) -> None:
         kinds = (CapacityError, InvalidSizeError, DeviceLostError, LimitError)
@@ -363,6 +436,7 @@ class PoolModel:
         size_bytes: int,
         place: Any,
         planned: bytes | None,
+        max_size_bytes: int = 0,
     ) -> None:
         assert cache_id not in self.made, "an id is never given out again"
         if not process.alive or device in self.pool.lost:
@@ -370,8 +444,9 @@ class PoolModel:
         offset, pages, _ = place
         key = (process.tenant, model, planned if planned is not None else cache_id.to_bytes(16, "little"))
         self.made[cache_id] = Made(
-            cache_id, process.name, process.tenant, model, device, offset, size_bytes, pages, planned, _content(key)
-        )
+            cache_id, process.name, process.tenant, model, device, offset, size_bytes, pages, planned, _content(key),
+            extents=front(size_bytes), max_size_bytes=max(max_size_bytes, size_bytes),
+        )  # fmt: skip
         process.held[cache_id] = 1
         row = self.pool.state.ledger.index.live_row(cache_id)
         if row >= 0 and self.pool.state.ledger.index.is_void(row):
@@ -391,8 +466,9 @@ class PoolModel:
     ) -> None:
         (answer,) = answers
         if answer[0] == "error":
-            assert _error(answer, ParentNotResidentError), answer
-            assert not is_sure
+            lost = self.pool.lost and _error(answer, DeviceLostError)
+            gone = not process.alive and _error(answer, ProtocolError, LeaseRevokedError)
+            assert lost or gone or (_error(answer, ParentNotResidentError) and not is_sure), answer
             return
         _, resident, cache_ids, devices, places = answer
         assert len(cache_ids) == len(devices) == len(places) <= len(ids) - resident
@@ -415,6 +491,8 @@ class PoolModel:
             if ticket in process.tickets and ticket in self.pool.state.allocations.queue:
                 self.cancelled.add(ticket)
                 process.tickets.remove(ticket)
+                if ticket in self.changes:
+                    self.changes.pop(ticket)(None)
         self.pool.handle(TicketsCancelled(name, list(tickets)))
 
     # -- sealing and sharing ------------------------------------------------------------------------------------------
@@ -512,7 +590,7 @@ class PoolModel:
                 assert place[2] > made.generation
                 made.offset, made.pages, made.generation = place
             assert (made.device, made.offset, made.pages) == (device, *place[:2])
-            assert self._read(made) == _whole(_content(key), made.size_bytes)
+            assert self._read(made, made.extents) == _whole(_content(key), made.size_bytes, made.extents)
             process.held[cache_id] += 1
             self.hits += 1
 
@@ -569,6 +647,8 @@ class PoolModel:
     def map(self, name: str, cache_id: int) -> None:
         """The client maps the pages of a cache that it holds."""
         made = self.made[cache_id]
+        if made.changing:
+            return  # they may not be there any more
         for index, serial in made.pages:
             os.close(self.pool.stores[made.device].allocator.export(name, made.tenant, index, serial))
 
@@ -594,7 +674,10 @@ class PoolModel:
                 index = self.pool.state.ledger.index
                 assert index.pins[index.row_of(cache_id)] >= leases
                 assert store.allocator.allocation(cache_id).offset == made.offset
-                assert self._read(made) == _whole(made.written, made.size_bytes)
+                there = made.extents
+                if made.changing:  # unbacked where the device has done it, and its maker was not told yet
+                    there = difference(there, difference(there, store.allocator.allocation(cache_id).extents))
+                assert self._read(made, there) == _whole(made.written, made.max_size_bytes, there)
 
     def check_quiet(self) -> None:
         """When all is settled: the books say what the devices hold, all is answered, and who waits has to wait."""
@@ -612,6 +695,9 @@ class PoolModel:
             for cache_id, record in store._caches.items():
                 row = rows[cache_id]
                 assert index.pins[row] == record.leases
+                assert index.asked_bytes[row] == record.size_bytes
+                if not store.allocator.allocation(cache_id).shared:
+                    assert index.size_bytes[row] == len(record.pages) * PAGE
                 assert index.is_sealed(row) == record.sealed
                 assert index.key_of(row) == (None if record.void else record.key)
                 assert record.doomed == record.void
@@ -714,19 +800,24 @@ class PoolModel:
     def _address(self, made: Made) -> int:
         return self.pool.stores[made.device].allocator.address + made.offset
 
-    def _write(self, made: Made) -> None:
-        ctypes.memmove(self._address(made), _whole(made.written, made.size_bytes), made.size_bytes)
+    def _write(self, made: Made, extents: Extents | None = None) -> None:
+        extents = made.extents if extents is None else extents
+        whole = _whole(made.written, made.max_size_bytes, front(made.max_size_bytes))
+        for start, end in extents:
+            ctypes.memmove(self._address(made) + start, whole[start:end], end - start)
 
-    def _read(self, made: Made) -> bytes:
-        return ctypes.string_at(self._address(made), made.size_bytes)
+    def _read(self, made: Made, extents: Extents) -> bytes:
+        return b"".join(ctypes.string_at(self._address(made) + start, end - start) for start, end in extents)
 
 
 def _content(key: Key) -> bytes:
     return blake2b(repr(key).encode(), digest_size=16).digest()
 
 
-def _whole(pattern: bytes, size_bytes: int) -> bytes:
-    return (pattern * (size_bytes // len(pattern) + 1))[:size_bytes]
+def _whole(pattern: bytes, size_bytes: int, extents: Extents) -> bytes:
+    """Return what is in these parts of a cache that was filled with a pattern from its first byte on."""
+    whole = pattern * (size_bytes // len(pattern) + 1)
+    return b"".join(whole[start:end] for start, end in extents)
 
 
 def _error(answer: Any, *kinds: type[KvpoolError]) -> bool:

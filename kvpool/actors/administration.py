@@ -20,14 +20,21 @@ from kvpool.actors.fleet import Fleet
 from kvpool.actors.pool_telemetry import PoolTelemetry
 from kvpool.actors.protocol import errors_of
 from kvpool.errors import InvalidRequestError, from_wire
-from kvpool.pool.instructions import Batch, EvictRequested, InvalidateRequested, QuotaSet, RevokeRequested
+from kvpool.pool.instructions import (
+    Batch,
+    EvictRequested,
+    FlushRequested,
+    InvalidateRequested,
+    QuotaSet,
+    RevokeRequested,
+)
 from kvpool.pool.leases import PINNER
 from kvpool.pool.listing import list_caches, list_models
 from kvpool.pool.state import PoolState
 from kvpool.sizes import MIB
 from kvpool.telemetry.context import Carrier, is_carrier
 
-_COMPACT_BYTES = 4 * MIB
+_COMPACT_BYTES = 1 * MIB
 """Bytes that a device moves in one step of compaction, for which operations behind it wait."""
 
 
@@ -200,6 +207,13 @@ class Administration:
             moved_bytes, freed_pages = moved_bytes + moved, freed_pages + pages
         return moved_bytes, freed_pages
 
+    async def flush(self, tenant: str | None = None) -> dict[str, int]:
+        """Write all that is stored to the disks below the devices, so that it survives the pool.
+
+        Returns ``{"caches", "bytes", "displaced"}``; see :meth:`kvpool.pool.flush.Flushes.flush`.
+        """
+        return dict(await self._decide(FlushRequested(Batch(1), tenant)))
+
     async def set_policy(self, name: str) -> str:
         """Let another eviction policy decide from now on; returns its name. It takes over what is resident.
 
@@ -228,7 +242,9 @@ class Administration:
 
     # -- carrying out ---------------------------------------------------------------------------------------------
 
-    async def _decide(self, event: EvictRequested | InvalidateRequested | QuotaSet | RevokeRequested) -> dict[str, Any]:
+    async def _decide(
+        self, event: EvictRequested | FlushRequested | InvalidateRequested | QuotaSet | RevokeRequested
+    ) -> dict[str, Any]:
         instructions = self._state.handle(event, time.monotonic())
         (answer,) = await self._executor.finish(event.batch, instructions)
         if isinstance(answer, tuple):

@@ -290,8 +290,13 @@ async def call(method: Any, *arguments: Any, timeout_s: float | None = None) -> 
             return await submit(method, *arguments)
     except TimeoutError:
         raise PoolUnavailableError(f"the pool did not answer within {timeout_s:g} s: is its node overloaded?") from None
+    except ActorUnavailableError as error:
+        raise PoolUnavailableError(f"the pool's actor is out of reach: try again. Ray says: {error}") from error
     except RayActorError as error:
-        raise PoolUnavailableError(f"the pool's actor is gone: {error}") from error
+        raise PoolUnavailableError(
+            f"the pool's actor is gone, and the pool with it: create it again ('kvpool start' or CachePool.create()). "
+            f"Ray says: {error}"
+        ) from error
     except RayError as error:
         cause = getattr(error, "cause", None)
         if cause is not None:

@@ -11,6 +11,7 @@ end a pool of another one:
 
 from __future__ import annotations
 
+import json
 import shlex
 from typing import Any
 
@@ -70,9 +71,13 @@ def leased_bytes(leases: Any) -> dict[str, int]:
 def restart_commands(name: str, config: dict[str, Any]) -> tuple[str, str]:
     """Return the commands that drain a pool, and that start it again with those of its settings that still exist."""
     settings = [
-        f"KVPOOL_{key.upper()}={shlex.quote(str(config[key]))}"
+        f"KVPOOL_{key.upper()}={shlex.quote(_as_variable(config[key]))}"
         for key, field in PoolConfig.model_fields.items()
-        if key != "name" and config.get(key) is not None and config[key] != field.default
+        if key != "name" and config.get(key) is not None and config[key] not in (field.default, [])
     ]
     start = " ".join([*settings, f"kvpool start --name {name}"])
     return f"kvpool stop --name {name} --drain {_DRAIN_S}", start
+
+
+def _as_variable(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, list) else str(value)

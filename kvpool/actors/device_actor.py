@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,11 +27,13 @@ from kvpool.cache.key import CacheKey
 from kvpool.cache.lower_tiers import LowerTiers
 from kvpool.cache.store import DeviceStore, Operation
 from kvpool.config import TierPlan
-from kvpool.errors import ConfigError, ProtocolError, TierError
+from kvpool.errors import ConfigError, KvpoolError, ProtocolError, TierError
 from kvpool.memory.allocator import GPUMemoryAllocator
 from kvpool.memory.host import HostBackend
 from kvpool.memory.limits import require_memory
+from kvpool.memory.pacer import IDLE_S, CompactionPacer
 from kvpool.memory.page_server import PageServer
+from kvpool.sizes import MIB
 from kvpool.telemetry.calls import SCOPE
 from kvpool.telemetry.context import Carrier
 from kvpool.telemetry.logs import carry_trace_ids, print_trace_ids
@@ -41,6 +44,11 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
 logger = logging.getLogger("kvpool.device")
+
+_FOUND_AT_ONCE = 20_000
+"""Caches told in one answer: 50 ms of the event loop, and two megabytes."""
+_TRIM_BYTES = 64 * MIB
+"""Idle memory that is given back in one step: about 10 ms."""
 
 _FLUSH_S = 2.0
 """How long the last spans may take to leave when the device ends, seconds."""
@@ -65,6 +73,10 @@ class DeviceActor:
         Variables that this process takes over: ``OTEL_*`` of the process that created the pool.
     tiers
         The fields of a :class:`~kvpool.config.TierPlan`: what lies below this device. None: nothing.
+    compaction
+        Threshold and share of time of a :class:`~kvpool.memory.pacer.CompactionPacer`.
+    idle_trim_s
+        Warm pages that nobody used for so many seconds go back to the system.
     """
 
     def __init__(
@@ -81,6 +93,8 @@ class DeviceActor:
         beside_bytes: int = 0,
         environment: dict[str, str] | None = None,
         tiers: dict[str, Any] | None = None,
+        compaction: tuple[float, float] = (1.0, 0.1),
+        idle_trim_s: float = math.inf,
     ) -> None:
         adopt(environment or {})
         carry_trace_ids()
@@ -95,6 +109,8 @@ class DeviceActor:
         self._lower: LowerOperations | None = None
         self._found: Sequence[CacheKey] = ()
         self._started = False
+        self._pacer = CompactionPacer(*compaction)
+        self._compacting: asyncio.Task[None] | None = None
         self._provider = self._make_provider()
         self._tracer = (self._provider or NoOpTracerProvider()).get_tracer(SCOPE, __version__)
         self._allocator: GPUMemoryAllocator
@@ -102,6 +118,8 @@ class DeviceActor:
         self._server: PageServer
         self._events = Stream()
         self._stamp = 0
+        self._idle_trim_s = idle_trim_s
+        self._trimmer: asyncio.Task[None] | None = None
 
     async def start(self) -> dict[str, Any]:
         """Reserve the arena and open the socket; return what clients and the pool must know of this device.
@@ -142,6 +160,9 @@ class DeviceActor:
             self._tiers, self._found = opened
             self._lower = LowerOperations(self._store, self._tiers)
         await self._server.start()
+        self._compacting = asyncio.create_task(self._compact())
+        if self._idle_trim_s < math.inf:
+            self._trimmer = asyncio.create_task(self._trim_idle())
         gc.collect()
         gc.freeze()
         return {
@@ -156,16 +177,19 @@ class DeviceActor:
             "has_lower": self._lower is not None,
         }
 
-    async def found(self) -> list[tuple[str, str, list[tuple[bytes, bytes | None, int]]]]:
-        """Return, once, what was found below when it started: by tenant and fingerprint ``(hash, parent, bytes)``."""
-        found, self._found = self._found, ()
+    async def found(self) -> tuple[list[tuple[str, str, list[tuple[bytes, bytes | None, int]]]], bool]:
+        """Return a part of what was found below when it started, each once, and whether there is more.
+
+        By tenant and fingerprint ``(hash, parent, bytes)``.
+        """
+        part, self._found = self._found[:_FOUND_AT_ONCE], self._found[_FOUND_AT_ONCE:]
         spaces: dict[tuple[str, str], list[tuple[bytes, bytes | None, int]]] = {}
-        for key in found:
-            known = self._tiers.below(key) if self._tiers is not None else None
+        for key in part:
+            known = self._tiers.locate(key) if self._tiers is not None else None
             if known is not None:
                 space = spaces.setdefault((key.tenant, key.fingerprint), [])
                 space.append((key.block_hash, known.parent, known.size_bytes))
-        return [(*space, entries) for space, entries in spaces.items()]
+        return [(*space, entries) for space, entries in spaces.items()], bool(self._found)
 
     def _make_provider(self) -> TracerProvider | None:
         try:
@@ -195,6 +219,7 @@ class DeviceActor:
             answers.append(await self._lower.carry_out(operation))
             spans.done(operation, answers[-1])
         answers += self._apply(waiting, spans)
+        self._pacer.operated(time.monotonic())
         self._request_drops()
         return answers, self._zombies()
 
@@ -208,16 +233,39 @@ class DeviceActor:
                 answers[place] += self._tiers.trim()
         return answers
 
+    async def _compact(self) -> None:
+        """Compact the memory in the background, for as long as this actor lives."""
+        wait_s = IDLE_S
+        while True:
+            await asyncio.sleep(wait_s)
+            wait_s = IDLE_S
+            if not self._pacer.due(self._allocator.usage().fragmentation):
+                continue
+            began = time.monotonic()
+            try:
+                done = self._allocator.compact_a_little(self._pacer.step_bytes)
+            except KvpoolError:  # nothing is lost, and the next step begins with what this one left
+                logger.exception("device %s of pool %s could not compact", self._name, self._pool)
+                continue
+            self._request_drops()
+            fragmentation = self._allocator.usage().fragmentation
+            wait_s = self._pacer.stepped(began, time.monotonic(), fragmentation, done)
+
     async def fill(self, tenant: str, fingerprint: str, entries: list[tuple[int, bytes]]) -> list[bool | None]:
         """Bring content up from below; see :meth:`LowerOperations.fill`."""
         return await self._operations().fill(tenant, fingerprint, entries)
 
     async def persist(self, tenant: str, fingerprint: str, entries: list[tuple[int, bytes, bytes | None]]) -> list[Any]:
         """Write caches through to the disk; see :meth:`LowerOperations.persist`."""
-        if self._lower is None:
-            error = TierError("this pool has no disk tier: set disk_url to have durable content", cause="no_disk")
+        if self._lower is None or self._plan.disk_url is None or self._plan.write_policy == "none":
+            needed = "set disk_url" if self._plan.disk_url is None else "set write_policy to something else than 'none'"
+            error = TierError(f"this pool writes to no disk: {needed} to have durable content", cause="no_disk")
             return [("error", *error.to_wire())] * len(entries)
         return await self._lower.persist(tenant, fingerprint, entries)
+
+    async def save(self, tenant: str | None) -> dict[str, Any]:
+        """Write what lies in host memory through to the disk; see :meth:`LowerOperations.save`."""
+        return await self._operations().save(tenant)
 
     async def forgotten(self, number: int, tenant: str, fingerprint: str) -> Any:
         """Wait for a removal from below; see :meth:`LowerOperations.forgotten`."""
@@ -239,6 +287,7 @@ class DeviceActor:
     async def memory(self) -> dict[str, Any]:
         """Return this device's bytes (live, backed, reserve, zombie, free, largest), its caches and leases.
 
+        Also ``compacted``: bytes moved and pages freed by compaction so far.
         And ``lower``: the figures of its lower tiers, None if it has none.
         """
         usage = self._allocator.usage()
@@ -251,6 +300,7 @@ class DeviceActor:
             "largest": usage.largest_bytes,
             "caches": self._store.caches,
             "leases": self._store.lease_count,
+            "compacted": self._allocator.compacted,
             "lower": None if self._tiers is None else self._tiers.statistics(),
         }
 
@@ -264,6 +314,10 @@ class DeviceActor:
 
     async def shutdown(self) -> None:
         """Close the socket and give all memory back. The actor is of no use afterwards."""
+        if self._compacting is not None:
+            self._compacting.cancel()
+        if self._trimmer is not None:
+            self._trimmer.cancel()
         await self._server.close()
         if self._tiers is not None:
             await self._tiers.close()
@@ -286,6 +340,16 @@ class DeviceActor:
         zombie_bytes = self._allocator.usage().zombie_bytes
         self._allocator.dropped(client, serials)
         self._tell_if_freed(zombie_bytes)
+
+    async def _trim_idle(self) -> None:
+        while True:
+            await asyncio.sleep(self._idle_trim_s / 4)
+            zombie_bytes = self._allocator.usage().zombie_bytes
+            while self._allocator.trim_idle(time.monotonic(), self._idle_trim_s, _TRIM_BYTES):
+                self._request_drops()
+                await asyncio.sleep(0)  # others wait no longer than for a step
+            if self._allocator.usage().zombie_bytes != zombie_bytes:
+                self._tell(("freed", self._zombies()))
 
     def _client_connected(self, client: str) -> None:
         if self._store.is_revoked(client):  # before it came here for the first time

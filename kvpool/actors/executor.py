@@ -18,6 +18,7 @@ from kvpool.pool.instructions import (
     BatchDone,
     BlocksRequested,
     CachesRequested,
+    ChangesRequested,
     ClientGone,
     DeviceAnswered,
     DeviceFreed,
@@ -31,6 +32,7 @@ from kvpool.pool.instructions import (
     Moved,
     PersistRequested,
     PinRequested,
+    PolicyFailed,
     PrefixesFetched,
     PrefixesLookedUp,
     ReleaseRequested,
@@ -45,6 +47,7 @@ logger = logging.getLogger("kvpool.pool")
 
 _METHODS: dict[tuple[Any, ...], str] = {
     (CachesRequested,): "request_caches",
+    (ChangesRequested,): "change_backing",
     (PrefixesLookedUp,): "look_up",
     (PrefixesFetched,): "fetch",
     (PersistRequested,): "persist",
@@ -154,7 +157,7 @@ class Executor:
                 case Send():
                     self.fleet.put(self._telemetry.timed(instruction, now))
                 case Move():
-                    self.fleet.move(instruction, self._moved)
+                    self.fleet.move(self._telemetry.timed_move(instruction, now), self._moved)
                 case BatchDone():
                     future = self._done.pop(instruction.batch)
                     if not future.cancelled():
@@ -167,6 +170,9 @@ class Executor:
                     self._telemetry.waited(instruction, now)
                 case Failed(operation, error):
                     logger.error("what follows on %r of a device could not be decided", operation[0], exc_info=error)
+                case PolicyFailed(error):
+                    by = self._state.policy_name
+                    logger.error("pool %s goes on with policy %s: %s", self._state.name, by, error, exc_info=error)
         self.feed.notify()
         self._set_timer()
 

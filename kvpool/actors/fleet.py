@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,9 @@ _POLL_S = 30.0
 
 _ANSWER_S = 10.0
 """How long a device may take to answer a question, seconds; it is left out of what is told then."""
+
+_FOUND_S = 120.0
+"""How long a device may take for each part of what it found on disk, seconds."""
 
 _PAUSE_S = 1.0
 """How long to wait after a long poll that failed, seconds, before the next."""
@@ -89,6 +92,7 @@ class Fleet:
                     capacity_bytes * config.arena_factor, int(capacity_bytes * config.reserve),
                     str(self._sockets[number]), epoch, promised_bytes[node], dict(environment or {}),
                     config.tier_plan(f"host-{number}")._asdict(),
+                    (config.compaction_threshold, config.compaction_share), config.idle_trim_s,
                     node=node,
                 )  # fmt: skip
                 promised_bytes[node] += capacity_bytes + (config.host_memory or 0)
@@ -147,6 +151,25 @@ class Fleet:
             for number, report in zip(numbers, reports, strict=True)
             if not isinstance(report, BaseException)
         }
+
+    async def found(self, number: int) -> AsyncIterator[tuple[str, str, list[Any]]]:
+        """Yield what a device found below it when it started: ``(tenant, fingerprint, entries)``.
+
+        However long it takes: there may be a million. A device that is lost, or has no answer, is logged.
+        """
+        more = True
+        while more:
+            try:
+                async with asyncio.timeout(_FOUND_S):
+                    spaces, more = await submit(self._actors[number].found)
+            except Exception:
+                logger.exception(
+                    "device %d did not tell what it found on disk: what it has not told yet is found by the next start",
+                    number,
+                )
+                return
+            for space in spaces:
+                yield space
 
     async def end(self, numbers: list[int]) -> None:
         """Let these devices give their memory back, and end all."""

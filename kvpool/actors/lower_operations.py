@@ -113,15 +113,15 @@ class LowerOperations:
         return True
 
     async def _remove(self, number: int, tenant: str, fingerprint: str, hashes: Sequence[bytes] | None) -> int:
-        if hashes is None:
-            removed = await self._tiers.remove_space(tenant, fingerprint)
-        else:
+        try:
+            if hashes is None:
+                return await self._tiers.remove_space(tenant, fingerprint)
             keys = [CacheKey(tenant, fingerprint, each) for each in hashes]
-            removed = await self._tiers.remove(self._tiers.with_descendants(keys))
-        # What was dropped before has left its bytes. Each step does its part: this polls nothing.
-        while not self._tiers.scrub(tenant, number, _SCRUB_BYTES):  # noqa: ASYNC110
-            await asyncio.sleep(0)
-        return removed
+            return await self._tiers.remove(self._tiers.with_descendants(keys))
+        finally:
+            # What was dropped before has left its bytes. Each step does its part: this polls nothing.
+            while not self._tiers.scrub(tenant, number, _SCRUB_BYTES):  # noqa: ASYNC110
+                await asyncio.sleep(0)
 
     def _removal(self, *name: Any) -> asyncio.Future[Any]:
         return self._removals.setdefault(name, asyncio.get_running_loop().create_future())
@@ -156,7 +156,8 @@ class LowerOperations:
     async def fill(self, tenant: str, fingerprint: str, entries: Sequence[tuple[int, bytes]]) -> list[bool | None]:
         """Bring content up into caches that are leased for it: ``(id, hash)``.
 
-        For each True if it is there, False if it is gone, None if it lies below still but could not be had now.
+        For each True if it is there, False if it is gone, None if it lies below still but could not be had now. A cache
+        whose bytes the store did not give in time keeps its memory until the store lets go of that.
         """
         keys = [CacheKey(tenant, fingerprint, block_hash) for _, block_hash in entries]
         base = self._store.allocator.address
@@ -170,8 +171,10 @@ class LowerOperations:
             ]
             ensure(len(targets) == len(entries), "what is filled is leased until then")
             filled = await self._tiers.fill(targets)
+            for (cache_id, _), target in zip(entries, targets, strict=True):
+                self._hold_while_late(cache_id, target)
             return [
-                True if there else (None if self._tiers.below(key) is not None else False)
+                True if there else (None if self._tiers.locate(key) is not None else False)
                 for key, there in zip(keys, filled, strict=True)
             ]
         finally:
@@ -202,9 +205,39 @@ class LowerOperations:
             outcomes[position] = True if failed is None else ("error", *failed.to_wire())
         return outcomes
 
+    async def save(self, tenant: str | None) -> dict[str, Any]:
+        """Write what a tenant, or anyone, has in host memory through to the disk.
+
+        Returns ``{"caches", "bytes"}``, what lies on disk then; ``"evicted_before"`` and ``"evicted"``, how many files
+        the disk had ever dropped for want of room at the begin and the end of this; ``"failed"`` and ``"error"``, how
+        many could not be written, and the first error.
+        """
+        before = self._evicted()
+        errors = await self._tiers.save(tenant)
+        caches, size_bytes = self._tiers.on_disk(tenant)
+        return {
+            "caches": caches,
+            "bytes": size_bytes,
+            "evicted_before": before,
+            "evicted": self._evicted(),
+            "failed": len(errors),
+            "error": ("error", *errors[0].to_wire()) if errors else None,
+        }
+
+    def _evicted(self) -> int:
+        return int((self._tiers.statistics()["disk"] or {}).get("evicted_files", 0))
+
     async def _write(self, cache_id: int, source: Source) -> TierError | None:
         try:
             (error,) = await self._tiers.write_through([source])
             return error
         finally:
+            self._hold_while_late(cache_id, source)
             self._store.unhold([cache_id])
+
+    def _hold_while_late(self, cache_id: int, source: Source) -> None:
+        """Keep a cache in its place for as long as a call that hangs in the store uses its memory."""
+        late = self._tiers.late(source)
+        if late is not None:
+            self._store.hold([cache_id])
+            late.add_done_callback(lambda _: self._store.unhold([cache_id]))

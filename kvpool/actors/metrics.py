@@ -40,6 +40,32 @@ def _of_devices(figure: str, snapshot: PoolSnapshot) -> Iterator[Reading]:
             yield getattr(device, figure), {"device": device.name, "tier": device.kind}
 
 
+def _below(host_figure: str, disk_figure: str, snapshot: PoolSnapshot) -> Iterator[Reading]:
+    """Read a figure of each tier below each device; of one that a device does not have, or has not told, nothing."""
+    for device in snapshot.statistics.devices:
+        if device.lost is None and device.lower is not None:
+            for tier, figure in (("host", host_figure), ("disk", disk_figure)):
+                if device.lower[tier] is not None:
+                    yield device.lower[tier][figure], {"device": device.name, "tier": tier}
+
+
+def _left_device(snapshot: PoolSnapshot) -> Iterator[Reading]:
+    for device in snapshot.statistics.devices:
+        if device.lost is None and device.lower is not None:
+            for outcome, figure in (("kept", "demoted"), ("lost", "not_kept"), ("copied_ahead", "copied_ahead")):
+                yield device.lower[figure], {"device": device.name, "outcome": outcome}
+
+
+def _lower_errors(snapshot: PoolSnapshot) -> Iterator[Reading]:
+    for device in snapshot.statistics.devices:
+        if device.lost is None and device.lower is not None:
+            for tier in ("host", "disk"):
+                figures = device.lower[tier] or {"errors": {}}
+                causes = figures["errors"] | {f"bad_{cause}": n for cause, n in figures.get("bad_files", {}).items()}
+                for cause, count in causes.items():
+                    yield count, {"device": device.name, "tier": tier, "error.type": cause}
+
+
 def _by_model(figure: str, snapshot: PoolSnapshot) -> Iterator[Reading]:
     for model, count in getattr(snapshot, figure).items():
         yield count, {"model": model}
@@ -73,6 +99,9 @@ _SUMS: tuple[tuple[str, str, str, Callable[[PoolSnapshot], Iterable[Reading]]], 
     ("kvpool.memory.reserved", "By", "Pages kept warm for their tenants", partial(_of_devices, "reserve_bytes")),
     ("kvpool.memory.pinned", "By", "Held by leases or by word: not evictable", partial(_of_devices, "pinned_bytes")),
     ("kvpool.memory.zombie", "By", "Pages given up that a client may still map", partial(_of_devices, "zombie_bytes")),
+    ("kvpool.lower.capacity", "By", "Most a lower tier may hold", partial(_below, "capacity_bytes", "budget_bytes")),
+    ("kvpool.lower.used", "By", "What lies in a lower tier", partial(_below, "used_bytes", "used_bytes")),
+    ("kvpool.lower.caches", "{cache}", "Caches in a lower tier", partial(_below, "entries", "files")),
     ("kvpool.leases", "{lease}", "Leases that are held, pins by word included", partial(_of_devices, "leases")),
     ("kvpool.queue.length", "{request}", "Requests that wait for memory", _queue),
     ("kvpool.quota.guaranteed", "By", "What a quota guarantees now", partial(_quotas, "guaranteed_bytes")),
@@ -88,7 +117,20 @@ _COUNTERS = (
     ("kvpool.cache.hits", "{block}", "Blocks found by look-ups", partial(_by_model, "hits")),
     ("kvpool.cache.misses", "{block}", "Blocks looked up and not found", partial(_by_model, "misses")),
     ("kvpool.evictions", "{cache}", "Caches evicted", _evictions),
+    ("kvpool.compaction.moved", "By", "Moved by compaction", partial(_of_devices, "compacted_bytes")),
+    ("kvpool.compaction.freed", "{page}", "Pages freed by compaction", partial(_of_devices, "compacted_pages")),
     ("kvpool.errors", "{error}", "Errors that clients were answered", _errors),
+    ("kvpool.lower.hits", "{cache}", "Caches brought up from a lower tier", partial(_below, "hits", "hits")),
+    (
+        "kvpool.lower.misses",
+        "{cache}",
+        "Caches asked of a lower tier in vain",
+        partial(_below, "misses", "misses"),
+    ),
+    ("kvpool.lower.written", "By", "Bytes brought down into a tier", partial(_below, "written_bytes", "written_bytes")),
+    ("kvpool.lower.read", "By", "Bytes brought up from a tier", partial(_below, "read_bytes", "read_bytes")),
+    ("kvpool.lower.demotions", "{cache}", "Caches that left a device, or were copied before that", _left_device),
+    ("kvpool.lower.errors", "{error}", "Faults of a tier, by cause", _lower_errors),
 )
 
 
@@ -118,6 +160,12 @@ class PoolMetrics:
         self._eviction = histogram(
             "kvpool.eviction.duration", "s", "From the decision to evict to the device's answer that it is done"
         )
+        self._demotion = histogram(
+            "kvpool.lower.demotion.duration", "s", "From the decision to bring caches down to the device's answer"
+        )
+        self._fill = histogram(
+            "kvpool.lower.fill.duration", "s", "From the decision to bring caches up to the device's answer"
+        )
         self._wait = histogram("kvpool.wait.duration", "s", "How long a request waited for memory in the queue")
 
     def model_label(self, name: str) -> str:
@@ -135,6 +183,14 @@ class PoolMetrics:
     def evicted(self, device: str, tier: str, policy: str, duration_s: float) -> None:
         """Record that a device carried an eviction out that a policy had decided on."""
         self._eviction.record(duration_s, {"device": device, "tier": tier, "policy": policy})
+
+    def demoted(self, device: str, reason: str, duration_s: float) -> None:
+        """Record that a device brought caches down: for their ``eviction``, or ``ahead`` of that."""
+        self._demotion.record(duration_s, {"device": device, "reason": reason})
+
+    def filled(self, device: str, duration_s: float) -> None:
+        """Record that a device brought caches up, or could not."""
+        self._fill.record(duration_s, {"device": device})
 
     def waited(self, model: str, outcome: str, duration_s: float) -> None:
         """Record the end of a wait in the queue."""

@@ -28,6 +28,7 @@ from kvpool.actors.priority import run_at_normal_priority
 from kvpool.actors.protocol import (
     BLOCKS_ITEM,
     CACHE_ITEM,
+    CHANGE_ITEM,
     FETCH_ITEM,
     LEASE_ITEM,
     PREFIX_ITEM,
@@ -40,6 +41,7 @@ from kvpool.errors import KvpoolError, PoolBusyError, PoolNotFoundError
 from kvpool.pool.instructions import (
     BlocksRequested,
     CachesRequested,
+    ChangesRequested,
     PersistRequested,
     PinRequested,
     PrefixesFetched,
@@ -77,10 +79,12 @@ class PoolActor(Administration):
         carry_trace_ids()
         print_trace_ids()
         self._config = PoolConfig(**config)
-        self._state = PoolState(
-            self._config.name, self._config.policy, self._config.placement, self._config.queue_limit,
-            self._config.gc_threshold,
-        )  # fmt: skip
+        self._unusable: KvpoolError | None = None
+        try:
+            self._state = self._make_state(self._config.policy)
+        except KvpoolError as error:  # raised from here, it would be told as the traceback of an actor that died
+            self._unusable = error
+            self._state = self._make_state("lru")
         self._telemetry = PoolTelemetry(self._state)
         self._executor = Executor(self._state, self._telemetry)
         self._fleet = self._executor.fleet
@@ -92,8 +96,16 @@ class PoolActor(Administration):
     # -- the pool as a whole --------------------------------------------------------------------------------------
 
     async def start(self) -> dict[str, Any]:
-        """Start the devices, once; returns :meth:`describe`."""
+        """Start the devices, once; returns :meth:`describe`.
+
+        Raises
+        ------
+        UnknownPolicyError, PolicyError
+            If the policy is not to be had here.
+        """
         self._check_not_ended()
+        if self._unusable is not None:
+            raise self._unusable
         if self._started is None:
             self._started = asyncio.create_task(self._start())
         await self._started
@@ -160,9 +172,9 @@ class PoolActor(Administration):
         """
         try:
             self._check_not_ended()
+            described = await self.start()
         except KvpoolError as error:
             return {"error": error.to_wire()}
-        described = await self.start()
         if client["protocol"] != PROTOCOL_VERSION:
             return described
         if self._draining:
@@ -202,6 +214,10 @@ class PoolActor(Administration):
     async def request_caches(self, client: str, items: list[Any]) -> list[Any]:
         """Ask for caches: ``("granted", id, device, size, max_size, place)``, ``("queued", ticket)`` or an error."""
         return await self._lease(CachesRequested, CACHE_ITEM, client, items)
+
+    async def change_backing(self, client: str, items: list[Any]) -> list[Any]:
+        """Change what is backed of caches: ``("changed", id, size, extents, place)``, ``("queued", n)`` or an error."""
+        return await self._lease(ChangesRequested, CHANGE_ITEM, client, items)
 
     async def look_up(self, client: str, items: list[Any]) -> list[Any]:
         """Find and lease prefixes: ``("hit", ids, devices, places, sizes, coming)``.
@@ -288,6 +304,10 @@ class PoolActor(Administration):
 
     # -- carrying out ---------------------------------------------------------------------------------------------
 
+    def _make_state(self, policy: str) -> PoolState:
+        config = self._config
+        return PoolState(config.name, policy, config.placement, config.queue_limit, config.gc_threshold)
+
     async def _start(self) -> None:
         run_at_normal_priority()
         self._described = await self._fleet.start(self._config, self._environment)
@@ -303,10 +323,11 @@ class PoolActor(Administration):
             )
         for quota in self._config.quotas:
             await self.set_quota(quota.tenant, quota.model, quota.guaranteed, quota.limit)
-        found = await self._fleet.ask([n for n, each in enumerate(self._described) if each["has_lower"]], "found")
-        for number, spaces in found.items():
-            for tenant, fingerprint, entries in spaces:
-                self._state.below.add(number, tenant, fingerprint, entries)
+        # Before the first client: what is invalidated meanwhile could be entered by an answer that is on its way.
+        for number, described in enumerate(self._described):
+            if described["has_lower"]:
+                async for tenant, fingerprint, entries in self._fleet.found(number):
+                    self._state.below.add(number, tenant, fingerprint, entries)
         self._telemetry.follow(self._alive(), self._memory_of)
         logger.info("pool %s started: %s", self._config.name, self._described)
         gc.collect()

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from opentelemetry.metrics import NoOpMeterProvider
@@ -16,7 +17,8 @@ from kvpool.actors.metrics import PoolMetrics, PoolSnapshot
 from kvpool.actors.protocol import errors_of
 from kvpool.actors.spans import BatchSpans, ItemSpan, NoSpans
 from kvpool.errors import ConfigError
-from kvpool.pool.instructions import Answer, Send, Waited
+from kvpool.pool.backing import KINDS
+from kvpool.pool.instructions import Answer, Move, Send, Waited
 from kvpool.pool.state import PoolState
 from kvpool.pool.statistics import HOST_TIER, collect
 from kvpool.telemetry.calls import SCOPE
@@ -36,6 +38,9 @@ _CLOSE_S = 2.0
 """How long the last spans and metrics may take to leave when the pool ends, seconds."""
 
 _ALLOCATING = ("request_caches", "request_blocks")
+
+_DEMOTING = {"lower": "eviction", "copy": "ahead"}
+"""Why caches go down, by the operation that brings them there."""
 
 _Provider = TypeVar("_Provider", "TracerProvider | None", "MeterProvider | None")
 
@@ -94,18 +99,27 @@ class PoolTelemetry:
                 self._metrics.allocated(self._state.ledger.models[model].name, duration_s)
 
     def timed(self, send: Send, now: float) -> Send:
-        """Return the operation, with its time taken if it evicts."""
-        if self._meters is None or not _evicts(send.operation):
+        """Return the operation, with its time taken if it evicts or brings caches down."""
+        if self._meters is None:
             return send
         device = self._state.ledger.devices[send.device].name
-        policy = self._state.policy_name  # the one that decided, which may be another when the answer comes
+        kind = send.operation[0]
+        record: Callable[[float], None]
+        if _evicts(send.operation):
+            # The policy that decided, which may be another when the answer comes.
+            record = partial(self._metrics.evicted, device, HOST_TIER, self._state.policy_name)
+        elif kind in _DEMOTING:
+            record = partial(self._metrics.demoted, device, _DEMOTING[kind])
+        else:
+            return send
+        return send._replace(then=_recorded(send.then, record, now))
 
-        def then(answer: Answer, answered: float) -> None:
-            if answer[:1] != ("error",):
-                self._metrics.evicted(device, HOST_TIER, policy, answered - now)
-            send.then(answer, answered)
-
-        return send._replace(then=then)
+    def timed_move(self, move: Move, now: float) -> Move:
+        """Return what a device is to move, with its time taken if it brings caches up."""
+        if self._meters is None or move.method != "fill":
+            return move
+        record = partial(self._metrics.filled, self._state.ledger.devices[move.device].name)
+        return move._replace(then=_recorded(move.then, record, now))
 
     def waited(self, wait: Waited, now: float) -> None:
         """Note the end of a wait."""
@@ -178,8 +192,21 @@ def _ended(loop: asyncio.Task[None]) -> None:
         logger.error("some metrics of this pool stand still from now on", exc_info=error)
 
 
+def _recorded(
+    then: Callable[[Answer, float], None], record: Callable[[float], None], began: float
+) -> Callable[[Answer, float], None]:
+    """Return what goes on with an answer, and records before how long it took, unless it is an error."""
+
+    def recorded(answer: Answer, answered: float) -> None:
+        if not isinstance(answer, tuple) or answer[:1] != ("error",):
+            record(answered - began)
+        then(answer, answered)
+
+    return recorded
+
+
 def _evicts(operation: tuple[Any, ...]) -> bool:
-    return bool(operation[0] == "evict" or (operation[0] == "allocate" and operation[-1]))
+    return bool(operation[0] in ("evict", "allocate", *KINDS) and operation[-1])  # else it only keeps others in order
 
 
 def _grants(answer: Answer) -> bool:

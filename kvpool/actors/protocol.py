@@ -31,6 +31,7 @@ CACHE_ITEM = {
     "timeout_s": (int, float),
     "priority": int,
 }
+CHANGE_ITEM = {"sequence": int, "id": int, "kind": str, "ranges": (list, tuple), "timeout_s": (int, float)}
 PREFIX_ITEM = {"sequence": int, "model": int, "hashes": bytes}
 FETCH_ITEM = {"sequence": int, "model": int, "hashes": bytes, "first": int, "timeout_s": (int, float)}
 BLOCKS_ITEM = {

@@ -6,8 +6,8 @@ import asyncio
 import os
 import time
 from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -27,70 +27,110 @@ from kvpool.sizes import KIB, MIB
 TOTAL_BYTES = 256 * MIB
 SMALL_TOTAL_BYTES = 32 * MIB
 FILES_TO_FIND = 20_000
-_ROUNDS = 5
-_HASH_ROUNDS = 5
+_ROUNDS = 7
+_HASH_ROUNDS = 7
 _HASHED_BYTES = 256 * MIB  # more than the processor's cache
 
 
 async def measure(folder: Path) -> dict[str, Any]:
-    """Run the benchmark in a new folder inside ``folder``; returns ``{"bench": "disk", "rows": [...]}``."""
-    with TemporaryDirectory(prefix="kvpool-bench-", dir=folder) as inside:
-        rows = await _rows(Path(inside), 2 * MIB, TOTAL_BYTES)
-        rows += await _rows(Path(inside), 64 * KIB, SMALL_TOTAL_BYTES)
-        rows += [_checksum(), await asyncio.to_thread(_start, Path(inside) / "start")]
+    """Run the benchmark in an empty folder; returns ``{"bench": "disk", "rows": [...]}``."""
+    rows = await _rows(folder, 2 * MIB, TOTAL_BYTES)
+    rows += await _rows(folder, 64 * KIB, SMALL_TOTAL_BYTES)
+    rows += [_checksum(), await asyncio.to_thread(_start, folder / "start")]
     return {"bench": "disk", "rows": rows}
 
 
 async def _rows(folder: Path, size_bytes: int, total_bytes: int) -> list[dict[str, Any]]:
-    """Measure with caches of one size; all kinds take turns, so that what disturbs one disturbs all."""
+    """Measure with caches of one size.
+
+    A disk is shared, and what others do to it changes within a second. So each measurement stands between two of what
+    it is compared with, and is compared with their mean; all kinds take turns; nothing is left to be written when one
+    begins; the first round warms up and is not counted; and what is told is the median of the rounds' ratios.
+    """
     count = total_bytes // size_bytes
     source = np.random.default_rng(1).integers(0, 255, (count, size_bytes), dtype=np.uint8)
     into = np.zeros_like(source)
     views = [memoryview(block) for block in source]
     keys = [CacheKey("bench", "bench", encode_block_id(number)) for number in range(count)]
-    seconds: dict[str, list[float]] = {}
+    one_file = folder / "dd"
+    pairs: dict[str, list[tuple[float, float]]] = {}
 
-    async def time_it(kind: str, work: Callable[[], Awaitable[object]]) -> None:
+    async def time_it(work: Callable[[], Awaitable[object]]) -> float:
+        await asyncio.to_thread(os.sync)
         began = time.perf_counter()
         await work()
-        seconds.setdefault(kind, []).append(time.perf_counter() - began)
+        return time.perf_counter() - began
 
-    for number in range(_ROUNDS):
-        one_file, tier_folder = folder / "dd", folder / f"{size_bytes}-{number}"
-        await time_it("dd", lambda path=one_file: asyncio.to_thread(_write_one, path, views))  # type: ignore[misc]
-        _forget(one_file)
-        await time_it("dd read", lambda path=one_file: asyncio.to_thread(_read_one, path, into))  # type: ignore[misc]
+    async def write_one() -> float:
+        spent_s = await time_it(lambda: asyncio.to_thread(_write_one, one_file, views))
         _unlink([one_file])
-        await time_it("each", lambda: asyncio.to_thread(_write_each, folder, views))
+        return spent_s
+
+    async def write_each(_number: int) -> float:
+        spent_s = await time_it(lambda: asyncio.to_thread(_write_each, folder, views))
         _unlink([folder / f"each-{written}" for written in range(count)])
-        for kind in ("back", "through"):
-            tier = DiskTier(LocalFolder(tier_folder / kind), 4 * total_bytes, queue_limit=count)
-            await tier.start()
-            write = tier.write_back if kind == "back" else tier.write_through
-            await time_it(kind, lambda write=write: _all(write(k, None, v) for k, v in zip(keys, views, strict=True)))  # type: ignore[misc]
-            ensure(tier.statistics().files == count, "all caches are on disk", **tier.statistics().errors)
-            if kind == "back":
-                for path in (tier_folder / kind).rglob("*.kvcache"):
-                    _forget(path)
-                into[:] = 0
-                parts = [memoryview(block) for block in into]
-                await time_it(
-                    "read",
-                    lambda tier=tier, parts=parts: _all(  # type: ignore[misc]
-                        tier.read_into(k, part) for k, part in zip(keys, parts, strict=True)
-                    ),
-                )
-                ensure(bool((into == source).all()), "what was read back is what was written")
-            await tier.remove(keys)
-            await tier.close()
-    rate = {kind: total_bytes / MIB / median(times) for kind, times in seconds.items()}
+        return spent_s
+
+    async def write(kind: str, number: int) -> float:
+        tier_folder = folder / f"{size_bytes}-{number}" / kind
+        tier = DiskTier(LocalFolder(tier_folder), 4 * total_bytes, queue_limit=count)
+        await tier.start()
+        write = tier.write_back if kind == "back" else tier.write_through
+        spent_s = await time_it(lambda: _all(write(k, None, v) for k, v in zip(keys, views, strict=True)))
+        ensure(tier.statistics().files == count, "all caches are on disk", **tier.statistics().errors)
+        if kind == "back":
+            await read(tier, tier_folder)
+        await tier.remove(keys)
+        await tier.close()
+        return spent_s
+
+    async def read(tier: DiskTier, tier_folder: Path) -> None:
+        await asyncio.to_thread(_write_one, one_file, views)
+        parts = [memoryview(block) for block in into]
+        spent: list[float] = []
+        for _ in range(2):
+            _forget(one_file)
+            spent.append(await time_it(lambda: asyncio.to_thread(_read_one, one_file, into)))
+            await asyncio.to_thread(_forget_all, tier_folder)
+            into[:] = 0
+            spent.append(await time_it(lambda: _all(tier.read_into(k, p) for k, p in zip(keys, parts, strict=True))))
+            ensure(bool((into == source).all()), "what was read back is what is written")
+        _unlink([one_file])
+        pairs.setdefault("read", []).append((spent[1], (spent[0] + spent[2]) / 2))
+
+    for number in range(1 + _ROUNDS):
+        before = await write_one()
+        kinds: dict[str, Callable[[int], Awaitable[float]]] = {
+            "back": partial(write, "back"),
+            "each": write_each,
+            "through": partial(write, "through"),
+        }
+        for kind, measured in kinds.items():
+            spent_s = await measured(number)
+            after = await write_one()
+            pairs.setdefault(kind, []).append((spent_s, (before + after) / 2))
+            before = after
     size = f"{size_bytes // KIB} KiB" if size_bytes < MIB else f"{size_bytes // MIB} MiB"
     return [
-        row(f"{size}: write back, beside one file with one sync (dd conv=fsync)", rate["back"], "MiB/s", rate["dd"]),
-        row(f"{size}: write back, beside as many files, each synced", rate["back"], "MiB/s", rate["each"]),
-        row(f"{size}: write through, beside one file with one sync", rate["through"], "MiB/s", rate["dd"]),
-        row(f"{size}: read and verify, beside reading one file", rate["read"], "MiB/s", rate["dd read"]),
+        _compared(f"{size}: write back, beside one file with one sync (dd conv=fsync)", pairs["back"], total_bytes),
+        _compared(f"{size}: as many files, each synced, beside one file with one sync", pairs["each"], total_bytes),
+        _compared(f"{size}: write through, beside one file with one sync", pairs["through"], total_bytes),
+        _compared(f"{size}: read and verify, beside reading one file", pairs["read"], total_bytes),
     ]
+
+
+def _compared(name: str, pairs: list[tuple[float, float]], total_bytes: int) -> dict[str, Any]:
+    """Return the row of pairs of seconds, of what is measured and of what it is compared with; the first warmed up."""
+    counted = pairs[1:]
+    size_mib = total_bytes / MIB
+    ratios = [beside_s / spent_s for spent_s, beside_s in counted]
+    measured = row(
+        name,
+        size_mib / median([spent_s for spent_s, _ in counted]),
+        "MiB/s",
+        size_mib / median([beside_s for _, beside_s in counted]),
+    )
+    return measured | {"ratio": median(ratios), "ratios": sorted(ratios)}
 
 
 async def _all(work: Any) -> None:
@@ -138,6 +178,11 @@ def _forget(path: Path) -> None:
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(file)
+
+
+def _forget_all(folder: Path) -> None:
+    for path in folder.rglob("*.kvcache"):
+        _forget(path)
 
 
 def _checksum() -> dict[str, Any]:

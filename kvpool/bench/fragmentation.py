@@ -114,6 +114,7 @@ def _measure(name: str, sizes: Sizes, leased_share: float) -> dict[str, Any]:
         done = memory.compact()
         elapsed_s = time.perf_counter() - start
         after = memory.usage()
+        bound = _least_fragmentation(memory, leases.leased, live_bytes)
     finally:
         memory.close()
         backend.close()
@@ -135,6 +136,7 @@ def _measure(name: str, sizes: Sizes, leased_share: float) -> dict[str, Any]:
         "buddy_utilization": buddy_utilization,
         "fragmentation_before": before.fragmentation,
         "fragmentation_after": after.fragmentation,
+        "fragmentation_bound": bound,
         "largest_of_free": after.largest_bytes / (_CAPACITY_BYTES - live_bytes),
         "pages_largest_of_free": pages_largest_bytes / (_CAPACITY_BYTES - pages_live_bytes),
         "buddy_largest_of_free": buddy.largest_bytes() / (_CAPACITY_BYTES - buddy_live_bytes),
@@ -144,6 +146,12 @@ def _measure(name: str, sizes: Sizes, leased_share: float) -> dict[str, Any]:
         "memcpy_GB_per_s": memcpy_bytes_per_s / 1e9,
         "of_memcpy": moved_bytes_per_s / memcpy_bytes_per_s if done.moved_bytes else None,
     }
+
+
+def _least_fragmentation(memory: GPUMemoryAllocator, leased: Iterable[int], live_bytes: int) -> float:
+    """Return what no compaction could go below: pages with something leased stay, whatever is moved."""
+    leased_pages = {page for cache_id in leased for page in memory.allocation(cache_id).pages}
+    return 1 - live_bytes / (max(len(leased_pages), -(-live_bytes // _PAGE_BYTES)) * _PAGE_BYTES)
 
 
 def _churn(

@@ -1,9 +1,10 @@
-"""Calls of the disk tier with memory of a caller, which a removal or a cancellation ends."""
+"""Calls of the disk tier with memory of a caller, which a removal, a cancellation or a deadline ends."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any, TypeVar
 
 from kvpool.cache.disk.tier import DiskTier
@@ -19,8 +20,21 @@ _CALLS_AT_ONCE = 16
 """Reads, and writes: well below the bound of the tier's queue, where more would be misses."""
 
 
+class _Lane:
+    """Calls of one kind."""
+
+    def __init__(self) -> None:
+        self.room = asyncio.Semaphore(_CALLS_AT_ONCE)
+        self.late: set[asyncio.Task[Any]] = set()
+        """Those that nobody waits for any more. Each still has a thread."""
+
+
 class DiskCalls:
-    """Reads and writes a bounded number of caches at a time. A call returns when no thread uses the memory any more.
+    """Reads and writes a bounded number of caches at a time.
+
+    A call that the store does not answer in time is given up: it returns, but its thread cannot be stopped and goes on
+    with the caller's memory until :meth:`late` ends. Once such calls have all threads, others are given up at once.
+    Any other call returns when no thread uses the memory any more.
 
     Parameters
     ----------
@@ -28,11 +42,18 @@ class DiskCalls:
         The tier.
     under_way
         Where each call is entered: a removal cancels it.
+    deadline_s
+        How long a call may take, from when its turn has come.
     """
 
-    def __init__(self, disk: DiskTier, under_way: UnderWay) -> None:
-        self._disk, self._under_way = disk, under_way
-        self._reads, self._writes = asyncio.Semaphore(_CALLS_AT_ONCE), asyncio.Semaphore(_CALLS_AT_ONCE)
+    def __init__(self, disk: DiskTier, under_way: UnderWay, deadline_s: float) -> None:
+        self._disk, self._under_way, self._deadline_s = disk, under_way, deadline_s
+        self._reads, self._writes = _Lane(), _Lane()
+        self._late: dict[int, asyncio.Task[Any]] = {}
+
+    def late(self, address: int) -> asyncio.Task[Any] | None:
+        """Return the call that was given up and still uses the memory at an address, None if there is none."""
+        return self._late.get(address)
 
     async def read(self, target: Source) -> bool:
         """Fill memory with a cache's bytes; False is a miss."""
@@ -43,15 +64,10 @@ class DiskCalls:
             except InvalidSizeError:  # what is there is another cache than the caller thinks
                 return False
 
-        return await self._call(target.key, self._reads, read) is True
-
-    async def write_back(self, source: Source) -> bool:
-        """Store a cache if that is possible; True once it can be found."""
-
-        async def write() -> bool:
-            return await self._disk.write_back(source.key, source.parent, source.view())
-
-        return await self._call(source.key, self._writes, write) is True
+        try:
+            return await self._call(target, "reading", self._reads, read) is True
+        except TierError:  # it took too long
+            return False
 
     async def write_through(self, source: Source) -> TierError | None:
         """Store a cache so that it survives a failure of power; returns why not, if not."""
@@ -61,27 +77,61 @@ class DiskCalls:
             return True
 
         try:
-            written = await self._call(source.key, self._writes, write)
+            written = await self._call(source, "writing", self._writes, write)
         except TierError as error:
             return error
         return None if written else TierError("a cache is not stored: it was removed meanwhile", cause="removed")
 
     async def _call(
-        self, key: CacheKey, room: asyncio.Semaphore, call: Callable[[], Coroutine[Any, Any, _Result]]
+        self, source: Source, what: str, lane: _Lane, call: Callable[[], Coroutine[Any, Any, _Result]]
     ) -> _Result | None:
-        """Do a call when its turn has come; None if the key is being removed, or was meanwhile."""
+        """Do a call when its turn has come; None if the key is being removed, or was meanwhile.
+
+        Raises
+        ------
+        TierError
+            If the store does not answer in time.
+        """
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         async def in_turn() -> _Result:
-            async with room:
+            async with lane.room:
+                if len(lane.late) >= self._disk.threads:
+                    raise self._overdue(what, source.key)
+                turn.set_result(None)
                 return await call()
 
-        work = self._under_way.begin(key)
+        work = self._under_way.begin(source.key)
         if work is None:
             return None
-        task = work.task = asyncio.ensure_future(in_turn())
+        task: asyncio.Task[_Result] = asyncio.ensure_future(in_turn())
+        work.task = task
+        task.add_done_callback(lambda _: self._under_way.end(work))
         try:
-            await asyncio.wait((task,))
-        finally:
+            await asyncio.wait((task, turn), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((task,), timeout=self._deadline_s)
+            overdue = not task.done()
+            if overdue:
+                task.cancel()
+                await asyncio.sleep(0)  # now one that has no thread yet has ended
+        except asyncio.CancelledError:
             await settle((task,))
-            self._under_way.end(work)
-        return None if work.void or task.cancelled() else task.result()
+            raise
+        if not task.done():
+            lane.late.add(task)
+            self._late[source.address] = task
+            task.add_done_callback(partial(self._ended, lane, source.address))
+        if work.void:
+            return None
+        if overdue and (not task.done() or task.cancelled()):  # else it came at the last moment
+            raise self._overdue(what, source.key)
+        return task.result()
+
+    def _ended(self, lane: _Lane, address: int, task: asyncio.Task[Any]) -> None:
+        lane.late.discard(task)
+        del self._late[address]
+        if not task.cancelled():
+            task.exception()  # else one that nobody waits for any more would be reported
+
+    def _overdue(self, what: str, key: CacheKey) -> TierError:
+        return self._disk.overdue(f"{what} cache {key.block_hash.hex()}", self._deadline_s)

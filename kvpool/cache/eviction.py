@@ -10,12 +10,14 @@ pins) stays in the index, worth stays in the policy, so a new policy is one func
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from difflib import get_close_matches
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from kvpool.cache.key import BlockHash
-from kvpool.errors import ConfigError, UnknownPolicyError, ensure
+from kvpool.errors import ConfigError, UnknownPolicyError
 
 if TYPE_CHECKING:
     from kvpool.cache.index import CacheIndex
@@ -24,16 +26,20 @@ if TYPE_CHECKING:
 class CacheEvictionPolicy(Protocol):
     """Ranks the caches that may go. Made with the index it serves, whose columns it may read at any time.
 
+    One of your own is asked through :class:`~kvpool.cache.guarded_policy.GuardedPolicy`, which checks what it answers.
+
     It hears of a row only while the row is *evictable*: published under a key and held by no lease. A victim is
     evictable and has no resident child, for a child without its parent could never be hit again.
     Rows come in batches in the order of the chain: tail first when they become evictable, so that a chain loses its
     tail before its root; times (``now``) are seconds of the caller's clock and never decrease.
     """
 
+    @abstractmethod
     def grown(self, rows: int) -> None:
         """The index's table has ``rows`` rows from now on."""
         ...
 
+    @abstractmethod
     def evictable(self, rows: Sequence[int], now: float) -> None:
         """These rows lost their last pin.
 
@@ -41,22 +47,27 @@ class CacheEvictionPolicy(Protocol):
         """
         ...
 
+    @abstractmethod
     def taken(self, rows: Sequence[int], now: float) -> None:
         """These evictable rows are pinned again."""
         ...
 
+    @abstractmethod
     def sheltered(self, row: int) -> None:
         """This evictable row got a resident child that is not evictable."""
         ...
 
+    @abstractmethod
     def removed(self, rows: Sequence[int]) -> None:
         """These rows, evictable or not, have left the table. Their columns can still be read; counts are up to date."""
         ...
 
+    @abstractmethod
     def victim(self) -> int:
         """Return the row worth least of all that may go, or -1. Changes nothing."""
         ...
 
+    @abstractmethod
     def victims(self, partition: int) -> Iterator[int]:
         """Yield the rows of one partition in the order in which they would go.
 
@@ -66,6 +77,7 @@ class CacheEvictionPolicy(Protocol):
         """
         ...
 
+    @abstractmethod
     def worth(self, row: int) -> Any:
         """Return what orders the next victims of different partitions: the lowest goes first."""
         ...
@@ -87,14 +99,14 @@ class CacheEvictionPolicy(Protocol):
         space: int,
         hashes: Sequence[BlockHash],
         rows: Sequence[int],
-        devices: Sequence[int],
+        partitions: Sequence[int],
         size_bytes: int,
         short: int,
         now: float,
     ) -> int:
         """Return how many of the chain's missing blocks are worth the room.
 
-        ``rows`` is its leading run, pinned; each of the blocks behind it takes ``size_bytes`` on one of ``devices``,
+        ``rows`` is its leading run, pinned; each of the blocks behind it takes ``size_bytes`` in one of ``partitions``,
         where memory for the last ``short`` of them can only be had from victims.
         """
         return len(hashes) - len(rows)
@@ -107,12 +119,14 @@ class CacheEvictionPolicy(Protocol):
 PolicyFactory = Callable[["CacheIndex"], CacheEvictionPolicy]
 _Factory = TypeVar("_Factory", bound=PolicyFactory)
 
-_BUILT_IN = (
+BUILT_IN = (
     "kvpool.cache.adaptive",
     "kvpool.cache.lfu",
     "kvpool.cache.lru",
     "kvpool.cache.size_aware_lru",
-)  # imported when policies are first asked for: they import this module
+)
+"""Modules of policies, imported when policies are first asked for: they import this one."""
+
 _POLICIES: dict[str, PolicyFactory] = {}
 
 
@@ -135,16 +149,22 @@ def register_policy(name: str) -> Callable[[_Factory], _Factory]:
 
 def policy_names() -> list[str]:
     """Return the names of all eviction policies, sorted."""
-    for module in _BUILT_IN:
+    for module in BUILT_IN:
         import_module(module)
     return sorted(_POLICIES)
+
+
+def plain_name(name: str) -> str:
+    """Return the name by which a policy is shown and compared: ``ADAPTIVE`` is ``adaptive``."""
+    return name if ":" in name else name.lower()
 
 
 def find_policy(name: str) -> PolicyFactory:
     """Return what makes the policy of that name.
 
     A name of the form ``module:name`` imports the module first, which registers the policy; so one that is not built in
-    is known wherever its module can be imported, in the pool actor too.
+    is known wherever its module can be imported, in the pool actor too. Where the module registers none of that name,
+    its attribute of that name is the factory.
 
     Raises
     ------
@@ -152,27 +172,27 @@ def find_policy(name: str) -> PolicyFactory:
         If there is none; names those that exist.
     """
     module, _, name_there = name.rpartition(":")
+    attribute = None
     if module:
         try:
-            import_module(module)
-        except ImportError as error:
+            attribute = getattr(import_module(module), name_there, None)
+        except Exception as error:
             raise UnknownPolicyError(
-                f"policy {name!r} needs module {module!r}, which cannot be imported here ({error}): install it where "
-                "the pool runs",
+                f"policy {name!r} needs module {module!r}, which cannot be imported here "
+                f"({type(error).__name__}: {error}): it must be on the Python path of this process, and for a pool "
+                "installed where its actor runs",
                 asked=name,
             ) from error
     names = policy_names()
     factory = _POLICIES.get(name_there.lower())
+    if factory is None and callable(attribute):
+        return cast(PolicyFactory, attribute)
     if factory is None:
+        near = get_close_matches(name_there.lower(), names, 1)
         raise UnknownPolicyError(
-            f"no eviction policy is named {name!r}: there is {', '.join(names)}", asked=name, possible=names
+            f"no eviction policy is named {name!r}{f' (did you mean {near[0]!r}?)' if near else ''}: there is "
+            f"{', '.join(names)}",
+            asked=name,
+            possible=names,
         )
     return factory
-
-
-def make_policy(name: str, index: CacheIndex) -> CacheEvictionPolicy:
-    """Give an index that is still empty the policy of that name, and return it; errors as in :func:`find_policy`."""
-    factory = find_policy(name)
-    ensure(not len(index), "a policy for an index that is in use", policy=name)
-    index.policy = factory(index)
-    return index.policy

@@ -17,9 +17,12 @@ STAGES, GAPS, KINDS = 2, 14, 4
 """Classes: first or later turn, age bucket of the gap before it, kind of block."""
 AGES = 26
 """Age buckets, two an octave; the first reaches from 0 to 2 requests, the last one begins at 8192 x sqrt(2)."""
+WIDTH = AGES + 1
+"""Columns of a class in tables by age: that of bucket ``a`` of class ``c`` is at ``c * WIDTH + a``."""
 CLASSES = STAGES * GAPS * KINDS
 FEATURES, LEVELS = 2, 16
-"""Features of a turn that multiply the hazard of its class, and the levels of each."""
+"""Features of a turn that multiply the hazard of its class, and the levels of each; both together are one number,
+``first * LEVELS + second``."""
 
 _OLDEST = AGES - 1
 _STARTS = np.concatenate([[0.0], 2.0 ** (1 + np.arange(AGES) / 2)])
@@ -45,44 +48,52 @@ def age_level(age: float) -> float:
 
 def age_levels(ages: Floats) -> Floats:
     """Return :func:`age_level` of each."""
-    return np.where(ages < 2.0, ages / 2, np.minimum(2 * np.log2(np.maximum(ages, 1.0)) - 1, _OLDEST))
+    levels: Floats = np.log2(np.maximum(ages, 2.0))  # in place from here on: it ranks every sample
+    levels *= 2
+    levels += np.minimum(ages, 2.0) / 2
+    levels -= 2
+    return np.minimum(levels, _OLDEST, out=levels)
 
 
 class HazardTable:
     """Counts of exposures and hits by class and age bucket, and what is derived from them.
 
-    Open for counting: ``hits[c * AGES + a]`` and ``exposures[...]``, for groups of blocks of class ``c`` that were hit
-    in age bucket ``a`` (the share of the group that was hit) or reached it. ``gains`` and ``expected`` count the same
-    by level of a feature: hits less those expected, and those expected.
+    Open for counting. ``hits``: of groups of blocks of that class, the share that was hit in that bucket. ``entered``:
+    groups that are watched from that bucket on, less those that are no longer; its running sum over the ages is how
+    many reached each bucket, so that a group is counted in two steps, however long it waited. ``gains`` and
+    ``expected`` count by the features' levels: hits less those expected, and those expected.
 
-    Derived by :meth:`rebuild`: ``hazards``, the chance of a hit in a bucket once it is reached; ``worths``, see
-    :func:`gittins`; ``weights``, the logarithm of the factor of each level.
+    Derived by :meth:`rebuild`, in place: ``risen``, the sum of the hazards (chances of a hit in a bucket once it is
+    reached) of the buckets before; ``worths``, see :func:`gittins`; ``factors``, by what levels multiply a hazard.
     """
 
     def __init__(self) -> None:
-        self.hits = array("d", bytes(8 * CLASSES * AGES))
-        self.exposures = array("d", bytes(8 * CLASSES * AGES))
-        self.gains = array("d", bytes(8 * FEATURES * LEVELS))
-        self.expected = array("d", bytes(8 * FEATURES * LEVELS))
-        self.weights = array("d", bytes(8 * FEATURES * LEVELS))
-        self.hazards = array("d")
-        self.worths = array("d")
+        self.hits, self.entered, self.risen, self.worths = (array("d", bytes(8 * CLASSES * WIDTH)) for _ in range(4))
+        self.gains, self.expected, self.factors = (array("d", bytes(8 * LEVELS**FEATURES)) for _ in range(3))
+        self._weights = np.zeros((FEATURES, LEVELS))  # logarithms of the factors of each level
         self.rebuild(0)
 
     def rebuild(self, requests: int) -> None:
         """Derive everything anew; the counts fade by what ``requests`` requests leave of them. Takes 0.5 ms."""
-        hits = np.frombuffer(self.hits).reshape(STAGES, GAPS, KINDS, AGES)
-        exposures = np.frombuffer(self.exposures).reshape(STAGES, GAPS, KINDS, AGES)
+        all_hits, entered = np.frombuffer(self.hits), np.frombuffer(self.entered)
+        hits = all_hits.reshape(STAGES, GAPS, KINDS, WIDTH)[..., :AGES]
+        exposures = np.cumsum(entered.reshape(STAGES, GAPS, KINDS, WIDTH), axis=-1)[..., :AGES]
+        np.maximum(exposures, 0, out=exposures)  # not exactly 0 after some thousand steps up and down
         hazard = _from_the_youngest(hits.sum((0, 1, 2)), exposures.sum((0, 1, 2)))
         hazard = _smooth(hits.sum((0, 1)), exposures.sum((0, 1)), hazard)  # by kind
         hazard = _smooth(hits.sum(1), exposures.sum(1), hazard)  # by stage and kind
-        hazard = np.minimum(_smooth(hits, exposures, hazard[:, None]), 1.0)
-        self.hazards = array("d", hazard.tobytes())
-        self.worths = array("d", gittins(hazard.reshape(CLASSES, AGES)).tobytes())
-        gains, expected, weights = map(np.frombuffer, (self.gains, self.expected, self.weights))
-        weights += np.clip(gains / (expected + _FEATURE_WEIGHT), -_LARGEST_STEP, _LARGEST_STEP)
+        hazard = np.minimum(_smooth(hits, exposures, hazard[:, None]), 1.0).reshape(CLASSES, AGES)
+        np.cumsum(hazard, axis=1, out=np.frombuffer(self.risen).reshape(CLASSES, WIDTH)[:, 1:])
+        worths = np.frombuffer(self.worths).reshape(CLASSES, WIDTH)
+        worths[:, :AGES] = gittins(hazard)
+        worths[:, AGES] = worths[:, AGES - 1]
+        gains, expected = np.frombuffer(self.gains), np.frombuffer(self.expected)
+        for feature, weights in enumerate(self._weights):
+            gained, awaited = (counts.reshape((LEVELS,) * FEATURES).sum(1 - feature) for counts in (gains, expected))
+            weights += np.clip(gained / (awaited + _FEATURE_WEIGHT), -_LARGEST_STEP, _LARGEST_STEP)
+        np.frombuffer(self.factors)[:] = np.exp(self._weights[0][:, None] + self._weights[1]).ravel()
         gains[:] = 0
-        for counts in (hits, exposures, expected):
+        for counts in (all_hits, entered, expected):
             counts *= _FORGET**requests
 
 

@@ -126,6 +126,10 @@ class HostIndex:
         if not entry.holds and self._entries.get(entry.key) is entry:
             self._line_up(entry)
 
+    def idle(self, kind: Kind) -> list[HostEntry]:
+        """Return the entries of one kind that nobody holds, the oldest first."""
+        return list(self._orders[kind].values())
+
     def oldest(self, last: Kind) -> HostEntry | None:
         """Return what goes next: the oldest of the lowest kind, ``last`` at most; None if all such ones are held."""
         for kind in list(Kind)[: last + 1]:

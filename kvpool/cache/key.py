@@ -32,6 +32,18 @@ class CacheKey(NamedTuple):
     block_hash: BlockHash
 
 
+KeyShards = list[dict[BlockHash, int]]
+"""A dictionary in parts, by the last byte of the hash: one of 150,000 keys alone would stop everything for 8 ms when
+it makes room, which it also does where as many come as go."""
+
+SHARDS = 64
+
+
+def key_shards() -> KeyShards:
+    """Return an empty dictionary in parts."""
+    return [{} for _ in range(SHARDS)]
+
+
 def encode_block_id(block_id: int) -> BlockHash:
     """Return the hash that stands for a trace's block id: the id as a big-endian integer.
 

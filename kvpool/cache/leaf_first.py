@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from kvpool.cache.eviction import CacheEvictionPolicy
 from kvpool.cache.leaf_heap import Entry, LeafHeap
-from kvpool.errors import ensure
+from kvpool.errors import PolicyError, ensure
 
 if TYPE_CHECKING:
     from kvpool.cache.index import CacheIndex
@@ -53,7 +53,9 @@ class LeafFirst(CacheEvictionPolicy):
         for row in rows:
             self._clock += 1
             stamp[row] = self._clock
-            rank[row] = worth(row, now)
+            value = rank[row] = worth(row, now)
+            if value != value:
+                raise PolicyError(f"the worth of row {row} is NaN, which has no place in any order")
             if not children[row]:
                 self._push(row)
 

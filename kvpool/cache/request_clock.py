@@ -24,9 +24,13 @@ class RequestClock:
 
     def advance(self, now_s: float) -> float:
         """Count a request that arrives at a time (seconds) and return the time on this clock."""
-        pause_s = 0.0 if self._last_s is None else max(now_s - self._last_s, 0.0)
+        requests, last_s = self.requests, self._last_s
+        pause_s = 0.0 if last_s is None or now_s < last_s else now_s - last_s
         self._last_s = now_s
-        self._mean_s += (pause_s - self._mean_s) / (1 + min(self.requests, _MEAN_OVER))
-        self.requests += 1
-        self.now += 0.5 + 0.5 * (min(pause_s / self._mean_s, _LONGEST_PAUSE) if self._mean_s > 0 else 1.0)
-        return self.now
+        self._mean_s = mean_s = self._mean_s + (pause_s - self._mean_s) / (
+            1 + (requests if requests < _MEAN_OVER else _MEAN_OVER)
+        )
+        self.requests = requests + 1
+        pauses = pause_s / mean_s if mean_s > 0 else 1.0
+        self.now = now = self.now + 0.5 + 0.5 * (pauses if pauses < _LONGEST_PAUSE else _LONGEST_PAUSE)
+        return now

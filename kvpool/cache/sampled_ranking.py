@@ -11,47 +11,67 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpool.cache.leaf_sets import LeafSets
+from kvpool.errors import ensure
 
 if TYPE_CHECKING:
     from kvpool.cache.index import CacheIndex
 
-Candidate = tuple[float, int, int]
-"""Worth, row, and the turn by which it was reckoned: it is dead once the row has another one."""
+Candidate = tuple[float, int, float]
+"""Worth, row, and when the turn was born by which it was reckoned: it is dead once the row has another one."""
 
-Worths = Callable[[NDArray[np.int32]], tuple[NDArray[np.float64], NDArray[np.int32]]]
+Worths = Callable[[NDArray[np.int32]], tuple[NDArray[np.float64], NDArray[np.float64]]]
 
-_SAMPLE = 256
-_KEPT = 64
-_MOST_SAMPLED = 4096
-_BLOCKS_BETWEEN_SAMPLES = 24
-_LEAVES_BETWEEN_SAMPLES = 24
+_SAMPLE, _LARGEST_SAMPLE = 512, 1024
+_LEAVES_FOR_A_SAMPLED_ONE = 4
+_KEPT, _GO = 1 / 4, 3 / 32
+"""Shares of a sample that are remembered, and that go before the next one is drawn."""
+_REQUESTS_BETWEEN_SAMPLES = 1
+_LEAVES_FOR_A_REQUEST = 6
+"""Where there are many leaves, a request changes less of what is worth least, and a sample serves longer."""
+_LARGER_THAN_GONE = 16
+_LEAST_BY = 16
 
 
 class Drawn:
-    """The victims of one device in the order in which they go, drawn as far as anybody asked."""
+    """The victims of one device in the order in which they go, drawn as far as anybody asked.
 
-    def __init__(self, version: int, more: Iterator[tuple[float, int]]) -> None:
+    Mostly that is one, which costs no more than a look at the candidates; ``more`` begins with it once more.
+    """
+
+    def __init__(self, version: int, first: tuple[float, int] | None, more: Iterator[tuple[float, int]]) -> None:
         self.version = version
-        self._drawn: list[tuple[float, int]] = []
+        self.first = first  # None: it is not known without a look for more
+        self._drawn = [] if first is None else [first]
         self._more = more
+        self._begun = first is None
 
     def __iter__(self) -> Iterator[tuple[float, int]]:
+        drawn, more = self._drawn, self._more
         place = 0
         while True:
-            if place == len(self._drawn):
-                entry = next(self._more, None)
-                if entry is None:
+            if place < len(drawn):
+                entry = drawn[place]
+            else:
+                if not self._begun:
+                    self._begun = True
+                    ensure(next(more, None) == self.first, "two answers on what goes first", first=self.first)
+                following = next(more, None)
+                if following is None:
                     return
-                self._drawn.append(entry)
-            yield self._drawn[place]
+                drawn.append(following)
+                entry = following
             place += 1
+            yield entry
 
 
 class SampledRanking:
     """Ranks the leaves of each device by worth, from samples of them.
 
-    A sample serves for some blocks of requests, or until some of it has gone, whichever is first; so the cost is spread
-    where requests are short. Asking changes nothing, and the same question has the same answer until something changes.
+    A sample serves for some requests, or until some of it has gone, whichever is first. Asking changes nothing, and the
+    same question has the same answer until something changes.
+
+    A row that is taken, or gets a child, mostly comes back soon; so it stays in the set of leaves until it is drawn and
+    put out.
 
     Parameters
     ----------
@@ -59,8 +79,10 @@ class SampledRanking:
         For its chains and devices.
     turns, kinds, idle
         By row: the turn and kind by which it is worth something; whether it may go.
+    born
+        By turn.
     worth_of, worths_of
-        What a row is worth now; the same for many, with their turns.
+        What a row is worth now; the same for many, with when their turns were born.
     """
 
     def __init__(
@@ -69,20 +91,26 @@ class SampledRanking:
         turns: array[int],
         kinds: array[int],
         idle: array[int],
+        born: array[float],
         worth_of: Callable[[int], float],
         worths_of: Worths,
     ) -> None:
         self._parent, self._children, self._device = index.parent, index.children, index.partition
-        self._turn, self._kind, self._idle = turns, kinds, idle
+        self._turn, self._kind, self._idle, self._born = turns, kinds, idle, born
         self._worth_of, self._worths_of = worth_of, worths_of
         self._chance = np.random.default_rng(index.seed)
         self._leaves = LeafSets()
-        self._candidates: list[list[Candidate]] = []  # by device: heaps
+        self._candidates: list[list[Candidate]] = []  # by device: of the last sample, in order
+        self._begin: list[int] = []  # by device: where those begin that have not gone
+        self._exposed: list[list[Candidate]] = []  # by device: heaps of leaves that were parents at the last sample
         self._resample_at: list[int] = []  # by device: count of blocks
         self._leaves_left: list[int] = []  # by device: candidates that may go before the next sample
         self._known: dict[int, Drawn] = {}
+        self.place = self._leaves.place
+        """Below 0 for rows that are not among the leaves."""
         self.version = 0
         """Of everything that an answer depends on."""
+        self.requests = 0
         self.blocks = 0
         """Blocks of all requests so far."""
 
@@ -96,67 +124,108 @@ class SampledRanking:
         self._leaves.grow(rows)
 
     def add(self, row: int) -> None:
-        """Add a leaf."""
+        """Add a leaf, which must not be in."""
         device = self._device[row]
-        while device >= len(self._candidates):
-            self._candidates.append([])
-            self._resample_at.append(0)
-            self._leaves_left.append(0)
+        if device >= len(self._candidates):
+            self._add_devices(device)
         self._leaves.add(row, device)
 
+    def _add_devices(self, last: int) -> None:
+        while last >= len(self._candidates):
+            self._candidates.append([])
+            self._begin.append(0)
+            self._exposed.append([])
+            self._resample_at.append(0)
+            self._leaves_left.append(0)
+
     def expose(self, row: int) -> None:
-        """Add a leaf that was a parent until now, if it is none yet: it may go right behind its last child."""
-        if self._leaves.place[row] < 0:
+        """Add a leaf that was a parent until now: it may go right behind its last child."""
+        if self.place[row] < 0:
             self.add(row)
-            heappush(self._candidates[self._device[row]], (self._worth_of(row), row, self._turn[row]))
+        heappush(self._exposed[self._device[row]], (self._worth_of(row), row, self._born[self._turn[row]]))
 
     def discard(self, row: int) -> None:
-        """Take a row out, if it is a leaf."""
-        if self._leaves.place[row] >= 0:
-            self._leaves.discard(row, self._device[row])
+        """Take a row out, which must be in."""
+        self._leaves.discard(row, self._device[row])
+
+    def sift(self) -> None:
+        """Put all out that are no leaves any more."""
+        for device in self.devices:
+            self._leaves.keep(device, self._living(self._leaves.all(device)))
 
     def of(self, device: int) -> Drawn:
         """Return worth and row of the victims of a device, the first to go first."""
         known = self._known.get(device)
         if known is None or known.version != self.version:
-            known = self._known[device] = Drawn(self.version, self._rank(device))
+            first = self._first(device)
+            known = self._known[device] = Drawn(self.version, None if first is None else first[:2], self._rank(device))
         return known
+
+    def _first(self, device: int) -> Candidate | None:
+        """Return the cheapest candidate, after a look for new ones if it is time."""
+        leaves = self._leaves.count(device)
+        if not leaves:
+            return None
+        turns, born, idle, children = self._turn, self._born, self._idle, self._children
+        candidates, begin = self._candidates[device], self._begin[device]
+        place = begin
+        while place < len(candidates):
+            _, row, since = candidates[place]
+            if idle[row] and not children[row] and born[turns[row]] == since:
+                break
+            place += 1
+        left = self._leaves_left[device] - (place - begin)
+        if self.requests >= self._resample_at[device] or left <= 0:
+            drawn = min(max(_SAMPLE, leaves // _LEAVES_FOR_A_SAMPLED_ONE), _LARGEST_SAMPLE)
+            self._candidates[device] = candidates = self._sample(device, [], drawn, _KEPT)
+            self._exposed[device] = []
+            self._resample_at[device] = self.requests + max(_REQUESTS_BETWEEN_SAMPLES, leaves // _LEAVES_FOR_A_REQUEST)
+            left, place = int(drawn * _GO), 0
+        self._begin[device], self._leaves_left[device] = place, left
+        exposed = self._exposed[device]
+        while exposed:
+            _, row, since = exposed[0]
+            if idle[row] and not children[row] and born[turns[row]] == since:
+                break
+            heappop(exposed)
+        if place == len(candidates):
+            return None  # others may be cheaper than what is exposed
+        return min(candidates[place], exposed[0]) if exposed else candidates[place]
 
     def _rank(self, device: int) -> Iterator[tuple[float, int]]:
         """Yield worth and row of the victims of a device: the cheapest candidate, then up its chain."""
-        if not self._leaves.count(device):
+        leaves = self._leaves.count(device)
+        if not leaves:
             return
-        place, turns, kinds, idle = self._leaves.place, self._turn, self._kind, self._idle
+        turns, born, kinds, idle = self._turn, self._born, self._kind, self._idle
         parent, children, devices = self._parent, self._children, self._device
-        heap = self._candidates[device]
-        while heap and (place[heap[0][1]] < 0 or turns[heap[0][1]] != heap[0][2]):
-            heappop(heap)
-            self._leaves_left[device] -= 1
-        if self.blocks >= self._resample_at[device] or self._leaves_left[device] <= 0:
-            heap = self._candidates[device] = self._sample(device, set(), _SAMPLE)
-            self._resample_at[device] = self.blocks + _BLOCKS_BETWEEN_SAMPLES
-            self._leaves_left[device] = _LEAVES_BETWEEN_SAMPLES
-        heap = heap[:]
-        left = self._leaves_left[device]
-        exposed: list[Candidate] = []  # parents whose children are all among those that went
+        candidates, place, left = self._candidates[device], self._begin[device], self._leaves_left[device]
+        exposed = self._exposed[device][:]  # and parents whose children are all among those that went
+        ends: list[int] = []  # leaves that went
+        all_seen = False
         gone: set[int] = set()
         gone_children: dict[int, int] = {}
         while True:
-            if not heap or left <= 0:
+            if (left <= 0 or place == len(candidates)) and not all_seen:
                 # The longer the list, the more are drawn at once. What is left of the last sample is forgotten.
-                drawn = min(max(_SAMPLE, len(gone)), _MOST_SAMPLED)
-                heap = self._sample(device, gone, drawn)
-                left = drawn * _LEAVES_BETWEEN_SAMPLES // _SAMPLE
-                if not heap and not exposed:
-                    heap = self._sample(device, gone, self._leaves.count(device))
-                    if not heap:
-                        return
-            if exposed and (not heap or exposed[0] < heap[0]):
-                worth, row, turn = heappop(exposed)
+                drawn = max(_SAMPLE, _LARGER_THAN_GONE * len(ends))
+                candidates, place = self._sample(device, ends, drawn, _GO), 0
+                if not candidates:
+                    drawn = leaves
+                    candidates = self._sample(device, ends, drawn, _GO)
+                    all_seen = not candidates
+                left = len(candidates)
+            if place == len(candidates) and not exposed:
+                return
+            if exposed and (place == len(candidates) or exposed[0] < candidates[place]):
+                worth, row, since = heappop(exposed)
             else:
-                worth, row, turn = heappop(heap)
-                if row in gone or place[row] < 0 or turns[row] != turn:
-                    continue
+                worth, row, since = candidates[place]
+                place += 1
+            if row in gone or not idle[row] or children[row] > gone_children.get(row, 0) or born[turns[row]] != since:
+                continue
+            if not children[row]:
+                ends.append(row)
             left -= 1
             while True:
                 gone.add(row)
@@ -167,21 +236,47 @@ class SampledRanking:
                 gone_children[above] = gone_children.get(above, 0) + 1
                 if gone_children[above] < children[above]:
                     break
-                if turns[above] != turn or kinds[above] != kinds[row]:
-                    worth, turn = self._worth_of(above), turns[above]
-                    if heap and heap[0][0] < worth:
-                        heappush(exposed, (worth, above, turn))
+                if turns[above] != turns[row] or kinds[above] != kinds[row]:
+                    worth, since = self._worth_of(above), born[turns[above]]
+                    if place < len(candidates) and candidates[place][0] < worth:
+                        heappush(exposed, (worth, above, since))
                         break
                 row = above
 
-    def _sample(self, device: int, gone: set[int], count: int) -> list[Candidate]:
-        """Return those worth least of some leaves that are drawn and not gone, in order."""
+    def _sample(self, device: int, gone: list[int], count: int, share: float) -> list[Candidate]:
+        """Return the share worth least of so many leaves that are drawn and not gone, in order."""
         rows = self._leaves.draw(device, count, self._chance)
+        living = self._living(rows)
+        if not living.all():
+            if 2 * np.count_nonzero(living) < len(rows):
+                self._leaves.keep(device, self._living(self._leaves.all(device)))
+                rows = self._leaves.draw(device, count, self._chance)
+            else:
+                for row in np.unique(rows[~living]).tolist():
+                    self._leaves.discard(row, device)
+                rows = rows[living]
         if gone:
-            rows = np.array([row for row in rows.tolist() if row not in gone], np.int32)
-        worths, turns = self._worths_of(rows)
-        kept = count * _KEPT // _SAMPLE
-        if len(rows) > kept:
-            least = np.argpartition(worths, kept)[:kept]
-            worths, rows, turns = worths[least], rows[least], turns[least]
-        return sorted(set(zip(worths.tolist(), rows.tolist(), turns.tolist(), strict=True)))
+            remaining = np.ones(len(self._idle), bool)
+            remaining[gone] = False
+            rows = rows[remaining[rows]]
+        worths, born = self._worths_of(rows)
+        order = _least(worths, int(count * share))
+        return list(zip(worths[order].tolist(), rows[order].tolist(), born[order].tolist(), strict=True))
+
+    def _living(self, rows: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """Return which of these are leaves that may go."""
+        idle, children = np.frombuffer(self._idle, np.uint8), np.frombuffer(self._children, np.uint32)
+        living: NDArray[np.bool_] = (idle[rows] != 0) & (children[rows] == 0)
+        return living
+
+
+def _least(worths: NDArray[np.float64], count: int) -> NDArray[np.int64]:
+    """Return where the ``count`` least are, about, in order.
+
+    Many may be equal, on which :func:`numpy.argpartition` takes many times as long.
+    """
+    if len(worths) <= count:
+        return np.argsort(worths, kind="stable")
+    some = np.sort(worths[::_LEAST_BY])
+    (least,) = np.nonzero(worths <= some[min(count // _LEAST_BY + 2, len(some) - 1)])
+    return least[np.argsort(worths[least], kind="stable")[:count]]

@@ -11,6 +11,9 @@ operation                                                           answer
 ``("disconnect", client)``                                          ``(ids whose lease ended, ids freed)``
 ``("allocate", client, sequence, tenant, ids, size, max, evict)``   ``(places, refused ids, shortage or None)``
 ``("lease", client, sequence, ids)``                                a place or ``None`` for each id
+``("resize", client, sequence, id, size, evict)``                   ``(extents, place, refused ids, shortage or None)``
+``("back", client, sequence, id, ranges, evict)``                   the same; ranges are ``(start, end)`` in bytes
+``("unback", client, sequence, id, ranges, evict)``                 the same
 ``("seal", client, sequence, ids, keys)``                           ``True`` or an error for each id
 ``("release", client, sequence, ids)``                              ``RELEASED``, ``FREED`` or an error for each id
 ``("finish", client, sequence, ids, keys)``                         the same; seals before it releases (key None: not)
@@ -22,10 +25,15 @@ operation                                                           answer
 ``("compact", most bytes)``                                         ``(bytes moved, pages freed, whether more is left)``
 =================================================================== ================================================
 
-``compact`` moves caches that nobody has leased. A cache's next lease gives its new place, with a higher generation.
+``compact`` moves caches that nobody has leased, and so does ``allocate`` where there is no room. A cache's next lease
+gives its new place, with a higher generation.
 
 A *place* is ``(offset, pages, generation)``, with pages as ``((index, serial), ...)``. ``allocate`` first evicts, then
 places as many of its ids as fit, in their order; each is leased to the client before the answer leaves.
+
+``resize``, ``back`` and ``unback`` change what is backed of a cache that its client writes; they, too, evict first, and
+then do all of it or nothing. Each answer tells all that is backed from then on. Their places have a new generation, by
+which a client tells a late answer from the latest.
 
 ``void`` declares content void: what nobody holds is zeroed and freed, the rest with its last lease; leases of clients
 whose names begin with ``pins`` end with it. *Held* is ``{client: (caches, bytes)}`` for those that are still leased.
@@ -38,11 +46,13 @@ from __future__ import annotations
 import hmac
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from kvpool.cache.record import CacheRecord
 from kvpool.errors import (
     BackendError,
+    CacheStateError,
     CapacityError,
     DoubleReleaseError,
     KvpoolError,
@@ -53,6 +63,7 @@ from kvpool.errors import (
 )
 from kvpool.memory.allocation import Allocation
 from kvpool.memory.allocator import GPUMemoryAllocator
+from kvpool.memory.extents import Extents
 
 RELEASED, FREED = 0, 1
 
@@ -86,6 +97,7 @@ class DeviceStore:
 
     def __init__(self, allocator: GPUMemoryAllocator) -> None:
         self.allocator = allocator
+        allocator.owner = self
         self._caches: dict[int, CacheRecord] = {}
         self._clients: dict[str, _Client] = {}
         self._lease_count = 0
@@ -94,6 +106,9 @@ class DeviceStore:
             "connect": self._connect,
             "disconnect": self.disconnect,
             "allocate": self._allocate,
+            "resize": partial(self._change, self.allocator.resize),
+            "back": partial(self._change, self.allocator.back),
+            "unback": partial(self._change, self.allocator.unback),
             "lease": self._lease,
             "seal": self._seal,
             "release": self._release,
@@ -103,7 +118,7 @@ class DeviceStore:
             "scrub": self.allocator.scrub,
             "revoke": self._revoke,
             "trim": self.allocator.trim,
-            "compact": self._compact,
+            "compact": self.allocator.compact,
         }
 
     def apply(
@@ -170,15 +185,6 @@ class DeviceStore:
         """End what :meth:`hold` began."""
         for cache_id in ids:
             self._end_leases(self._caches[cache_id], 1)
-
-    def _compact(self, budget_bytes: int) -> Any:
-        # By word only: with compaction at each allocation that finds no room, a device that tenants share kept one or
-        # two of its pages from everybody, for reasons that are not known yet (docs/compaction.md).
-        self.allocator.owner = self
-        try:
-            return self.allocator.compact(budget_bytes)
-        finally:
-            self.allocator.owner = None
 
     def may_move(self, cache_id: int) -> bool:
         """Whether nobody has a cache leased. (What nobody has leased is sealed, or it would be gone.)"""
@@ -295,6 +301,32 @@ class DeviceStore:
             places.append((found.offset, found.pages, 0))
         return places, refused, None
 
+    def _change(
+        self,
+        change: Callable[[int, Any], Allocation],
+        client: str,
+        sequence: int,
+        cache_id: int,
+        asked: Any,
+        evict: Sequence[int],
+    ) -> tuple[Extents, Place, list[int], dict[str, Any] | None]:
+        refused = self._evict(evict)
+        if cache_id not in self._client(client).leases:
+            raise self._not_leased(client, cache_id)
+        record = self._caches[cache_id]
+        if record.sealed:
+            raise SealedError(f"cache {cache_id} is sealed: it keeps its size", cache_id=cache_id)
+        shortage = None
+        try:
+            found = change(cache_id, asked)
+            record.generation += 1
+        except (CapacityError, BackendError) as error:
+            name, message, details = error.to_wire()
+            shortage = {"class": name, "message": message, "details": details}
+            found = self.allocator.allocation(cache_id)
+        record.size_bytes, record.pages = found.size_bytes, found.pages
+        return found.extents, (record.offset, record.pages, record.generation), refused, shortage
+
     def _lease(self, client: str, sequence: int, ids: Sequence[int]) -> list[Place | None]:
         known = self._client(client)
         leases, caches = known.leases, self._caches
@@ -323,6 +355,11 @@ class DeviceStore:
             if record.sealed and record.key != key:
                 error = SealedError(f"cache {cache_id} is sealed already, with another key", cache_id=cache_id)
                 answers.append(("error", *error.to_wire()))
+                continue
+            # What is sealed is copied, moved and mapped by its bytes, from the first on.
+            if self.allocator.allocation(cache_id).span_bytes != record.size_bytes or not record.size_bytes:
+                refused = CacheStateError(f"cache {cache_id} is not backed from its front on", cache_id=cache_id)
+                answers.append(("error", *refused.to_wire()))
                 continue
             record.sealed, record.key = True, key
             answers.append(True)

@@ -24,6 +24,10 @@ class TierCounters:
     misses: int = 0
     """Caches that could not be."""
     host_hits: int = 0
+    host_misses: int = 0
+    """Caches that were to be brought up and did not lie in the host tier, or no longer."""
+    host_written_bytes: int = 0
+    host_read_bytes: int = 0
     dropped: int = 0
     """Caches that the host tier alone had, and dropped."""
 
@@ -42,6 +46,9 @@ def tier_statistics(
             "sole_bytes": host.index.kind_bytes(Kind.SOLE),
             "entries": len(host.index),
             "hits": counters.host_hits,
+            "misses": counters.host_misses,
+            "written_bytes": counters.host_written_bytes,
+            "read_bytes": counters.host_read_bytes,
             "dropped": counters.dropped,
             "errors": dict(host.errors),
         }

@@ -5,6 +5,8 @@ Subcommands are imported when they are called, so that those that need no cluste
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
@@ -29,6 +31,7 @@ _COMMANDS = {
     "quota": ("kvpool.cli.quota:quota", "Show what tenants and models are guaranteed and limited to, or set it."),
     "set-policy": ("kvpool.cli.administration:set_policy", "Let another eviction policy decide."),
     "defragment": ("kvpool.cli.administration:defragment", "Compact a pool's memory."),
+    "flush": ("kvpool.cli.administration:flush", "Write all that is stored to disk."),
     "trim": ("kvpool.cli.administration:trim", "Give a pool's warm pages back to the system."),
     "bench": ("kvpool.cli.bench:bench", "Measure, beside something measured in the same run."),
     "doctor": ("kvpool.cli.doctor:doctor", "Say what is wrong with this system and how to mend it."),
@@ -90,6 +93,9 @@ class LazyGroup(click.Group):
 @click.pass_context
 def main(ctx: click.Context) -> None:
     """One elastic pool of KV-cache memory for many models on a Ray cluster."""
+    here = os.getcwd()
+    if here not in sys.path:  # policies of one's own: last, so that nothing in it hides what is installed
+        sys.path.append(here)
     try:
         end_telemetry = set_up_command_line()
     except ConfigError as error:

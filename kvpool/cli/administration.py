@@ -179,7 +179,7 @@ def leases(name: str, tenant: str | None, client: str | None, json_path: str | N
 @click.argument("keys", nargs=-1, required=True, callback=parse_keys, metavar="KEY...")
 @JSON
 def contains(name: str, tenant: str, model: str | int, keys: tuple[bytes, ...], json_path: str | None) -> None:
-    """Show how many of the leading KEYs of a chain are in the pool, and where.
+    """Show how many of the leading KEYs of a chain are on a pool's devices, and where (not what lies below these).
 
     A KEY is the text under which a cache was sealed, or a block's hash: hash: and 32 hexadecimal digits. Takes no
     lease, and counts as no use.
@@ -289,6 +289,24 @@ def defragment(name: str, json_path: str | None) -> None:
         write_json(json_path, done)
     else:
         click.echo(f"{format_size(done['moved_bytes'])} moved, {done['freed_pages']:,} pages freed")
+
+
+@click.command()
+@NAME
+@TENANT
+@JSON
+def flush(name: str, tenant: str | None, json_path: str | None) -> None:
+    """Write all that is stored to disk, so that a pool of the same name and disk_url finds it again.
+
+    For a clean end: 'kvpool flush', then 'kvpool stop'. Stop what writes before.
+    """
+    done = ask(name, "flush", tenant, doing="writing to disk what is stored in", timeout_s=STEPS_S)
+    if json_path is not None:
+        write_json(json_path, done)
+        return
+    click.echo(f"{done['caches']:,} caches, {format_size(done['bytes'])}, are on disk")
+    if done["displaced"]:
+        click.echo(f"{done['displaced']:,} caches made way for them: disk_budget is too small for all")
 
 
 @click.command("set-policy")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
@@ -31,6 +34,24 @@ def alloc(json_path: str | None) -> None:
 
 @bench.command()
 @JSON
+def compaction(json_path: str | None) -> None:
+    """Time compaction by the size of caches, and allocations while it runs in the background."""
+    from kvpool.bench import compaction as benchmark
+
+    _report("compaction of 256 MiB in pages of 2 MiB", benchmark.run, json_path)
+
+
+@bench.command()
+@JSON
+def blocks(json_path: str | None) -> None:
+    """Time blocks handed out inside a cache, and a cache resized by 1 GiB up and down, 100 times."""
+    from kvpool.bench import blocks as benchmark
+
+    _report("growth in place", lambda: asyncio.run(benchmark.measure()), json_path)
+
+
+@bench.command()
+@JSON
 def concurrency(json_path: str | None) -> None:
     """Time 1, 100 and 1,000 concurrent requests, beside unmerged calls, a no-op actor, and with telemetry on."""
     from kvpool.bench import concurrency as benchmark
@@ -51,7 +72,17 @@ def disk(folder: Path, json_path: str | None) -> None:
     """Time the disk tier: writing and reading back, beside dd of the same bytes in the same folder."""
     from kvpool.bench import disk as benchmark
 
-    _report("the disk tier", lambda: asyncio.run(benchmark.measure(folder)), json_path)
+    with _ended_by_sigterm(), TemporaryDirectory(prefix="kvpool-bench-", dir=folder) as inside:
+        _report("the disk tier", lambda: asyncio.run(benchmark.measure(Path(inside))), json_path)
+
+
+@bench.command()
+@JSON
+def evict(json_path: str | None) -> None:
+    """Time eviction in the books of a pool: for each request, at worst, and of 512 MiB at once; ADAPTIVE beside LRU."""
+    from kvpool.bench import evict as benchmark
+
+    _report("eviction", benchmark.run, json_path)
 
 
 @bench.command()
@@ -108,6 +139,21 @@ def waiting(json_path: str | None) -> None:
     from kvpool.bench import waiting as benchmark
 
     _report("memory that is waited for", lambda: asyncio.run(benchmark.measure()), json_path)
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the block as an exception does, so that what it made is cleaned up."""
+
+    def end(number: int, _frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not end the cleaning up
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _report(title: str, run: Callable[[], dict[str, Any]], json_path: str | None) -> None:

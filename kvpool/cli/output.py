@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -54,11 +55,12 @@ def print_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     table = Table(title=title, title_justify="left")
     for column in columns:
         numeric = all(isinstance(row.get(column), (int, float, type(None))) for row in rows)
-        table.add_column(column.replace("_", " "), justify="right" if numeric else "left")
+        table.add_column(column.replace("_", " "), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(_format_value(row.get(column)) for column in columns))
     console = Console()
-    if not console.is_terminal:  # a file or pipe has no width, and a table cut at 80 columns is of no use there
+    if not console.is_terminal and not os.environ.get("COLUMNS", "").isdigit():
+        # A file or pipe has no width, and a table cut at 80 columns is of no use there.
         console.width = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
     console.print(table)
 

@@ -135,6 +135,8 @@ def _show(stats: Any, json_path: str | None) -> None:
     lower = [device for device in stats.devices if device.lower is not None]
     if lower:
         print_rows("below the devices", [_lower_row(device.name, device.lower) for device in lower])
+    if stats.policy_failure is not None:
+        click.echo(f"{stats.policy} decides since the policy failed: {stats.policy_failure}")
     if stats.quotas:
         from kvpool.cli.quota import show_quotas
 

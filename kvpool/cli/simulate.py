@@ -8,10 +8,12 @@ from pathlib import Path
 
 import click
 
-from kvpool.cache.eviction import find_policy, policy_names
+from kvpool.cache.eviction import plain_name, policy_names
+from kvpool.cache.guarded_policy import make_policy
+from kvpool.cache.index import CacheIndex
 from kvpool.cli.options import JSON
 from kvpool.cli.output import print_rows, progress, write_json
-from kvpool.comparison import Cell, as_json, compare, printable, run_cells, write
+from kvpool.comparison import Cell, as_json, compare, make_folder, printable, run_cells, write
 from kvpool.simulate import SimulationRow, capacity_in_blocks
 from kvpool.workload import read_trace, unique_blocks
 
@@ -30,7 +32,15 @@ def parse_capacity(text: str | float) -> float:
 
 
 def _printable(rows: Sequence[SimulationRow]) -> list[dict[str, object]]:
-    return [{**row, "seed": str(row["seed"]), "prefix_hit_ratio": f"{row['prefix_hit_ratio']:.2%}"} for row in rows]
+    return [
+        {
+            **row,
+            "seed": str(row["seed"]),
+            "prefix_hit_ratio": f"{row['prefix_hit_ratio']:.2%}",
+            "host_hit_ratio": f"{row['host_hit_ratio']:.2%}",
+        }
+        for row in rows
+    ]
 
 
 @click.command()
@@ -41,7 +51,7 @@ def _printable(rows: Sequence[SimulationRow]) -> list[dict[str, object]]:
     multiple=True,
     default=("lru",),
     show_default=True,
-    help="A name, or module:name of one's own. Repeat for several; all: every one that is built in.",
+    help="A name, or module:name of one's own. Several with commas, or repeat it; all: every one that is built in.",
 )
 @click.option(
     "--capacity",
@@ -82,9 +92,14 @@ def simulate(
     a request changes anything. Several policies, seeds, or --out give a comparison by capacity beside the offline
     bound, which no policy can pass that does not know the future.
     """
-    names = dict.fromkeys(name for policy in policies for name in (policy_names() if policy == _ALL else [policy]))
+    given = [name.strip() for policy in policies for name in policy.split(",")]
+    names = dict.fromkeys(
+        plain_name(name) for policy in given for name in (policy_names() if policy == _ALL else [policy])
+    )
     for policy in names:
-        find_policy(policy)
+        make_policy(policy, CacheIndex())
+    if out is not None:
+        make_folder(out)
     comparing = len(names) > 1 or seeds > 1 or out is not None
     if not capacities:
         capacities = _SHARES if comparing else (0.05,)

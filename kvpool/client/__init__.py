@@ -1,5 +1,6 @@
 """The client of a pool in a model's process."""
 
+from kvpool.client.block_allocator import BlockAllocator
 from kvpool.client.blocks import NewBlocks, PrefixHit
 from kvpool.client.cache import VirtualKVCache
 from kvpool.client.events import EventStream, PoolEvent
@@ -8,6 +9,7 @@ from kvpool.client.pool import CachePool, delete, start
 from kvpool.client.spec import ModelSpec
 
 __all__ = [
+    "BlockAllocator",
     "CachePool",
     "EventStream",
     "Model",

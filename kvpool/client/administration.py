@@ -163,6 +163,26 @@ class Administration:
         """
         return dict(await self._connection.call(self._connection.actor.defragment, timeout_s=STEPS_S))
 
+    async def flush(self) -> dict[str, int]:
+        """Write all that this tenant has stored to disk: what a pool keeps of it after :meth:`delete`, and a new start.
+
+        It covers what was sealed under a key when it was called; so let writers end before it. Once it returns,
+        everything survives the pool, every process and a failure of power.
+
+        Returns
+        -------
+        dict
+            ``{"caches", "bytes", "displaced"}``: what lies on disk now, and how many caches the disk dropped for it. If
+            any, ``disk_budget`` is too small for all, and the least recently used are not there.
+
+        Raises
+        ------
+        TierError
+            If the pool has no disk tier, or some could not be written.
+        """
+        connection = self._connection
+        return dict(await connection.call(connection.actor.flush, connection.tenant, timeout_s=STEPS_S))
+
     async def set_policy(self, name: str) -> str:
         """Let another eviction policy decide in the whole pool from now on; it takes over what is resident.
 

@@ -52,6 +52,10 @@ class BlockingAdministration:
         """See :meth:`kvpool.CachePool.defragment`."""
         return dict(self._run(self._pool.defragment))
 
+    def flush(self) -> dict[str, int]:
+        """See :meth:`kvpool.CachePool.flush`."""
+        return dict(self._run(self._pool.flush))
+
     def set_policy(self, name: str) -> str:
         """See :meth:`kvpool.CachePool.set_policy`."""
         return str(self._run(self._pool.set_policy, name))

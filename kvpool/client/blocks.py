@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from kvpool.client.lane import Lane
 from kvpool.client.lease import Lease
 from kvpool.client.spec import ModelSpec, join_hashes
 from kvpool.client.view import open_view
-from kvpool.errors import KvpoolError, PoolUnavailableError, from_wire
+from kvpool.errors import KvpoolError, PoolUnavailableError, TierError, from_wire
 from kvpool.memory.backend import Access
 from kvpool.memory.dlpack import MappedTensorSource, as_numpy, as_torch
 
@@ -37,6 +38,13 @@ class LeasedBlocks:
         self._places = list(places)
         self._block_bytes = spec.block_size_bytes or 0
         self._lease = Lease(connection, ids, self._block_bytes * len(ids))
+
+    def __repr__(self) -> str:
+        state = ", released" if self._lease.released else ""
+        return f"<{type(self).__name__} of {self._spec.name}: {self.num_blocks} blocks{self._also()}{state}>"
+
+    def _also(self) -> str:
+        return ""
 
     @property
     def access(self) -> Access:
@@ -99,6 +107,8 @@ class LeasedBlocks:
         """
         if self._ids:
             await self._lease.release()
+        else:  # the pool knows nothing of it; what is on its way to it is given back when it comes
+            self._lease.released = True
 
     async def __aexit__(self, *_: object) -> None:
         if not self._lease.released:
@@ -121,13 +131,17 @@ class PrefixHit(LeasedBlocks):
         self._model = model
         self._hashes = list(hashes)
 
+    def _also(self) -> str:
+        return f", {self.coming} coming" if self.coming else ""
+
     async def __aenter__(self) -> PrefixHit:
         return self
 
     async def fetch(self, *, timeout_s: float | None = None) -> int:
         """Wait until the blocks that are :attr:`coming` are there, and add them; returns how many there are now.
 
-        Fewer come if a tier has lost them, or if there is no room for them on the device.
+        Fewer come if a tier has lost them, or if there is no room for them on the device. Cancelled, or timed out, it
+        can be called again: what is on its way comes all the same.
 
         Parameters
         ----------
@@ -136,7 +150,7 @@ class PrefixHit(LeasedBlocks):
 
         Raises
         ------
-        DoubleReleaseError
+        CacheStateError
             If the blocks were released.
         """
         self._lease.check_held()
@@ -144,8 +158,16 @@ class PrefixHit(LeasedBlocks):
             return self.num_blocks
         wait_s = self._connection.config["timeout_s"] if timeout_s is None else timeout_s
         joined = join_hashes(self._hashes)
-        self.coming = 0  # a second call meanwhile must not add them twice
-        _, ids, devices, places, *_ = await self._connection.fetch(self._model, joined, self.num_blocks, wait_s)
+        coming, self.coming = self.coming, 0  # a second call meanwhile must not add them twice
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + wait_s
+        try:
+            _, ids, devices, places, *_ = await self._connection.fetch(self._model, joined, self.num_blocks, wait_s)
+        except BaseException:
+            self.coming = coming
+            raise
+        if clock() >= deadline:  # else what is not there will not come
+            self.coming = max(coming - len(ids), 0)
         if ids and not self._lease.extend(ids, self._block_bytes * len(ids)):
             self._connection.release_soon(ids)
             self._lease.check_held()
@@ -186,6 +208,9 @@ class NewBlocks(LeasedBlocks):
         """How many leading hashes are in the pool once these blocks are sealed."""
         return self.resident + len(self._ids)
 
+    def _also(self) -> str:
+        return f" behind {self.resident} resident{', sealed' if self._sealed else ''}"
+
     async def __aenter__(self) -> NewBlocks:
         return self
 
@@ -203,7 +228,7 @@ class NewBlocks(LeasedBlocks):
         wanted = self._all_hashes if durable else self.hashes
         if wanted and self._is_durable(durable):
             _, written = await self._connection.ask(self._connection.persists, self._model, join_hashes(wanted))
-            _check(written)
+            check_written(written)
 
     async def _seal_new(self) -> None:
         before, self._sealed = self._sealed, True
@@ -257,3 +282,13 @@ def _check(outcomes: Any) -> None:
     for outcome in outcomes:
         if not _stored(outcome):
             raise from_wire(outcome[1:])
+
+
+def check_written(outcomes: Any) -> None:
+    """Raise the first error among the answers of ``persist``; a tier's does not mean that the content is lost."""
+    for outcome in outcomes:
+        if outcome is not True:
+            error = from_wire(outcome[1:])
+            if isinstance(error, TierError) and error.details.get("cause") != "gone":
+                raise TierError(f"sealed and in the pool, but not durable: {error.message}", **error.details)
+            raise error

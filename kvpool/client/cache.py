@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kvpool.cache.record import CacheBlock, blocks_of
+from kvpool.client.block_allocator import BlockAllocator
+from kvpool.client.blocks import check_written
 from kvpool.client.connection import Connection
 from kvpool.client.lease import Lease
-from kvpool.client.spec import content_hash
+from kvpool.client.spec import content_hash, wait_of
 from kvpool.client.view import open_view
 from kvpool.errors import (
     CacheStateError,
@@ -22,6 +27,9 @@ from kvpool.errors import (
 )
 from kvpool.memory.backend import Access
 from kvpool.memory.dlpack import MappedTensorSource, as_numpy, as_torch, check_shape, dtype_name, tensor_bytes
+from kvpool.memory.extents import Extents, checked, front
+from kvpool.memory.packing import shares_pages
+from kvpool.sizes import parse_size
 
 if TYPE_CHECKING:
     import numpy
@@ -53,9 +61,17 @@ class VirtualKVCache:
         """When this handle last opened a view of the memory (seconds since 1970)."""
         self.access_count = 0
         """How many views this handle opened; :meth:`info` has the pool's count of leases."""
+        self.backed: Extents = front(size_bytes)
+        """Parts of the cache that are backed: ``(start, end)`` in bytes; of a cache that never grew, all of it."""
         self._connection = connection
         self._model = model
+        self._changing = asyncio.Lock()
+        self._allocator: weakref.ref[BlockAllocator] | None = None
+        self._viewed: set[Access] = set()
+        """The views of the arena in which the cache is mapped."""
         self._take(cache_id, device, place)
+        #: Whether it lies in pages that others lie in, too: they are there whatever its size.
+        self._shared = shares_pages(size_bytes, max_size_bytes, connection.devices[device]["page_bytes"])
 
     @classmethod
     async def found(cls, connection: Connection, model: int, model_name: str, key: bytes, hit: Any) -> VirtualKVCache:
@@ -73,6 +89,7 @@ class VirtualKVCache:
         self._device = device
         self._offset, self._pages, self.generation = place
         self._lease = Lease(self._connection, [cache_id], self.size_bytes)
+        self._viewed.clear()
 
     def __repr__(self) -> str:
         state = "released" if self._lease.released else "sealed" if self.sealed else "open"
@@ -81,7 +98,11 @@ class VirtualKVCache:
     async def map(self) -> None:
         """Map the cache's pages in this process (done before the cache is handed to the caller)."""
         with self._lease.given_back_on_failure():
-            await self._connection.map_pages(self._device, self._pages, self._access(None))
+            access = self._access(None)
+            self._viewed.add(access)
+            if self.max_size_bytes > self.size_bytes:
+                self._cover(access)
+            await self._connection.map_pages(self._device, self._pages, access)
 
     @property
     def blocks(self) -> tuple[CacheBlock, ...]:
@@ -104,7 +125,8 @@ class VirtualKVCache:
             Of torch, or its name.
         shape
             As numpy takes it, all of its dimensions 1 or more. Its bytes, from ``offset_bytes`` on, must lie within the
-            cache.
+            cache; until it is sealed, within its ``max_size``. What is not backed reads as zeros, and comes to life
+            when it is: see :meth:`back`. Writing there is a fault (SIGSEGV).
         access
             ``Access.READ`` or ``Access.READ_WRITE``; by default writable until the cache is sealed and read-only from
             then on. Writing to a read-only tensor is a fault (SIGSEGV; ``python -X faulthandler`` shows where).
@@ -142,24 +164,147 @@ class VirtualKVCache:
         name = dtype_name(dtype)
         shape = check_shape(shape)
         view_bytes = tensor_bytes(shape, name)
+        limit_bytes = self.size_bytes if self.sealed else self.max_size_bytes
         if (
             not isinstance(offset_bytes, int)
             or offset_bytes < 0
             or offset_bytes % tensor_bytes((1,), name)
-            or offset_bytes + view_bytes > self.size_bytes
+            or offset_bytes + view_bytes > limit_bytes
         ):
             raise TensorMismatchError(
                 f"{name}{list(shape)} at {offset_bytes} takes bytes {offset_bytes} to {offset_bytes + view_bytes}, but "
-                f"cache {self.id} has {self.size_bytes}: ask for a larger cache or a smaller tensor, at a multiple of "
+                f"cache {self.id} has {limit_bytes}: ask for a larger cache or a smaller tensor, at a multiple of "
                 "its element's bytes",
                 asked_bytes=offset_bytes + view_bytes,
-                size_bytes=self.size_bytes,
+                size_bytes=limit_bytes,
             )
         arena = self._connection.arenas[self._device]
+        self._viewed.add(access)
+        if not self.sealed and self.backed != ((0, self.max_size_bytes),):
+            self._cover(access)
         arena.ensure(self._pages, access)
         self.last_accessed = time.time()
         self.access_count += 1
         return open_view(self._lease, arena.address(self._offset + offset_bytes, access), shape, name, access)
+
+    async def resize(self, size: int | str, *, timeout_s: float | None = None) -> None:
+        """Let exactly the first ``size`` of the cache be backed, in its place: tensors stay valid, and bytes stay.
+
+        Growing waits for memory if need be, as a request for a cache does. Shrinking gives pages back to the system at
+        once. 0 gives all of them back, and keeps the addresses. New bytes are zero, or what this tenant left in memory
+        that was kept warm.
+
+        Parameters
+        ----------
+        size
+            Bytes or text, the cache's ``max_size`` at most.
+        timeout_s
+            How long to wait for memory, seconds; by default the pool's ``timeout_s``. 0 does not wait.
+
+        Raises
+        ------
+        InvalidSizeError
+            If it is above ``max_size``, or above what its device has.
+        SealedError
+            If the cache is sealed: it keeps its size.
+        CapacityError
+            If there is no room on its device in time. Nothing has changed then.
+        """
+        size_bytes = size if size == 0 and isinstance(size, int) else parse_size(size)
+        ranges = ((0, size_bytes),) if size_bytes else ()
+        await self._change("resize", ranges, timeout_s)
+
+    async def back(self, ranges: Iterable[tuple[int, int]], *, timeout_s: float | None = None) -> None:
+        """Let more parts of the cache be backed: ``(start, end)``, bytes within its ``max_size``; see :meth:`resize`.
+
+        So a tensor of the largest shape, whose blocks are not its first dimension, grows with its pointer and strides
+        as they are: :func:`kvpool.byte_ranges` tells the ranges of a part of it. Backed are the pages that the ranges
+        touch.
+        """
+        await self._change("back", ranges, timeout_s)
+
+    async def unback(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Give memory under parts of the cache back: pages that no other backed part touches. They read as zeros then.
+
+        Give back only what nothing is about to write to: that would be a fault. Raises as :meth:`resize`, but never for
+        lack of room.
+        """
+        await self._change("unback", ranges, None)
+
+    async def _change(self, kind: str, ranges: Iterable[tuple[int, int]], timeout_s: float | None) -> None:
+        self._lease.check_held()
+        if self.sealed:
+            raise SealedError(
+                f"cache {self.id} is sealed and keeps its size: copy it into a new cache to change it", cache_id=self.id
+            )
+        asked = checked(ranges, self.max_size_bytes)
+        wait_s = wait_of(timeout_s, self._connection.config["timeout_s"])
+        self._connection.followers[self.id] = self
+        async with self._changing:
+            await self.follow(await self._connection.change(self.id, kind, asked, wait_s))
+
+    def block_allocator(
+        self, block_bytes: int | str, *, planes: int = 1, ahead_blocks: int | None = None
+    ) -> BlockAllocator:
+        """Hand out blocks of one size inside the cache, without a call for each: see :class:`BlockAllocator`.
+
+        The cache's ``max_size`` tells how many there are; what is backed of it then follows their use.
+
+        Parameters
+        ----------
+        block_bytes
+            Bytes of a block, or text. Of one plane, where there are several.
+        planes
+            How often a block's number counts: 2 for a tensor ``(2, num_blocks, ...)`` of keys and values.
+        ahead_blocks
+            How many blocks are kept free and backed ahead of use. By default 64, or two groups of those that share
+            pages if that is more.
+
+        Raises
+        ------
+        InvalidSizeError
+            If not even one block fits.
+        SealedError
+            If the cache is sealed.
+        CacheStateError
+            If another allocator of it is open.
+        """
+        self._lease.check_held()
+        self._access(Access.READ_WRITE)
+        known = self._allocator() if self._allocator is not None else None
+        if known is not None and not known.closed:
+            raise CacheStateError(f"cache {self.id} has a block allocator already: use that one, or close() it")
+        page_bytes = self._connection.devices[self._device]["page_bytes"]
+        allocator = BlockAllocator(self, self._connection, page_bytes, parse_size(block_bytes), planes, ahead_blocks)
+        self._allocator = weakref.ref(allocator)
+        return allocator
+
+    async def follow(self, answer: Any) -> None:
+        """Show in this process what the pool says is backed now. (For a change whose caller was cancelled, too.)"""
+        _, cache_id, size_bytes, extents, (_, pages, generation) = answer
+        if cache_id != self.id or generation <= self.generation or self._lease.released:
+            return
+        left = set(pages)
+        gone = [page for page in self._pages if page not in left]
+        self.size_bytes, self.backed, self._pages, self.generation = size_bytes, extents, pages, generation
+        self._lease.size_bytes = size_bytes
+        viewed = tuple(self._viewed)
+        for access in viewed:
+            self._cover(access)
+        if gone:
+            await asyncio.to_thread(self._connection.arenas[self._device].withdraw, gone)
+        for access in viewed:  # what is there by now: a later answer may have come meanwhile
+            await self._connection.map_pages(self._device, self._pages, access)
+
+    def _cover(self, access: Access) -> None:
+        """Let what is not backed read as zeros in a view, until the lease ends."""
+        if self._shared:
+            return
+        page_bytes = self._connection.devices[self._device]["page_bytes"]
+        arena = self._connection.arenas[self._device]
+        whole = self._offset // page_bytes, -(-self.max_size_bytes // page_bytes)
+        self._lease.on_end = partial(arena.uncover, *whole)
+        arena.cover(*whole, access)
 
     async def seal(self, key: bytes | str | None = None, *, durable: bool = False) -> None:
         """Make the cache immutable; with a key, make it known under it to all clients of the tenant.
@@ -177,6 +322,8 @@ class VirtualKVCache:
         ------
         SealedError
             If it is sealed already with another key, or without one.
+        CacheStateError
+            If it is not backed from its first byte on, without a gap: :meth:`resize` it first.
         InvalidRequestError
             If it is to be durable, and has no key by which it could be found again.
         TierError
@@ -193,16 +340,16 @@ class VirtualKVCache:
             # Before the call: when it is cancelled, the pool may have sealed the cache already.
             before, self.sealed = self.sealed, True
             try:
-                await self._seal(hashed)
+                async with self._changing:
+                    await self._seal(hashed)
             except PoolUnavailableError:
                 raise  # whether it was sealed is not known
             except KvpoolError:
                 self.sealed = before
                 raise
         if hashed is not None and (durable or self._connection.config["write_policy"] == "write_through"):
-            _, (written,) = await self._connection.ask(self._connection.persists, self._model, hashed)
-            if written is not True:
-                raise from_wire(written[1:])
+            _, written = await self._connection.ask(self._connection.persists, self._model, hashed)
+            check_written(written)
 
     async def _seal(self, key: bytes | None) -> None:
         for _ in range(_MOST_ROUNDS):

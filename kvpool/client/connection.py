@@ -8,10 +8,10 @@ import logging
 import os
 import secrets
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Any
-from weakref import WeakSet
+from typing import Any, Protocol
+from weakref import WeakSet, WeakValueDictionary
 
 from kvpool.actors.cluster import call, context, ensure_ray
 from kvpool.actors.compatibility import check_protocol
@@ -40,6 +40,14 @@ logger = logging.getLogger("kvpool.client")
 Place = tuple[int, Sequence[tuple[int, int]], int]
 
 
+class Follower(Protocol):
+    """Follows what becomes of one cache."""
+
+    async def follow(self, answer: Any) -> None:
+        """Take a ``changed`` answer in, unless a later one came before."""
+        ...
+
+
 class Connection:
     """What the handles of one :class:`~kvpool.CachePool` share. Made by :meth:`open`."""
 
@@ -59,7 +67,10 @@ class Connection:
         self._unmapped = False
         self._waiting = WaitingRequests(actor, client, self._abandoned)
         self._background: set[asyncio.Task[Any]] = set()
+        self.followers: WeakValueDictionary[int, Follower] = WeakValueDictionary()
+        """By id, caches that are told of a change whose caller was cancelled."""
         self.caches = Lane("request_caches", actor, client, self._abandoned)
+        self.changes = Lane("change_backing", actor, client, self._abandoned)
         self.prefixes = Lane("look_up", actor, client, self._abandoned)
         self.fetches = Lane("fetch", actor, client, self._abandoned)
         self.persists = Lane("persist", actor, client, self._abandoned)
@@ -100,6 +111,8 @@ class Connection:
             If no pool of that name runs.
         ProtocolError
             If it speaks another version, or has no device on this host.
+        DeviceLostError
+            If all its devices are lost.
         SystemLimitError
             If this process may not map as many pages as the pool has.
         """
@@ -187,6 +200,15 @@ class Connection:
             answer = await self.caches.ask(item, trace)
             return answer if answer[0] == "granted" else await self._waiting.wait(answer[1])
 
+    async def change(self, cache_id: int, kind: str, ranges: Sequence[tuple[int, int]], timeout_s: float) -> Any:
+        """Change what is backed of a cache, waiting for memory up to ``timeout_s``; returns the ``changed`` answer."""
+        self.check_loop()
+        self.check_not_revoked()
+        with self.changes.call() as trace:
+            item = (self.next_sequence(), cache_id, kind, list(ranges), timeout_s)
+            answer = await self.changes.ask(item, trace)
+            return answer if answer[0] == "changed" else await self._waiting.wait(answer[1])
+
     async def fetch(self, model: int, hashes: bytes, first: int, timeout_s: float) -> Any:
         """Lease what comes up behind the ``first`` blocks of a chain; returns the ``hit`` answer."""
         self.check_loop()
@@ -247,19 +269,36 @@ class Connection:
             logger.debug("leases on %s left to the end of this process", ids)
 
     def _start_release(self, ids: list[int]) -> None:
-        async def release() -> None:
-            try:
-                await self.release(ids)
-            except KvpoolError as error:
-                logger.warning("releasing %s: %s", ids, error)
-
         if not self._closed:
-            self._spawn(release())
+            self.spawn(self.release(ids), f"releasing {ids}")
 
-    def _spawn(self, work: Any) -> None:
-        task = self.loop.create_task(work)
+    def spawn(self, work: Any, what: str) -> None:
+        """Do something that nobody waits for; the log tells if it fails."""
+
+        async def logged() -> None:
+            try:
+                await work
+            except KvpoolError as error:
+                logger.warning("%s: %s", what, error)
+
+        task = self.loop.create_task(logged())
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+
+    def run_soon(self, make: Callable[[], Coroutine[Any, Any, None]], what: str, after_s: float = 0.0) -> None:
+        """Run a coroutine function on the connection's event loop, as :meth:`spawn` does. Any thread."""
+
+        def start() -> None:
+            if not self.closed:
+                self.spawn(make(), what)
+
+        try:
+            if after_s:
+                self.loop.call_soon_threadsafe(self.loop.call_later, after_s, start)
+            else:
+                self.loop.call_soon_threadsafe(start)
+        except RuntimeError:  # the loop is closed: the process or its use of the pool ends
+            logger.debug("%s: left to the end of this process", what)
 
     def _abandoned(self, answer: Any) -> None:
         """Give back what came for a caller that no longer wants it."""
@@ -272,6 +311,8 @@ class Connection:
                 self._start_release(answer[2])
             case "queued":
                 self._waiting.give_up(answer[1])
+            case "changed" if (cache := self.followers.get(answer[1])) is not None and not self._closed:
+                self.spawn(cache.follow(answer), f"following the growth of cache {answer[1]}")
 
     # -- memory ---------------------------------------------------------------------------------------------------
 
@@ -313,7 +354,7 @@ class Connection:
         if not self._closed and not self._unmapped and not any(lease.in_use for lease in list(self.leases)):
             self._unmapped = True
             for arena in self.arenas.values():
-                self._spawn(asyncio.to_thread(arena.close))
+                self.spawn(asyncio.to_thread(arena.close), "unmapping what was revoked")
 
     # -- the end --------------------------------------------------------------------------------------------------
 
@@ -331,6 +372,7 @@ class Connection:
         self.check_no_views()
         for lane in (
             self.caches,
+            self.changes,
             self.prefixes,
             self.blocks,
             self.seals,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -38,6 +38,8 @@ class Lease:
         """Released by word; with :attr:`views` left, the lease ends with the last of them."""
         self.addressed = False
         """Bare addresses of the memory were handed out, so it may be in use until the lease is released."""
+        self.on_end: Callable[[], None] | None = None
+        """Called once, when nothing may use the memory any more. Any thread."""
         self._connection = connection
         # A storage may die in any thread, also within another one's garbage collection.
         self._lock = threading.RLock()
@@ -85,9 +87,15 @@ class Lease:
             ends = self.released and not self.views
             unused = not self.views
         if ends:
+            self._ended()
             self._connection.release_soon(self.ids)
         if unused:
             self._connection.lease_unused()
+
+    def _ended(self) -> None:
+        on_end, self.on_end = self.on_end, None
+        if on_end is not None:
+            on_end()
 
     async def release(self) -> None:
         """End the lease, now or with the last tensor over its memory.
@@ -110,6 +118,7 @@ class Lease:
             self.released = True
             unused = not self.views
         if unused:
+            self._ended()
             self._connection.lease_unused()
         return unused
 
@@ -132,6 +141,7 @@ class Lease:
                 ResourceWarning,
                 stacklevel=2,
             )
+            self._ended()
             self._connection.release_soon(self.ids)
 
 

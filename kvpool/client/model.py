@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from kvpool.client.cache import VirtualKVCache
 from kvpool.client.connection import Connection
 from kvpool.client.copying import source_addresses
 from kvpool.client.putting import fill
-from kvpool.client.spec import ModelSpec, content_hash, content_hashes, join_hashes
+from kvpool.client.spec import ModelSpec, content_hash, content_hashes, is_number, join_hashes, wait_of
 from kvpool.errors import InvalidRequestError
 from kvpool.sizes import parse_size
 
@@ -43,7 +42,7 @@ class Model:
         Parameters
         ----------
         max_size
-            Reserve addresses up to this size.
+            Reserve addresses up to this size, for :meth:`VirtualKVCache.resize`; they cost no memory.
         timeout_s
             How long to wait for memory, seconds; by default the pool's ``timeout_s``. 0 does not wait.
         priority
@@ -58,12 +57,10 @@ class Model:
             ``details["retry_after_s"]`` says when to try again.
         """
         size_bytes = parse_size(size)
-        if timeout_s is not None and not is_number(timeout_s, at_least=0):
-            raise InvalidRequestError(f"timeout_s is how many seconds to wait, 0 or more, not {timeout_s!r}")
         if not isinstance(priority, int) or isinstance(priority, bool):
             raise InvalidRequestError(f"a priority is a whole number, the higher the sooner, not {priority!r}")
         max_size_bytes = parse_size(max_size) if max_size is not None else size_bytes
-        wait_s = self._connection.config["timeout_s"] if timeout_s is None else timeout_s
+        wait_s = wait_of(timeout_s, self._connection.config["timeout_s"])
         granted = await self._connection.request_cache(self.number, size_bytes, max_size_bytes, wait_s, priority)
         cache = VirtualKVCache(self._connection, self.number, self.name, granted)
         await cache.map()
@@ -96,7 +93,10 @@ class Model:
         return hit
 
     async def contains(self, keys: bytes | str | Sequence[bytes | str]) -> dict[str, Any]:
-        """Tell how many leading ``keys`` are resident, and where; see :meth:`CachePool.contains`."""
+        """Tell how many leading ``keys`` are resident, and where; see :meth:`CachePool.contains`.
+
+        What lies in the tiers below is not resident, and does not count.
+        """
         return await self._connection.contains(self.number, join_hashes(content_hashes(keys)))
 
     async def new_blocks(
@@ -158,6 +158,8 @@ class Model:
             If ``parent`` is not in the pool.
         TierError
             If ``durable`` was asked for, and they are stored but not surely on disk.
+        DeviceLostError
+            If their device died meanwhile.
         """
         sources, keep = source_addresses(self.spec, tensors, len(hashes))
         blocks = await self._new_blocks(hashes, parent, output_tokens)
@@ -177,11 +179,6 @@ class Model:
         blocks = NewBlocks(self._connection, self.spec, self.number, hashes, answer)
         await blocks.map()
         return blocks
-
-
-def is_number(value: object, at_least: float) -> bool:
-    """Return whether a value is a finite number, not below ``at_least``."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and at_least <= value < math.inf
 
 
 def _check_parent(parent: bytes | None) -> None:

@@ -11,8 +11,8 @@ from kvpool.actors.pool_actor import find_pool, make_pool
 from kvpool.client.administration import Administration
 from kvpool.client.cache import VirtualKVCache
 from kvpool.client.connection import Connection
-from kvpool.client.model import Model, is_number
-from kvpool.client.spec import ModelSpec, content_hash
+from kvpool.client.model import Model
+from kvpool.client.spec import ModelSpec, content_hash, is_number
 from kvpool.config import PoolConfig, load_config
 from kvpool.errors import (
     CacheStateError,
@@ -174,25 +174,26 @@ class CachePool(Administration):
         size_mb: float | None = None,
         *,
         size: int | str | None = None,
+        max_size_mb: float | None = None,
+        max_size: int | str | None = None,
         timeout_s: float | None = None,
         priority: int = 0,
     ) -> VirtualKVCache:
         """Lease a new cache: the short form of ``model()`` and :meth:`Model.request_cache`.
 
-        Give ``size_mb`` (MiB) or ``size`` (bytes or text).
+        Give ``size_mb`` (MiB) or ``size`` (bytes or text); for a cache that may grow also ``max_size_mb`` or
+        ``max_size``.
 
         Raises
         ------
         InvalidSizeError
-            If both sizes are given, or none that can be used.
+            If both forms of a size are given, or none that can be used.
         """
-        if size is not None and size_mb is not None:
-            raise InvalidSizeError(f"give size_mb or size, not both; asked for size_mb={size_mb!r} and size={size!r}")
-        if size is None:
-            if not is_number(size_mb, at_least=1 / MIB):
-                raise InvalidSizeError(f"give size_mb, a positive number of MiB, or size; asked for {size_mb!r}")
-            size = round((size_mb or 0) * MIB)
-        return await (await self.model(model_name)).request_cache(size, timeout_s=timeout_s, priority=priority)
+        size_bytes = _size_of("size", size_mb, size)
+        growing = max_size_mb is not None or max_size is not None
+        most_bytes = _size_of("max_size", max_size_mb, max_size) if growing else None
+        model = await self.model(model_name)
+        return await model.request_cache(size_bytes, max_size=most_bytes, timeout_s=timeout_s, priority=priority)
 
     async def find_cache(self, model_name: str, key: bytes | str) -> VirtualKVCache | None:
         """Lease the sealed cache of a key, or return None: the short form of :meth:`Model.find_cache`.
@@ -259,6 +260,19 @@ class CachePool(Administration):
                 raise
             # What is raised keeps the tensors alive through its traceback, and must not be hidden by that.
             logger.warning("pool %s stays connected: %s", self.name, error.message)
+
+
+def _size_of(name: str, size_mb: float | None, size: int | str | None) -> int | str:
+    """Return the one of two forms in which a size was given."""
+    if size is not None and size_mb is not None:
+        raise InvalidSizeError(
+            f"give {name}_mb or {name}, not both; asked for {name}_mb={size_mb!r} and {name}={size!r}"
+        )
+    if size is not None:
+        return size
+    if not is_number(size_mb, at_least=1 / MIB):
+        raise InvalidSizeError(f"give {name}_mb, a positive number of MiB, or {name}; asked for {size_mb!r}")
+    return round((size_mb or 0) * MIB)
 
 
 def _spec_of(model: ModelSpec | str) -> ModelSpec:

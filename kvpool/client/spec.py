@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -145,3 +146,21 @@ def join_hashes(hashes: Sequence[bytes]) -> bytes:
             f"hashlib.blake2b(name, digest_size={HASH_BYTES}).digest()"
         )
     return b"".join(hashes)
+
+
+def is_number(value: object, at_least: float) -> bool:
+    """Return whether a value is a finite number, not below ``at_least``."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and at_least <= value < math.inf
+
+
+def wait_of(timeout_s: float | None, default_s: float) -> float:
+    """Return how many seconds to wait for memory.
+
+    Raises
+    ------
+    InvalidRequestError
+        If ``timeout_s`` is no number of at least 0.
+    """
+    if timeout_s is not None and not is_number(timeout_s, at_least=0):
+        raise InvalidRequestError(f"timeout_s is how many seconds to wait, 0 or more, not {timeout_s!r}")
+    return default_s if timeout_s is None else timeout_s

@@ -68,7 +68,7 @@ def examine(config: PoolConfig, ask: Callable[[list[Path]], Survey] = survey) ->
         else:
             mend = f"install kvpool {__version__} on every node, for the Python that runs Ray there"
             findings.append(Finding("node", name, FAILED, there, "a node that runs kvpool", mend))
-    return [*findings, *(check_pool(pool) for pool in found.pools)]
+    return [*findings, *(finding for pool in found.pools for finding in (check_pool(pool), *check_working(pool)))]
 
 
 def no_survey(_sockets: list[Path]) -> Survey:
@@ -120,3 +120,37 @@ def check_pool(pool: Pool) -> Finding:
         mend = f"{command('kvpool', 'stop', '--name', pool.name, '--drain', 60)} and start it again, when that suits"
         return Finding("pool", where, WARNING, found, needed, mend)
     return Finding("pool", where, OK, found, needed)
+
+
+def check_working(pool: Pool) -> list[Finding]:
+    """Judge what a pool that answers does without: a disk tier that cannot be used, a policy that failed."""
+    findings = []
+    for device in pool.statistics.get("devices", ()):
+        where = f"pool {pool.name}, {device['name']}"
+        lower = device["lower"]
+        if lower is None or device["lost"]:
+            continue
+        if lower["disk_problem"]:
+            mend = _mend_disk(pool.name, lower["disk_problem"])
+            findings.append(Finding("disk tier", where, FAILED, lower["disk_problem"], "a folder of its own", mend))
+        elif lower["disk"] is not None and lower["disk"]["errors"]:
+            errors = ", ".join(f"{cause} {count:,} times" for cause, count in sorted(lower["disk"]["errors"].items()))
+            mend = "see the log of kvpool.disk in the device's process: is there space, is it mounted?"
+            findings.append(Finding("disk tier", where, WARNING, f"since its start: {errors}", "no errors", mend))
+        elif lower["disk"] is not None:
+            findings.append(Finding("disk tier", where, OK, "in use"))
+    failure = pool.statistics.get("policy_failure")
+    if failure is not None:
+        mend = f"mend it, and {command('kvpool', 'set-policy', '--name', pool.name, 'NAME')}"
+        found = f"{pool.statistics['policy']} decides: {failure}"
+        findings.append(Finding("policy", f"pool {pool.name}", WARNING, found, "the policy that was asked for", mend))
+    return findings
+
+
+def _mend_disk(name: str, problem: str) -> str:
+    if "in use by another process" in problem:
+        return (
+            f"its folder is DISK_URL/{name}/DEVICE, so a pool of the same name in another cluster has the same: give "
+            "one of them another name or another disk_url"
+        )
+    return "let Ray's processes read and write there, or name another folder by disk_url, and start the pool again"

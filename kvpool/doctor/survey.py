@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from kvpool.actors.protocol import host_identity
+from kvpool.actors.protocol import PROTOCOL_VERSION, host_identity
 from kvpool.doctor.facts import Facts, gather, greet
 from kvpool.errors import KvpoolError, PoolNotFoundError
 
@@ -26,12 +26,16 @@ _POOL_S = 15.0
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """A pool that runs: what it says of itself, or why it says nothing, and its sockets that are out of reach."""
+    """A pool that runs: what it says of itself, or why it says nothing, and its sockets that are out of reach.
+
+    ``statistics``: see :meth:`kvpool.PoolStatistics.to_dict`; empty where it speaks another protocol, or does not tell.
+    """
 
     name: str
     described: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
     unreachable: list[str] = field(default_factory=list)
+    statistics: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +123,11 @@ async def _ask_node(node: str, sockets: list[Path]) -> Facts | str:
 async def _ask_pool(name: str) -> Pool:
     from kvpool.actors.cluster import call, find_actor
 
+    statistics: dict[str, Any] = {}
     try:
         described = await call(find_actor(name).describe, timeout_s=_POOL_S)
+        if described.get("protocol") == PROTOCOL_VERSION:
+            statistics = await call(find_actor(name).statistics, timeout_s=_POOL_S)
     except KvpoolError as error:
         return Pool(name, error=str(error))
     unreachable = []
@@ -130,7 +137,7 @@ async def _ask_pool(name: str) -> Pool:
                 await asyncio.to_thread(greet, Path(device["socket_path"]))
             except (KvpoolError, OSError) as error:
                 unreachable.append(f"{device['name']} at {device['socket_path']}: {error}")
-    return Pool(name, described, unreachable=unreachable)
+    return Pool(name, described, unreachable=unreachable, statistics=statistics)
 
 
 def main(answer: str, *sockets: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 from kvpool.errors import CapacityError
+from kvpool.memory.extents import Extents
 from kvpool.memory.usage import MemoryUsage
 from kvpool.sizes import format_size
 
@@ -13,13 +14,15 @@ Place = tuple[int, tuple[tuple[int, int], ...]]
 
 
 class Request(NamedTuple):
-    """A cache that is asked for."""
+    """A cache that is asked for, or more pages of one."""
 
     cache_id: int
     tenant: str
     size_bytes: int
     #: What it may grow to in place; ``size_bytes`` if it never grows.
     max_size_bytes: int
+    #: If it is for more pages of a cache that lives already: where they go, as indexes of the arena.
+    wanted: tuple[int, ...] = ()
 
 
 class Allocation(NamedTuple):
@@ -31,10 +34,17 @@ class Allocation(NamedTuple):
     offset: int
     size_bytes: int
     max_size_bytes: int
-    #: Backed parts as (start, length), bytes from ``offset``.
-    extents: tuple[tuple[int, int], ...]
+    #: Backed parts as (start, end), bytes from ``offset``; ``size_bytes`` is what they have together.
+    extents: Extents
     #: (index, serial) of each page under it; an index counts pages from the arena's start.
     pages: tuple[tuple[int, int], ...]
+    #: Whether it lies in pages that others lie in, too: decided by what was asked for first, whatever it is resized to.
+    shared: bool
+
+    @property
+    def span_bytes(self) -> int:
+        """Bytes from ``offset`` to the end of the last backed part."""
+        return self.extents[-1][1] if self.extents else 0
 
 
 class VictimSource(Protocol):

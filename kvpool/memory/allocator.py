@@ -18,7 +18,11 @@ from kvpool.errors import (
 )
 from kvpool.memory.allocation import Allocation, Compaction, Movable, Place, Request, VictimSource, no_room
 from kvpool.memory.backend import Backend
+from kvpool.memory.compaction import WINDOW_PAGES
+from kvpool.memory.extents import Extents, checked, difference, front, pages_touched, total_bytes, union
 from kvpool.memory.mover import Mover
+from kvpool.memory.packing import shares_pages
+from kvpool.memory.page import runs
 from kvpool.memory.pages import PageTable
 from kvpool.memory.ranges import RangeAllocator
 from kvpool.memory.reserve import Shape
@@ -31,8 +35,8 @@ from kvpool.memory.usage import MemoryUsage
 class GPUMemoryAllocator:
     """Allocates caches on one device. Belongs to one thread.
 
-    Caches that never grow to a page share pages with others of their tenant; larger ones own theirs. A page is backed
-    exactly while something lives in it; then it is kept warm for its tenant, as far as the reserve's bound goes.
+    Caches that do not fill pages share them with others of their tenant, see :mod:`kvpool.memory.packing`. A page is
+    backed exactly while something lives in it; then it is kept warm for its tenant, as far as the reserve's bound goes.
 
     Parameters
     ----------
@@ -220,26 +224,69 @@ class GPUMemoryAllocator:
         except KeyError:
             raise self._not_live(cache_id) from None
         self._live_bytes -= allocation.size_bytes
-        if allocation.max_size_bytes < self.page_size_bytes:
+        if allocation.shared:
             self._shared.free(allocation.tenant, allocation.offset)
         else:
             self._ranges.put(allocation.offset >> self._page_shift)
         if not self._changes:
             self._ranges.bound()
 
+    def resize(self, cache_id: int, size_bytes: int) -> Allocation:
+        """Let exactly the first ``size_bytes`` of a live cache be backed; its addresses and its other bytes stay.
+
+        Pages that it no longer needs go back to the system at once. Those that it needs come as for :meth:`allocate`;
+        new bytes are zero, or what the tenant had in a page that was kept warm. 0 is a size here.
+
+        Raises
+        ------
+        InvalidSizeError
+            If the size is above the cache's maximum, above the capacity, or negative.
+        CapacityError
+            If it does not fit, also after eviction. Nothing is changed then.
+        BackendError
+            If the system refuses memory that should be there. Nothing is changed then.
+        DoubleReleaseError, UnknownCacheError
+            As :meth:`free`.
+        """
+        each = self.allocation(cache_id)
+        if not isinstance(size_bytes, int) or not 0 <= size_bytes <= each.max_size_bytes:
+            raise InvalidSizeError(
+                f"cannot resize cache {cache_id} to {size_bytes} bytes: its addresses are for {each.max_size_bytes}",
+                asked_bytes=size_bytes,
+                max_size_bytes=each.max_size_bytes,
+            )
+        return self._change_extents(each, front(size_bytes))
+
+    def back(self, cache_id: int, ranges: Iterable[tuple[int, int]]) -> Allocation:
+        """Let parts of a live cache be backed, too: ``(start, end)`` in bytes from its first. As :meth:`resize`.
+
+        Backed are the pages that they touch. Raises as :meth:`resize`; InvalidSizeError for a range that is none.
+        """
+        each = self.allocation(cache_id)
+        return self._change_extents(each, union(each.extents, checked(ranges, each.max_size_bytes)))
+
+    def unback(self, cache_id: int, ranges: Iterable[tuple[int, int]]) -> Allocation:
+        """Let parts of a live cache no longer be backed; pages that nothing else of it touches go back to the system.
+
+        Raises as :meth:`back`, but never for lack of room.
+        """
+        each = self.allocation(cache_id)
+        return self._change_extents(each, difference(each.extents, checked(ranges, each.max_size_bytes)))
+
     def wipe(self, cache_id: int) -> None:
         """Set all bytes of a live cache's memory to zero, those that its size was rounded up by included."""
         each = self.allocation(cache_id)
-        if each.max_size_bytes < self.page_size_bytes:
+        if each.shared:
             self._scrubber.zero(each.offset, self._shared.part_bytes(each.tenant, each.offset))
-        else:
-            self._scrubber.zero(each.offset, len(each.pages) << self._page_shift)
+            return
+        for first, count in runs(index for index, _ in each.pages):
+            self._scrubber.zero(first << self._page_shift, count << self._page_shift)
 
     def quarantine(self, client_id: str, cache_id: int) -> None:
         """Keep what is free, or comes free, under a live cache from everybody until ``client_id`` has unmapped it."""
         each = self.allocation(cache_id)
         held = self._table.quarantine(client_id, [index for index, _ in each.pages])
-        if each.max_size_bytes < self.page_size_bytes:
+        if each.shared:
             for index in held:
                 self._shared.withhold(each.tenant, index << self._page_shift)
 
@@ -276,14 +323,32 @@ class GPUMemoryAllocator:
         """Give warm pages back, of ``tenant`` or of all. Returns the bytes free by that; what clients map follows."""
         return self._ranges.trim(tenant) * self.page_size_bytes
 
+    def trim_idle(self, now: float, idle_s: float, most_bytes: int) -> int:
+        """Give warm pages back to the system that nobody has used for ``idle_s``, so that other programs can have them.
+
+        Parameters
+        ----------
+        now
+            Seconds of the caller's clock. To be called several times in ``idle_s``.
+        most_bytes
+            How much to give back in this step: it takes about 0.3 ms a page. A range is given back whole.
+
+        Returns
+        -------
+        int
+            Bytes given back; what clients map follows when they have dropped it.
+        """
+        most_pages = max(1, most_bytes >> self._page_shift)
+        return self._ranges.trim_idle(now, idle_s, most_pages) << self._page_shift
+
     def compact(self, budget_bytes: int | None = None) -> Compaction:
         """Move caches below a page together, so that pages come free; the tenant that wastes most comes first.
 
         Parameters
         ----------
         budget_bytes
-            Bytes to copy at most, or those of the cheapest step: at most ``WINDOW_PAGES`` pages for what slides, a
-            page for what does not. Default: no bound, all is compacted.
+            Bytes to copy at most, or one cache. What is begun goes on in the next call. Default: no bound, all is
+            compacted.
 
         Raises
         ------
@@ -301,11 +366,28 @@ class GPUMemoryAllocator:
                 while done.more:
                     if left_bytes <= 0 and budget_bytes is not None:
                         return Compaction(moved_bytes, freed_pages, True)
-                    done = self._mover.step(tenant, left_bytes, self._table.capacity_pages, owner)
+                    if budget_bytes is None:
+                        done = self._mover.step(tenant, left_bytes, WINDOW_PAGES, owner)
+                    else:
+                        done = self._mover.go_on(tenant, left_bytes, owner, None)
                     moved_bytes += done.moved_bytes
                     freed_pages += done.freed_pages
                     left_bytes -= done.moved_bytes if budget_bytes is not None else 0
         return Compaction(moved_bytes, freed_pages, False)
+
+    def compact_a_little(self, budget_bytes: int) -> Compaction:
+        """Take a small step of :meth:`compact`, as few pages looked at as possible, where it promises most."""
+        owner = self.owner
+        tenant = next(filter(self._mover.promising, self._shared.tenants), None)
+        if owner is None or tenant is None:
+            return Compaction(0, 0, False)
+        with self.change():
+            return self._mover.go_on(tenant, budget_bytes, owner, 1)
+
+    @property
+    def compacted(self) -> tuple[int, int]:
+        """Bytes moved and pages freed by compaction so far."""
+        return self._mover.moved_bytes, self._mover.freed_pages
 
     def usage(self) -> MemoryUsage:
         """Return the figures of this moment."""
@@ -325,7 +407,8 @@ class GPUMemoryAllocator:
             homes.add(index)
             refs = home.refs
             ensure(len(each.pages) << self._page_shift >= each.size_bytes, "a cache is backed", id=each.cache_id)
-            if each.max_size_bytes < self.page_size_bytes:
+            ensure(total_bytes(each.extents) == each.size_bytes, "a cache's size is what is backed", id=each.cache_id)
+            if each.shared:
                 range_bytes = self._shared.part_bytes(each.tenant, each.offset)
                 refs = self._shared.refs(each.offset, range_bytes)
                 homes.update(index for index, _ in refs)
@@ -333,6 +416,9 @@ class GPUMemoryAllocator:
             else:
                 range_bytes = shape.range_bytes
                 ensure(each.offset == index * self.page_size_bytes, "a large cache begins its range", id=each.cache_id)
+                touched = {index + number for number in pages_touched(each.extents, self.page_size_bytes)}
+                backed = {place for place, _ in each.pages}
+                ensure(backed == touched, "a large cache has the pages that its extents touch", id=each.cache_id)
             ensure(home.tenant == each.tenant and refs == each.pages, "a cache knows its pages", id=each.cache_id)
             ensure(range_bytes >= each.max_size_bytes, "a cache has its addresses", id=each.cache_id)
         ensure(homes == set(self._ranges.in_use), "something lives in each range in use")
@@ -357,15 +443,10 @@ class GPUMemoryAllocator:
         return Request(cache_id, tenant, size_bytes, maximum_bytes)
 
     def _allocate(self, request: Request) -> Allocation:
-        cache_id, tenant, size_bytes, maximum_bytes = request
-        if self._mover.unfinished:
-            self._mover.finish()
-        place = self._place(tenant, size_bytes, maximum_bytes)
-        if place is None:
-            with self.change():
-                place = self._place_by_compaction(request, self._mover.promising) or self._place_by_eviction(request)
-        offset, pages = place
-        allocation = Allocation(cache_id, tenant, offset, size_bytes, maximum_bytes, ((0, size_bytes),), pages)
+        cache_id, tenant, size_bytes, maximum_bytes, _ = request
+        offset, pages = self._find_place(request)
+        shared = shares_pages(size_bytes, maximum_bytes, self.page_size_bytes)
+        allocation = Allocation(cache_id, tenant, offset, size_bytes, maximum_bytes, ((0, size_bytes),), pages, shared)
         self._live[cache_id] = allocation
         self._live_bytes += size_bytes
         if cache_id > self._highest_id:
@@ -374,12 +455,49 @@ class GPUMemoryAllocator:
             self.wipe(cache_id)
         return allocation
 
+    def _change_extents(self, each: Allocation, extents: Extents) -> Allocation:
+        size_bytes = total_bytes(extents)
+        if size_bytes > self.capacity_bytes:
+            raise InvalidSizeError(
+                f"asked for {size_bytes} bytes of cache {each.cache_id} to be backed: the device has "
+                f"{self.capacity_bytes}",
+                asked_bytes=size_bytes,
+                capacity_bytes=self.capacity_bytes,
+            )
+        pages = each.pages
+        if not each.shared:  # another one has all of its part of shared pages, always
+            first = each.offset >> self._page_shift
+            needed = {first + number for number in pages_touched(extents, self.page_size_bytes)}
+            there = {index for index, _ in pages}
+            # First what may be refused, so that nothing has changed then.
+            wanted = tuple(sorted(needed - there))
+            if wanted:
+                missing_bytes = len(wanted) << self._page_shift
+                pages = self._find_place(Request(each.cache_id, each.tenant, missing_bytes, missing_bytes, wanted))[1]
+            if there - needed:
+                pages = self._ranges.unback(first, there - needed).refs
+        if self._scrubber.busy(each.tenant):
+            for start, end in difference(extents, each.extents):
+                self._scrubber.zero(each.offset + start, end - start)
+        changed = self._live[each.cache_id]._replace(size_bytes=size_bytes, extents=extents, pages=pages)
+        self._live[each.cache_id] = changed
+        self._live_bytes += size_bytes - each.size_bytes
+        return changed
+
+    def _find_place(self, request: Request) -> Place:
+        if self._mover.unfinished:
+            self._mover.finish()
+        place = self._place(request)
+        if place is None:
+            with self.change():
+                place = self._place_by_compaction(request, self._mover.promising) or self._place_by_eviction(request)
+        return place
+
     def _place_by_compaction(self, request: Request, promising: Callable[[str], bool]) -> Place | None:
         """Free as many pages as are missing, if so many could come free; ``None`` if that did not help."""
         if self.owner is None:
             return None
-        small = request.max_size_bytes < self.page_size_bytes
-        needed = 1 if small else -(-request.size_bytes >> self._page_shift)
+        needed = -(-request.size_bytes >> self._page_shift)
         tenants = [request.tenant, *(each for each in self._shared.tenants if each != request.tenant)]
         possible = {tenant: self._mover.possible(tenant) for tenant in tenants if promising(tenant)}
         if self._ranges.pages_for(request.tenant) + sum(possible.values()) < needed:
@@ -389,8 +507,8 @@ class GPUMemoryAllocator:
             while done.more:
                 # Pages of another tenant that its clients map come free only later: what counts can be used now.
                 missing = max(1, needed - self._ranges.pages_for(request.tenant))
-                done = self._mover.step(tenant, missing * self.page_size_bytes, missing, self.owner)
-                place = self._place(request.tenant, request.size_bytes, request.max_size_bytes) if done.more else None
+                done = self._mover.step(tenant, self.capacity_bytes, missing, self.owner)
+                place = self._place(request) if done.more else None
                 if place is not None:
                     return place
         return None
@@ -398,24 +516,31 @@ class GPUMemoryAllocator:
     def _place_by_eviction(self, request: Request) -> Place:
         while self._victims is not None and (victim := self._victims.next_victim()) is not None:
             self.free(victim)
-            place = self._place(request.tenant, request.size_bytes, request.max_size_bytes)
+            place = self._place(request)
             place = place or self._place_by_compaction(request, self._mover.promising)
             if place is not None:
                 return place
-        place = self._place_by_compaction(request, lambda tenant: self._mover.possible(tenant) > 0)
+        place = self._place_by_compaction(request, self._mover.untried)
         if place is None:
             raise self._full(request)
         return place
 
-    def _place(self, tenant: str, size_bytes: int, maximum_bytes: int) -> Place | None:
+    def _place(self, request: Request) -> Place | None:
         """Return offset and pages, or ``None`` if there is no room."""
-        if maximum_bytes >= self.page_size_bytes:
+        cache_id, tenant, size_bytes, maximum_bytes, wanted = request
+        if wanted:
+            each = self._live[cache_id]
+            grown = self._ranges.back(each.offset >> self._page_shift, wanted)
+            return None if grown is None else (each.offset, grown.refs)
+        if not shares_pages(size_bytes, maximum_bytes, self.page_size_bytes):
             pages = -(-size_bytes >> self._page_shift)
             growing = maximum_bytes > size_bytes
             range_bytes = 1 << (maximum_bytes - 1).bit_length() if growing else pages << self._page_shift
             taken = self._ranges.take(tenant, Shape(range_bytes, pages))
             return None if taken is None else (taken.index << self._page_shift, taken.refs)
-        return self._shared.allocate(tenant, size_bytes, None if maximum_bytes == size_bytes else maximum_bytes)
+        return self._shared.allocate(
+            cache_id, tenant, size_bytes, None if maximum_bytes == size_bytes else maximum_bytes
+        )
 
     def _largest_bytes(self, tenant: str | None) -> int:
         """The largest cache that ``tenant``, or any, could allocate now without an eviction."""
@@ -424,7 +549,7 @@ class GPUMemoryAllocator:
 
     def _full(self, request: Request) -> CapacityError:
         backed = self._ranges.pages_for(request.tenant) * self.page_size_bytes >= request.size_bytes
-        short_of_addresses = self._ranges.largest_range_bytes() < request.max_size_bytes
+        short_of_addresses = not request.wanted and self._ranges.largest_range_bytes() < request.max_size_bytes
         kind = AddressSpaceError if backed and short_of_addresses else CapacityError
         return no_room(kind, request, self.usage(), self._largest_bytes(request.tenant))
 

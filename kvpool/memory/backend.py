@@ -99,6 +99,18 @@ class Backend(Protocol):
         """Unmap one contiguous run of mapped pages. The addresses stay reserved."""
         ...
 
+    def show_zeros(self, address: int, size_bytes: int) -> None:
+        """Let whole pages of a reserved range read as zeros wherever, and whenever, nothing is mapped at them.
+
+        Writing there is a fault (on a GPU it is lost). Mapping and unmapping go on as before, and at no moment between
+        is a read a fault.
+        """
+        ...
+
+    def hide_zeros(self, address: int, size_bytes: int) -> None:
+        """End :meth:`show_zeros` of the same addresses."""
+        ...
+
     def export(self, handle: int) -> int:
         """Return a new file descriptor for a page, to be sent to another process. The caller closes it."""
         ...

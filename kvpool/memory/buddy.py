@@ -183,8 +183,9 @@ class BuddyAllocator:
                 asked_bytes=size_bytes,
                 largest_bytes=range_bytes,
             )
-        self._live[offset] = round_up(size_bytes, self.min_block_bytes)
-        self._merge_range(offset + self._live[offset], offset + range_bytes)
+        left_bytes = round_up(size_bytes, self.min_block_bytes)
+        self._live[offset] = left_bytes if self._live[offset] > 0 else -left_bytes
+        self._merge_range(offset + left_bytes, offset + range_bytes)
 
     def _merge_range(self, start: int, end: int) -> None:
         """Free ``[start, end)``, a part of one range, as the largest blocks that lie in it."""
@@ -227,6 +228,18 @@ class BuddyAllocator:
         self._merge_range(found[0][0], offset)
         self._merge_range(end, position)
 
+    def is_free(self, offset: int, size_bytes: int) -> bool:
+        """Whether :meth:`carve` would find all of ``[offset, offset + size_bytes)`` free."""
+        end = offset + size_bytes
+        while offset < end:
+            for block_bytes, blocks in self._free.items():
+                if offset & -block_bytes in blocks:
+                    offset = (offset & -block_bytes) + block_bytes
+                    break
+            else:
+                return False
+        return True
+
     def split(self, offset: int) -> None:
         """Make the range at ``offset`` as many ranges of the minimum block, each to be freed by itself.
 
@@ -237,6 +250,24 @@ class BuddyAllocator:
         """
         for start in range(offset, offset + self.allocation_size(offset), self.min_block_bytes):
             self._live[start] = self.min_block_bytes
+
+    def unite(self, offset: int, size_bytes: int) -> None:
+        """Make ranges that lie side by side in ``[offset, offset + size_bytes)`` one range, to be freed as one.
+
+        Raises
+        ------
+        DoubleReleaseError, UnknownCacheError
+            As :meth:`free`, if they are not exactly that.
+        """
+        end = offset + size_bytes
+        starts = [offset]
+        while starts[-1] < end:
+            starts.append(starts[-1] + self.allocation_size(starts[-1]))
+        if starts[-1] != end:
+            raise self._not_live(end)
+        for start in starts[:-1]:
+            del self._live[start]
+        self._live[offset] = -size_bytes
 
     def add(self, offset: int) -> None:
         """Manage one more free block of ``max_block_bytes``; :class:`CacheStateError` if misaligned or managed."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from kvpool.errors import DeviceLostError, ForkedHandleError, InvalidRequestError, KvpoolError, PoolUnavailableError
 from kvpool.memory.backend import Access, Backend
 from kvpool.memory.channel import MAX_DESCRIPTORS
+from kvpool.memory.page import runs
 from kvpool.memory.page_client import PageClient, PageRequest
 
 _log = logging.getLogger(__name__)
@@ -76,10 +77,13 @@ class ClientArena:
         self._arena_bytes = arena_bytes
         self._page_size_bytes = page_size_bytes
         self._pid = os.getpid()
-        # Serial by index in each view, and index by serial. Changed by the reading thread only (and by close, which
-        # ends that thread first); others look a single entry up, which needs no lock.
+        # Serial by index in each view, and index by serial. Changed under the lock, by the reading thread and by
+        # withdraw (and by close, which ends that thread first); others look a single entry up, which needs no lock.
         self._serials: dict[Access, dict[int, int]] = {Access.READ: {}, Access.READ_WRITE: {}}
         self._indexes: dict[Access, dict[int, int]] = {Access.READ: {}, Access.READ_WRITE: {}}
+        self._mapping = threading.Lock()
+        #: Ranges of indexes that read as zeros where no page is mapped: (first, count).
+        self._covered: dict[Access, set[tuple[int, int]]] = {Access.READ: set(), Access.READ_WRITE: set()}
         self._bases: dict[Access, int] = {}
         self._bases_lock = threading.Lock()
         self._requesting = threading.Lock()  # one request at a time; also held to reconnect and to close
@@ -150,6 +154,42 @@ class ClientArena:
         finally:
             self._requesting.release()
 
+    def cover(self, first: int, count: int, access: Access) -> None:
+        """Let a range of indexes read as zeros in a view, where no page is mapped, until :meth:`uncover`. Idempotent.
+
+        Writing to such zeros is a fault, also in the writable view.
+        """
+        self._check_usable()
+        base = self._base(access)
+        with self._bases_lock:
+            if (first, count) not in self._covered[access]:
+                self._backend.show_zeros(base + first * self._page_size_bytes, count * self._page_size_bytes)
+                self._covered[access].add((first, count))
+
+    def uncover(self, first: int, count: int) -> None:
+        """End :meth:`cover` in both views. Any thread, also after :meth:`close`."""
+        if self._pid != os.getpid():
+            return  # nothing of this was inherited
+        with self._bases_lock:
+            for access, covered in self._covered.items():
+                if (first, count) in covered:
+                    covered.remove((first, count))
+                    start = self._bases[access] + first * self._page_size_bytes
+                    self._backend.hide_zeros(start, count * self._page_size_bytes)
+
+    def withdraw(self, pages: Sequence[tuple[int, int]]) -> None:
+        """Unmap pages (index and serial) that the owner has taken from under a cache, ahead of being asked for them.
+
+        The owner is not told: it asks for them all the same, and takes only that answer for their end. (Told now, it
+        might have handed one out again in the meantime, and would forget that.)
+        """
+        self._check_usable()
+        with self._mapping:
+            for index, serial in pages:
+                for access, serials in self._serials.items():
+                    if serials.get(index) == serial:
+                        self._unmap(access, index)
+
     def close(self, timeout_s: float = 2.0) -> None:
         """Unmap everything and say goodbye to the owner, so that its pages are free. Idempotent.
 
@@ -168,16 +208,23 @@ class ClientArena:
                     _log.info("cannot tell the owner at %s that its pages are unmapped: %s", self._path, failure)
             self._connection.stop(timeout_s)
             for access, base in self._bases.items():
-                for start, count in _runs(sorted(self._serials[access])):
+                for start, count in runs(sorted(self._serials[access])):
                     self._backend.unmap(base + start * self._page_size_bytes, count * self._page_size_bytes)
                 self._serials[access].clear()
                 self._indexes[access].clear()
                 self._backend.unreserve(base)
-            self._bases.clear()
+            with self._bases_lock:
+                self._bases.clear()
+                for covered in self._covered.values():
+                    covered.clear()
             self._connection.say_goodbye(timeout_s)
 
     def map_pages(self, request: PageRequest, handles: list[int]) -> list[int]:
         """Map pages that the owner handed out; see :class:`kvpool.memory.page_client.PageHandler`."""
+        with self._mapping:
+            return self._map_pages(request, handles)
+
+    def _map_pages(self, request: PageRequest, handles: list[int]) -> list[int]:
         access = request.access
         base, serials, indexes = self._bases[access], self._serials[access], self._indexes[access]
         came = request.pages[: len(handles)]
@@ -195,7 +242,7 @@ class ClientArena:
                         self._unmap_serial(view, serial)  # the owner moved it: nothing of its old place is in use
                 self._backend.map(base + index * self._page_size_bytes, handle)
                 mapped[index] = serial
-            for start, count in _runs(sorted(mapped)):
+            for start, count in runs(sorted(mapped)):
                 self._backend.set_access(base + start * self._page_size_bytes, count * self._page_size_bytes, access)
         except BaseException:
             for index in mapped:
@@ -209,9 +256,10 @@ class ClientArena:
 
     def drop_pages(self, serials: list[int]) -> None:
         """Unmap pages that the owner asks back; see :class:`kvpool.memory.page_client.PageHandler`."""
-        for serial in serials:
-            for access in self._indexes:
-                self._unmap_serial(access, serial)
+        with self._mapping:
+            for serial in serials:
+                for access in self._indexes:
+                    self._unmap_serial(access, serial)
 
     def revoked(self) -> None:
         """Pass on that the leases are over; see :class:`kvpool.memory.page_client.PageHandler`."""
@@ -287,14 +335,3 @@ class ClientArena:
             raise InvalidRequestError("this arena is closed")
         if self._lost is not None:
             raise self._lost
-
-
-def _runs(indexes: list[int]) -> list[tuple[int, int]]:
-    """Return ``(first, count)`` of each run of consecutive numbers in a sorted list."""
-    runs: list[tuple[int, int]] = []
-    for index in indexes:
-        if runs and sum(runs[-1]) == index:
-            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-        else:
-            runs.append((index, 1))
-    return runs

@@ -3,7 +3,7 @@
 Only caches smaller than a page are moved. A larger one owns its pages, which need not lie anywhere in particular: what
 it wastes is the end of its last page, and no move would change that.
 
-There are three ways, tried in this order:
+There are four ways, tried in this order:
 
 *Evacuate*: the emptiest pages that hold nothing unmovable are emptied into the holes of the others, the smallest hole
 that fits for each cache, the largest cache first. At most a page is copied for a page that comes free.
@@ -14,6 +14,8 @@ It needs no free memory: a cache may move over a part of its own place.
 
 *Join*: pages that lie scattered and hold nothing unmovable are mapped side by side, which copies nothing. Then they
 slide.
+
+*Regroup*: all slide although no page comes free by it, where then pages can be emptied into the holes.
 
 What is unmovable stays where it is and the holes around it are used. A plan that frees no page is not made, so that
 compaction comes to an end.
@@ -30,6 +32,8 @@ WINDOW_PAGES = 64
 
 DENSE = 1 - 1 / 32
 """Pages filled above this share are not joined: more than 32 would be copied for each that comes free."""
+
+_LEAST_BYTES = 1 << 15
 
 _MOST_FAILURES = 32
 """Pages in a row that cannot be evacuated before no fuller one is tried."""
@@ -82,6 +86,32 @@ class Plan(NamedTuple):
         """Bytes to copy."""
         return sum(move.size_bytes for move in self.moves)
 
+    def within(self, budget_bytes: int) -> Plan:
+        """Return the front of the plan that copies ``budget_bytes`` at most, at least one move.
+
+        A small cache counts for as many bytes as could be copied in the time that its bookkeeping takes.
+        """
+        for count, move in enumerate(self.moves):
+            cost_bytes = max(move.size_bytes, _LEAST_BYTES)
+            if budget_bytes < cost_bytes and count:
+                return Plan(self.moves[:count], ())
+            budget_bytes -= cost_bytes
+        return self
+
+
+def runs(moves: Iterable[Move]) -> Iterator[list[Move]]:
+    """Yield moves of caches that lie side by side, before and after, together: they are one copy."""
+    run: list[Move] = []
+    source = destination = -1
+    for move in moves:
+        if run and (move.source != source or move.destination != destination):
+            yield run
+            run = []
+        run.append(move)
+        source, destination = move.source + move.size_bytes, move.destination + move.size_bytes
+    if run:
+        yield run
+
 
 NOTHING = Plan((), ())
 
@@ -97,16 +127,36 @@ def plan_evacuation(snapshot: Snapshot, budget_bytes: int, most_pages: int) -> P
         Pages to free at most.
     """
     page_bytes = snapshot.page_bytes
-    used = _used_bytes(snapshot)
+    mask = -page_bytes
     residents: dict[int, list[Part]] = {page: [] for page in snapshot.pages}
+    used = dict.fromkeys(snapshot.pages, 0)
     fixed: set[int] = set()
+    free: list[tuple[int, int]] = []
+    page, cursor = -1, 0  # a page, and where the part before ends in it
+
+    def close_page() -> None:
+        if page in residents and cursor < page + page_bytes:
+            free.append((cursor, page + page_bytes - cursor))
+
     for part in snapshot.parts:
-        for page in pages_under(part.offset, part.size_bytes, page_bytes):
-            if page in residents:
-                residents[page].append(part)
-                if not part.movable:
-                    fixed.add(page)
-    holes = _Holes(find_holes(snapshot))
+        offset, size_bytes, _, movable = part
+        end = offset + size_bytes
+        for here in range(offset & mask, end, page_bytes):
+            if here != page:
+                close_page()
+                page = cursor = here
+            if here not in residents:
+                continue
+            begin = max(offset, here)
+            if begin > cursor:
+                free.append((cursor, begin - cursor))
+            cursor = min(end, here + page_bytes)
+            used[here] += cursor - begin
+            residents[here].append(part)
+            if not movable:
+                fixed.add(here)
+    close_page()
+    holes = _Holes(list(_joined(free, fixed, page_bytes)), page_bytes)
     moves: list[Move] = []
     freed: list[int] = []
     moved_ids: set[int] = set()
@@ -121,10 +171,8 @@ def plan_evacuation(snapshot: Snapshot, budget_bytes: int, most_pages: int) -> P
         cost = sum(part.size_bytes for part in parts)
         if moves and moved_bytes + cost > budget_bytes:
             break
-        cut = holes.cut(page, page + page_bytes)
-        placed = _place(parts, holes)
+        placed = holes.place(page, parts)
         if placed is None:
-            holes.undo_cut(page, page + page_bytes, cut)
             failures += 1
             continue
         failures = 0
@@ -132,8 +180,7 @@ def plan_evacuation(snapshot: Snapshot, budget_bytes: int, most_pages: int) -> P
         freed.append(page)
         moved_bytes += cost
         moved_ids.update(part.cache_id for part in parts)
-        for move in placed:
-            received.update(pages_under(move.destination, move.size_bytes, page_bytes))
+        received.update(move.destination & mask for move in placed)
     return Plan(tuple(moves), tuple(freed))
 
 
@@ -143,24 +190,7 @@ def plan_slide(snapshot: Snapshot, budget_bytes: int, most_pages: int) -> Plan:
     Windows are slid as far as a page comes free by it. ``budget_bytes`` and ``most_pages`` as in
     :func:`plan_evacuation`; what one window holds may be more, and is copied.
     """
-    page_bytes = snapshot.page_bytes
-    used = _used_bytes(snapshot)
-    plans: list[Plan] = []
-    parts = iter(snapshot.parts)
-    part = next(parts, None)
-    for pages in _windows(snapshot):
-        start, end = pages[0], pages[-1] + page_bytes
-        inside = []
-        while part is not None and part.offset < end:
-            # One that reaches into the window stays: its place is the business of the window before.
-            inside.append(part if part.offset >= start else part._replace(movable=False))
-            if part.end > end:
-                break
-            part = next(parts, None)
-        if sum(page_bytes - used[page] for page in pages) >= page_bytes:
-            plan = slide(inside, pages, page_bytes)
-            if plan.freed:
-                plans.append(plan)
+    plans = [plan for plan in _slides(snapshot) if plan.freed]
     plans.sort(key=lambda plan: plan.moved_bytes / len(plan.freed))
     moves: list[Move] = []
     freed: list[int] = []
@@ -172,6 +202,38 @@ def plan_slide(snapshot: Snapshot, budget_bytes: int, most_pages: int) -> Plan:
         freed += plan.freed
         moved_bytes += plan.moved_bytes
     return Plan(tuple(moves), tuple(freed))
+
+
+def plan_regrouping(snapshot: Snapshot, most_pages: int) -> Plan:
+    """Slide everywhere, so that small holes become large ones, if then pages can be emptied into these.
+
+    This is what helps where unmovable caches lie scattered: no window comes free there by itself.
+    """
+    plans = list(_slides(snapshot))
+    places = {move.cache_id: move.destination for plan in plans for move in plan.moves}
+    parts = [part._replace(offset=places.get(part.cache_id, part.offset)) for part in snapshot.parts]
+    then = plan_evacuation(
+        snapshot._replace(parts=tuple(sorted(parts))), len(snapshot.pages) * snapshot.page_bytes, most_pages
+    )
+    if not then.freed:
+        return NOTHING
+    return Plan((*(move for plan in plans for move in plan.moves), *then.moves), then.freed)
+
+
+def _slides(snapshot: Snapshot) -> Iterator[Plan]:
+    """Yield for each window in which a page's worth is free, or something moves, how its caches slide together."""
+    parts = iter(snapshot.parts)
+    part = next(parts, None)
+    for pages in _windows(snapshot):
+        start, end = pages[0], pages[-1] + snapshot.page_bytes
+        inside = []
+        while part is not None and part.offset < end:
+            # One that reaches into the window stays: its place is the business of the window before.
+            inside.append(part if part.offset >= start else part._replace(movable=False))
+            if part.end > end:
+                break
+            part = next(parts, None)
+        yield slide(inside, pages, snapshot.page_bytes)
 
 
 def slide(parts: Sequence[Part], pages: Sequence[int], page_bytes: int) -> Plan:
@@ -225,94 +287,76 @@ def choose_join(snapshot: Snapshot, budget_bytes: int, most_pages: int) -> tuple
     return tuple(page for group in reversed(chosen[:best]) for page in group)
 
 
-def find_holes(snapshot: Snapshot) -> list[tuple[int, int]]:
-    """Return what is free as (offset, bytes), ascending. A hole may go on in the next page."""
-    holes: list[tuple[int, int]] = []
-    parts = iter(snapshot.parts)
-    part = next(parts, None)
-    for start, end in _regions(snapshot):
-        cursor = start
-        while part is not None and part.offset < end:
-            if part.offset > cursor:
-                holes.append((cursor, part.offset - cursor))
-            cursor = max(cursor, part.end)
-            if part.end > end:
-                break
-            part = next(parts, None)
-        if cursor < end:
-            holes.append((cursor, end - cursor))
-    return holes
-
-
 def pages_under(offset: int, size_bytes: int, page_bytes: int) -> range:
     """Return the offsets of the pages that a part lies in."""
     return range(offset - offset % page_bytes, offset + size_bytes, page_bytes)
 
 
+def _joined(holes: Iterable[tuple[int, int]], fixed: set[int], page_bytes: int) -> Iterator[tuple[int, int]]:
+    """Yield holes, those that go on in the next page in one piece, if neither page can be emptied."""
+    start = end = -1
+    for offset, size_bytes in holes:
+        if offset == end and offset in fixed and end - page_bytes in fixed:
+            end += size_bytes
+            continue
+        if start != end:
+            yield start, end - start
+        start, end = offset, offset + size_bytes
+    if start != end:
+        yield start, end - start
+
+
 class _Holes:
-    """Holes by size, so that the smallest that fits is found."""
+    """Holes by size, so that the smallest that fits is found. None goes on in a page that may be emptied."""
 
-    def __init__(self, holes: Iterable[tuple[int, int]]) -> None:
-        self._by_offset = sorted(holes)
-        self._by_size = sorted((size_bytes, offset) for offset, size_bytes in self._by_offset)
+    def __init__(self, holes: Sequence[tuple[int, int]], page_bytes: int) -> None:
+        self._mask = -page_bytes
+        #: Offsets by size, the lowest last.
+        self._offsets: dict[int, list[int]] = {}
+        for offset, size_bytes in reversed(holes):
+            self._offsets.setdefault(size_bytes, []).append(offset)
+        self._sizes = sorted(self._offsets)
+        self._emptied: set[int] = set()
 
-    def add(self, offset: int, size_bytes: int) -> None:
-        if size_bytes:
-            insort(self._by_offset, (offset, size_bytes))
-            insort(self._by_size, (size_bytes, offset))
+    def place(self, page: int, parts: Sequence[Part]) -> list[Move] | None:
+        """Place all parts of a page in holes of others, the largest first; or none, and the holes are as they were."""
+        self._emptied.add(page)
+        moves: list[Move] = []
+        undo: list[tuple[int, int, int]] = []  # holes taken: offset, bytes, bytes of them that are used
+        for offset, size_bytes, cache_id, _ in sorted(parts, key=lambda part: (-part[1], part[0])):
+            hole = self._take(size_bytes, undo)
+            if hole < 0:
+                for start, hole_bytes, used_bytes in reversed(undo):
+                    if 0 < used_bytes < hole_bytes:
+                        self._offsets[hole_bytes - used_bytes].pop()
+                    self._offsets[hole_bytes].append(start)
+                self._emptied.remove(page)
+                return None
+            moves.append(Move(cache_id, offset, hole, size_bytes))
+        return moves
 
-    def remove(self, offset: int, size_bytes: int) -> None:
-        if size_bytes:
-            del self._by_offset[bisect_left(self._by_offset, (offset, size_bytes))]
-            del self._by_size[bisect_left(self._by_size, (size_bytes, offset))]
-
-    def take(self, size_bytes: int) -> tuple[int, int] | None:
-        """Take the front of the smallest hole that fits; returns the hole as it was."""
-        position = bisect_left(self._by_size, (size_bytes, -1))
-        if position == len(self._by_size):
-            return None
-        hole_bytes, offset = self._by_size[position]
-        self.remove(offset, hole_bytes)
-        self.add(offset + size_bytes, hole_bytes - size_bytes)
-        return offset, hole_bytes
-
-    def cut(self, start: int, end: int) -> list[tuple[int, int]]:
-        """Take ``[start, end)`` out of all holes; returns those that were cut, as they were."""
-        first = bisect_left(self._by_offset, (start, 0))
-        if first and sum(self._by_offset[first - 1]) > start:
-            first -= 1
-        cut = []
-        for offset, size_bytes in self._by_offset[first:]:
-            if offset >= end:
-                break
-            cut.append((offset, size_bytes))
-        for offset, size_bytes in cut:
-            self.remove(offset, size_bytes)
-            self.add(offset, max(0, start - offset))
-            self.add(end, max(0, offset + size_bytes - end))
-        return cut
-
-    def undo_cut(self, start: int, end: int, cut: Sequence[tuple[int, int]]) -> None:
-        for offset, size_bytes in cut:
-            self.remove(offset, max(0, start - offset))
-            self.remove(end, max(0, offset + size_bytes - end))
-            self.add(offset, size_bytes)
-
-
-def _place(parts: Sequence[Part], holes: _Holes) -> list[Move] | None:
-    """Place all parts in holes, the largest first; or none, and the holes are as they were."""
-    moves: list[Move] = []
-    taken: list[tuple[int, int, int]] = []
-    for part in sorted(parts, key=lambda part: (-part.size_bytes, part.offset)):
-        hole = holes.take(part.size_bytes)
-        if hole is None:
-            for size_bytes, offset, hole_bytes in reversed(taken):
-                holes.remove(offset + size_bytes, hole_bytes - size_bytes)
-                holes.add(offset, hole_bytes)
-            return None
-        taken.append((part.size_bytes, *hole))
-        moves.append(Move(part.cache_id, part.offset, hole[0], part.size_bytes))
-    return moves
+    def _take(self, size_bytes: int, undo: list[tuple[int, int, int]]) -> int:
+        """Take the front of the smallest hole that fits, and return it; -1: there is none."""
+        sizes, mask, emptied = self._sizes, self._mask, self._emptied
+        position = bisect_left(sizes, size_bytes)
+        while position < len(sizes):
+            hole_bytes = sizes[position]
+            offsets = self._offsets[hole_bytes]
+            while offsets:
+                offset = offsets.pop()
+                if offset & mask in emptied:  # nothing goes there any more
+                    undo.append((offset, hole_bytes, 0))
+                    continue
+                undo.append((offset, hole_bytes, size_bytes))
+                rest_bytes = hole_bytes - size_bytes
+                if rest_bytes:
+                    if rest_bytes not in self._offsets:
+                        self._offsets[rest_bytes] = []
+                        insort(sizes, rest_bytes)
+                    self._offsets[rest_bytes].append(offset + size_bytes)
+                return offset
+            position += 1
+        return -1
 
 
 def _used_bytes(snapshot: Snapshot) -> dict[int, int]:

@@ -21,6 +21,7 @@ from kvpool.errors import BackendError, DoubleReleaseError, ForkedHandleError, I
 from kvpool.memory import limits, mman
 from kvpool.memory.backend import Access, MemoryInfo
 from kvpool.memory.fork import fork_guard, watch_forks
+from kvpool.memory.page import runs
 from kvpool.sizes import format_size
 
 # Against a client's ftruncate, which would kill the owner with SIGBUS at its next access.
@@ -53,6 +54,19 @@ class _Reservation:
     size_bytes: int
     page_size_bytes: int
     mappings: dict[int, _Mapping] = field(default_factory=dict)
+    zeros: list[tuple[int, int]] = field(default_factory=list)
+    """Parts that read as zeros where nothing is mapped: (start, end), ascending."""
+
+    def unmapped_access(self, address: int) -> Access:
+        """Return what may be done at a page where nothing is mapped."""
+        position = bisect.bisect_right(self.zeros, address, key=lambda part: part[0]) - 1
+        return Access.READ if position >= 0 and address < self.zeros[position][1] else Access.NONE
+
+    def set_unmapped(self, start: int, end: int, access: Access) -> None:
+        """Set what may be done at the pages of a part where nothing is mapped."""
+        unmapped = [page for page in range(start, end, self.page_size_bytes) if page not in self.mappings]
+        for first, count in runs(page // self.page_size_bytes for page in unmapped):
+            mman.protect(first * self.page_size_bytes, count * self.page_size_bytes, access)
 
 
 class HostBackend:
@@ -167,7 +181,7 @@ class HostBackend:
                 )
             if address in reservation.mappings:
                 raise InvalidRequestError(f"a page is mapped at {address:#x} already: unmap it first", address=address)
-            mman.map_shared(address, page.size_bytes, page.descriptor)
+            mman.map_shared(address, page.size_bytes, page.descriptor, reservation.unmapped_access(address))
             page.mappings += 1
             reservation.mappings[address] = _Mapping(page)
 
@@ -188,11 +202,35 @@ class HostBackend:
         self._check_process()
         with fork_guard:
             reservation, addresses = self._run(address, size_bytes)
-            mman.reserve_addresses(size_bytes, address)
+            if reservation.zeros:
+                for each in addresses:
+                    mman.reserve_addresses(reservation.page_size_bytes, each, reservation.unmapped_access(each))
+            else:
+                mman.reserve_addresses(size_bytes, address)
             for each in addresses:
                 page = reservation.mappings.pop(each).page
                 page.mappings -= 1
                 self._forget(page)
+
+    def show_zeros(self, address: int, size_bytes: int) -> None:
+        self._check_process()
+        with fork_guard:
+            reservation = self._reservation(address, size_bytes)
+            self._check_size(size_bytes, reservation.page_size_bytes)
+            end = address + size_bytes
+            if any(start < end and address < stop for start, stop in reservation.zeros):
+                raise InvalidRequestError(f"a part of {address:#x} + {size_bytes} bytes shows zeros already")
+            reservation.set_unmapped(address, end, Access.READ)
+            bisect.insort(reservation.zeros, (address, end))
+
+    def hide_zeros(self, address: int, size_bytes: int) -> None:
+        self._check_process()
+        with fork_guard:
+            reservation, part = self._reservation(address, size_bytes), (address, address + size_bytes)
+            if part not in reservation.zeros:
+                raise InvalidRequestError(f"{address:#x} + {size_bytes} bytes were not told to show zeros")
+            reservation.zeros.remove(part)
+            reservation.set_unmapped(*part, Access.NONE)
 
     def export(self, handle: int) -> int:
         self._check_process()

@@ -37,26 +37,27 @@ for _function in (_mprotect, _madvise):
     _function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
-def reserve_addresses(size_bytes: int, address: int | None = None) -> int:
-    """Map addresses without memory and without access, not inherited by forks; over ``address`` when given.
+def reserve_addresses(size_bytes: int, address: int | None = None, access: Access = Access.NONE) -> int:
+    """Map addresses without memory, not inherited by forks; over ``address`` when given.
 
-    Over existing mappings this is one step: no other thread's ``mmap`` can take the addresses in between.
+    They can be read if ``access`` says so, and are zero then: the kernel has one page of zeros for all. Over existing
+    mappings this is one step: no other thread's ``mmap`` can take the addresses in between.
     """
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | (0 if address is None else _MAP_FIXED)
-    found = _mmap(address, size_bytes, _PROT_NONE, flags, -1, 0)
+    found = _mmap(address, size_bytes, _PROTECTION[access], flags, -1, 0)
     if found == _MAP_FAILED:
         refused(f"reserving {format_size(size_bytes)} of addresses", ctypes.get_errno())
     _check(_madvise(found, size_bytes, _MADV_DONTFORK), "madvise")
     return int(found)
 
 
-def map_shared(address: int, size_bytes: int, descriptor: int) -> None:
-    """Map a whole file over reserved addresses, without access, not inherited by forks."""
-    if _mmap(address, size_bytes, _PROT_NONE, mmap.MAP_SHARED | _MAP_FIXED, descriptor, 0) == _MAP_FAILED:
+def map_shared(address: int, size_bytes: int, descriptor: int, access: Access = Access.NONE) -> None:
+    """Map a whole file over reserved addresses, not inherited by forks."""
+    if _mmap(address, size_bytes, _PROTECTION[access], mmap.MAP_SHARED | _MAP_FIXED, descriptor, 0) == _MAP_FAILED:
         refused("mmap", ctypes.get_errno())
     if _madvise(address, size_bytes, _MADV_DONTFORK):
         code = ctypes.get_errno()
-        reserve_addresses(size_bytes, address)
+        reserve_addresses(size_bytes, address, access)
         refused("madvise", code)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 #: The index of a page that is mapped nowhere.
 UNMAPPED = -1
@@ -29,7 +29,7 @@ class Page:
 
 
 class PageRange:
-    """Pages of one tenant, mapped one after another from ``index`` on."""
+    """Pages of one tenant in the range of addresses from ``index`` on: side by side, or with gaps where it can grow."""
 
     __slots__ = ("index", "pages", "refs", "tenant")
 
@@ -44,3 +44,14 @@ class PageRange:
     def held(self) -> bool:
         """Whether a client may map any of the pages."""
         return any(page.holders for page in self.pages)
+
+
+def runs(indexes: Iterable[int]) -> list[tuple[int, int]]:
+    """Return ``(first, count)`` of each run of consecutive numbers in an ascending sequence."""
+    found: list[tuple[int, int]] = []
+    for index in indexes:
+        if found and sum(found[-1]) == index:
+            found[-1] = (found[-1][0], found[-1][1] + 1)
+        else:
+            found.append((index, 1))
+    return found

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Sequence
 
 from kvpool.errors import BackendError, ConfigError, InvalidSizeError, StaleCacheError, UnknownCacheError, ensure
 from kvpool.memory.backend import Access, Backend
-from kvpool.memory.page import UNMAPPED, Page, PageRange
+from kvpool.memory.page import UNMAPPED, Page, PageRange, runs
 
 
 class PageTable:
@@ -320,13 +320,7 @@ class PageTable:
 
     def _unmap(self, pages: Iterable[Page]) -> None:
         """Unmap those that are mapped, one call for each contiguous run."""
-        runs: list[list[int]] = []
-        for index in sorted(page.index for page in pages if page.index != UNMAPPED):
-            if runs and index == sum(runs[-1]):
-                runs[-1][1] += 1
-            else:
-                runs.append([index, 1])
-        for first, count in runs:
+        for first, count in runs(sorted(page.index for page in pages if page.index != UNMAPPED)):
             self._backend.unmap(self._address(first), count * self.page_size_bytes)
             for index in range(first, first + count):
                 self._mapped.pop(index).index = UNMAPPED

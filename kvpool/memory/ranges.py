@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from kvpool.errors import AddressSpaceError, BackendError, ensure
 from kvpool.memory.buddy import BuddyAllocator
-from kvpool.memory.page import Page, PageRange
+from kvpool.memory.idle import IdleMarks
+from kvpool.memory.page import UNMAPPED, Page, PageRange, runs
 from kvpool.memory.pages import PageTable
 from kvpool.memory.reserve import Shape, WarmReserve
 
@@ -28,6 +30,7 @@ class RangeAllocator:
         self._page_bytes = table.page_size_bytes
         self._addresses = BuddyAllocator(table.arena_pages * self._page_bytes, self._page_bytes)
         self._reserve = WarmReserve()
+        self._idle = IdleMarks()
         #: Ranges in which something lives, by first index.
         self.in_use: dict[int, tuple[Shape, PageRange]] = {}
 
@@ -60,14 +63,56 @@ class RangeAllocator:
     def put(self, index: int) -> None:
         """Take the range at ``index`` back: nothing lives in it any more. It stays warm, see :meth:`bound`.
 
-        Pages in quarantine go back to the system instead, when their clients have dropped them.
+        Pages in quarantine go back to the system instead, when their clients have dropped them. So do those of a range
+        that is not backed from its front on: no request is for its shape.
         """
         shape, unused = self.in_use.pop(index)
-        if any(page.quarantine for page in unused.pages):
+        pages = unused.pages
+        scattered = not pages or pages[0].index != index or pages[-1].index != index + len(pages) - 1
+        if scattered or any(page.quarantine for page in pages):
             self._give_back(unused)
             return
         self.table.rest(unused.pages)
         self._reserve.put(shape, unused)
+
+    def back(self, index: int, wanted: Sequence[int]) -> PageRange | None:
+        """Put pages under more of a range in use, at the indexes ``wanted`` (ascending), found as by :meth:`take`.
+
+        Returns the range, or ``None`` if there is no room for all of them.
+
+        Raises
+        ------
+        BackendError
+            If the system refuses. The range is what it was; see :meth:`take`.
+        """
+        shape, each = self.in_use[index]
+        pages = self._collect(each.tenant, len(wanted))
+        if pages is None:
+            return None
+        placed = 0
+        for first, count in runs(wanted):
+            try:
+                self.table.map(each.tenant, first, pages[placed : placed + count])
+            except BackendError:
+                self.table.release(pages[:placed] + pages[placed + count :])
+                raise
+            placed += count
+        return self._change(shape, index, each.tenant, [*each.pages, *pages])
+
+    def unback(self, index: int, unwanted: set[int]) -> PageRange:
+        """Give the pages at some indexes of a range in use back to the system, and return the range.
+
+        (Not to the reserve: whoever shrinks has memory to spare, and others are to have it at once.)
+        """
+        shape, each = self.in_use[index]
+        self.table.release([page for page in each.pages if page.index in unwanted])
+        return self._change(shape, index, each.tenant, [page for page in each.pages if page.index != UNMAPPED])
+
+    def _change(self, shape: Shape, index: int, tenant: str, pages: list[Page]) -> PageRange:
+        pages.sort(key=lambda page: page.index)
+        changed = PageRange(tenant, index, pages)
+        self.in_use[index] = Shape(shape.range_bytes, len(pages)), changed
+        return changed
 
     def join(self, indexes: Sequence[int]) -> int | None:
         """Map ranges of one page each, in use by one tenant, side by side; they stay ranges of their own.
@@ -98,6 +143,20 @@ class RangeAllocator:
             self.in_use[page.index] = (shape, PageRange(page.tenant, page.index, (page,)))
         return first
 
+    def split(self, index: int) -> None:
+        """Make a range in use as many ranges of one page."""
+        shape, whole = self.in_use.pop(index)
+        ensure(shape.range_bytes == shape.pages * self._page_bytes, "only what does not grow is split", index=index)
+        self._addresses.split(index * self._page_bytes)
+        for page in whole.pages:
+            self.in_use[page.index] = (Shape(self._page_bytes, 1), PageRange(page.tenant, page.index, (page,)))
+
+    def unite(self, index: int, count: int) -> None:
+        """Make ranges of one page in use, that lie side by side from ``index`` on, one range."""
+        pages = [self.in_use.pop(each)[1].pages[0] for each in range(index, index + count)]
+        self._addresses.unite(index * self._page_bytes, count * self._page_bytes)
+        self.in_use[index] = (Shape(count * self._page_bytes, count), PageRange(pages[0].tenant, index, pages))
+
     def bound(self) -> None:
         """Give the oldest warm ranges back to the system, as far as they are above the reserve's bound."""
         while self._reserve.pages > self.reserve_pages:
@@ -109,6 +168,18 @@ class RangeAllocator:
         while self._trim_oldest(tenant):
             pass
         return self.table.free_pages - free_pages
+
+    def trim_idle(self, now: float, idle_s: float, most_pages: int) -> int:
+        """Give warm ranges back that were put away ``idle_s`` ago, until ``most_pages`` are gone; returns how many.
+
+        Counted from the last call that was as long ago, so it is to be called several times in ``idle_s``.
+        """
+        idle = self._idle.pass_time(self._reserve.newest, now, idle_s)
+        pages = 0
+        while pages < most_pages and (entry := self._reserve.take_oldest(None, idle)) is not None:
+            self._give_back(entry[1])
+            pages += entry[0].pages
+        return pages
 
     def warm_pages(self, tenant: str) -> list[Page]:
         """Return the pages that are kept warm for ``tenant``."""
@@ -147,9 +218,18 @@ class RangeAllocator:
             ensure(range_bytes == shape.range_bytes, "a range has its addresses", index=each.index)
             ensure(len(each.pages) == shape.pages, "a range has its pages", index=each.index)
             refs = tuple((page.index, page.serial) for page in each.pages)
-            places = tuple(range(each.index, each.index + shape.pages))
-            ensure(refs == each.refs and tuple(index for index, _ in refs) == places, "pages lie side by side")
+            ensure(refs == each.refs, "a range knows its pages", index=each.index)
+            last = each.index + shape.range_bytes // self._page_bytes - 1
+            places = [each.index - 1, *(page.index for page in each.pages), last + 1]
+            ensure(all(a < b for a, b in pairwise(places)), "pages lie in their range, in order", index=each.index)
             ensure(all(page.tenant == each.tenant for page in each.pages), "a range is of one tenant", index=each.index)
+        ensure(
+            all(
+                kept.refs[0][0] == kept.index and kept.refs[-1][0] == kept.index + shape.pages - 1
+                for shape, kept in warm
+            ),
+            "warm ranges are backed from their front on, without a gap",
+        )
         ensure(
             not any(page.warm for _, each in self.in_use.values() for page in each.pages), "pages in use are not warm"
         )
@@ -165,18 +245,25 @@ class RangeAllocator:
         if start is None:
             return None
         try:
-            own = min(self._reserve.pages_of(tenant), shape.pages)
-            for kept in self._reserve.take_foreign(tenant, shape.pages - own - self.table.free_pages):
-                self._give_back(kept)
-            if own + self.table.free_pages >= shape.pages:
-                # Moving a page costs a twentieth of creating one, so the tenant's warm pages come first.
-                fresh = self.table.create(tenant, shape.pages - own)
-                return self.table.map(tenant, start // self._page_bytes, self._strip(tenant, own) + fresh)
+            pages = self._collect(tenant, shape.pages)
+            if pages is not None:
+                return self.table.map(tenant, start // self._page_bytes, pages)
         except BackendError:
             self._addresses.free(start)
             raise
         self._addresses.free(start)
         return None
+
+    def _collect(self, tenant: str, count: int) -> list[Page] | None:
+        """Return pages to be mapped: the tenant's warm ones, fresh ones, and others' that were kept warm."""
+        own = min(self._reserve.pages_of(tenant), count)
+        for kept in self._reserve.take_foreign(tenant, count - own - self.table.free_pages):
+            self._give_back(kept)
+        if own + self.table.free_pages < count:
+            return None
+        # Moving a page costs a twentieth of creating one, so the tenant's warm pages come first.
+        fresh = self.table.create(tenant, count - own)
+        return self._strip(tenant, own) + fresh
 
     def _take_addresses(self, range_bytes: int) -> int | None:
         while True:

@@ -6,7 +6,8 @@ have mapped stays right.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import math
+from collections import Counter, OrderedDict
 from typing import NamedTuple
 
 from kvpool.errors import ensure
@@ -37,16 +38,17 @@ class WarmReserve:
 
     def __init__(self) -> None:
         self.pages = 0
+        self.newest = 0
+        """Number of the range that was put here last; each has a higher one than those before."""
         self._shelves: dict[str, _Shelf] = {}
-        self._age = 0
 
     def put(self, shape: Shape, warm: PageRange) -> None:
         """Keep ``warm`` as its tenant's newest."""
         shelf = self._shelves.get(warm.tenant)
         if shelf is None:
             shelf = self._shelves[warm.tenant] = _Shelf()
-        self._age += 1
-        shelf.by_age[warm.index] = (self._age, shape, warm)
+        self.newest += 1
+        shelf.by_age[warm.index] = (self.newest, shape, warm)
         try:
             shelf.by_shape[shape][warm.index] = warm
         except KeyError:
@@ -66,24 +68,32 @@ class WarmReserve:
         self.pages -= shape.pages
         return warm
 
-    def take_oldest(self, tenant: str | None = None) -> tuple[Shape, PageRange] | None:
-        """Remove and return the oldest range, of ``tenant`` or of all."""
+    def take_oldest(self, tenant: str | None = None, most: float = math.inf) -> tuple[Shape, PageRange] | None:
+        """Remove and return the oldest range, of ``tenant`` or of all, if its number is ``most`` or lower."""
         shelves = self._shelves.values() if tenant is None else filter(None, [self._shelves.get(tenant)])
         oldest = min((next(iter(shelf.by_age.values())) for shelf in shelves if shelf.by_age), default=None)
-        return None if oldest is None else self._remove(oldest)
+        return None if oldest is None or oldest[0] > most else self._remove(oldest)
 
     def take_foreign(self, tenant: str, pages: int) -> list[PageRange]:
-        """Remove and return others' ranges with ``pages`` pages or a few more, first those that no client maps."""
+        """Remove and return others' ranges with ``pages`` pages or a few more, first those that no client maps.
+
+        If these are too few, also ranges that clients have to drop first: as many pages as are missing of each circle
+        of clients. Some may never answer (a stopped process), and must not stand before those that would.
+        """
         if pages <= 0:
             return []
         others = [entry for other, shelf in self._shelves.items() if other != tenant for entry in shelf.by_age.values()]
         others.sort(key=lambda entry: (entry[2].held, entry[0]))
+        nobody: frozenset[str] = frozenset()
+        missing = {nobody: pages}
         taken: list[PageRange] = []
         for entry in others:
-            if pages <= 0:
-                break
-            pages -= entry[1].pages
-            taken.append(self._remove(entry)[1])
+            circles = Counter(frozenset(page.holders) for page in entry[2].pages)
+            for circle in circles:
+                missing.setdefault(circle, missing[nobody])
+            if any(missing[circle] > 0 for circle in circles):
+                missing = {circle: count - circles[circle] for circle, count in missing.items()}
+                taken.append(self._remove(entry)[1])
         return taken
 
     def pages_of(self, tenant: str) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from kvpool.memory.allocation import Allocation
 from kvpool.memory.backend import Backend
+from kvpool.memory.page import runs
 from kvpool.memory.ranges import RangeAllocator
 
 _CALL_BYTES = 8192
@@ -85,31 +86,39 @@ class Scrubber:
         }
         if not ranges:
             return left_bytes
-        caches: dict[int, list[tuple[int, int]]] = {index: [] for index in ranges}  # offset, bytes
+        caches: dict[int, list[tuple[int, int]]] = {index: [] for index in ranges}  # (start, end)
         for cache in self._live.values():
-            # A cache with pages of its own begins its range; a smaller one lies in one page, or across a border.
+            # A cache with pages of its own begins its range; another one lies in one page, or across borders.
             there = caches.get(cache.offset // self._page_bytes)
             if there is not None:
-                there.append((cache.offset, cache.size_bytes))
-            if len(cache.pages) == 2 and cache.max_size_bytes < self._page_bytes:
-                border = cache.pages[1][0] * self._page_bytes
-                if (there := caches.get(cache.pages[1][0])) is not None:
-                    there.append((border, max(0, cache.offset + cache.size_bytes - border)))
+                there += _parts(cache)
+            if len(cache.pages) > 1 and cache.shared:
+                for index, _ in cache.pages[1:]:
+                    if (there := caches.get(index)) is not None:
+                        there += _parts(cache)
         for index, each in ranges.items():
             if left_bytes < self._page_bytes:
                 return None
-            left_bytes -= self._zero_between(sorted(caches[index]), index, len(each.pages))
+            parts = sorted(caches[index])
+            for first, count in runs(page.index for page in each.pages):
+                left_bytes -= self._zero_between(parts, first, count)
             for page in each.pages:
                 page.scrubbed = number
         return left_bytes
 
-    def _zero_between(self, caches: list[tuple[int, int]], index: int, pages: int) -> int:
-        """Zero what is no cache's in a range; returns the bytes that counts as."""
+    def _zero_between(self, parts: list[tuple[int, int]], index: int, pages: int) -> int:
+        """Zero what is no cache's in pages side by side; returns the bytes that counts as."""
         zeroed_bytes = 0
-        clean, end = index * self._page_bytes, (index + pages) * self._page_bytes
-        for offset, live_bytes in [*caches, (end, 0)]:
-            if offset > clean:
-                self.zero(clean, offset - clean)
-                zeroed_bytes += max(offset - clean, _CALL_BYTES)
-            clean = offset + live_bytes  # beyond the end, where a cache goes on in the next page: nothing is left then
+        clean, border = index * self._page_bytes, (index + pages) * self._page_bytes
+        for start, end in [*parts, (border, border)]:
+            unused_bytes = min(start, border) - clean
+            if unused_bytes > 0:
+                self.zero(clean, unused_bytes)
+                zeroed_bytes += max(unused_bytes, _CALL_BYTES)
+            clean = max(clean, end)  # perhaps beyond the border, where a cache goes on in the next page
         return zeroed_bytes
+
+
+def _parts(cache: Allocation) -> list[tuple[int, int]]:
+    """Return where a cache's bytes are, as (start, end) in the arena."""
+    return [(cache.offset + start, cache.offset + end) for start, end in cache.extents]

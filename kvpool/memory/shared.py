@@ -1,7 +1,8 @@
-"""Caches smaller than a page: several of one tenant share its pages.
+"""Caches that do not fill pages: several of one tenant share its pages.
 
-A part comes to lie in one page, aligned as the buddy allocator does it. Compaction puts it anywhere, also across the
-border of two pages that lie side by side: else caches a little larger than half a page would fill half of each page.
+A part smaller than a page comes to lie in one, aligned as the buddy allocator does it; a larger one begins at a page.
+Compaction puts it anywhere, also across the borders of pages that lie side by side: else caches a little larger than
+half a page would fill half of each page.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from kvpool.memory.allocation import Place
 from kvpool.memory.buddy import BuddyAllocator
 from kvpool.memory.ranges import RangeAllocator
 from kvpool.memory.reserve import Shape
+from kvpool.memory.residents import Residents
+from kvpool.sizes import round_up
 
 
 class SharedPages:
@@ -38,35 +41,61 @@ class SharedPages:
         self._one_page = Shape(self._page_bytes, 1)
         #: By tenant. The default's is made now, so that an impossible size shows now.
         self._parts = {"default": BuddyAllocator(0, min_block_bytes, self._page_bytes)}
-        #: By offset: the two pieces of a part that lies across a border of pages.
+        #: By tenant: which caches have these parts.
+        self._residents = {"default": Residents(self._page_bytes)}
+        #: By offset: the pieces of a part that lies across borders of pages.
         self._pieces: dict[int, tuple[int, ...]] = {}
         #: By offset of a page in quarantine: its tenant, and the parts of it that are free and yet for nobody.
         self._withheld: dict[int, tuple[str, list[int]]] = {}
         #: Bytes of these parts.
         self.withheld_bytes = 0
 
-    def allocate(self, tenant: str, size_bytes: int, max_size_bytes: int | None) -> Place | None:
+    def allocate(self, cache_id: int, tenant: str, size_bytes: int, max_size_bytes: int | None) -> Place | None:
         """Return offset and page of a part, or ``None`` if it needs a page and there is none."""
         parts = self._parts.get(tenant)
         if parts is None:
             parts = self._parts[tenant] = BuddyAllocator(0, self._min_block_bytes, self._page_bytes)
-        if parts.total_bytes:
-            try:
-                offset = parts.allocate(size_bytes, max_size_bytes)
-            except AddressSpaceError:
-                pass  # no hole is large enough: one page more
-            else:
-                return offset, self._ranges.in_use[offset // self._page_bytes][1].refs
-        page = self._ranges.take(tenant, self._one_page)
-        if page is None:
+            self._residents[tenant] = Residents(self._page_bytes)
+        if size_bytes > self._page_bytes:
+            return self._allocate_pages(cache_id, tenant, size_bytes)
+        try:
+            offset = parts.allocate(size_bytes, max_size_bytes)
+        except AddressSpaceError:  # no hole is large enough: one page more
+            page = self._ranges.take(tenant, self._one_page)
+            if page is None:
+                return None
+            parts.add(page.index * self._page_bytes)
+            offset = parts.allocate(size_bytes, max_size_bytes)
+        self._residents[tenant].enter(offset, (cache_id, parts.allocation_size(offset)))
+        return offset, self._ranges.in_use[offset // self._page_bytes][1].refs
+
+    def _allocate_pages(self, cache_id: int, tenant: str, size_bytes: int) -> Place | None:
+        """Return offset and pages of a part that begins a page, and leaves the end of its last one to others."""
+        pages = -(-size_bytes // self._page_bytes)
+        taken = self._ranges.take(tenant, Shape(pages * self._page_bytes, pages))
+        if taken is None:
             return None
-        parts.add(page.index * self._page_bytes)
-        return parts.allocate(size_bytes, max_size_bytes), page.refs
+        self._ranges.split(taken.index)
+        parts, offset = self._parts[tenant], taken.index * self._page_bytes
+        for page in range(pages):
+            parts.add(offset + page * self._page_bytes)
+        part_bytes = round_up(size_bytes, self._min_block_bytes)
+        self._carve(parts, offset, part_bytes)
+        self._residents[tenant].enter(offset, (cache_id, part_bytes))
+        return offset, taken.refs
 
     def free(self, tenant: str, offset: int) -> None:
         """Take the part at ``offset`` back, and give its page to the arena when nothing else lives in it."""
-        for piece in self._pieces.pop(offset, (offset,)):
+        self._residents[tenant].leave(offset)
+        pieces = self._pieces.pop(offset, None)
+        if pieces is None:
+            self._free_piece(tenant, offset)
+            if self._parts[tenant].is_free_block(offset & -self._page_bytes):
+                self.put_empty(tenant, (offset & -self._page_bytes,))
+            return
+        for piece in pieces:
             self._free_piece(tenant, piece)
+        self.put_empty(tenant, [piece & -self._page_bytes for piece in pieces])
 
     def _free_piece(self, tenant: str, offset: int) -> None:
         parts = self._parts[tenant]
@@ -76,20 +105,28 @@ class SharedPages:
             self.withhold(tenant, page)
             if sum(map(parts.allocation_size, self._withheld[page][1])) == self._page_bytes:
                 self.readmit(page)
-        elif parts.is_free_block(page):
-            parts.take(page)
-            self._ranges.put(page // self._page_bytes)
 
-    def move(self, tenant: str, source: int, destination: int) -> None:
-        """Enter that a part lies elsewhere, perhaps over a part of where it lay.
+    def move(self, tenant: str, moves: Iterable[tuple[int, int]]) -> None:
+        """Enter that parts lie elsewhere (source, destination), in this order, perhaps over where they lay.
 
         Pages that are empty by that stay until :meth:`put_empty`: what moves next may go there.
         """
-        parts = self._parts[tenant]
-        size_bytes = self.part_bytes(tenant, source)
-        for piece in self._pieces.pop(source, (source,)):
-            parts.free(piece)
-        self._carve(parts, destination, size_bytes)
+        parts, residents, pieces = self._parts[tenant], self._residents[tenant], self._pieces
+        for source, destination in moves:
+            resident = residents.leave(source)
+            for piece in pieces.pop(source, (source,)):
+                parts.free(piece)
+            self._carve(parts, destination, resident[1])
+            residents.enter(destination, resident)
+
+    def is_free(self, tenant: str, offset: int, size_bytes: int) -> bool:
+        """Whether nothing lies in a part of this tenant's pages."""
+        return self._parts[tenant].is_free(offset, size_bytes)
+
+    def is_withheld(self, offset: int, size_bytes: int) -> bool:
+        """Whether one of the pages under a part is in quarantine."""
+        mask = -self._page_bytes
+        return any(page in self._withheld for page in range(offset & mask, offset + size_bytes, self._page_bytes))
 
     def join(self, tenant: str, pages: Sequence[int], offsets: Iterable[int]) -> int | None:
         """Map pages (offsets) side by side, with the parts at ``offsets``, all that begin in them.
@@ -109,12 +146,8 @@ class SharedPages:
         moved = {page: (first + number) * self._page_bytes for number, page in enumerate(pages)}
         for page in moved.values():
             parts.add(page)
-        for offset in offsets:
-            size_bytes = self.part_bytes(tenant, offset)
-            for piece in self._pieces.pop(offset, (offset,)):
-                parts.free(piece)
-            page = offset & -self._page_bytes
-            self._carve(parts, moved[page] + offset - page, size_bytes)
+        mask = -self._page_bytes
+        self.move(tenant, [(offset, moved[offset & mask] + (offset & ~mask)) for offset in offsets])
         for page in moved:
             parts.take(page)
         return first * self._page_bytes
@@ -123,19 +156,25 @@ class SharedPages:
         """Give those of these pages (offsets) back to the arena in which nothing lives; returns how many."""
         parts = self._parts[tenant]
         empty = [page for page in pages if parts.is_free_block(page)]
-        for page in empty:
+        start = 0
+        for number, page in enumerate(empty, 1):
             parts.take(page)
-            self._ranges.put(page // self._page_bytes)
+            if number == len(empty) or empty[number] != page + self._page_bytes:  # those side by side stay together
+                index, count = empty[start] // self._page_bytes, number - start
+                if count > 1:
+                    self._ranges.unite(index, count)
+                self._ranges.put(index)
+                start = number
         return len(empty)
 
     def _carve(self, parts: BuddyAllocator, offset: int, size_bytes: int) -> None:
-        border = (offset | (self._page_bytes - 1)) + 1
-        if offset + size_bytes <= border:
-            parts.carve(offset, size_bytes)
-            return
-        parts.carve(offset, border - offset)
-        parts.carve(border, offset + size_bytes - border)
-        self._pieces[offset] = (offset, border)
+        end = offset + size_bytes
+        borders = range((offset | (self._page_bytes - 1)) + 1, end, self._page_bytes)
+        pieces = (offset, *borders)
+        for start, stop in zip(pieces, (*borders, end), strict=True):
+            parts.carve(start, stop - start)
+        if borders:
+            self._pieces[offset] = pieces
 
     def refs(self, offset: int, size_bytes: int) -> tuple[tuple[int, int], ...]:
         """Return (index, serial) of each page under a part."""
@@ -175,7 +214,11 @@ class SharedPages:
 
     def part_bytes(self, tenant: str, offset: int) -> int:
         """Bytes of the part at ``offset``, rounded as it was when allocated."""
-        return sum(map(self._parts[tenant].allocation_size, self._pieces.get(offset, (offset,))))
+        return self._residents[tenant].at(offset)[1]
+
+    def residents(self, tenant: str) -> Residents:
+        """What lies in this tenant's pages."""
+        return self._residents[tenant]
 
     def largest_hole_bytes(self, tenant: str | None) -> int:
         """The largest part that ``tenant``, or any, could still get from a page that is in use."""
@@ -198,4 +241,5 @@ class SharedPages:
             all_withheld_bytes += withheld_bytes
             known_bytes = used_bytes.get(tenant, 0) + withheld_bytes
             ensure(parts.used_bytes == known_bytes, "no part of a page is lost", tenant=tenant)
+            self._residents[tenant].check(known_bytes - withheld_bytes)
         ensure(self.withheld_bytes == all_withheld_bytes, "withheld bytes are counted", counted=self.withheld_bytes)

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Hashable, Sequence
 from functools import partial
 from heapq import heappop, heappush
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvpool.errors import (
     AddressSpaceError,
@@ -30,6 +30,9 @@ from kvpool.pool.quota import Owner
 from kvpool.pool.requests import CacheRequest, Orders
 from kvpool.pool.room import Room
 from kvpool.sizes import format_size
+
+if TYPE_CHECKING:
+    from kvpool.pool.backing import BackingChanges
 
 _DEPARTURES = 32
 """From so many ends of waiting it is reckoned when a place in the queue will be free."""
@@ -57,6 +60,8 @@ class Allocations:
         self._queue_limit = queue_limit
         self._departures: deque[float] = deque(maxlen=_DEPARTURES)
         self._retry_before: Rank | None = None
+        self.changes: BackingChanges
+        """Decides on requests to change a cache; set by itself."""
 
     # -- whole caches ---------------------------------------------------------------------------------------------
 
@@ -117,13 +122,12 @@ class Allocations:
         return request.client.host, self._ledger.index.account_of(request.model.space)
 
     def _footprint(self, request: CacheRequest) -> int:
-        devices = (self._ledger.devices[number] for number in request.client.devices)
+        devices = (self._ledger.devices[number] for number in request.devices)
         return max(d.footprint_bytes(request.size_bytes, request.max_size_bytes) for d in devices)
 
     def _check(self, request: CacheRequest) -> None:
         size_bytes, max_size_bytes, model = request.size_bytes, request.max_size_bytes, request.model
-        if not 0 <= request.timeout_s < math.inf:
-            raise InvalidRequestError(f"a timeout is 0 or more seconds, and ends; asked for {request.timeout_s}")
+        check_timeout(request.timeout_s)
         if size_bytes <= 0 or max_size_bytes < size_bytes:
             raise InvalidSizeError(
                 f"a cache needs 0 < size <= max_size, asked for size={size_bytes}, max_size={max_size_bytes}",
@@ -159,6 +163,8 @@ class Allocations:
         """Find room for a request and write it into the orders; False if there is none now."""
         if not request.shortages:
             request.news = self._room.news
+        if request.change is not None:
+            return self.changes.plan(request, request.change, orders, now)
         found = self._room.find(
             request.client, request.model, request.size_bytes, request.max_size_bytes, request.shortages
         )
@@ -183,6 +189,8 @@ class Allocations:
             )  # fmt: skip
             traces = distinct(request.trace for request in requests)
             self._ledger.send(device, operation, partial(self._caches_placed, device, ids, requests), traces)
+        for change, request in orders.changes:
+            self.changes.send(change, request, orders.evict.pop(change.device, []))
 
     def _caches_placed(
         self, device: int, ids: list[int], requests: list[CacheRequest], answer: Answer, now: float
@@ -190,7 +198,7 @@ class Allocations:
         if answer[0] == "error":
             for cache_id, request in zip(ids, requests, strict=True):
                 self._ledger.forget(cache_id)
-                self._deliver(request, answer, now)
+                self.deliver(request, answer, now)
             self.retry(now)
             return
         places, _refused, shortage = answer
@@ -198,43 +206,58 @@ class Allocations:
         for request, cache_id, place in zip(requests, ids, places, strict=False):
             request.model.caches += 1
             answered = ("granted", cache_id, device, request.size_bytes, request.max_size_bytes, place)
-            self._deliver(request, answered, now)
+            self.deliver(request, answered, now)
         if shortage is None:
             return
         for cache_id in ids[len(places) :]:
             self._ledger.forget(cache_id)
         if shortage.get("class") == AddressSpaceError.__name__:  # evicting would free memory, which is not short
             for request in requests[len(places) :]:
-                self._deliver_error(request, AddressSpaceError(shortage["message"], **shortage["details"]), now)
+                self.deliver_error(request, AddressSpaceError(shortage["message"], **shortage["details"]), now)
             self._room.changed = True
             return
+        self.plan_again(requests[len(places) :], device, now)
+
+    def submit(self, requests: Sequence[CacheRequest], now: float) -> None:
+        """Decide on requests that came: those that need memory wait behind those that wait."""
         orders = Orders()
-        for request in requests[len(places) :]:
+        for request in requests:
+            must_wait = self.queue and request.size_bytes and self._must_wait(request)
+            if must_wait or not self._plan(request, orders, now):
+                self._wait(request, now)
+        self._send(orders)
+
+    def plan_again(self, requests: Sequence[CacheRequest], device: int, now: float) -> None:
+        """Find room for requests for which a device had less than the books say."""
+        orders = Orders()
+        for request in requests:
             request.shortages[device] = request.shortages.get(device, 0) + 1
             if not self._plan(request, orders, now):
                 self._wait(request, now)
         self._send(orders)
         if self.queue:
             # Who is first in a line may have passed this device over, because the books gave it to others.
-            ranks = [self._rank_of(request) for request in requests[len(places) :]]
+            ranks = [self._rank_of(request) for request in requests]
             self._retry_before = max(ranks if self._retry_before is None else [self._retry_before, *ranks])
 
-    def _deliver(self, request: CacheRequest, answer: Answer, now: float) -> None:
+    def deliver(self, request: CacheRequest, answer: Answer, now: float) -> None:
+        """Answer a request, where it is waited for."""
         if request.batch is None:
             ensure(request.ticket is not None, "a request without a batch has a ticket")
             self._ledger.out.append(Grant(request.client.id, request.ticket or 0, answer))
             self._departures.append(now)
-            self._waited(request, answer[1] if answer[0] == "error" else answer[0])
+            self._waited(request, answer[1] if answer[0] == "error" else "granted")
         else:
             self._ledger.answer(request.batch, request.item, answer)
 
     def _waited(self, request: CacheRequest, outcome: str) -> None:
         self._ledger.out.append(Waited(request.model.number, request.asked, request.queued, outcome, request.trace))
 
-    def _deliver_error(self, request: CacheRequest, error: KvpoolError, now: float) -> None:
+    def deliver_error(self, request: CacheRequest, error: KvpoolError, now: float) -> None:
+        """Answer a request with an error, and count it."""
         self._ledger.counters.refusals += 1
         self._ledger.count_error(error)
-        self._deliver(request, ("error", *error.to_wire()), now)
+        self.deliver(request, ("error", *error.to_wire()), now)
 
     # -- waiting --------------------------------------------------------------------------------------------------
 
@@ -244,7 +267,7 @@ class Allocations:
             request.refused, request.short_of = self._room.news, request.client.host
         if self._ledger.clients.get(request.client.id) is not request.client:
             # It ended while the device looked for room. Nobody would take what comes, and others stand behind.
-            self._deliver(request, ("error", *self._ledger.not_connected(request.client.id).to_wire()), now)
+            self.deliver(request, ("error", *self._ledger.not_connected(request.client.id).to_wire()), now)
             self._room.changed = True
             return
         if request.ticket is not None:  # it waited before: its place in the line is kept
@@ -253,7 +276,7 @@ class Allocations:
             return
         self._room.changed = True
         if request.deadline <= now:
-            self._deliver_error(request, self._room.capacity_error(request, "there is no room now"), now)
+            self.deliver_error(request, self._room.capacity_error(request, "there is no room now"), now)
             return
         try:
             request.ticket = self.queue.put(request, request.deadline, request.priority, self._line_of(request))
@@ -266,7 +289,7 @@ class Allocations:
                 queue_limit=self._queue_limit,
                 retry_after_s=retry_after_s,
             )
-            self._deliver_error(request, error, now)
+            self.deliver_error(request, error, now)
             return
         request.queued = now
         batch, request.batch = request.batch, None
@@ -346,7 +369,7 @@ class Allocations:
         """Answer the requests whose deadline has passed."""
         for _, request in self.queue.expired(now):
             error = self._room.capacity_error(request, f"there was no room within {request.timeout_s:g} s")
-            self._deliver_error(request, error, now)
+            self.deliver_error(request, error, now)
 
     def cancel(self, client: str, tickets: Sequence[int]) -> None:
         """Forget waiting requests of a client."""
@@ -361,7 +384,7 @@ class Allocations:
         for ticket, request in list(self.queue.items()):
             if request.client.id == client:
                 self.queue.pop(ticket)
-                self._deliver(request, ("error", *error.to_wire()), now)
+                self.deliver(request, ("error", *error.to_wire()), now)
 
     def line_up_anew(self) -> None:
         """Let everyone wait where it belongs once accounts have changed; each keeps its place."""
@@ -377,3 +400,9 @@ class Allocations:
     def cancel_client(self, client: str) -> None:
         """Forget all waiting requests of a client that is gone."""
         self.cancel(client, [ticket for ticket, request in self.queue.items() if request.client.id == client])
+
+
+def check_timeout(timeout_s: float) -> None:
+    """Raise :class:`~kvpool.errors.InvalidRequestError` unless somebody can wait so many seconds."""
+    if not 0 <= timeout_s < math.inf:
+        raise InvalidRequestError(f"a timeout is 0 or more seconds, and ends; asked for {timeout_s}")

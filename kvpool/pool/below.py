@@ -58,6 +58,8 @@ class Below:
         """Let what these rows hold go down, ahead of the operation that frees them. Their keys must still be known."""
         ledger = self._ledger
         index, devices = ledger.index, ledger.devices
+        if not any(device.has_lower for device in devices):
+            return
         going: dict[tuple[int, int], list[tuple[int, BlockHash, BlockHash | None]]] = {}
         for row in rows:
             device = index.device[row]

@@ -137,7 +137,9 @@ class BlockAllocations:
         self, request: BlocksRequest, number: int, positions: list[int], attempts: int, answer: Answer, now: float
     ) -> None:
         request.open_operations -= 1
-        if answer[0] != "error":
+        if answer[0] == "error":
+            request.failure = answer
+        else:
             places, _refused, shortage = answer
             for position, place in zip(positions, places, strict=False):
                 request.places[position] = place
@@ -158,6 +160,10 @@ class BlockAllocations:
         kept = request.places.index(None) if None in request.places else len(request.places)
         for position in range(len(request.ids) - 1, kept - 1, -1):
             self._drop_block(request, position)
+        if not kept and request.failure is not None:  # not for want of room, and nobody should take it for that
+            self._ledger.answer(request.batch, request.item, request.failure)
+            self._room.changed = True
+            return
         self._ledger.counters.blocks_stored += kept
         request.model.caches += kept
         answered = ("blocks", request.resident, request.ids[:kept], request.devices[:kept], request.places[:kept])

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from kvpool.memory.extents import Extents
+
 
 @dataclass(slots=True)
 class Client:
@@ -21,6 +23,21 @@ class Client:
     """When it connected."""
 
 
+@dataclass(slots=True)
+class Backing:
+    """What is backed of a cache that is being written, and may grow and shrink."""
+
+    max_size_bytes: int
+    known: Extents
+    """As its device last said."""
+    planned: Extents
+    """As it will be when the device has done what it was told."""
+    shared: bool
+    """Whether it lies in shared pages, and takes the same whatever is backed of it."""
+    under_way: int = 0
+    """Changes that the device has not answered."""
+
+
 class Writer(NamedTuple):
     """Who writes a cache that is not sealed yet: the only client that may seal it."""
 
@@ -29,3 +46,5 @@ class Writer(NamedTuple):
     """How many invalidations there had been when it was asked for."""
     planned: bytes | None
     """Hash of the block that it was asked for; None: it is no block."""
+    backing: Backing | None = None
+    """None: as much as was asked for, from the first byte on, and it may not become more."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvpool.memory.packing import shares_pages
 from kvpool.sizes import round_up
 
 
@@ -30,7 +31,7 @@ class Device:
 
         A small one that may grow takes its whole range at once: in shared pages addresses are memory.
         """
-        if max_size_bytes >= self.page_bytes:
+        if not shares_pages(size_bytes, max_size_bytes, self.page_bytes):
             return round_up(size_bytes, self.page_bytes)
         if max_size_bytes > size_bytes:
             return max(self.min_block_bytes, 1 << (max_size_bytes - 1).bit_length())

@@ -14,6 +14,7 @@ from typing import Any
 from kvpool.cache.key import check_hash, split_hashes
 from kvpool.cache.store import FREED, RELEASED
 from kvpool.errors import CacheStateError, InvalidRequestError, SealedError, UnknownCacheError
+from kvpool.pool.backing import check_sealable
 from kvpool.pool.client import Client
 from kvpool.pool.fanout import Fanout, nothing_more
 from kvpool.pool.instructions import Answer, Batch
@@ -269,6 +270,8 @@ class Directory:
                 )
         elif self._ledger.writers[cache_id].client != client.id:
             raise UnknownCacheError(f"cache {cache_id} is being written by another client", cache_id=cache_id)
+        else:
+            check_sealable(self._ledger, cache_id)
         if key is None:
             return
         if index.space_of(row) != model.space:

@@ -12,6 +12,7 @@ from kvpool.pool.client import Client
 from kvpool.pool.fanout import Fanout
 from kvpool.pool.instructions import Answer, Batch, Move
 from kvpool.pool.ledger import Ledger
+from kvpool.pool.model import Model
 
 
 class Durability:
@@ -44,46 +45,55 @@ class Durability:
         hashes = split_hashes(joined)
         outcomes: list[Any] = [None] * len(hashes)
         by_device: dict[int, list[int]] = {}
-        held: list[int] = []
-        for position, row in enumerate(index.find_all(model.space, hashes)):
+        rows = index.find_all(model.space, hashes)
+        for position, row in enumerate(rows):
             if row < 0:
                 error = TierError(
                     f"block {hashes[position].hex()} is not in the pool any more: store it again", cause="gone"
                 )
                 outcomes[position] = ("error", *error.to_wire())
-                continue
-            held.append(row)
-            by_device.setdefault(index.device[row], []).append(position)
-        # Held until they are written: what is declared void meanwhile is refused by the device, or removed after it.
-        index.guard(held, now=now)
-        ids = {row: index.id_of(row) for row in held}
-        open_moves = len(by_device)
+            else:
+                by_device.setdefault(index.device[row], []).append(position)
+        open_writes = len(by_device)
 
-        def written(positions: list[int], answer: Answer, now: float) -> None:
-            nonlocal open_moves
-            for place, position in enumerate(positions):
-                outcomes[position] = answer if isinstance(answer, tuple) else answer[place]
-            open_moves -= 1
-            if not open_moves:
-                left = [row for row in held if index.live_row(ids[row]) == row]
-                index.unpin(left[::-1], now=now)
-                for row in left:  # declared void meanwhile, and freed on the device when its write ended
-                    if not index.pins[row] and index.key_of(row) is None:
-                        ledger.forget(ids[row])
+        def written(positions: list[int], answers: list[Any], now: float) -> None:
+            nonlocal open_writes
+            for position, answer in zip(positions, answers, strict=True):
+                outcomes[position] = answer
+            open_writes -= 1
+            if not open_writes:
                 ledger.answer(batch, item, ("persisted", outcomes))
-                self._memory_freed(now)
 
         if not by_device:
             ledger.answer(batch, item, ("persisted", outcomes))
         for device, positions in by_device.items():
-            entries = []
-            for position in positions:
-                row = index.find(model.space, hashes[position])
-                entries.append((index.id_of(row), hashes[position], index.parent_key_of(row)))
-            move = Move(device, "persist", (model.tenant, model.fingerprint, entries), partial(written, positions))
+            self.write(device, model, [rows[position] for position in positions], partial(written, positions), now)
 
-            def write(_answer: Answer, now: float, move: Move = move) -> None:
-                ledger.out.append(move)
+    def write(
+        self, device: int, model: Model, rows: list[int], then: Callable[[list[Any], float], None], now: float
+    ) -> None:
+        """Write published caches of a model through to the disk below their device.
 
-            # Nothing, but in order: the seal of what is to be written may still be on its way.
-            ledger.send(device, ("evict", []), write)
+        ``then`` gets True or an error for each, once they are there.
+        """
+        ledger = self._ledger
+        index = ledger.index
+        ids = [index.id_of(row) for row in rows]
+        entries = [
+            (cache_id, index.key_of(row), index.parent_key_of(row)) for cache_id, row in zip(ids, rows, strict=True)
+        ]
+        # Held until they are written: what is declared void meanwhile is refused by the device, or removed after it.
+        index.guard(rows, now=now)
+
+        def written(answer: Answer, now: float) -> None:
+            left = [row for cache_id, row in zip(ids, rows, strict=True) if index.live_row(cache_id) == row]
+            index.unpin(left[::-1], now=now)
+            for row in set(left):  # declared void meanwhile, and freed on the device when its write ended
+                if not index.pins[row] and index.key_of(row) is None:
+                    ledger.forget(index.id_of(row))
+            then([answer] * len(rows) if isinstance(answer, tuple) else list(answer), now)
+            self._memory_freed(now)
+
+        move = Move(device, "persist", (model.tenant, model.fingerprint, entries), written)
+        # Nothing, but in order: the seal of what is to be written may still be on its way.
+        ledger.send(device, ("evict", []), lambda _answer, _now: ledger.out.append(move))

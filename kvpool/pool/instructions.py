@@ -42,6 +42,17 @@ class CachesRequested(NamedTuple):
     items: Sequence[tuple[Any, ...]]
 
 
+class ChangesRequested(NamedTuple):
+    """Items: ``(sequence, id, "resize" or "back" or "unback", ranges, timeout_s, trace)``.
+
+    Of a resize, the ranges are all that is to be backed: ``[(0, size)]``, or none.
+    """
+
+    batch: Batch
+    client: str
+    items: Sequence[tuple[Any, ...]]
+
+
 class BlocksRequested(NamedTuple):
     """Items: ``(sequence, model, hashes, parent, trace)``; hashes are 16 bytes each, joined.
 
@@ -111,6 +122,13 @@ class EvictRequested(NamedTuple):
     model: str | int | None
     device: str | None
     size_bytes: int | None
+
+
+class FlushRequested(NamedTuple):
+    """An administrator's word: see :meth:`kvpool.pool.flush.Flushes.flush`. The batch has one item."""
+
+    batch: Batch
+    tenant: str | None
 
 
 class InvalidateRequested(NamedTuple):
@@ -201,6 +219,7 @@ class Tick(NamedTuple):
 
 Event = (
     CachesRequested
+    | ChangesRequested
     | BlocksRequested
     | PrefixesLookedUp
     | PrefixesFetched
@@ -209,6 +228,7 @@ Event = (
     | ReleaseRequested
     | PinRequested
     | EvictRequested
+    | FlushRequested
     | InvalidateRequested
     | RevokeRequested
     | QuotaSet
@@ -281,7 +301,13 @@ class Failed(NamedTuple):
     error: Exception
 
 
-Instruction = Send | Move | BatchDone | Grant | Waited | Failed
+class PolicyFailed(NamedTuple):
+    """Instruction: report that the eviction policy failed, and that another one decides from now on."""
+
+    error: Exception
+
+
+Instruction = Send | Move | BatchDone | Grant | Waited | Failed | PolicyFailed
 
 
 def distinct(traces: Iterable[Any]) -> tuple[Any, ...]:

@@ -148,6 +148,8 @@ class Invalidations:
             row = index.live_row(cache_id)
             if writer.planned in wanted and index.space_of(row) == space:
                 first.append(row)
+        # Content that is stored anew under these keys and their successors could lead to them.
+        first += [row for row in map(index.live_row, ledger.orphans) if row >= 0 and index.space_of(row) == space]
         ledger.void_marks.mark(space, wanted, ledger.invalidations)
         if not first:
             return np.array([], np.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,9 @@ from kvpool.errors import (
     UnknownCacheError,
     ensure,
 )
-from kvpool.pool.client import Client, Writer
+from kvpool.memory.extents import front
+from kvpool.memory.packing import shares_pages
+from kvpool.pool.client import Backing, Client, Writer
 from kvpool.pool.counters import Counters
 from kvpool.pool.device import Device
 from kvpool.pool.instructions import Batch, BatchDone, Continuation, Instruction, Send
@@ -47,6 +50,8 @@ class Ledger:
         self.counters = Counters()
         self.writers: dict[int, Writer] = {}
         """By id, caches that are not sealed yet."""
+        self.orphans: set[int] = set()
+        """By id, blocks whose parent went with its device: nobody knows any more what they are chained behind."""
         self.revoked: dict[str, Client] = {}
         """Clients whose leases were revoked, until they leave."""
         self.journal = Journal()
@@ -223,7 +228,11 @@ class Ledger:
         index = self.index
         row = index.add(space, footprint_bytes, device.number, parent_row, now=now)
         index.asked_bytes[row] = size_bytes
-        self.writers[index.id_of(row)] = Writer(client.id, self.invalidations if born is None else born, None)
+        backing = None
+        if max_size_bytes > size_bytes:
+            shared = shares_pages(size_bytes, max_size_bytes, device.page_bytes)
+            backing = Backing(max_size_bytes, front(size_bytes), front(size_bytes), shared)
+        self.writers[index.id_of(row)] = Writer(client.id, self.invalidations if born is None else born, None, backing)
         return row
 
     def add_chain(
@@ -285,10 +294,10 @@ class Ledger:
     def count_evictions(self, rows: Sequence[int], reason: str) -> int:
         """Count caches that are about to leave, and tell who listens; returns their bytes."""
         index, counters = self.index, self.counters
-        size_bytes = 0
-        for row in rows:
-            size_bytes += index.size_bytes[row]
-            self.devices[index.device[row]].evictions += 1
+        sizes = index.size_bytes
+        size_bytes = sum([sizes[row] for row in rows])
+        for device, count in Counter(map(index.device.__getitem__, rows)).items():
+            self.devices[device].evictions += count
         counters.evictions += len(rows)
         counters.evicted_bytes += size_bytes
         counters.evictions_by_reason[reason] += len(rows)

@@ -14,7 +14,7 @@ from typing import Any
 
 from kvpool.cache.key import BlockHash, split_hashes
 from kvpool.cache.store import FREED, RELEASED
-from kvpool.errors import InvalidRequestError
+from kvpool.errors import InvalidRequestError, KvpoolError
 from kvpool.pool.below import Below
 from kvpool.pool.client import Client
 from kvpool.pool.directory import Directory
@@ -208,8 +208,13 @@ class Raising:
         live = [cache_id for cache_id in work.ids if index.live_row(cache_id) >= 0]
 
         def finished(codes: list[Any], now: float) -> None:
-            # Lost with its device, if it is neither: it is off the books then.
-            known = [(i, code) for i, code in zip(live, codes, strict=True) if code in (FREED, RELEASED)]
+            # Lost with its device, if it is neither: it is off the books then. And what is not published nobody can
+            # find, also where the device must keep its memory because a store that hangs still writes to it.
+            known = [
+                (i, FREED if by_id[i] is None else code)
+                for i, code in zip(live, codes, strict=True)
+                if code in (FREED, RELEASED)
+            ]
             self._leases.settle([i for i, _ in known], [code for _, code in known], now)
             self._leases.memory_freed(now)
 
@@ -263,7 +268,7 @@ class Raising:
     def _deliver(self, waiter: _Waiter, now: float) -> None:
         del self._waiters[waiter.ticket]
         if self._ledger.clients.get(waiter.client.id) is not waiter.client:
-            return  # it left, or was revoked, and is told so
+            return  # it left
 
         def answer(hit: Answer) -> None:
             self._ledger.out.append(Grant(waiter.client.id, waiter.ticket, hit))
@@ -294,6 +299,12 @@ class Raising:
             waiter = self._waiters.get(ticket)
             if waiter is not None and waiter.client.id == client:
                 del self._waiters[ticket]
+
+    def refuse_client(self, client: str, error: KvpoolError) -> None:
+        """Answer all that a client waits for with an error."""
+        for waiter in [each for each in self._waiters.values() if each.client.id == client]:
+            del self._waiters[waiter.ticket]
+            self._ledger.out.append(Grant(client, waiter.ticket, ("error", *error.to_wire())))
 
     def cancel_client(self, client: str) -> None:
         """Forget all that a client waits for."""

@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+from kvpool.memory.extents import Extents
 from kvpool.memory.tickets import Ticket
 from kvpool.pool.client import Client
-from kvpool.pool.instructions import Batch
+from kvpool.pool.instructions import Answer, Batch
 from kvpool.pool.model import Model
 from kvpool.pool.quota import Owner
 
 
+class Change(NamedTuple):
+    """What is to become of what is backed of a cache."""
+
+    cache_id: int
+    device: int
+    kind: str
+    """``"resize"``, ``"back"`` or ``"unback"``."""
+    asked: Extents
+    """The parts that are meant; of a resize, all that is to be backed."""
+
+
 @dataclass(slots=True, eq=False)
 class CacheRequest:
-    """One asked-for cache, on its way to an answer or waiting."""
+    """One asked-for cache, or change of one, on its way to an answer or waiting.
+
+    Of a change, ``size_bytes`` is what it needs beyond what the cache has.
+    """
 
     client: Client
     model: Model
@@ -41,11 +56,17 @@ class CacheRequest:
     """How often room had come free when a device last had none for it after all."""
     short_of: Owner | str | None = None
     """What it lacked when it was last tried: memory of a host, or room below somebody's limit."""
+    change: Change | None = None
 
     @property
     def at_limit(self) -> Owner | None:
         """Whose limit it waits for, if for any."""
         return self.short_of if isinstance(self.short_of, Owner) else None
+
+    @property
+    def devices(self) -> list[int]:
+        """Numbers of the devices that could meet it."""
+        return self.client.devices if self.change is None else [self.change.device]
 
 
 @dataclass(slots=True, eq=False)
@@ -63,6 +84,8 @@ class BlocksRequest:
     devices: list[int]
     places: list[Any]
     open_operations: int = 0
+    failure: Answer | None = None
+    """The error of a device that could not even look for room."""
 
 
 class Orders:
@@ -75,6 +98,7 @@ class Orders:
     def __init__(self) -> None:
         self.evict: dict[int, list[int]] = {}
         self.groups: dict[tuple[str, int, int, int], tuple[list[int], list[CacheRequest]]] = {}
+        self.changes: list[tuple[Change, CacheRequest]] = []
 
     def put(self, device: int, evict: list[int], cache_id: int, request: CacheRequest) -> None:
         """Add a request that was given room on a device, and what goes there for it."""
@@ -86,3 +110,9 @@ class Orders:
             group = self.groups[key] = ([], [])
         group[0].append(cache_id)
         group[1].append(request)
+
+    def put_change(self, evict: list[int], change: Change, request: CacheRequest) -> None:
+        """Add a change that was given room, and what goes for it. Changes leave behind the new caches."""
+        if evict:
+            self.evict.setdefault(change.device, []).extend(evict)
+        self.changes.append((change, request))

@@ -10,6 +10,7 @@ from kvpool.pool.allocation import Allocations
 from kvpool.pool.instructions import Answer, Batch
 from kvpool.pool.leases import PINNER, Leases
 from kvpool.pool.ledger import Ledger
+from kvpool.pool.raising import Raising
 
 _MOST_REMEMBERED = 10_000
 """Revoked clients that are told so when they call; those beyond, the first to be revoked, are told to be unknown."""
@@ -28,14 +29,15 @@ class Revocations:
         The pool's books.
     leases
         Told of the leases that end.
-    allocations
-        Answers its waiting requests.
+    allocations, raising
+        Answer its waiting requests.
     """
 
-    def __init__(self, ledger: Ledger, leases: Leases, allocations: Allocations) -> None:
+    def __init__(self, ledger: Ledger, leases: Leases, allocations: Allocations, raising: Raising) -> None:
         self._ledger = ledger
         self._leases = leases
         self._allocations = allocations
+        self._raising = raising
 
     def revoke(self, batch: Batch, name: str, tenant: str | None, now: float) -> None:
         """End the leases of a client of a tenant, or of any; ``pin:TENANT`` names what that tenant pinned by word.
@@ -64,6 +66,7 @@ class Revocations:
             if len(ledger.revoked) > _MOST_REMEMBERED:
                 del ledger.revoked[next(iter(ledger.revoked))]
             self._allocations.refuse_client(name, ledger.not_connected(name), now)
+            self._raising.refuse_client(name, ledger.not_connected(name))
             devices = [number for number in client.devices if ledger.devices[number].lost is None]
         else:
             devices = self._leases.forget_pinner(name)

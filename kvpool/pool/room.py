@@ -156,6 +156,24 @@ class Room:
         self.changed = True
         return self._remove(plan.rows, -1 if device is None else device.number)
 
+    def _find_more_within_quotas(self, device: Device, model: Model, need_bytes: int, times: int) -> list[int] | None:
+        ledger = self._ledger
+        self.at_limit = None
+        account = ledger.quotas.account(model.space)
+        headroom, owner = ledger.quotas.headroom(account)
+        if owner is not None and headroom + ledger.quotas.evictable_bytes(owner) < need_bytes:
+            self.at_limit = owner
+            return None
+        plan = self._reclaim(account, device.host, need_bytes)
+        if times > _MOST_SHORTAGES or not self._allowed(plan, account, device.host, need_bytes):
+            return None
+        if times:
+            enough = plan.on(device, need_bytes << times) > 0
+        else:
+            short_bytes = need_bytes - max(ledger.free_bytes(device), 0) - plan.found.get(device.number, 0)
+            enough = short_bytes <= 0 or plan.on(device, short_bytes) >= short_bytes
+        return self._carry_out(plan, device) if enough else None
+
     def _find_on_within_quotas(
         self, device: Device, model: Model, need_bytes: int, count: int
     ) -> tuple[int, list[int]] | None:
@@ -227,6 +245,22 @@ class Room:
         if evicted:  # zombies take the room that the books say there is; these have left the books all the same
             ledger.send(device.number, ("evict", evicted), nothing_more)
         return None
+
+    def find_more(self, device: Device, model: Model, need_bytes: int, times: int) -> list[int] | None:
+        """Return the ids evicted on a device so that a model has ``need_bytes`` more there; None: there is no room.
+
+        ``times``: how often the device had less room than the books say, see :meth:`find`.
+        """
+        ledger = self._ledger
+        if ledger.quotas.active:
+            return self._find_more_within_quotas(device, model, need_bytes, times)
+        free_bytes = max(ledger.free_bytes(device), 0)
+        if not times and free_bytes >= need_bytes:
+            return []
+        short_bytes = need_bytes << times if times else need_bytes - free_bytes
+        if times > _MOST_SHORTAGES or (not times and ledger.index.evictable_bytes[device.number] < short_bytes):
+            return None
+        return self.evict(device, short_bytes, 0 if times else short_bytes) or None
 
     def admit(self, client: Client, model: Model, hashes: Sequence[bytes], rows: Sequence[int], now: float) -> int:
         """Return how many blocks of a chain behind its leading run ``rows`` are worth the room they take."""
@@ -312,10 +346,12 @@ class Room:
         index = ledger.index
         by_device: dict[int, list[int]] = {}
         void: dict[int, list[int]] = {}
+        devices, has_void = index.device, index.has_void
         for row in rows:
-            by_device.setdefault(index.device[row], []).append(index.id_of(row))
-            if index.is_void(row):
-                void.setdefault(index.device[row], []).append(index.id_of(row))
+            cache_id = index.id_of(row)
+            by_device.setdefault(devices[row], []).append(cache_id)
+            if has_void and index.is_void(row):
+                void.setdefault(devices[row], []).append(cache_id)
         self._below.lower(rows)
         ledger.count_evictions(rows, "capacity")
         index.remove_all(rows)
@@ -329,7 +365,7 @@ class Room:
     def capacity_error(self, request: CacheRequest, why: str) -> CapacityError:
         """Return the error that explains with all figures why a request was not met."""
         ledger = self._ledger
-        devices = [ledger.devices[n] for n in request.client.devices if ledger.devices[n].lost is None]
+        devices = [ledger.devices[n] for n in request.devices if ledger.devices[n].lost is None]
         free = {device.number: max(ledger.free_bytes(device), 0) for device in devices}
         evictable = {device.number: ledger.index.evictable_bytes[device.number] for device in devices}
         pinned = {d.number: ledger.index.resident_bytes[d.number] - evictable[d.number] for d in devices}

@@ -10,11 +10,20 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from kvpool.cache.eviction import plain_name
 from kvpool.cache.key import fingerprint
-from kvpool.errors import InvalidRequestError, InvariantError, KvpoolError, ProtocolError
+from kvpool.errors import (
+    DeviceLostError,
+    InvalidRequestError,
+    InvariantError,
+    KvpoolError,
+    PolicyError,
+    ProtocolError,
+)
 from kvpool.pool.ahead import CopiesAhead
 from kvpool.pool.allocation import Allocations
 from kvpool.pool.amount import parse_amount
+from kvpool.pool.backing import BackingChanges
 from kvpool.pool.below import Below
 from kvpool.pool.blocks import BlockAllocations
 from kvpool.pool.client import Client
@@ -23,11 +32,13 @@ from kvpool.pool.directory import Directory
 from kvpool.pool.durability import Durability
 from kvpool.pool.evictions import Evictions
 from kvpool.pool.fanout import Fanout
+from kvpool.pool.flush import Flushes
 from kvpool.pool.instructions import (
     Answer,
     Batch,
     BlocksRequested,
     CachesRequested,
+    ChangesRequested,
     ClientGone,
     DeviceAnswered,
     DeviceFreed,
@@ -35,6 +46,7 @@ from kvpool.pool.instructions import (
     Event,
     EvictRequested,
     Failed,
+    FlushRequested,
     Instruction,
     InvalidateRequested,
     LowerGone,
@@ -42,6 +54,7 @@ from kvpool.pool.instructions import (
     Moved,
     PersistRequested,
     PinRequested,
+    PolicyFailed,
     PrefixesFetched,
     PrefixesLookedUp,
     QuotaSet,
@@ -61,6 +74,9 @@ from kvpool.pool.raising import Raising
 from kvpool.pool.revocation import Revocations
 from kvpool.pool.room import Room
 
+FALLBACK_POLICY = "lru"
+"""Decides when a policy of one's own has failed."""
+
 
 class PoolState:
     """Everything the pool knows and decides.
@@ -79,12 +95,16 @@ class PoolState:
 
     def __init__(self, name: str, policy: str, placement: str, queue_limit: int, gc_threshold: float = 0.8) -> None:
         self.name = name
-        self.policy_name = policy
+        self.policy_name = plain_name(policy)
+        self.policy_failure: str | None = None
+        """Why the policy that was asked for last does not decide any more."""
         self.placement_name = placement
         self.ledger = Ledger(policy, placement)
+        self.ledger.index.policy_failed = self._policy_failed
         self.below = Below(self.ledger)
         room = self._room = Room(self.ledger, self.below)
         self.allocations = Allocations(self.ledger, room, queue_limit)
+        self.changes = BackingChanges(self.ledger, room, self.allocations)
         self.blocks = BlockAllocations(self.ledger, room)
         fanout = Fanout(self.ledger)
         self.leases = Leases(self.ledger, fanout, self.allocations.retry)
@@ -92,9 +112,10 @@ class PoolState:
         self.raising = Raising(self.ledger, room, self.below, self.directory, fanout, self.leases)
         self.copies = CopiesAhead(self.ledger, gc_threshold)
         self.durability = Durability(self.ledger, fanout, self.allocations.retry)
+        self.flushes = Flushes(self.ledger, self.durability)
         self.evictions = Evictions(self.ledger, self.leases, self.below)
         self.invalidations = Invalidations(self.ledger, self.leases, self.allocations.queue, self.below)
-        self.revocations = Revocations(self.ledger, self.leases, self.allocations)
+        self.revocations = Revocations(self.ledger, self.leases, self.allocations, self.raising)
 
     def add_device(
         self,
@@ -128,6 +149,8 @@ class PoolState:
         ------
         ProtocolError
             If it is connected already, or no device is on its host.
+        DeviceLostError
+            If all devices are lost.
         """
         ledger = self.ledger
         if client in ledger.clients or client in ledger.revoked or client.startswith((PINNER, RAISER)):
@@ -135,6 +158,8 @@ class PoolState:
         reachable = [d.number for d in ledger.devices if d.host == host and d.lost is None]
         if not reachable:
             hosts = sorted({device.host for device in ledger.devices if device.lost is None})
+            if ledger.devices and not hosts:
+                raise DeviceLostError(f"all devices of pool {self.name!r} are lost: delete it and start it again")
             raise ProtocolError(
                 f"pool {self.name!r} has no device on this host ({host}); its devices are on "
                 f"{', '.join(hosts) or 'no host'}: run the client on one of those nodes"
@@ -193,9 +218,20 @@ class PoolState:
         ------
         UnknownPolicyError
             If there is none of that name; nothing is changed.
+        PolicyError
+            If it fails as it takes over; nothing is changed.
         """
         self.ledger.index.replace_policy(name, now=now)
-        self.policy_name = name.lower()
+        self.policy_name = plain_name(name)
+        self.policy_failure = None
+
+    def _policy_failed(self, error: PolicyError, now: float) -> None:
+        # In the middle of a decision, which goes on with the policy that takes over: whoever asked is served.
+        self.ledger.index.replace_policy(FALLBACK_POLICY, now=now)
+        self.policy_name = FALLBACK_POLICY
+        self.policy_failure = error.message
+        self.ledger.count_error(error)
+        self.ledger.out.append(PolicyFailed(error))
 
     def _set_quota(
         self,
@@ -259,6 +295,8 @@ class PoolState:
         match event:
             case CachesRequested():
                 self.allocations.request_caches(event.batch, event.client, event.items, now)
+            case ChangesRequested():
+                self.changes.request(event.batch, event.client, event.items, now)
             case PrefixesLookedUp():
                 self.directory.look_up(event.batch, event.client, event.items, now)
             case BlocksRequested():
@@ -271,6 +309,8 @@ class PoolState:
                 self.leases.pin(event.batch, event.client, event.items, event.held, now)
             case EvictRequested():
                 self.evictions.evict(*event, now)
+            case FlushRequested():
+                self.flushes.flush(*event, now)
             case InvalidateRequested():
                 self.invalidations.invalidate(*event, now)
             case RevokeRequested():

@@ -34,6 +34,10 @@ class DeviceStatistics:
     caches: int
     leases: int
     evictions: int
+    compacted_bytes: int
+    """Moved by compaction."""
+    compacted_pages: int
+    """Freed by it."""
     lost: str | None
     reported: bool
     """Whether the device told its figures; else they are zeros."""
@@ -57,13 +61,15 @@ class PoolStatistics:
 
     ``models`` counts, by name, the caches and blocks that models were given; ``evictions_by_reason`` why content left
     (``capacity``, ``request`` by an administrator, ``invalidate``); ``blocks_lowered`` and ``blocks_raised`` what went
-    to the tiers below the devices and came up again, ``lower_keys`` what lies there now; ``quotas`` what
-    :meth:`kvpool.CachePool.quotas` returns, of all tenants.
+    to the tiers below the devices and came up again, ``lower_keys`` what lies there now. ``policy_failure`` is why the
+    policy that was asked for last does not decide any more. ``quotas`` is what :meth:`kvpool.CachePool.quotas` returns,
+    of all tenants.
     """
 
     name: str
     policy: str
     policy_requested: str
+    policy_failure: str | None
     placement: str
     preset: str | None
     devices: tuple[DeviceStatistics, ...]
@@ -185,6 +191,8 @@ def collect(
                 caches=reported.get("caches", 0),
                 leases=reported.get("leases", 0),
                 evictions=device.evictions,
+                compacted_bytes=reported.get("compacted", (0, 0))[0],
+                compacted_pages=reported.get("compacted", (0, 0))[1],
                 lost=device.lost,
                 reported=number in memory,
                 lower=reported.get("lower"),
@@ -202,6 +210,7 @@ def collect(
         name=state.name,
         policy=state.policy_name,
         policy_requested=policy_requested or state.policy_name,
+        policy_failure=state.policy_failure,
         placement=state.placement_name,
         preset=preset,
         devices=tuple(devices),

@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from kvpool.errors import CapacityError, DoubleReleaseError, StaleCacheError
 from kvpool.memory.allocation import Allocation
 from kvpool.memory.allocator import GPUMemoryAllocator
+from kvpool.memory.extents import Extents, changed, checked, difference, total_bytes
 from kvpool.memory.host import HostBackend
 
 PAGE = 65536
@@ -55,19 +56,31 @@ class AllocatorMachine(RuleBasedStateMachine):
         del self.live[victim]
         return victim
 
-    def read(self, where: Allocation) -> bytes:
-        return ctypes.string_at(self.allocator.address + where.offset, where.size_bytes)
+    def read(self, where: Allocation, extents: Extents | None = None) -> bytes:
+        address = self.allocator.address + where.offset
+        parts = where.extents if extents is None else extents
+        return b"".join(ctypes.string_at(address + start, end - start) for start, end in parts)
+
+    def fill(self, where: Allocation, extents: Extents) -> int:
+        """Fill parts of a cache with its byte."""
+        byte = BYTES[where.tenant][where.cache_id % 127]
+        for start, end in extents:
+            ctypes.memset(self.allocator.address + where.offset + start, byte, end - start)
+        return byte
 
     def begin(self, where: Allocation) -> None:
         """A cache was allocated: nothing foreign may be in it. Fill it with its byte."""
         assert not self.read(where).translate(None, b"\0" + BYTES[where.tenant])
-        mine = (where.offset, where.offset + where.size_bytes)
+        self.nobody_may_write(where, 0, where.size_bytes)
+        self.live[where.cache_id] = (where, self.fill(where, where.extents))
+
+    def nobody_may_write(self, where: Allocation, start: int, end: int) -> None:
+        """Nobody whose lease was revoked may still write to a part of a cache that was just given out."""
+        start, end = where.offset + start, where.offset + end
+        touched = {serial for index, serial in where.pages if index * PAGE < end and start < (index + 1) * PAGE}
         for (_, serial), parts in self.quarantined.items():
-            if serial in {serial for _, serial in where.pages}:
-                assert all(end <= mine[0] or mine[1] <= start for start, end in parts), "someone may write there"
-        byte = BYTES[where.tenant][where.cache_id % 127]
-        ctypes.memset(self.allocator.address + where.offset, byte, where.size_bytes)
-        self.live[where.cache_id] = (where, byte)
+            if serial in touched:
+                assert all(last <= start or end <= first for first, last in parts), "someone may write there"
 
     @rule(
         tenant=TENANTS, size=SIZES, growth=st.sampled_from([None, None, 0, 100, PAGE, 5 * PAGE]), may_go=st.booleans()
@@ -137,6 +150,43 @@ class AllocatorMachine(RuleBasedStateMachine):
         self.allocator.free(cache_id)
 
     @precondition(lambda self: self.live)
+    @rule(data=st.data(), kind=st.sampled_from(["resize", "resize", "back", "unback"]))
+    def change(self, data: st.DataObject, kind: str) -> None:
+        """A cache grows, shrinks, gets holes, or loses them. Its owner holds it, so it may not go for itself."""
+        cache_id = data.draw(st.sampled_from(sorted(self.live)), label="cache")
+        if cache_id in self.evictable:
+            self.evictable.remove(cache_id)
+        before, byte = self.live[cache_id]
+        bounds = st.integers(0, min(before.max_size_bytes, 16 * PAGE))
+        ranges: list[tuple[int, int]] = []
+        for pair in data.draw(st.lists(st.tuples(bounds, bounds), min_size=1, max_size=3), label="ranges"):
+            ranges += [(min(pair), max(pair))] if pair[0] != pair[1] else []
+        if kind == "resize":
+            ranges = [(0, ranges[-1][1])] if ranges else []
+        asked = checked(ranges, before.max_size_bytes)
+        wanted = changed(kind, before.extents, asked)
+        try:
+            if kind == "resize":
+                after = self.allocator.resize(cache_id, total_bytes(asked))
+            else:
+                after = getattr(self.allocator, kind)(cache_id, ranges)
+        except CapacityError:
+            assert kind != "unback"
+            assert not self.evictable
+            assert self.allocator.allocation(cache_id) == before
+            return
+        assert after == before._replace(size_bytes=total_bytes(wanted), extents=wanted, pages=after.pages)
+        assert {ref for ref in before.pages if ref[0] in dict(after.pages)} <= set(after.pages), (
+            "what stays is the same"
+        )
+        new = difference(wanted, before.extents)
+        assert not self.read(after, new).translate(None, b"\0" + BYTES[after.tenant])
+        for start, end in new:
+            self.nobody_may_write(after, start, end)
+        self.fill(after, new)
+        self.live[cache_id] = (after, byte)
+
+    @precondition(lambda self: self.live)
     @rule(data=st.data(), client=CLIENTS)
     def revoke(self, data: st.DataObject, client: str) -> None:
         """A client that may write to a cache loses it, and is not asked."""
@@ -145,8 +195,8 @@ class AllocatorMachine(RuleBasedStateMachine):
         self.allocator.quarantine(client, cache_id)
         for _, serial in where.pages:
             if (client, serial) in self.views:
-                part = (where.offset, where.offset + where.size_bytes)
-                self.quarantined.setdefault((client, serial), []).append(part)
+                parts = [(where.offset + start, where.offset + end) for start, end in where.extents]
+                self.quarantined.setdefault((client, serial), []).extend(parts)
         if data.draw(st.booleans()):
             self.free_one(cache_id)
 
@@ -175,7 +225,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         self.scrubs += 1
         while not self.allocator.scrub(tenant, self.scrubs, PAGE):
             pass
-        live = sorted((w.offset, w.offset + w.size_bytes) for w, _ in self.live.values())
+        live = sorted((w.offset + start, w.offset + end) for w, _ in self.live.values() for start, end in w.extents)
         for index, page in self.allocator._table._mapped.items():
             if page.tenant != tenant:
                 continue
@@ -234,9 +284,25 @@ class AllocatorMachine(RuleBasedStateMachine):
         states = usage.backed_bytes + usage.reserve_bytes + usage.zombie_bytes + usage.free_bytes
         assert states == usage.capacity_bytes == PAGES * PAGE
         pages = {ref for where, _ in self.live.values() for ref in where.pages}
-        assert usage.backed_bytes == len(pages) * PAGE
+        assert usage.backed_bytes == len(pages) * PAGE - self.withheld_bytes()
         owned = usage.capacity_bytes - usage.free_bytes - usage.zombie_bytes
         assert self.backend.mem_info().free_bytes <= PAGES * PAGE - owned
+
+    def withheld_bytes(self) -> int:
+        """What is free in pages that caches share and a revoked client still maps: nobody gets it."""
+        quarantined = {serial for _, serial in self.quarantined}
+        free: dict[int, int] = {}
+        for where, _ in self.live.values():
+            if not where.shared:
+                continue
+            grows = where.max_size_bytes > where.size_bytes
+            size = 1 << (where.max_size_bytes - 1).bit_length() if grows else -(-where.size_bytes // 4096) * 4096
+            end = where.offset + max(size, 4096)
+            for index, serial in where.pages:
+                if serial in quarantined:
+                    inside = min(end, (index + 1) * PAGE) - max(where.offset, index * PAGE)
+                    free[serial] = free.get(serial, PAGE) - inside
+        return sum(free.values())
 
     @invariant()
     def nobody_sees_what_is_not_theirs(self) -> None:

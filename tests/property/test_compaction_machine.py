@@ -20,8 +20,8 @@ MIN = 4096
 PAGE = 16 * MIN
 PAGES = 12
 TENANTS = st.sampled_from(["a", "b"])
-#: Aligned as buddies are, and just above; odd ones; some that own pages.
-BLOCKS = st.sampled_from([1, 1, 2, 3, 4, 5, 8, 9, 9, 11, 15, 16, 33])
+#: Aligned as buddies are, and just above; odd ones; some that own pages, some that share the last one.
+BLOCKS = st.sampled_from([1, 1, 2, 3, 4, 5, 8, 9, 9, 11, 15, 16, 17, 32, 33, 41])
 
 
 class FailingBackend(HostBackend):
@@ -139,9 +139,16 @@ class CompactionMachine(RuleBasedStateMachine):
             if not self.leased and not self.mapped:
                 self.nothing_is_wasted()
 
+    @rule(budget=st.sampled_from([1, 3 * MIN, 4 * PAGE]), times=st.integers(1, 4))
+    def compact_a_little(self, budget: int, times: int) -> None:
+        for _ in range(times):
+            usage = self.allocator.usage()
+            done = self.allocator.compact_a_little(budget)
+            assert usage.backed_bytes - self.allocator.usage().backed_bytes == done.freed_pages * PAGE
+
     def nothing_is_wasted(self) -> None:
         for tenant in ("a", "b"):
-            small = [each for each in self.places.values() if each.tenant == tenant and each.max_size_bytes < PAGE]
+            small = [each for each in self.places.values() if each.tenant == tenant and each.shared]
             used = sum(self.allocator._shared.part_bytes(tenant, each.offset) for each in small)
             pages = {ref for each in small for ref in each.pages}
             assert len(pages) == -(-used // PAGE)

@@ -123,6 +123,26 @@ class PoolMachine(RuleBasedStateMachine):
         if again and name in self.model.ready():
             self.model.seal(name, model, ids, keys, finish=False)
 
+    @precondition(lambda self: any(map(self.model.changeable, self.model.ready())))
+    @rule(
+        data=st.data(),
+        kind=st.sampled_from(["resize", "resize", "back", "back", "unback"]),
+        timeout_s=st.sampled_from([0.0, 2.0, 5.0]),
+        then=AFTERWARDS,
+    )
+    def change(self, data: st.DataObject, kind: str, timeout_s: float, then: str) -> None:
+        """A cache grows, shrinks, gets holes or loses them."""
+        name = data.draw(st.sampled_from([n for n in self.model.ready() if self.model.changeable(n)]), label="who")
+        cache_id = data.draw(st.sampled_from(self.model.changeable(name)), label="which")
+        maximum = self.model.made[cache_id].max_size_bytes
+        bounds = st.integers(0, 8).map(lambda eighths: maximum * eighths // 8)
+        pairs = data.draw(st.lists(st.tuples(bounds, bounds), min_size=1, max_size=2), label="ranges")
+        ranges = [(min(pair), max(pair)) for pair in pairs if pair[0] != pair[1]]
+        if kind == "resize":
+            ranges = [(0, ranges[0][1])] if ranges else []
+        self.model.change(name, cache_id, kind, ranges, timeout_s)
+        self.work(then)
+
     @precondition(lambda self: self.model.holders())
     @rule(data=st.data(), everything=st.booleans(), then=AFTERWARDS)
     def release(self, data: st.DataObject, everything: bool, then: str) -> None:

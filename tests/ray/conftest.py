@@ -18,7 +18,7 @@ import ray
 
 from kvpool import CachePool
 from kvpool.client import delete
-from kvpool.errors import PoolNotFoundError, ProtocolError, TierError
+from kvpool.errors import DeviceLostError, PoolNotFoundError, TierError
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -91,7 +91,7 @@ class Pools:
             last = await CachePool.connect(pool.name)
         except PoolNotFoundError:
             return  # the test has deleted it
-        except ProtocolError:
+        except DeviceLostError:
             assert not device_actors(pool)  # the test has killed them
         else:
             async with last:

@@ -1,6 +1,9 @@
 """Bad input through the public API: a typed error that names what was asked and what is possible; no change."""
 
 import asyncio
+import os
+import sys
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ import torch
 from pool_actors import leased_bytes
 
 from kvpool import Access, CachePool, ModelSpec, encode_block_id
+from kvpool.cache.lru import LeafFirstLRU
 from kvpool.errors import (
     CacheStateError,
     ConfigError,
@@ -325,3 +329,17 @@ async def test_a_forked_child_is_refused(pool, start_process):
     assert (await held(pool))[:3] == before[:3]
     await process.request(1, 4096, 1)  # the parent goes on
     await process.release()
+
+
+async def test_a_policy_that_only_the_caller_can_import_is_refused_in_one_line(local_ray, monkeypatch):
+    """The actor's death was told by all of its traceback, and the pool's name was taken."""
+    module = ModuleType("policies_of_the_caller")
+    module.own = LeafFirstLRU
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    name = f"t{os.getpid()}-callers-policy"
+    with pytest.raises(UnknownPolicyError, match="installed where its actor runs") as caught:
+        await CachePool.create(name=name, devices="host:1x2MiB", policy="policies_of_the_caller:own")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+    with pytest.raises(PoolNotFoundError):
+        await CachePool.connect(name)

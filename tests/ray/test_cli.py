@@ -199,7 +199,7 @@ async def test_a_replay_uses_a_running_pool_and_leaves_it_running(cli: Cli, trac
 # -- help -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["alloc", "concurrency", "disk", "put-get"])
+@pytest.mark.parametrize("command", ["alloc", "concurrency", "disk", "evict", "put-get"])
 def test_each_benchmark_explains_itself(command: str) -> None:
     runner = CliRunner()
     assert command in runner.invoke(main, ["bench", "--help"]).stdout

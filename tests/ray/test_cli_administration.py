@@ -145,6 +145,7 @@ async def test_content_is_evicted_invalidated_and_trimmed(cli: Cli, filled) -> N
         (("invalidate", "--model", "m"), "say what is to go"),
         (("invalidate", "--model", "none", "--all"), "no model 'none'"),
         (("leases", "--revoke", "nobody"), "no client 'nobody' is connected"),
+        (("flush",), "this pool has no disk tier"),
         (("set-policy", "optimal"), "'optimal'"),
         (("events", "--limit", "1", "--json", "/nowhere/file"), "cannot write JSON"),
         (("events", "--limit", "1", "--json", "/etc"), "cannot write JSON to /etc: Is a directory"),
@@ -161,7 +162,9 @@ async def test_bad_input_is_one_clear_line(cli: Cli, untouched: str, arguments: 
     assert answer.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", ["ls", "leases", "contains", "evict", "invalidate", "trim", "set-policy", "events"])
+@pytest.mark.parametrize(
+    "command", ["ls", "leases", "contains", "evict", "invalidate", "trim", "flush", "set-policy", "events"]
+)
 def test_each_command_explains_itself(command: str) -> None:
     result = CliRunner().invoke(main, [command, "--help"])
     assert (result.exit_code, result.stderr) == (0, "")

@@ -113,7 +113,7 @@ async def test_a_pool_whose_only_device_died_answers_at_once(pool):
         with pytest.raises(DeviceLostError, match="all devices of this host are lost: delete the pool"):
             await pool.request_cache("m", size="64KiB")
         await cache.release()
-        with pytest.raises(ProtocolError, match="no device on this host"):
+        with pytest.raises(DeviceLostError, match="are lost: delete it and start it again"):
             await CachePool.connect(pool.name)
 
 

@@ -84,6 +84,23 @@ async def test_a_look_up_tells_what_is_coming_and_does_not_wait_for_it(make_pool
         assert len(hit.tensors()) == CHAIN
 
 
+async def test_a_fetch_that_is_cancelled_loses_nothing(make_pool):
+    pool = await make_pool("host:1x1MiB", host_memory="2MiB")
+    model = await pool.model(SPEC)
+    for number in range(5):
+        await put(model, number)
+
+    async with await model.match_prefix(chain(0)) as hit:
+        waiting = asyncio.create_task(hit.fetch())
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert hit.num_blocks + hit.coming == CHAIN
+        assert await hit.fetch() == CHAIN
+        assert (hit.numpy()[-1] == content(0)[-1]).all()
+
+
 async def test_durable_blocks_are_found_again_after_a_kill_and_a_new_start(make_pool, tmp_path):
     url = str(tmp_path / "disk")
     pool = await make_pool("host:1x2MiB", disk_url=url, name=f"t{os.getpid()}-durable")
@@ -140,9 +157,16 @@ async def test_kills_at_random_moments_lose_nothing_that_is_durable_and_bring_no
 async def test_what_is_not_surely_on_disk_is_not_acknowledged_as_durable(make_pool, tmp_path):
     pool = await make_pool()
     model = await pool.model(SPEC)
-    with pytest.raises(TierError, match="disk_url"):
+    with pytest.raises(TierError, match=r"in the pool, but not durable: .*set disk_url"):
         await put(model, 1, durable=True)
     assert await read(model, 1) == CHAIN  # it is stored all the same
+
+
+async def test_a_pool_that_is_to_write_nothing_says_so(make_pool, tmp_path):
+    pool = await make_pool(disk_url=str(tmp_path / "disk"), write_policy="none", host_memory="64KiB")
+    model = await pool.model(SPEC)
+    with pytest.raises(TierError, match="set write_policy to something else than 'none'"):
+        await put(model, 1, durable=True)
 
 
 async def test_what_is_there_already_is_made_durable_by_word(make_pool, tmp_path):
@@ -210,3 +234,21 @@ async def test_a_folder_that_cannot_be_used_leaves_a_pool_without_disk(make_pool
     model = await pool.model(SPEC)
     assert await put(model, 1) == CHAIN
     assert str(Path(file)) in (await tiers(pool))["disk_problem"]
+
+
+async def test_what_was_flushed_is_hit_after_the_pool_was_deleted_and_made_anew(make_pool, tmp_path):
+    """It lies on the device, in host memory, and on disk by then."""
+    settings = {"host_memory": "1MiB", "disk_url": str(tmp_path / "disk"), "name": f"t{os.getpid()}-flushed"}
+    pool = await make_pool("host:1x1MiB", **settings)
+    model = await pool.model(SPEC)
+    chains = 12
+    for number in range(chains):
+        assert await put(model, number) == CHAIN
+    done = await pool.flush()
+    assert done == {"caches": chains * CHAIN, "bytes": chains * CHAIN * BLOCK_BYTES, "displaced": 0}
+    await pool.delete()
+
+    again = await make_pool("host:1x1MiB", **settings)
+    model = await again.model(SPEC)
+    for number in range(chains):
+        assert await read(model, number) == CHAIN

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,25 @@ def trace(tmp_path: Path, requests: list[TraceRequest]) -> Path:
     return path
 
 
+@pytest.fixture
+def own_policies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A module of policies in the working directory, which is on no path."""
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "some_policies.py").write_text(
+        "from kvpool.cache.leaf_first import LeafFirst\n"
+        "def nothing(index): return None\n"
+        "def divides(index): return LeafFirst(index, lambda row, now: 1 / 0)\n"
+        "def text(index): return LeafFirst(index, lambda row, now: 'much')\n"
+        "def latest(index): return LeafFirst(index, lambda row, now: -now)\n",
+        encoding="utf-8",
+    )
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield
+    sys.modules.pop("some_policies", None)
+
+
 def call(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
@@ -54,7 +74,10 @@ def test_json_on_standard_output_is_nothing_but_json(
         assert row == {name: value for name, value in expected.items() if name != "accesses_per_s"}
 
 
-def test_a_table_is_printed_by_default_and_json_goes_to_a_file(trace: Path, tmp_path: Path) -> None:
+def test_a_table_is_printed_by_default_and_json_goes_to_a_file(
+    trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
     written = tmp_path / "rows.json"
     result = call("simulate", trace, "--json", written)
     assert (result.exit_code, result.stdout) == (0, "")
@@ -70,6 +93,15 @@ def test_a_table_is_printed_by_default_and_json_goes_to_a_file(trace: Path, tmp_
     ("arguments", "message"),
     [
         (("--policy", "optimal"), "no eviction policy is named 'optimal': there is adaptive, lfu, lru"),
+        (("--policy", "lru,adaptve"), "named 'adaptve' (did you mean 'adaptive'?): there is"),
+        (("--policy", "absent_policies:x"), "cannot be imported here (ModuleNotFoundError"),
+        (
+            ("--policy", "some_policies:nothing"),
+            "'some_policies:nothing' could not be made: None is no eviction",
+        ),
+        (("--policy", "some_policies:divides"), "failed in evictable(): ZeroDivisionError: division by zero"),
+        (("--policy", "some_policies:divides,lru", "--processes", "2"), "failed in evictable(): ZeroDivisionError"),
+        (("--policy", "some_policies:text"), "failed in evictable(): TypeError"),
         (("--capacity", "0.0"), "above 0 and at most 1.0"),
         (("--capacity", "1.5"), "above 0 and at most 1.0"),
         (("--capacity", "nan"), "above 0 and at most 1.0"),
@@ -78,7 +110,7 @@ def test_a_table_is_printed_by_default_and_json_goes_to_a_file(trace: Path, tmp_
         (("--json", "/does/not/exist/rows.json"), "cannot write JSON to /does/not/exist/rows.json"),
     ],
 )
-def test_bad_input_is_one_clear_line(trace: Path, arguments: tuple[str, ...], message: str) -> None:
+def test_bad_input_is_one_clear_line(trace: Path, own_policies: None, arguments: tuple[str, ...], message: str) -> None:
     result = call("simulate", trace, *arguments)
     assert result.exit_code == 2
     assert result.stdout == ""
@@ -114,7 +146,27 @@ def test_several_policies_are_compared_beside_the_bound(
         assert text in result.stdout
 
 
-def test_a_report_that_cannot_be_written_is_one_clear_line(trace: Path, tmp_path: Path) -> None:
+def test_a_policy_in_the_working_directory_is_found_beside_others(trace: Path, own_policies: None) -> None:
+    result = call("simulate", trace, "--policy", "some_policies:latest,LRU", "--capacity", "30", "--json", "-")
+    assert result.exit_code == 0, result.stderr
+    assert [row["policy"] for row in json.loads(result.stdout)["rows"]] == ["some_policies:latest", "lru"]
+
+
+def test_a_table_is_as_wide_as_the_terminal_and_ratios_are_percent(
+    trace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    arguments = ("simulate", trace, "--capacity", "30", "--host-capacity", "60")
+    ratio = json.loads(call(*arguments, "--json", "-").stdout)["rows"][0]["host_hit_ratio"]
+    assert f"{ratio:.2%}" in call(*arguments).stdout
+    monkeypatch.setenv("COLUMNS", "90")
+    assert max(map(len, call(*arguments).stdout.splitlines())) <= 90
+
+
+def test_a_report_that_cannot_be_written_is_one_clear_line_before_anything_is_simulated(
+    trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvpool.cli.simulate.run_cells", None)
     (tmp_path / "out").write_text("a file", encoding="utf-8")
     result = call("simulate", trace, "--capacity", "30", "--out", tmp_path / "out")
     assert result.exit_code == 2

@@ -143,6 +143,8 @@ def test_a_bad_value_is_named_with_its_key(tmp_path, monkeypatch, source, key, v
         ({"socket_dir": 7}, "'socket_dir' must be a path, not 7"),
         ({"page_size": "12KiB"}, "'page_size': must be a power of two of bytes, not 12288"),
         ({"memory_per_device": "much"}, "'memory_per_device': cannot read the size 'much'"),
+        ({"write_policy": "writethrough"}, "must be 'write_back', 'write_through' or 'none', not 'writethrough'"),
+        ({"disk_budget": "1GiB"}, "disk_budget=1 GiB .*there is none: name its folder by disk_url"),
         ({"polcy": "lru"}, "unknown config key 'polcy'; possible: .*policy"),
     ],
     ids=str,
@@ -204,3 +206,51 @@ def test_devices_are_planned_in_whole_pages_and_none_smaller_than_one() -> None:
         ConfigError, match=r"'host:1x1MiB'.*smaller than one page: give each at least 2 MiB, or set page_"
     ):
         load_config(devices="host:1x1MiB").device_plans(4096)
+
+
+def test_host_memory_below_a_page_is_refused_as_a_device_of_that_size_is() -> None:
+    config = load_config(devices="host:1x4MiB", host_memory="1KiB")
+    with pytest.raises(ConfigError, match=r"host_memory=1 KiB .*smaller than one page: give at least 2 MiB"):
+        config.device_plans(4096)
+    assert load_config(devices="host:1x4MiB", host_memory="2MiB").device_plans(4096)
+
+
+@pytest.mark.parametrize("source", ["environment", "argument"])
+def test_an_empty_disk_url_switches_the_disk_off(tmp_path, monkeypatch, source) -> None:
+    write(tmp_path, "disk_url: /var/cache/kvpool\ndisk_budget: 1GiB\n")
+    arguments = {}
+    if source == "environment":
+        monkeypatch.setenv("KVPOOL_DISK_URL", "")
+    else:
+        arguments["disk_url"] = " "
+    config = load_config(**arguments)
+    assert config.disk_url is None
+    assert config.tier_plan("host-0").disk_url is None
+    assert PoolConfig(**config.model_dump(mode="json")) == config, "the pool's actor takes it as it was"
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        ("cache", "{here}/cache"),
+        ("./a/../cache/", "{here}/cache"),
+        ("file://cache", "{here}/cache"),
+        ("~/cache", "/home/somebody/cache"),
+        ("/var/cache/kvpool", "/var/cache/kvpool"),
+        ("file:///var/cache", "file:///var/cache"),
+        ("s3://bucket/prefix", "s3://bucket/prefix"),
+        ("memory://x", "memory://x"),
+    ],
+)
+def test_a_local_folder_is_named_by_its_full_path(tmp_path, monkeypatch, given, taken) -> None:
+    """The devices run in other folders than who names it."""
+    monkeypatch.setenv("HOME", "/home/somebody")
+    config = load_config(disk_url=given)
+    assert config.disk_url == taken.format(here=tmp_path)
+    monkeypatch.chdir("/")
+    assert PoolConfig(**config.model_dump(mode="json")) == config
+
+
+def test_policies_are_compared_without_case() -> None:
+    assert load_config(policy="ADAPTIVE") == load_config(policy="adaptive")
+    assert load_config(policy="My_Policies:Oldest").policy == "My_Policies:Oldest", "a module has its case"

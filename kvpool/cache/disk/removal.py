@@ -35,6 +35,8 @@ class Removal:
         self.entries = tuple(entries)
         self.decided = False
         """It will be completed, whatever happens."""
+        self.completed = False
+        """Nothing of it is left."""
 
     def decide(self, folder: Folder) -> None:
         """Write the removal down."""
@@ -58,6 +60,7 @@ class Removal:
             folder.sync(space)
         folder.remove(removal_name(self.number))
         folder.sync("")
+        self.completed = True
 
 
 def read_removal(folder: Folder, number: int, size_bytes: int) -> Removal | None:

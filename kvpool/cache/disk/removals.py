@@ -27,7 +27,7 @@ class Removals:
     def __init__(self, folder: Folder, index: DiskIndex, counters: DiskCounters, threads: Threads) -> None:
         self._folder, self._index, self._counters, self._threads = folder, index, counters, threads
         self._next_number = 0
-        self._stuck: dict[CacheKey, Removal] = {}
+        self._stuck: dict[CacheKey, list[Removal]] = {}
         self._doubtful: set[str] = set()  # folders that may hold files which the index does not know
         self._one_at_a_time = asyncio.Lock()  # two keys may be stuck in one removal
 
@@ -39,11 +39,19 @@ class Removals:
 
     async def complete(self, key: CacheKey) -> bool:
         """Complete what a key is stuck in, if anything; True if it may be written now."""
-        removal = self._stuck.get(key)
-        return removal is None or await self._carry_out(removal)
+        for removal in list(self._stuck.get(key, ())):
+            if not await self._carry_out(removal):
+                return False
+        return True
 
-    async def remove(self, keys: Iterable[CacheKey]) -> int:
-        """Remove caches for good; returns how many there were.
+    async def note(self, entries: Iterable[DiskEntry]) -> Removal | None:
+        """Decide on the removal of files whose keys the caller does not hold yet; None if the store refuses that."""
+        removal = self._new(entries)
+        await self._decide(removal)
+        return removal if removal.decided else None
+
+    async def remove(self, keys: Iterable[CacheKey], noted: Removal | None = None) -> int:
+        """Remove caches for good; returns how many there were. ``noted``: what was decided for some of them before.
 
         Raises
         ------
@@ -51,6 +59,10 @@ class Removals:
             If it is not sure that none of them comes back.
         """
         wanted = sorted(keys)
+        there = 0
+        if noted is not None:
+            there = sum(self._index.drop(key) is not None for key in {entry.key for entry in noted.entries})
+            self._enter(noted)
         covered = {key for key in wanted if key in self._stuck}
         unknown = [key for key in wanted if self._index.get(key) is None and key not in covered]
         try:
@@ -62,19 +74,21 @@ class Removals:
             raise TierError(f"caches to be removed may still be there: {error}", cause=cause) from error
         entries = [entry for key in wanted if (entry := self._index.drop(key)) is not None] + strays
         if entries:
-            self._enter(Removal(self._next_number, entries))
-            self._next_number += 1
-        for removal in dict.fromkeys(self._stuck[key] for key in wanted if key in self._stuck):
+            removal = self._new(entries)
+            self._enter(removal)
+            await self._decide(removal)  # before it stands in line behind others, of which one may hang
+        for removal in dict.fromkeys(removal for key in wanted for removal in self._stuck.get(key, ())):
             await self._carry_out(removal)
-        unsure = sum(key in self._stuck and not self._stuck[key].decided for key in wanted)
+        unsure = sum(not all(removal.decided for removal in self._stuck.get(key, ())) for key in wanted)
         if unsure:
             raise TierError(
                 f"{unsure} of {len(wanted)} caches could not be removed (the cause is counted and logged): they are "
                 "hidden, but the next start would find them; call again",
                 cause="removal",
             )
-        self._counters.removed_files += len(entries)
-        return len(entries)
+        there += len(entries)
+        self._counters.removed_files += there
+        return there
 
     async def space(self, tenant: str, fingerprint: str) -> set[CacheKey]:
         """Return the keys of a tenant and fingerprint that have files, or may have.
@@ -101,30 +115,43 @@ class Removals:
             self._counters.count_error(f"clearing {entry.path}", error)
             self._doubtful.add(space_name(entry.key.tenant, entry.key.fingerprint))
 
+    def _new(self, entries: Iterable[DiskEntry]) -> Removal:
+        self._next_number += 1
+        return Removal(self._next_number - 1, entries)
+
     def _enter(self, removal: Removal) -> None:
         for entry in removal.entries:
-            self._stuck[entry.key] = removal
-            self._index.claim(entry)  # it takes room until it is gone
+            stuck = self._stuck.setdefault(entry.key, [])
+            if not stuck:
+                self._index.claim(entry)  # it takes room until it is gone
+            if removal not in stuck:
+                stuck.append(removal)
 
     async def _carry_out(self, removal: Removal) -> bool:
         """Decide and complete a removal as far as the store lets us; True if it is complete."""
         async with self._one_at_a_time:
-            return self._stuck.get(removal.entries[0].key) is not removal or await self._try(removal)
+            return removal.completed or await self._try(removal)
 
-    async def _try(self, removal: Removal) -> bool:
+    async def _decide(self, removal: Removal) -> None:
         try:
             if not removal.decided:
                 await self._threads.run(removal.decide, self._folder)
         except Exception as error:  # noqa: BLE001  nothing is lost if it can be completed without
             self._counters.count_error("noting a removal", error)
+
+    async def _try(self, removal: Removal) -> bool:
+        await self._decide(removal)
         try:
             await self._threads.run(removal.complete, self._folder)
         except Exception as error:  # noqa: BLE001  drivers raise what they like
             self._counters.count_error("completing a removal", error)
             return False
-        for entry in removal.entries:
-            del self._stuck[entry.key]
-            self._index.unclaim(entry.key)
+        for key in {entry.key for entry in removal.entries}:
+            stuck = self._stuck[key]
+            stuck.remove(removal)
+            if not stuck:
+                del self._stuck[key]
+                self._index.unclaim(key)
         return True
 
 

@@ -36,7 +36,8 @@ class DiskStatistics:
     leftover_files: int
     """Incomplete files of an earlier life that were removed at the start."""
     errors: dict[str, int]
-    """Operations that the store refused, by cause: ``ENOSPC``, ``EACCES``, or the class of a driver's error."""
+    """Operations that the store refused, by cause: ``ENOSPC``, ``EACCES``, or the class of a driver's error; and those
+    that it did not answer in time: ``timeout``."""
     given_up: dict[str, int]
     """Writes that were not even tried, by cause: ``queue_full``, ``budget``, ``removed``, ``closed``."""
 
@@ -90,4 +91,4 @@ def cause_of(error: BaseException) -> str:
     return _CAUSES.get(type(error).__name__, type(error).__name__)
 
 
-_CAUSES = {"FileNotFoundError": "ENOENT", "PermissionError": "EACCES"}
+_CAUSES = {"FileNotFoundError": "ENOENT", "PermissionError": "EACCES", "TimeoutError": "timeout"}

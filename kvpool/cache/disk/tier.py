@@ -16,9 +16,11 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
 from kvpool.cache.disk.folder import Folder
+from kvpool.cache.disk.folder_syncs import FolderSyncs
 from kvpool.cache.disk.header import BadFileError, check_file, header_bytes
 from kvpool.cache.disk.index import DiskEntry, DiskIndex
 from kvpool.cache.disk.key_locks import KeyLocks
+from kvpool.cache.disk.removal import Removal
 from kvpool.cache.disk.removals import Removals
 from kvpool.cache.disk.scan import scan
 from kvpool.cache.disk.statistics import DiskCounters, DiskStatistics
@@ -50,7 +52,7 @@ class DiskTier:
         Called with keys that could be found until now and no longer can: evicted, or their files were no good.
         Not called for :meth:`remove`.
     threads
-        Of them as many write as read.
+        Of them as many write as read and remove.
     queue_limit
         Writes, and reads, that are under way or wait at most.
 
@@ -76,13 +78,18 @@ class DiskTier:
         self._index = DiskIndex(budget_bytes)
         self._counters = DiskCounters(folder.url)
         self._locks = KeyLocks()
+        self.threads = threads
         self._writers, self._readers = Threads(threads, "kvpool-disk-write"), Threads(threads, "kvpool-disk-read")
+        # Of their own, so that a removal is noted on disk though all others hang in the store.
+        self._removers = Threads(threads, "kvpool-disk-remove")
         self._write_room, self._read_room = asyncio.Semaphore(queue_limit), asyncio.Semaphore(queue_limit)
         self._waiting_writes = 0
         self._removing: Counter[CacheKey] = Counter()
-        self._removals = Removals(folder, self._index, self._counters, self._writers)
+        self._writing: dict[CacheKey, DiskEntry] = {}
+        self._removals = Removals(folder, self._index, self._counters, self._removers)
+        self._syncs = FolderSyncs(folder, threads)
         self._writer = Writer(
-            folder, self._index, self._locks, self._counters, self._removals, self._writers, self._gone
+            folder, self._index, self._locks, self._counters, self._removals, self._writers, self._syncs, self._gone
         )
         self._started = self._open = False
 
@@ -115,6 +122,8 @@ class DiskTier:
         self._open = False
         await self._writers.close()
         await self._readers.close()
+        await self._removers.close()
+        await self._syncs.close()
         self._folder.close()
 
     def find(self, key: CacheKey) -> DiskEntry | None:
@@ -145,10 +154,16 @@ class DiskTier:
         TierError
             If the store does not tell.
         """
-        async with self._writers.one():
+        async with self._removers.one():
             if not self._open:
                 raise TierError("caches cannot be removed: the disk tier is closed", cause="closed")
             return await uncancelled(self._removals.space(tenant, fingerprint))
+
+    def overdue(self, what: str, deadline_s: float) -> TierError:
+        """Count a call that a caller gave up because the store did not answer in time, and return its error."""
+        error = TimeoutError(f"no answer within {deadline_s:g} s")
+        cause = self._counters.count_error(what, error)
+        return TierError(f"the disk tier at {self._folder.url}: {what}: {error}", cause=cause)
 
     def statistics(self) -> DiskStatistics:
         """Return the figures of now."""
@@ -184,7 +199,7 @@ class DiskTier:
             self._counters.count_given_up("queue_full")
             return False
         try:
-            await self._admit(key, lambda: self._writer.store(DiskEntry(key, parent, payload.nbytes), payload))
+            await self._admit(DiskEntry(key, parent, payload.nbytes), payload, self._writer.store, None)
         except TierError:  # counted
             return False
         return True
@@ -198,19 +213,34 @@ class DiskTier:
             If it is not stored, or not surely.
         """
         payload = _payload(key, parent, view)
-        await self._admit(key, lambda: self._writer.store_durably(DiskEntry(key, parent, payload.nbytes), payload))
+        entry = DiskEntry(key, parent, payload.nbytes)
+        await self._admit(entry, payload, self._writer.store_anew, self._writer.make_durable)
 
-    async def _admit(self, key: CacheKey, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Do ``work`` on a key once its turn has come; ``work`` is not cancelled once begun."""
+    async def _admit(
+        self,
+        entry: DiskEntry,
+        payload: memoryview,
+        store: Callable[[DiskEntry, memoryview], Coroutine[Any, Any, None]],
+        finish: Callable[[DiskEntry], Coroutine[Any, Any, None]] | None,
+    ) -> None:
+        """Store a cache once its turn has come, and finish that without a thread; neither is cancelled once begun."""
+        key = entry.key
         async with self._write_room:
             self._waiting_writes += 1
             try:
-                async with self._locks.hold((key,)), self._writers.one():
-                    if not self._open:
-                        raise refusal(self._counters, "closed")
-                    if key in self._removing:  # told to go after this was asked for
-                        raise refusal(self._counters, "removed")
-                    await uncancelled(work())
+                async with self._locks.hold((key,)):
+                    async with self._writers.one():
+                        if not self._open:
+                            raise refusal(self._counters, "closed")
+                        if key in self._removing:  # told to go after this was asked for
+                            raise refusal(self._counters, "removed")
+                        self._writing[key] = entry
+                        try:
+                            await uncancelled(store(entry, payload))
+                        finally:
+                            del self._writing[key]
+                    if finish is not None:
+                        await uncancelled(finish(entry))
             finally:
                 self._waiting_writes -= 1
 
@@ -288,7 +318,8 @@ class DiskTier:
         """Remove caches for good; returns how many there were.
 
         They cannot be found from the call on. Writes of these keys that wait are given up, one under way is waited
-        for. When this returns, no crash brings any of them back, and they may be written anew.
+        for. When this returns, no crash brings any of them back, and they may be written anew. What must be waited for
+        is noted on disk first: the next start removes it, should this life end with it.
 
         Raises
         ------
@@ -297,16 +328,33 @@ class DiskTier:
         """
         wanted = set(keys)
         self._removing.update(wanted)
+        return await uncancelled(self._remove(wanted))
+
+    async def _remove(self, wanted: set[CacheKey]) -> int:
+        # Beside the wait for the locks: who asks for these keys from now on stands behind this.
+        noting = asyncio.ensure_future(self._note([key for key in wanted if self._locks.is_held(key)]))
         try:
-            async with self._locks.hold(wanted), self._writers.one():
-                if not self._open:
-                    raise TierError("caches cannot be removed: the disk tier is closed", cause="closed")
-                return await uncancelled(self._removals.remove(wanted))
+            async with self._locks.hold(wanted):
+                noted = await noting
+                async with self._removers.one():
+                    if not self._open:
+                        raise TierError("caches cannot be removed: the disk tier is closed", cause="closed")
+                    return await self._removals.remove(wanted, noted)
         finally:
             self._removing.subtract(wanted)
             for key in wanted:
                 if not self._removing[key]:
                     del self._removing[key]
+
+    async def _note(self, held: Sequence[CacheKey]) -> Removal | None:
+        """Decide on the removal of files that are in use: nothing tells when that ends."""
+        entries = [
+            entry for key in held for entry in (self._index.get(key), self._writing.get(key)) if entry is not None
+        ]
+        if not entries or not self._open:
+            return None
+        async with self._removers.one():
+            return await self._removals.note(dict.fromkeys(entries))
 
 
 def _payload(key: CacheKey, parent: BlockHash | None, view: memoryview) -> memoryview:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from kvpool.cache.disk.folder import Folder
+from kvpool.cache.disk.folder_syncs import FolderSyncs
 from kvpool.cache.disk.header import make_header
 from kvpool.cache.disk.index import DiskEntry, DiskIndex
 from kvpool.cache.disk.key_locks import KeyLocks
@@ -33,7 +34,7 @@ class Writer:
 
     Parameters
     ----------
-    folder, index, locks, counters, removals, threads, on_gone
+    folder, index, locks, counters, removals, threads, syncs, on_gone
         Of the tier.
     """
 
@@ -45,22 +46,27 @@ class Writer:
         counters: DiskCounters,
         removals: Removals,
         threads: Threads,
+        syncs: FolderSyncs,
         on_gone: Callable[[Sequence[CacheKey]], None],
     ) -> None:
         self._folder, self._index, self._locks, self._counters = folder, index, locks, counters
-        self._removals, self._threads, self._on_gone = removals, threads, on_gone
+        self._removals, self._threads, self._syncs, self._on_gone = removals, threads, syncs, on_gone
 
-    async def store_durably(self, entry: DiskEntry, payload: memoryview) -> None:
-        """Return once a file is there and survives a failure of power."""
+    async def store_anew(self, entry: DiskEntry, payload: memoryview) -> None:
+        """Write a file as :meth:`store`, also if somebody has removed it behind our back."""
         known = self._index.get(entry.key)
         try:
             if known is not None and await self._threads.run(self._folder.size, known.path) != known.file_bytes:
                 self._index.drop(known.key)
-                self._on_gone((known.key,))  # somebody has removed it behind our back
-            await self.store(entry, payload)
-            await self._threads.run(self._folder.sync, space_name(entry.key.tenant, entry.key.fingerprint))
-        except KvpoolError:
-            raise
+                self._on_gone((known.key,))
+        except Exception as error:
+            raise self._failure(entry, error) from error
+        await self.store(entry, payload)
+
+    async def make_durable(self, entry: DiskEntry) -> None:
+        """Return once a file that was stored survives a failure of power. Needs no thread of the caller."""
+        try:
+            await self._syncs.sync(space_name(entry.key.tenant, entry.key.fingerprint))
         except Exception as error:
             raise self._failure(entry, error) from error
 

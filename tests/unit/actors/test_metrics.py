@@ -10,6 +10,9 @@ from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 from kvpool.actors.metrics import PoolMetrics, PoolSnapshot
+from kvpool.cache.host_tier import HostTier
+from kvpool.cache.tier_statistics import TierCounters, tier_statistics
+from kvpool.memory.host import HostBackend
 from kvpool.pool.state import PoolState
 from kvpool.pool.statistics import collect
 
@@ -75,11 +78,14 @@ def points(reader):
     }
 
 
-def snapshot(**figures):
+def snapshot(lower=(None, None), **figures):
     state = PoolState("p", "lru", "least_loaded", 10)
     for name in ("host-0", "host-1"):
         state.add_device(name, "h", 1000, 100, 10, 8000)
     memory = {0: {"live": 250, "backed": 500, "reserve": 100, "zombie": 0, "free": 400, "caches": 3, "leases": 2}}
+    memory[0]["lower"] = lower[0]
+    if lower[1] is not None:
+        memory[1] = memory[0] | {"lower": lower[1]}
     state.ledger.counters.evictions_by_reason["capacity"] = 7
     return PoolSnapshot(collect(state, memory), **{"hits": {}, "misses": {}, "errors": {}} | figures)
 
@@ -99,6 +105,41 @@ def test_a_device_that_did_not_report_has_a_gap(reader, pool_metrics):
     assert found["kvpool.evictions"] == [
         ({"reason": reason}, count) for reason, count in (("capacity", 7), ("request", 0), ("invalidate", 0))
     ]
+
+
+def test_each_tier_below_a_device_is_told_apart(reader, pool_metrics):
+    host = HostTier(HostBackend(1 << 30), 1 << 20, 1 << 16)
+    counters = TierCounters(demoted=5, not_kept=1, copied_ahead=2, host_hits=3, host_misses=4, host_written_bytes=500)
+    host.errors["ENOMEM"] += 1
+    lower = tier_statistics(host, None, None, counters)
+    disk = {"budget_bytes": 9000, "used_bytes": 70, "files": 7, "hits": 2, "misses": 1, "written_bytes": 60}
+    disk |= {"read_bytes": 20, "errors": {"timeout": 3}, "bad_files": {"checksum": 1}}
+    pool_metrics.snapshot = snapshot(lower=[lower | {"disk": disk}, lower])
+    found = points(reader)
+    in_host, on_disk, other = (
+        {"device": f"host-{n}", "tier": tier} for n, tier in ((0, "host"), (0, "disk"), (1, "host"))
+    )
+    for name, values in {
+        "capacity": (1 << 20, 9000, 1 << 20),
+        "used": (0, 70, 0),
+        "caches": (0, 7, 0),
+        "hits": (3, 2, 3),
+        "misses": (4, 1, 4),
+        "written": (500, 60, 500),
+        "read": (0, 20, 0),
+    }.items():
+        expected = [(where, value) for where, value in zip((in_host, on_disk, other), values, strict=True)]
+        assert found[f"kvpool.lower.{name}"] == expected, name
+    assert found["kvpool.lower.errors"] == [
+        (in_host | {"error.type": "ENOMEM"}, 1),
+        (on_disk | {"error.type": "timeout"}, 3),
+        (on_disk | {"error.type": "bad_checksum"}, 1),
+        (other | {"error.type": "ENOMEM"}, 1),
+    ]
+    assert found["kvpool.lower.demotions"][:3] == [
+        ({"device": "host-0", "outcome": outcome}, n) for outcome, n in (("kept", 5), ("lost", 1), ("copied_ahead", 2))
+    ]
+    host.close()
 
 
 def test_counts_have_few_attributes(reader, pool_metrics):
@@ -121,7 +162,11 @@ def test_models_beyond_a_hundred_are_counted_together(reader, pool_metrics):
 def test_durations_are_recorded_in_buckets_below_a_millisecond(reader, pool_metrics):
     pool_metrics.evicted("host-0", "host", "lru", 0.0004)
     pool_metrics.waited("m", "granted", 0.3)
+    pool_metrics.demoted("host-0", "ahead", 0.01)
+    pool_metrics.filled("host-1", 0.02)
     found = points(reader)
+    assert found["kvpool.lower.demotion.duration"][0][0] == {"device": "host-0", "reason": "ahead"}
+    assert found["kvpool.lower.fill.duration"][0][0] == {"device": "host-1"}
     ((attributes, point),) = found["kvpool.eviction.duration"]
     assert attributes == {"device": "host-0", "tier": "host", "policy": "lru"}
     assert sum(bound < 0.001 for bound in point.explicit_bounds) == 3

@@ -11,7 +11,7 @@ from kvpool.actors.pool_telemetry import PoolTelemetry
 from kvpool.cache import eviction
 from kvpool.cache.eviction import register_policy
 from kvpool.cache.lru import LeafFirstLRU
-from kvpool.pool.instructions import Send
+from kvpool.pool.instructions import Move, Send
 from kvpool.pool.state import PoolState
 
 
@@ -69,3 +69,24 @@ def test_an_eviction_is_that_of_the_policy_that_decided_on_it(reader, state, tel
     after.then([], 0.1)
     found = points(reader, "kvpool.eviction.duration")
     assert sorted((attributes["policy"], count) for attributes, count in found) == [("another", 1), ("lru", 1)]
+
+
+def test_what_goes_down_and_comes_up_is_timed_unless_it_failed(reader, telemetry):
+    answered = []
+
+    def then(answer, _now):
+        answered.append(answer)
+
+    for kind in ("lower", "copy", "hold"):
+        telemetry.timed(Send(0, (kind, "default", "f", []), then), 0.0).then([True], 0.1)
+    telemetry.timed(Send(0, ("lower", "default", "f", []), then), 0.0).then(("error", "DeviceLostError", "", {}), 0.1)
+    telemetry.timed(Send(0, ("evict", []), then), 0.0).then([], 0.1)
+    for method in ("fill", "persist"):
+        telemetry.timed_move(Move(0, method, (), then), 0.0).then([True], 0.1)
+    assert len(answered) == 7
+    assert points(reader, "kvpool.lower.demotion.duration") == [
+        ({"device": "host-0", "reason": "eviction"}, 1),
+        ({"device": "host-0", "reason": "ahead"}, 1),
+    ]
+    assert points(reader, "kvpool.lower.fill.duration") == [({"device": "host-0"}, 1)]
+    assert points(reader, "kvpool.eviction.duration") == []

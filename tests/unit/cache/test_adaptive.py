@@ -4,11 +4,15 @@ from itertools import pairwise
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import pytest
 
 from kvpool.cache.adaptive import Adaptive
+from kvpool.cache.hazard import AGES, GAPS, WIDTH, HazardTable, age_level
 from kvpool.cache.index import CacheIndex
 from kvpool.cache.key import encode_block_id
+from kvpool.cache.sampled_ranking import _least
+from kvpool.cache.turns import BODY, SHARED, TAIL, TurnTable
 from kvpool.simulate import offline_bound, simulate
 from kvpool.workload import TraceRequest, read_trace
 
@@ -72,8 +76,8 @@ def test_it_is_no_worse_than_lru_on_workloads_without_sessions(name: str) -> Non
 
 
 def test_the_same_seed_gives_the_same_outcome() -> None:
-    requests = single_blocks(zipf(6000, 4000, Random(5)))
-    hits = [simulate(requests, "adaptive", 800, seed=seed)["prefix_hit_ratio"] for seed in (1, 1, 2, 3)]
+    requests = single_blocks(zipf(8000, 8000, Random(5)))
+    hits = [simulate(requests, "adaptive", 1400, seed=seed)["prefix_hit_ratio"] for seed in (1, 1, 2, 3)]
     assert hits[0] == hits[1]
     assert len({*hits}) > 1, "more leaves than are looked at, so some are drawn"
 
@@ -185,3 +189,117 @@ def test_whole_caches_beside_blocks_are_ranked_by_worth_not_size() -> None:
     pool.request([1, 2], capacity=100)
     assert set(index.policy.victims(0)) == {whole, *index.match(pool.space, [encode_block_id(1), encode_block_id(2)])}
     assert index.policy.admit(pool.space, [encode_block_id(5)], (), (0,), 10, 1, 5.0) in (0, 1)
+
+
+@pytest.mark.parametrize("name", ["zipf", "shifting zipf"])
+def test_a_repeated_block_is_counted_like_any_turn(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is done at once for prompts of one block is the same as step by step."""
+    requests = single_blocks(WORKLOADS[name])
+    at_once = simulate(requests, "adaptive", 0.1)["prefix_hit_ratio"]
+
+    def step_by_step(self: TurnTable, turn: int, born: float, shared: int, new: int) -> None:
+        level = age_level(born - self.born[turn])
+        self.expose(turn, int(level))
+        self.hit(turn, TAIL, int(level), 1.0)
+        if self.flags[turn] & 1 << SHARED:
+            self.hit(turn, SHARED, int(level), 1.0)
+        self.renew(turn, born, self.number[turn] + 1, min(int(level / 2) + 1, GAPS - 1), shared, new)
+
+    monkeypatch.setattr(TurnTable, "repeat", step_by_step)
+    assert simulate(requests, "adaptive", 0.1)["prefix_hit_ratio"] == pytest.approx(at_once, abs=0.002)
+
+
+def test_turns_are_exposed_alone_as_together() -> None:
+    tables = [TurnTable(HazardTable()) for _ in range(2)]
+    for table in tables:
+        for number in range(40):
+            hashes = [encode_block_id(10 * number + place) for place in range(1 + number % 4)]
+            table.add(0, hashes, float(number), number % 3, number % GAPS, min(number % 2, len(hashes) - 1), 3)
+        table.now = 900.0
+    alone, together = tables
+    for turn in range(40):
+        alone.expose(turn, int(age_level(900.0 - alone.born[turn])))
+    together.count_fresh()
+    assert alone.counted == together.counted
+    for column in ("entered", "gains", "expected"):
+        first, second = (getattr(table.hazards, column) for table in tables)
+        assert np.allclose(first, second), column
+
+
+def test_a_group_is_watched_in_each_bucket_it_reached() -> None:
+    table = TurnTable(HazardTable())
+    turn = table.add(0, [encode_block_id(1), encode_block_id(2)], 0.0, 0, 0, 0, 2)
+    table.expose(turn, 3)
+    table.expose(turn, 5)
+    for kind in (TAIL, BODY):
+        entered = np.frombuffer(table.hazards.entered)[kind * WIDTH : (kind + 1) * WIDTH]
+        assert np.cumsum(entered)[:AGES].tolist() == [1.0] * 6 + [0.0] * (AGES - 6)
+
+
+def test_equal_chains_of_two_tenants_are_two_turns() -> None:
+    """Also where both are named by the same list."""
+    pool = Pool()
+    index, other = pool.index, pool.index.space("other", "fingerprint")
+    hashes = [encode_block_id(block) for block in (1, 2)]
+    for space in (pool.space, other):
+        rows = index.add_chain(space, 1, 0, 2, now=0.0, chain=hashes)
+        index.publish_all(rows, hashes)
+        index.unpin(rows[::-1], now=0.0)
+    turns = pool.policy._turns
+    assert [turns.held[turns.anchored(space, hashes[-1])] for space in (pool.space, other)] == [2, 2]
+
+
+def test_rows_that_are_held_are_put_out_when_drawn() -> None:
+    pool = Pool()
+    index = pool.index
+    for number in range(3000):
+        pool.request([number], capacity=3000)
+    held = [index.find(pool.space, encode_block_id(number)) for number in range(2900)]
+    index.pin(held, now=5000.0)
+    free = [index.find(pool.space, encode_block_id(number)) for number in range(2900, 3000)]
+    assert sorted(index.policy.victims(0)) == sorted(free)
+    index.unpin(held, now=5001.0)
+    assert sorted(index.policy.victims(0)) == sorted(held + free)
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_thousands_go_at_once(length: int) -> None:
+    """Column by column, the books end as they do one by one."""
+    pools = Pool(), Pool()
+    for pool in pools:
+        for number in range(4000 // length):
+            pool.request([length * number + place for place in range(length)], capacity=5000)
+    rows = [row for row, _ in zip(pools[0].index.policy.victims(0), range(3000), strict=False)]
+    assert len(set(rows)) == 3000
+    pools[0].index.remove_all(rows)
+    for row in rows:
+        pools[1].index.remove(row)
+    for pool in pools:
+        pool.index.check()
+        assert len(pool.index) == 1000
+    first, second = (pool.policy._turns for pool in pools)
+    assert first.held == second.held
+    assert sorted(pools[0].index.policy.victims(0)) == sorted(pools[1].index.policy.victims(0))
+
+
+def test_the_least_are_found_among_many_equal_ones() -> None:
+    chance = np.random.default_rng(1)
+    for worths in (chance.random(5000), np.repeat([3.0, 1.0, 2.0], 2000), np.ones(4000)):
+        found = worths[_least(worths, 500)]
+        assert 400 <= len(found) <= 500
+        assert found.tolist() == np.sort(worths)[: len(found)].tolist()
+    assert _least(np.array([2.0, 1.0]), 5).tolist() == [1, 0]
+
+
+def test_each_goes_once_whatever_was_exposed_before() -> None:
+    """Parents that lost their children between two samples are candidates beside those of the last one."""
+    pool = Pool()
+    chance = Random(6)
+    for number in range(60):
+        first = 10 * chance.randrange(12)
+        pool.request([*range(first, first + 1 + number % 9)], capacity=500)
+    while len(pool.index):
+        victims = list(pool.index.policy.victims(0))
+        assert len(set(victims)) == len(victims) == len(pool.index)
+        assert pool.policy.victim() == victims[0]
+        pool.index.remove(victims[0])

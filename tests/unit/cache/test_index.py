@@ -5,7 +5,8 @@ import tracemalloc
 
 import pytest
 
-from kvpool.cache.eviction import make_policy, policy_names, register_policy
+from kvpool.cache.eviction import policy_names, register_policy
+from kvpool.cache.guarded_policy import make_policy
 from kvpool.cache.index import CacheIndex
 from kvpool.cache.key import encode_block_id
 from kvpool.cache.lru import LeafFirstLRU
@@ -164,6 +165,32 @@ def test_a_lost_device_takes_its_caches_and_no_others(index: CacheIndex) -> None
     assert index.remove_device(1) == 0
 
 
+def test_many_leave_as_few_do(index: CacheIndex) -> None:
+    """From some hundred on, the books are kept column by column; orphans and leased caches included."""
+    other = CacheIndex()
+    for number in range(2):
+        other.add_device(number)
+    going = []
+    for each, most in ((index, 10_000), (other, 100)):
+        space = each.space("tenant", "fingerprint")
+        rows = publish_chain(each, space, list(range(1200)))
+        rows += publish_chain(each, space, list(range(5000, 5300)), device=1)
+        each.pin([rows[1300]], now=2.0)
+        unkeyed = each.add(space, 7, 0, now=2.0)
+        going = [*rows[1300:], *rows[600:1100][::-1], unkeyed]
+        for start in range(0, len(going), most):
+            each.remove_all(going[start : start + most])
+        each.check()
+        assert each.match(space, hashes(*range(1200))) == rows[:600]
+    assert index.resident_bytes == other.resident_bytes
+    assert index.evictable_bytes == other.evictable_bytes
+    parents = [[each.parent[row] for row, used in enumerate(each.flags) if used] for each in (index, other)]
+    assert parents[0] == parents[1]
+    assert index._stamps == other._stamps
+    with pytest.raises(InvariantError):
+        index.remove_all(going)
+
+
 def test_bugs_of_the_caller_are_found(index: CacheIndex) -> None:
     space = index.space("tenant", "fingerprint")
     [row] = publish_chain(index, space, [1])
@@ -191,9 +218,8 @@ def test_policies_are_known_by_name(index: CacheIndex) -> None:
         make_policy("mru", index)
     with pytest.raises(ConfigError, match="exists already"):
         register_policy("Lru")(lambda index: LeafFirstLRU(index))
-    index.add(index.space("tenant", "fingerprint"), 100, 0, now=0.0)
-    with pytest.raises(InvariantError, match="in use"):
-        make_policy("lru", index)
+    with pytest.raises(UnknownPolicyError, match=r"did you mean 'adaptive'\?"):
+        make_policy("Adaptiv", index)
 
 
 def test_a_policy_that_a_user_registers_decides(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,6 +130,16 @@ def test_the_policy_of_the_docs_works_under_its_name(documented_module: str) -> 
     assert pool.victims() == [1, 2], "stored first, although used last"
 
 
+def test_the_class_of_the_docs_admits_the_front_of_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvpool.cache.eviction._POLICIES", {})
+    text = (Path(__file__).parents[3] / "docs" / "eviction.md").read_text(encoding="utf-8")
+    exec(text.split("```python\n", 2)[2].split("```", 1)[0], {})
+    policy = CacheIndex("short_prompts").policy
+    hashes = [encode_block_id(number) for number in range(100)]
+    assert [policy.admit(0, hashes, range(found), (0,), 1, 5, 0.0) for found in (0, 40, 80)] == [64, 24, 0]
+    assert policy.admit(0, hashes, range(40), (0,), 1, 0, 0.0) == 60
+
+
 def test_a_policy_whose_module_is_not_there_is_refused() -> None:
-    with pytest.raises(UnknownPolicyError, match=r"'no_such_module'.*install it where the pool runs"):
+    with pytest.raises(UnknownPolicyError, match=r"'no_such_module'.*installed where its actor runs"):
         find_policy("no_such_module:mru")

@@ -298,8 +298,6 @@ def test_compaction_makes_room_without_evicting(store):
     resident_ids = [1, 2, 3, 4]
     allocate(store, resident_ids, size=size)
     do(store, "finish", "a", 2, resident_ids, [bytes([i]) * 16 for i in resident_ids])
-    assert allocate(store, [8], size=PAGE)[0] == []  # an allocation does not compact by itself
-    do(store, "compact", 100 * PAGE)
     places, refused, shortage = allocate(store, [9], size=PAGE)
     assert (len(places), refused, shortage) == (1, [], None)
     assert None not in do(store, "lease", "a", 3, resident_ids), "nothing was evicted for it"

@@ -14,7 +14,7 @@ from kvpool.actors.protocol import PROTOCOL_VERSION
 from kvpool.cli import main
 from kvpool.config import load_config
 from kvpool.doctor import checks
-from kvpool.doctor.examination import check_cluster, check_pool
+from kvpool.doctor.examination import check_cluster, check_pool, check_working
 from kvpool.doctor.facts import Facts, Token
 from kvpool.doctor.finding import FAILED, OK, WARNING, Finding
 from kvpool.doctor.plan import Plan, plan_host
@@ -185,6 +185,33 @@ def test_pools(pool: Pool, result: str, mend: str) -> None:
     finding = check_pool(pool)
     assert finding.result == result
     assert mend in finding.mend
+
+
+def working(policy_failure: str | None = None, **lower: Any) -> Pool:
+    device = {"name": "host-0", "lost": None, "lower": {"disk": None, "disk_problem": None, "host": None} | lower}
+    statistics = {"policy": "lru", "policy_failure": policy_failure, "devices": [device]}
+    return Pool("p", DESCRIBED, statistics=statistics)
+
+
+@pytest.mark.parametrize(
+    ("pool", "findings"),
+    [
+        (Pool("p", error="the pool did not answer"), []),
+        (working(), []),
+        (working(disk={"errors": {}}), [("disk tier", OK, "")]),
+        (working(disk={"errors": {"ENOSPC": 2}}), [("disk tier", WARNING, "is there space")]),
+        (working(disk_problem="file:///x: Permission denied"), [("disk tier", FAILED, "name another folder")]),
+        (
+            working(disk_problem="file:///d/p/host-0 is in use by another process: give …"),
+            [("disk tier", FAILED, "DISK_URL/p/DEVICE, so a pool of the same name in another cluster")],
+        ),
+        (working(policy_failure="policy 'own' failed"), [("policy", WARNING, "kvpool set-policy --name p NAME")]),
+    ],
+)
+def test_what_a_running_pool_does_without(pool: Pool, findings: list[tuple[str, str, str]]) -> None:
+    found = check_working(pool)
+    assert [(finding.check, finding.result) for finding in found] == [each[:2] for each in findings]
+    assert all(mend in finding.mend for finding, (_, _, mend) in zip(found, findings, strict=True))
 
 
 def test_sockets_are_planned_where_devices_will_listen() -> None:

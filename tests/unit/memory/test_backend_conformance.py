@@ -338,3 +338,50 @@ def test_creating_more_than_there_is_fails_cleanly(backend: Backend, size: int) 
     with pytest.raises(BackendError):
         backend.create(backend.mem_info().total_bytes // size * size + size)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_addresses_show_zeros_where_nothing_is_mapped(backend, size):
+    start = backend.reserve(6 * size, size)
+    mapped(backend, start + size, size)
+    ctypes.memset(start + size, 7, size)
+    backend.show_zeros(start, 4 * size)
+    assert not any(ctypes.string_at(start, size) + ctypes.string_at(start + 2 * size, 2 * size))
+    assert ctypes.string_at(start + size, size) == b"\7" * size
+    mapped(backend, start + 2 * size, size)
+    ctypes.memset(start + 2 * size, 9, size)
+    backend.unmap(start + size, size)
+    assert not any(ctypes.string_at(start, 2 * size))
+    assert ctypes.string_at(start + 2 * size, size) == b"\11" * size
+    with pytest.raises(InvalidRequestError):
+        backend.show_zeros(start + 3 * size, 2 * size)
+    with pytest.raises(InvalidRequestError):
+        backend.hide_zeros(start, size)
+    backend.hide_zeros(start, 4 * size)
+    backend.show_zeros(start + 4 * size, size)
+    backend.unmap(start + 2 * size, size)
+    backend.unreserve(start)
+
+
+@pytest.mark.parametrize("where", ["write to zeros", "read beyond", "read after"])
+def test_zeros_cannot_be_written_and_end_where_they_end(backend, size, where):
+    code = f"""
+import ctypes
+from {type(backend).__module__} import {type(backend).__name__} as Backend
+backend = Backend()
+start = backend.reserve(4 * {size}, {size})
+backend.show_zeros(start, {size})
+print("read", ctypes.string_at(start, 3), flush=True)
+match "{where}":
+    case "write to zeros":
+        ctypes.memset(start, 1, 1)
+    case "read beyond":
+        ctypes.string_at(start + {size}, 1)
+    case _:
+        backend.hide_zeros(start, {size})
+        ctypes.string_at(start, 1)
+print("survived")
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(kvpool.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout == "read b'\\x00\\x00\\x00'\n"
+    assert done.returncode == -11

@@ -9,7 +9,7 @@ import pytest
 from kvpool.errors import BackendError, CapacityError
 from kvpool.memory.allocation import Allocation
 from kvpool.memory.allocator import GPUMemoryAllocator
-from kvpool.memory.compaction import Part, Snapshot, choose_join, find_holes, plan_evacuation, plan_slide
+from kvpool.memory.compaction import Part, Snapshot, choose_join, plan_evacuation, plan_slide
 from kvpool.memory.host import HostBackend
 
 MIN = 4096
@@ -70,10 +70,6 @@ def test_scattered_pages_are_joined_only_if_one_comes_free_by_it() -> None:
     pages = [(0, "aaaaa..."), (2, "bbbbb..."), (4, "ccccc..."), (6, "D.......")]
     assert set(choose_join(snapshot(*pages), EVERYTHING, 9)) == {0, 16, 32}
     assert choose_join(snapshot(*pages[1:]), EVERYTHING, 9) == ()
-
-
-def test_a_hole_goes_on_in_the_next_page_only_where_there_is_one() -> None:
-    assert find_holes(snapshot((0, "aaaaaa.."), (1, "..bbbb.."), (3, "........"))) == [(6, 4), (14, 2), (24, 8)]
 
 
 # -- on real memory ---------------------------------------------------------------------------------------------------
@@ -156,6 +152,8 @@ PATTERNS: dict[str, Callable[[int], int]] = {
     "sawtooth": lambda i: i % 31 + 1,
     "all but a block, and a block": lambda i: (31, 1)[i % 2],
     "any": lambda i: random.Random(i).randint(1, 31),
+    "just above a page": lambda _: BLOCKS + 2,
+    "large and small": lambda i: (BLOCKS + 1, 2 * BLOCKS + 5, 3)[i % 3],
 }
 
 
@@ -249,7 +247,7 @@ def test_a_move_over_its_own_place_that_is_interrupted_is_finished_before_anythi
     live |= {20: 25, 21: 2}
     interrupted = 0
     for left in range(60):
-        backend.left = left
+        backend.left = left % 12
         try:
             memory.compact()
         except BackendError:

@@ -50,7 +50,7 @@ def export(allocator: GPUMemoryAllocator, client: str, where: Allocation) -> lis
 def test_a_wiped_cache_leaves_nothing_also_where_its_size_was_rounded_up(allocator: GPUMemoryAllocator) -> None:
     for cache_id, size in enumerate((5000, PAGE + 5)):
         where = put(allocator, cache_id, size, OLD)
-        whole = len(where.pages) * PAGE if size > PAGE else 8192
+        whole = -(-size // 4096) * 4096
         ctypes.memset(allocator.address + where.offset, OLD, whole)
         allocator.wipe(cache_id)
         allocator.free(cache_id)

@@ -5,7 +5,11 @@ from random import Random
 import pytest
 from pool_harness import LocalPool, keys_of
 
-from kvpool.cache.eviction import policy_names
+from kvpool.cache import eviction
+from kvpool.cache.eviction import policy_names, register_policy
+from kvpool.cache.leaf_first import LeafFirst
+from kvpool.pool.instructions import PolicyFailed
+from kvpool.pool.statistics import collect
 from kvpool.simulate import simulate
 from kvpool.workload import TraceRequest, generate
 
@@ -58,4 +62,33 @@ def test_chains_over_several_devices_beside_whole_caches(policy: str) -> None:
         pool.check()
     assert granted > 5
     assert pool.state.ledger.counters.evictions > 0
+    pool.close()
+
+
+def test_a_pool_goes_on_by_lru_when_a_policy_of_ones_own_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy_names()
+    monkeypatch.setattr(eviction, "_POLICIES", dict(eviction._POLICIES))
+    register_policy("brittle")(lambda index: LeafFirst(index, lambda row, now: now / (3 - now)))
+    pool = LocalPool(policy="Brittle")
+    reports: list[PolicyFailed] = []
+    take = pool.take
+    monkeypatch.setattr(
+        pool, "take", lambda out: (reports.extend(i for i in out if isinstance(i, PolicyFailed)), take(out))
+    )
+    pool.connect()
+    pool.model()
+    for number in range(8):
+        pool.now = float(number)
+        answer = pool.put(range(100 * number, 100 * number + 20))
+        assert (answer[0], len(answer[2])) == ("blocks", 20), "whoever asks is served"
+        pool.check()
+    stats = collect(pool.state, {}, policy_requested="brittle")
+    assert (stats.policy, stats.policy_requested) == ("lru", "brittle")
+    assert stats.policy_failure == "policy 'brittle' failed in evictable(): ZeroDivisionError: float division by zero"
+    assert stats.errors == {"PolicyError": 1}
+    assert len(reports) == 1, "it is told once"
+    for _ in range(3):
+        assert pool.evict(size_bytes=4096)["caches"] == 1
+    pool.state.set_policy("lfu", pool.now)
+    assert collect(pool.state, {}).policy_failure is None
     pool.close()

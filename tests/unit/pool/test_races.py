@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from interleaved_pool import InterleavedPool
 from pool_harness import PAGE, LocalPool, hashes, keys_of
 
-from kvpool.errors import InvalidRequestError, ProtocolError, from_wire
+from kvpool.errors import DeviceLostError, InvalidRequestError, ProtocolError, from_wire
 from kvpool.pool.device import Device
 from kvpool.pool.instructions import (
     Batch,
@@ -89,7 +90,7 @@ def test_who_waits_hears_of_blocks_given_up():
     pool.outboxes[first].clear()
     pool.take(pool.state.fail_operations(sent, ProtocolError("lost"), pool.now))
     pool.settle()
-    assert pool.done[batch] == [("blocks", 0, [], [], [])]
+    assert pool.done[batch] == [("error", "ProtocolError", "lost", {})]
     assert [answer[0] for _, answer in pool.grants["c"]] == ["granted"]
     pool.check()
     pool.close()
@@ -166,4 +167,28 @@ def test_a_device_whose_free_bytes_lie_in_anothers_pages_is_passed_over():
     answer = pool.request(4 * 4096)
     assert (answer[0], answer[2]) == ("granted", 1)
     pool.check()
+    pool.close()
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_put_whose_device_dies_before_it_has_room_is_no_put_of_nothing(devices):
+    """It was answered like one for which there is no room: 0 blocks stored, and no error."""
+    answers: list = []
+    pool = InterleavedPool(devices, 4, lambda *_: None)
+    _, batch, instructions = pool.state.connect("c", "default", "here", "token")
+    pool.open[batch] = lambda _: None
+    pool.take(instructions)
+    while any([pool.step(device) for device in range(devices)]):  # noqa: C419 - all of them
+        pass
+    pool.model()
+    pool.submit(BlocksRequested, "c", [(1, 0, hashes(range(4)), None, None, None)], answers.extend)
+    assert answers == []
+    for device in range(devices):
+        pool.lose(device)
+    ((kind, name, *_),) = answers
+    assert (kind, name) == ("error", "DeviceLostError")
+    with pytest.raises(DeviceLostError, match="all devices of pool 'test' are lost: delete it and start it again"):
+        pool.state.connect("d", "default", "here", "token")
+    assert not len(pool.state.ledger.index)
+    pool.state.check()
     pool.close()

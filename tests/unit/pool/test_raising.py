@@ -287,6 +287,43 @@ def test_evicted_for_nothing_it_is_evicted_all_the_same(pool):
     assert pool.stores[0].caches == len(pool.state.ledger.index)
 
 
+def test_a_fill_that_hangs_is_a_miss_and_leaves_the_books_while_the_device_keeps_the_memory(pool):
+    first = full(pool)
+    full(pool, 100)
+    shelf, store = pool.shelves[0], pool.stores[0]
+    held: list[int] = []
+
+    def hangs(store, tenant, fingerprint, entries):
+        held.extend(cache_id for cache_id, _ in entries)
+        store.hold(held)
+        return [None] * len(entries)
+
+    real, shelf.fill = shelf.fill, hangs
+    ticket = begin_fetch(pool, first[:4])
+    pool.settle_all()
+    assert granted(pool, ticket)[1] == []
+    assert len(pool.state.ledger.index) == store.caches - 4
+    assert pool.look_up(first[:4])[5] == 4  # it is told to be below still
+    pool.moves.clear()
+    shelf.fill = real
+    store.unhold(held)
+    pool.state.check()
+
+
+def test_a_revoked_client_that_waits_is_told_at_once_and_others_go_on(pool):
+    first = full(pool)
+    full(pool, 100)
+    tickets = {client: begin_fetch(pool, first, client=client) for client in ("c", "d")}
+    pool.revoke("c")
+    assert granted(pool, tickets["c"])[:2] == ("error", "LeaseRevokedError")
+    assert tickets["c"] not in pool.state.raising
+    pool.settle_all()
+    assert len(pool.grants["c"]) == 1
+    answer = granted(pool, tickets["d"], "d")
+    assert len(answer[1]) == BLOCKS
+    pool.release(answer[1], "d")
+
+
 def test_a_fetch_that_begins_beyond_its_hashes_is_refused(pool):
     assert pool.fetch([1, 2], 3)[1] == "InvalidRequestError"
 

@@ -494,3 +494,16 @@ def test_what_is_leased_between_two_steps_is_replaced_by_others(monkeypatch):
     pool.settle()
     assert pool.done[evicted][0]["caches"] == 4
     pool.close()
+
+
+def test_blocks_whose_parent_went_with_its_device_go_with_any_key_of_their_model(pool):
+    """Stored anew, what they were chained behind would lead to them again."""
+    put(pool, [1, 2, 3, 4], OLD)
+    index = pool.state.ledger.index
+    of = [index.device[index.find(0, block_hash)] for block_hash in keys_of([1, 2, 3, 4])]
+    assert of == [of[0], 1 - of[0], of[0], 1 - of[0]]
+    pool.handle(DeviceLost(of[1], "killed"))
+    assert found(pool, [3]) == 1
+    pool.invalidate(keys=keys_of([1]))
+    put(pool, [1, 2], NEW)
+    assert found(pool, [1, 2, 3, 4]) == 2

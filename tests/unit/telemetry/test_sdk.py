@@ -269,7 +269,7 @@ def test_a_question_of_the_command_line_carries_its_trace(provider, monkeypatch)
         asked.extend(questions)
         return [("contains", {"blocks": 0, "devices": {}})]
 
-    monkeypatch.setattr(administration, "_ask", ask)
+    monkeypatch.setattr(administration, "ask", ask)
     with provider.get_tracer("t").start_as_current_span("kvpool.cli.contains") as span:
         done = CliRunner().invoke(administration.contains, ["--model", "m", "key"])
     assert done.output == "0 of 1 in the pool\n"

@@ -83,13 +83,13 @@ class Device:
     async def saved(self) -> None:
         """Return when no write to the disk is under way."""
         async with asyncio.timeout(DEADLINE_S):
-            while self.tiers._under_way._works:
-                await self.tiers._under_way.idle(list(self.tiers._under_way._works))
+            while self.tiers._contents.under_way._works:
+                await self.tiers._contents.under_way.idle(list(self.tiers._contents.under_way._works))
 
     def check(self) -> None:
         if self.host is not None and not self.tiers._closed:
             self.host.check()
-        assert not self.tiers._arrivals
+        assert not self.tiers._demotion.arrivals
 
 
 OpenDevice = Callable[..., Awaitable[Device]]

@@ -114,7 +114,7 @@ async def test_a_slow_store_holds_a_demotion_up_once_for_a_bounded_time(open_dev
     assert await device.demote(0, 1, 2, 3) == [True] * 4
     assert await device.demote(4) == [False], "everything is being written, and stays where it is"
     # From now on nobody waits, until the store answers again: this would take too long.
-    device.tiers._patience_s = LONG_S
+    device.tiers._demotion.patience_s = LONG_S
     async with asyncio.timeout(DEADLINE_S):
         assert await device.demote(5) == [False]
     assert device.tiers.statistics()["not_kept"] == 2
@@ -145,7 +145,7 @@ async def test_without_a_host_tier_a_slow_store_never_sees_the_memory_that_is_us
     device = await open_device(0, URL, patience_s=0.05)
     gate = faults.gates["put"] = threading.Event()
     assert await device.demote(*range(12)) == [False] * 12  # and the memory is overwritten
-    device.tiers._patience_s = LONG_S
+    device.tiers._demotion.patience_s = LONG_S
     async with asyncio.timeout(DEADLINE_S):
         assert not any(await device.demote(*range(20, 32)))
     gate.set()

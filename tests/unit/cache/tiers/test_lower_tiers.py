@@ -32,7 +32,7 @@ async def test_what_leaves_the_device_is_found_in_the_host_and_comes_back_right(
     device = await open_device(8)
     assert await device.demote(1, 2, 3) == [True] * 3
     assert device.found(1, 2, 3, 4) == ["host", "host", "host", None]
-    assert device.tiers.below(key_of(2)) == ("host", None, PAGE)
+    assert device.tiers.locate(key_of(2)) == ("host", None, PAGE)
     assert await device.fill(3, 1, 4, 2) == [True, True, False, True]
     assert device.gone == []
 
@@ -241,7 +241,7 @@ async def test_a_restart_finds_what_the_disk_has(open_device, url):
     await device.tiers.close()
     again = await open_device(4, url)
     assert sorted(again.restored) == [key_of(0), key_of(1), key_of(2)]
-    assert again.tiers.below(key_of(1)) == ("disk", None, PAGE)
+    assert again.tiers.locate(key_of(1)) == ("disk", None, PAGE)
     assert await again.fill(2, 0, 1) == [True] * 3
 
 
@@ -251,7 +251,7 @@ async def test_another_size_under_a_key_replaces_what_was_there(open_device, url
     assert await device.fill(1, size=PAGE // 2) == [False]
     source = device.written(1, PAGE // 2)
     assert await device.tiers.demote([source]) == [True]
-    assert device.tiers.below(key_of(1)) == ("host", None, PAGE // 2)
+    assert device.tiers.locate(key_of(1)) == ("host", None, PAGE // 2)
     assert await device.fill(1, size=PAGE // 2) == [True]
     assert await device.fill(1) == [False]
     await device.tiers.write_through([device.written(2)])

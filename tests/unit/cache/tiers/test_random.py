@@ -36,7 +36,7 @@ class Model:
         self.removed = [0] * KEYS  # versions up to this one are gone for good
         self.directory = set()  # as a device keeps it: told kept, and not told gone
         self.filled = 0
-        device.tiers._on_gone = self.gone
+        device.tiers._contents._on_gone = self.gone
 
     def gone(self, keys):
         for key in keys:

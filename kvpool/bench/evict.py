@@ -1,0 +1,202 @@
+"""What eviction costs a pool: for each request, at worst, and for 512 MiB at once. Books only, no memory, no Ray.
+
+Times are those of the thread's CPU, so that what else runs on the machine does not count.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Sequence
+from hashlib import blake2b
+from itertools import count
+from random import Random
+from typing import Any
+
+from kvpool.bench.rows import median, quantile, row
+from kvpool.cache.index import CacheIndex
+from kvpool.cache.key import BlockHash
+from kvpool.cache.store import FREED, RELEASED
+from kvpool.cache.table import NO_ROW
+from kvpool.errors import ensure
+from kvpool.pool.instructions import (
+    Answer,
+    Batch,
+    BlocksRequested,
+    CachesRequested,
+    DeviceAnswered,
+    Event,
+    Instruction,
+    PrefixesLookedUp,
+    ReleaseRequested,
+    SealRequested,
+    Send,
+)
+from kvpool.pool.state import PoolState
+from kvpool.sizes import KIB, MIB
+
+POLICIES = ("lru", "adaptive")
+RESIDENT = 150_000
+BLOCK_BYTES = 64 * KIB
+EVICTED_BYTES = 512 * MIB
+CHAIN = 25
+_BLOCKS = 60_000  # looked up for the cost of each
+_POOL_BLOCKS = 50_000
+_ROUNDS = 40
+_CLIENT = "bench"
+
+
+def run() -> dict[str, Any]:
+    """Return ``{"bench": "evict", "rows": [...]}``; takes a minute. The baseline of ADAPTIVE is LRU in the same run."""
+    rows: list[dict[str, Any]] = []
+    baseline: dict[str, float] = {}
+
+    def add(policy: str, what: str, value: float, unit: str) -> None:
+        rows.append(row(f"{policy}, {what}", value, unit, baseline.get(what)))
+        baseline.setdefault(what, value)
+
+    for policy in POLICIES:
+        for length in (1, CHAIN):
+            gc.collect()  # what the measurement before this one left; a pool's actor has no such heap
+            kind = f"requests of {length}"
+            mean_us, longest_ms = _requests(policy, length)
+            add(policy, f"{kind}: a block, {RESIDENT:,} resident", mean_us, "us")
+            add(policy, f"{kind}: the longest request", longest_ms, "ms")
+            gc.collect()
+            evictions_ms = _evictions(policy, length)
+            evicted = f"{kind}: {EVICTED_BYTES // BLOCK_BYTES:,} blocks evicted at once"
+            add(policy, f"{evicted}, median of {_ROUNDS}", median(evictions_ms), "ms")
+            add(policy, f"{evicted}, p99", quantile(evictions_ms, 0.99), "ms")
+    return {"bench": "evict", "rows": rows}
+
+
+def _requests(policy: str, length: int) -> tuple[float, float]:
+    """Return the mean microseconds a block, and the milliseconds of the longest request.
+
+    Half of the requests are for what was stored lately or is popular, half are new; a full index evicts for these.
+    """
+    index = CacheIndex(policy)
+    index.add_device(0)
+    space = index.space("bench", "bench")
+    chance = Random(1)
+    known = 0
+    spent: list[float] = []
+    while len(spent) < _BLOCKS // length:
+        full = len(index) >= RESIDENT - length
+        again = full and chance.random() < 0.5
+        number = int(known * (1 - chance.random() ** 2)) if again else known
+        known = max(known, number + 1)
+        chain = _chain(number, length)
+        now = known / 100
+        began = time.thread_time()
+        _request(index, space, chain, now)
+        if full:
+            spent.append(time.thread_time() - began)
+    return 1e6 * sum(spent) / (len(spent) * length), 1e3 * max(spent)
+
+
+def _chain(number: int, length: int) -> list[BlockHash]:
+    """Return hashes as clients make them: ids as they are would be spread too well, or not at all."""
+    return [blake2b(b"%d" % (number * length + place), digest_size=16).digest() for place in range(length)]
+
+
+def _request(index: CacheIndex, space: int, chain: Sequence[BlockHash], now: float) -> None:
+    rows = index.look_up(space, chain, now=now)
+    index.pin(rows, now=now)
+    missing = chain[len(rows) :]
+    index.policy.answered(space, chain, rows, 100, now)
+    if missing:
+        short = len(index) + len(missing) - RESIDENT
+        if short > 0:
+            admitted = index.policy.admit(space, chain, rows, (0,), 1, short, now)
+            short -= len(missing) - admitted
+            missing = missing[:admitted]
+            victims = index.policy.victims(0)
+            index.remove_all([next(victims) for _ in range(short)])
+        above = rows[-1] if rows else NO_ROW
+        new = index.add_chain(space, 1, 0, len(missing), above, now=now, chain=chain)
+        index.publish_all(new, missing)
+        rows += new
+    index.unpin(rows[::-1], now=now)
+
+
+def _evictions(policy: str, length: int) -> list[float]:
+    """Return for each round the milliseconds in which a pool decides what goes for 512 MiB, and takes it off the books.
+
+    Between the rounds these are given back, and filled with blocks again, each request storing ``length``.
+    """
+    pool = _Pool(policy)
+    numbers = count()
+    spent = []
+    for _ in range(_ROUNDS):
+        while pool.free_bytes >= length * BLOCK_BYTES:
+            pool.store(_chain(next(numbers), length))
+        spent.append(1e3 * pool.evict(EVICTED_BYTES))
+    return spent
+
+
+class _Pool:
+    """A pool of one device that does whatever it is told, at once."""
+
+    def __init__(self, policy: str) -> None:
+        self.state = PoolState("bench", policy, "least_loaded", queue_limit=1, gc_threshold=1.0)
+        capacity_bytes = _POOL_BLOCKS * BLOCK_BYTES
+        self._device = self.state.add_device(
+            "device", "here", capacity_bytes, 2 * MIB, min_block_bytes=4 * KIB, arena_bytes=8 * capacity_bytes
+        )
+        self._now = 0.0
+        self._stamps = count()
+        _, _, instructions = self.state.connect(_CLIENT, "default", "here", "token")
+        self._carry_out(instructions)
+        spec = {"name": "bench", "identity": {"model": "bench"}, "block_bytes": BLOCK_BYTES, "limit_bytes": None}
+        self._model = self.state.register_model(_CLIENT, spec).number
+
+    @property
+    def free_bytes(self) -> int:
+        """What can be stored without evicting."""
+        return self.state.ledger.free_bytes(self._device)
+
+    def store(self, chain: Sequence[BlockHash]) -> None:
+        """Look a chain up, store it and give it back."""
+        joined = b"".join(chain)
+        self._ask(PrefixesLookedUp(Batch(1), _CLIENT, [(1, self._model, joined, None)]))
+        _, _, ids, _, _ = self._ask(BlocksRequested(Batch(1), _CLIENT, [(1, self._model, joined, None, 100, None)]))
+        ensure(len(ids) == len(chain), "everything is stored")
+        self._ask(SealRequested(Batch(1), _CLIENT, [(1, self._model, ids, list(chain), None)], True))
+
+    def evict(self, size_bytes: int) -> float:
+        """Ask for so much memory, give it back, and return the seconds of the decision."""
+        batch = Batch(1)
+        event = CachesRequested(batch, _CLIENT, [(1, self._model, size_bytes, size_bytes, 0.0, 0, None)])
+        began = time.thread_time()
+        instructions = self.state.handle(event, self._now)
+        seconds = time.thread_time() - began
+        self._carry_out(instructions)
+        self._ask(ReleaseRequested(Batch(1), _CLIENT, [(1, [batch.answers[0][1]], None)]))
+        return seconds
+
+    def _ask(self, event: Event) -> Any:
+        self._now += 0.01
+        self._carry_out(self.state.handle(event, self._now))
+        (answer,) = event.batch.answers  # type: ignore[union-attr]
+        return answer
+
+    def _carry_out(self, instructions: list[Instruction]) -> None:
+        while True:
+            sent = [instruction for instruction in instructions if isinstance(instruction, Send)]
+            if not sent:
+                return
+            answers = [_answer(send.operation) for send in sent]
+            event = DeviceAnswered(self._device.number, sent, answers, (next(self._stamps), 0))
+            instructions = self.state.handle(event, self._now)
+
+
+def _answer(operation: tuple[Any, ...]) -> Answer:
+    match operation:
+        case ("allocate", _, _, _, ids, *_):
+            return [(0, 0, 0)] * len(ids), [], None
+        case ("finish", _, _, ids, _):
+            return [RELEASED] * len(ids)
+        case ("release", _, _, ids):
+            return [FREED] * len(ids)
+    return True

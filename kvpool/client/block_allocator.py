@@ -1,0 +1,232 @@
+"""Blocks of one size inside a leased cache, handed out without asking anybody."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from kvpool.errors import CacheStateError, CapacityError, InvalidSizeError, KvpoolError
+from kvpool.memory.block_space import BlockSpace
+from kvpool.memory.extents import Extents, difference, union
+from kvpool.sizes import format_size
+
+if TYPE_CHECKING:
+    from kvpool.client.cache import VirtualKVCache
+    from kvpool.client.connection import Connection
+
+logger = logging.getLogger("kvpool.client")
+
+_PAUSE_S = 1.0
+"""How long to wait before memory is asked for ahead again where there was none, seconds."""
+
+_LEAST_AHEAD = 64
+"""Blocks kept ahead at least, unless the caller says otherwise: four batches of 16."""
+
+
+class BlockAllocator:
+    """Hands out the numbers of equal blocks inside one cache, in microseconds: only their memory takes a call.
+
+    Block ``n`` is ``tensor[:, n]`` of a tensor of shape ``(planes, num_blocks, ...)`` over the cache; with one plane,
+    ``tensor[n]``.
+
+    :meth:`allocate` and :meth:`free` ask nobody. Memory is brought in ahead of use and given back when it is not used,
+    in the background, as the event loop of the connection gets its turns (how much, and when:
+    :class:`~kvpool.memory.block_space.BlockSpace`); :meth:`reserve` waits for it. Safe to use from several threads.
+    While it is open, it alone decides what of the cache is backed.
+
+    Made by :meth:`VirtualKVCache.block_allocator`.
+    """
+
+    def __init__(
+        self,
+        cache: VirtualKVCache,
+        connection: Connection,
+        page_bytes: int,
+        block_bytes: int,
+        planes: int,
+        ahead_blocks: int | None,
+    ) -> None:
+        self.block_bytes = block_bytes
+        """Of one block in one plane."""
+        self.planes = planes
+        self._cache = cache
+        self._connection = connection
+        num_blocks = cache.max_size_bytes // (planes * block_bytes) if planes > 0 and block_bytes > 0 else 0
+        if num_blocks < 1:
+            raise InvalidSizeError(
+                f"{planes} planes of blocks of {block_bytes} bytes: cache {cache.id} has room for "
+                f"{format_size(cache.max_size_bytes)} in all",
+                asked_bytes=block_bytes,
+            )
+        self.num_blocks = num_blocks
+        """How many blocks there are, backed or not: what the cache's ``max_size`` holds."""
+        self._group_blocks = min(max(1, page_bytes // block_bytes), num_blocks)
+        groups = range(-(-num_blocks // self._group_blocks))
+        backed = [group for group in groups if not difference(self._ranges([group]), cache.backed)]
+        least_blocks = min(max(2 * self._group_blocks, _LEAST_AHEAD), num_blocks)
+        self._space = BlockSpace(
+            num_blocks, self._group_blocks, least_blocks if ahead_blocks is None else ahead_blocks, backed
+        )
+        self._lock = threading.Lock()
+        #: One change of memory at a time, from its planning to its end.
+        self._changing = asyncio.Lock()
+        self._balancing = False
+        self._closed = False
+        self._wake()
+
+    @property
+    def free_blocks(self) -> int:
+        """Blocks that :meth:`allocate` could hand out now."""
+        return self._space.free_blocks
+
+    @property
+    def used_blocks(self) -> int:
+        """Blocks that are handed out."""
+        return self._space.used_blocks
+
+    @property
+    def backed_blocks(self) -> int:
+        """Blocks that have memory, in use or not."""
+        return self.used_blocks + self.free_blocks
+
+    def allocate(self, count: int) -> list[int]:
+        """Return the numbers of ``count`` blocks, all or none.
+
+        Raises
+        ------
+        CapacityError
+            If so many are not free with memory under them. :meth:`reserve` waits for memory; more comes by itself, too,
+            as long as there is any.
+        CacheStateError
+            If the allocator is closed.
+        """
+        if self.closed:
+            raise CacheStateError(f"the block allocator of cache {self._cache.id} is closed, or its cache is")
+        with self._lock:
+            try:
+                return self._space.allocate(count)
+            finally:
+                if not self._balancing and self._space.unbalanced:
+                    self._wake()
+
+    def free(self, numbers: Sequence[int]) -> None:
+        """Take blocks back, all or none.
+
+        Raises
+        ------
+        DoubleReleaseError
+            If one is free already, or named twice.
+        InvalidRequestError
+            If one is no number of a block.
+        """
+        with self._lock:
+            self._space.free(numbers)
+            if not self._balancing and self._space.unbalanced:
+                self._wake()
+
+    async def reserve(self, count: int, *, timeout_s: float | None = None) -> None:
+        """Return when ``count`` blocks are free with memory under them, waiting for it as :meth:`VirtualKVCache.back`.
+
+        Raises
+        ------
+        CapacityError
+            If so many blocks are not free, or there is no memory in time.
+        """
+        async with self._changing:
+            with self._lock:
+                groups = self._space.missing_for(count)
+            if groups:
+                await self._back(groups, timeout_s)
+
+    async def trim(self) -> int:
+        """Give the memory of all blocks that share no page with one in use back; returns how many those were."""
+        async with self._changing:
+            with self._lock:
+                free_blocks = self._space.free_blocks
+                groups = self._space.take_empty()
+                count = free_blocks - self._space.free_blocks
+            await self._unback(groups)
+            return count
+
+    def close(self) -> None:
+        """Hand out no more blocks, and leave the cache's memory as it is. Idempotent.
+
+        Another allocator may then be opened; for it, all blocks are free.
+        """
+        self._closed = True
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed, or its cache is sealed or released."""
+        return self._closed or self._cache.released or self._cache.sealed
+
+    def _ranges(self, groups: Sequence[int]) -> Extents:
+        """Return the bytes of groups of blocks in the cache, in all planes."""
+        ranges = []
+        for group in groups:
+            first = group * self._group_blocks
+            end = min(first + self._group_blocks, self.num_blocks)
+            for plane in range(self.planes):
+                start = plane * self.num_blocks
+                ranges.append(((start + first) * self.block_bytes, (start + end) * self.block_bytes))
+        return union(ranges)
+
+    async def _back(self, groups: list[int], timeout_s: float | None) -> None:
+        await self._cache.back(self._ranges(groups), timeout_s=timeout_s)
+        with self._lock:
+            self._space.note_backed(groups)
+
+    async def _unback(self, groups: list[int]) -> None:
+        if not groups:
+            return
+        try:
+            await self._cache.unback(self._ranges(groups))
+        except BaseException:
+            # Perhaps it is gone all the same: then nothing may be handed out of it before it is backed again.
+            with self._lock:
+                self._space.note_unbacked(groups)
+            raise
+        with self._lock:
+            self._space.note_unbacked(groups)
+
+    # -- in the background ------------------------------------------------------------------------------------------
+
+    def _wake(self) -> None:
+        """Let memory follow use. Any thread."""
+        self._balancing = True
+        self._run_soon(0.0)
+
+    def _run_soon(self, after_s: float) -> None:
+        self._connection.run_soon(self._balance, f"backing blocks of cache {self._cache.id} ahead of use", after_s)
+
+    async def _balance(self) -> None:
+        pause_s = 0.0
+        try:
+            while not self.closed:
+                async with self._changing:
+                    with self._lock:
+                        missing = self._space.missing()
+                        surplus = [] if missing else self._space.take_surplus()
+                        if not missing and not surplus:
+                            return
+                    if missing:
+                        await self._back(missing, 0.0)
+                    else:
+                        await self._unback(surplus)
+        except CapacityError as error:
+            pause_s = _PAUSE_S
+            logger.debug("no memory ahead for blocks of cache %d: %s", self._cache.id, error)
+        except KvpoolError:
+            pause_s = _PAUSE_S
+            if not self.closed:
+                raise
+        finally:
+            # Under the lock, as use may have changed since the last look.
+            with self._lock:
+                self._balancing = False
+            if not self.closed and (pause_s or self._space.unbalanced):
+                self._balancing = True
+                self._run_soon(pause_s)

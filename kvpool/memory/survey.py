@@ -1,0 +1,127 @@
+"""Which of a tenant's pages a plan of compaction looks at, so that a small step looks at few."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from kvpool.memory.allocation import Movable
+from kvpool.memory.compaction import WINDOW_PAGES, Part, Snapshot
+from kvpool.memory.shared import SharedPages
+
+_TARGET_FACTOR = 1.5
+"""Free bytes looked at for each byte that is to be placed in them: not every hole fits."""
+
+_MANY = 64
+"""Caches of a page."""
+
+
+class Survey:
+    """Looks at the pages of one tenant, the likeliest first, then at all.
+
+    Parameters
+    ----------
+    shared
+        The pages.
+    tenant
+        Whose.
+    page_bytes
+        Size of a page.
+    owner
+        Asked which caches may move.
+    """
+
+    def __init__(self, shared: SharedPages, tenant: str, page_bytes: int, owner: Movable) -> None:
+        self.tenant = tenant
+        self.owner = owner
+        self._page_bytes = page_bytes
+        self._residents = shared.residents(tenant)
+        self._pages = shared.pages(tenant)
+        self._free_bytes = {page: page_bytes - self._residents.used_bytes(page) for page in self._pages}
+
+    def for_evacuation(self, budget_bytes: int, most_pages: int) -> Iterator[Snapshot]:
+        """Yield the emptiest pages together with holes for what is in them; then all pages."""
+        emptiest = sorted(self._pages, key=lambda page: (-self._free_bytes[page], -page))
+        sources: list[int] = []
+        moved_bytes = 0
+        for page in emptiest:
+            if len(sources) >= most_pages or (sources and moved_bytes >= budget_bytes):
+                break
+            if all(map(self.owner.may_move, self._residents.ids(page))):
+                sources.append(page)
+                moved_bytes += self._page_bytes - self._free_bytes[page]
+        chosen = set(sources)
+        hole_bytes = 0
+        # The fullest pages are the best place, but where caches are small much is looked at there for a few holes.
+        many = sum(1 for page in sources for _ in self._residents.ids(page)) > _MANY * len(sources)
+        for page in emptiest if many else reversed(emptiest):
+            if hole_bytes >= _TARGET_FACTOR * moved_bytes:
+                break
+            if page not in chosen and self._free_bytes[page]:
+                chosen.add(page)
+                hole_bytes += self._free_bytes[page]
+        if not sources:
+            return
+        yield self._snapshot(sorted(chosen))
+        if len(chosen) < len(self._pages):
+            yield self.whole()
+
+    def for_slides(self, most_pages: int) -> Iterator[Snapshot]:
+        """Yield windows of pages that lie side by side, those first in which least is moved for a page.
+
+        First windows no larger than it takes for ``most_pages`` and what is lost at the end, then the largest.
+        """
+        for enough_bytes in ((most_pages + 1) * self._page_bytes, WINDOW_PAGES * self._page_bytes):
+            windows = [each for each in self._windows(enough_bytes) if self._free(each) >= self._page_bytes]
+            windows.sort(key=lambda window: -self._free(window) / len(window))
+            for window in windows:
+                yield self._snapshot(window)
+
+    def for_join(self) -> Iterator[Snapshot]:
+        """Yield the emptiest pages, with those that a cache lies across; then all pages."""
+        known = set(self._pages)
+        chosen: set[int] = set()
+        for page in sorted(self._pages, key=lambda page: -self._free_bytes[page])[: 2 * WINDOW_PAGES]:
+            first = page
+            while self._residents.linked(first) and first - self._page_bytes in known:
+                first -= self._page_bytes
+            chosen.add(first)
+            while self._residents.linked(first + self._page_bytes) and first + self._page_bytes in known:
+                first += self._page_bytes
+                chosen.add(first)
+        yield self._snapshot(sorted(chosen))
+        if len(chosen) < len(self._pages):
+            yield self.whole()
+
+    def whole(self) -> Snapshot:
+        """Return all pages."""
+        return self._snapshot(self._pages)
+
+    def _snapshot(self, pages: Iterable[int]) -> Snapshot:
+        pages = tuple(pages)
+        known = set(pages)
+        mask, may_move = -self._page_bytes, self.owner.may_move
+        parts = []
+        for offset, (cache_id, size_bytes) in self._residents.within(pages):
+            first, end = offset & mask, offset + size_bytes
+            inside = first in known and (end <= first + self._page_bytes or known.issuperset(range(first, end, -mask)))
+            parts.append(Part(offset, size_bytes, cache_id, inside and may_move(cache_id)))
+        return Snapshot(self._page_bytes, pages, tuple(parts))
+
+    def _free(self, pages: Iterable[int]) -> int:
+        return sum(map(self._free_bytes.__getitem__, pages))
+
+    def _windows(self, enough_bytes: int) -> Iterator[list[int]]:
+        """Yield pages that lie side by side, until so many bytes are free in them, or there are too many."""
+        window: list[int] = []
+        free_bytes = 0
+        for page in self._pages:
+            apart = window and page != window[-1] + self._page_bytes
+            enough = free_bytes >= enough_bytes or len(window) >= WINDOW_PAGES
+            # A cache that lies across the end of the window would stay where it is.
+            if apart or (enough and not self._residents.linked(page)) or len(window) == 2 * WINDOW_PAGES:
+                yield window
+                window, free_bytes = [], 0
+            window.append(page)
+            free_bytes += self._free_bytes[page]
+        if window:
+            yield window

@@ -1,0 +1,211 @@
+"""Growth in place: what is backed of a cache becomes more or less while it is written.
+
+A change that needs memory is decided like a request for a new cache: it evicts on the cache's device, or waits in the
+same line with a ticket and a deadline. One that gives memory back waits for nothing. The device is the truth: each of
+its answers tells all that is backed, and the books follow it once no other change is under way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from kvpool.errors import (
+    CacheStateError,
+    InvalidRequestError,
+    InvalidSizeError,
+    KvpoolError,
+    SealedError,
+    UnknownCacheError,
+)
+from kvpool.memory.extents import Extents, changed, checked, front, pages_touched, total_bytes
+from kvpool.memory.packing import shares_pages
+from kvpool.pool.allocation import Allocations, check_timeout
+from kvpool.pool.client import Backing, Client
+from kvpool.pool.device import Device
+from kvpool.pool.instructions import Answer, Batch
+from kvpool.pool.ledger import Ledger
+from kvpool.pool.requests import CacheRequest, Change, Orders
+from kvpool.pool.room import Room
+from kvpool.sizes import format_size
+
+KINDS = ("resize", "back", "unback")
+
+
+class BackingChanges:
+    """Decides on changes of what is backed.
+
+    Parameters
+    ----------
+    ledger
+        The pool's books.
+    room
+        Finds memory.
+    allocations
+        Has the line in which to wait.
+    """
+
+    def __init__(self, ledger: Ledger, room: Room, allocations: Allocations) -> None:
+        self._ledger = ledger
+        self._room = room
+        self._allocations = allocations
+        allocations.changes = self
+
+    def request(self, batch: Batch, client_id: str, items: Sequence[tuple[Any, ...]], now: float) -> None:
+        """Decide on a batch of changes; each is carried out, queued or refused."""
+        client = self._ledger.client(client_id)
+        requests = []
+        for item, content in enumerate(items):
+            try:
+                requests.append(self._validated(client, batch, item, content, now))
+            except KvpoolError as error:
+                self._ledger.refuse(batch, item, error)
+        self._allocations.submit(requests, now)
+
+    def _validated(self, client: Client, batch: Batch, item: int, content: tuple[Any, ...], now: float) -> CacheRequest:
+        sequence, cache_id, kind, ranges, timeout_s, trace = content
+        ledger = self._ledger
+        check_timeout(timeout_s)
+        if kind not in KINDS:
+            raise InvalidRequestError(f"a cache is changed by {', '.join(KINDS)}, not by {kind!r}", asked=kind)
+        row = self._writable(client, cache_id)
+        backing = self.backing(row, cache_id)
+        asked = checked(ranges, backing.max_size_bytes)
+        if kind == "resize" and asked != front(total_bytes(asked)):
+            raise InvalidRequestError("a cache is resized to its first bytes: use back() and unback() for other parts")
+        change = Change(cache_id, ledger.index.device[row], kind, asked)
+        device = ledger.devices[change.device]
+        missing_bytes, _, _ = self._needs(device, backing, change)
+        model = ledger.model_in(ledger.index.space_of(row))
+        return CacheRequest(
+            client, model, sequence, missing_bytes, backing.max_size_bytes, timeout_s, now + timeout_s, batch, item,
+            0, trace, now, change=change,
+        )  # fmt: skip
+
+    def _writable(self, client: Client, cache_id: int) -> int:
+        """Return the row of a cache that this client writes, or raise what keeps it from being changed."""
+        ledger = self._ledger
+        row = ledger.row(client, cache_id)
+        ledger.check_not_void(row, cache_id)
+        if ledger.index.is_sealed(row):
+            raise SealedError(
+                f"cache {cache_id} is sealed and keeps its size: copy it into a new cache to change it",
+                cache_id=cache_id,
+            )
+        if ledger.writers[cache_id].client != client.id:
+            raise UnknownCacheError(f"cache {cache_id} is being written by another client", cache_id=cache_id)
+        return row
+
+    def backing(self, row: int, cache_id: int) -> Backing:
+        """Return what is backed of a cache that is not sealed."""
+        writer = self._ledger.writers[cache_id]
+        if writer.backing is not None:
+            return writer.backing
+        size_bytes = self._ledger.index.asked_bytes[row]
+        page_bytes = self._ledger.devices[self._ledger.index.device[row]].page_bytes
+        shared = shares_pages(size_bytes, size_bytes, page_bytes)
+        backing = Backing(size_bytes, front(size_bytes), front(size_bytes), shared)
+        self._ledger.writers[cache_id] = writer._replace(backing=backing)
+        return backing
+
+    def _needs(self, device: Device, backing: Backing, change: Change) -> tuple[int, int | None, Extents]:
+        """Return the bytes of the pages that a change needs beyond those there are, of all then, and what is backed.
+
+        None for all: a cache in shared pages takes the same whatever is backed of it.
+        """
+        extents = changed(change.kind, backing.planned, change.asked)
+        if backing.shared:
+            return 0, None, extents
+        pages = pages_touched(extents, device.page_bytes)
+        all_bytes = len(pages) * device.page_bytes
+        if all_bytes > device.capacity_bytes:
+            raise InvalidSizeError(
+                f"asked for {format_size(all_bytes)} of cache {change.cache_id} to be backed: its device has "
+                f"{format_size(device.capacity_bytes)}",
+                asked_bytes=all_bytes,
+                largest_bytes=device.capacity_bytes,
+            )
+        missing = pages - pages_touched(backing.planned, device.page_bytes)
+        return len(missing) * device.page_bytes, all_bytes, extents
+
+    def plan(self, request: CacheRequest, change: Change, orders: Orders, now: float) -> bool:
+        """Find room for a change and write it into the orders; False if there is none now."""
+        ledger = self._ledger
+        try:
+            row = self._writable(request.client, change.cache_id)  # it may have ended or been sealed while this waited
+            device, backing = ledger.devices[change.device], self.backing(row, change.cache_id)
+            request.size_bytes, all_bytes, extents = self._needs(device, backing, change)
+        except KvpoolError as error:
+            self._allocations.deliver_error(request, error, now)
+            return True
+        evict: list[int] | None = []
+        if request.size_bytes:
+            times = request.shortages.get(device.number, 0)
+            evict = self._room.find_more(device, request.model, request.size_bytes, times)
+        if evict is None:
+            request.short_of = self._room.at_limit or request.client.host
+            return False
+        backing.planned = extents
+        backing.under_way += 1
+        self._enter(row, all_bytes, extents)
+        orders.put_change(evict, change, request)
+        return True
+
+    def _enter(self, row: int, all_bytes: int | None, extents: Extents) -> None:
+        index = self._ledger.index
+        index.resize(row, index.size_bytes[row] if all_bytes is None else all_bytes, total_bytes(extents))
+
+    def send(self, change: Change, request: CacheRequest, evict: list[int]) -> None:
+        """Tell the device."""
+        asked = total_bytes(change.asked) if change.kind == "resize" else change.asked
+        operation = change.kind, request.client.id, request.sequence, change.cache_id, asked, evict
+        traces = () if request.trace is None else (request.trace,)
+        self._ledger.send(change.device, operation, partial(self._answered, change, request), traces)
+
+    def _answered(self, change: Change, request: CacheRequest, answer: Answer, now: float) -> None:
+        extents = None if answer[0] == "error" else answer[0]
+        self._settle(change, extents)
+        if extents is None:
+            self._allocations.deliver(request, answer, now)
+        elif answer[3] is None:
+            size_bytes = total_bytes(extents)
+            self._allocations.deliver(request, ("changed", change.cache_id, size_bytes, extents, answer[1]), now)
+        else:
+            self._allocations.plan_again([request], change.device, now)
+            return
+        self._allocations.retry(now)  # what it gave back, or was not given
+
+    def _settle(self, change: Change, extents: Extents | None) -> None:
+        """Let the books say what the device says, unless it has more to do, of which they tell already."""
+        ledger = self._ledger
+        row, writer = ledger.index.live_row(change.cache_id), ledger.writers.get(change.cache_id)
+        if row < 0 or writer is None or writer.backing is None:
+            return  # it is gone
+        backing, device = writer.backing, ledger.devices[change.device]
+        backing.under_way -= 1
+        if extents is not None:
+            backing.known = extents
+        if not backing.under_way:
+            backing.planned = backing.known
+            all_bytes = (
+                None if backing.shared else len(pages_touched(backing.known, device.page_bytes)) * device.page_bytes
+            )
+            self._enter(row, all_bytes, backing.known)
+
+
+def check_sealable(ledger: Ledger, cache_id: int) -> None:
+    """Raise :class:`~kvpool.errors.CacheStateError` unless a cache that is not sealed is backed as one front."""
+    backing = ledger.writers[cache_id].backing
+    if backing is None:
+        return
+    if backing.under_way:
+        raise CacheStateError(
+            f"cache {cache_id} is being changed: seal it when that has been answered", cache_id=cache_id
+        )
+    if not backing.known or backing.known != front(total_bytes(backing.known)):
+        raise CacheStateError(
+            f"cache {cache_id} is backed at {list(backing.known[:4])} only: what is sealed is its bytes from the "
+            "first to the last, so resize() it to those first",
+            cache_id=cache_id,
+        )

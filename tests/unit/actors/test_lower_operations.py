@@ -1,0 +1,95 @@
+"""What the pool asks of a device's lower tiers, where the store hangs."""
+
+import asyncio
+import threading
+
+import pytest
+from disk_stores import DEADLINE_S, Faults, FaultyFileSystem, key_of
+
+from kvpool.actors.lower_operations import LowerOperations
+from kvpool.cache.disk.folder import folder_at
+from kvpool.cache.disk.tier import DiskTier
+from kvpool.cache.lower_tiers import LowerTiers
+from kvpool.cache.store import FREED, RELEASED, DeviceStore
+from kvpool.memory.allocator import GPUMemoryAllocator
+from kvpool.memory.host import HostBackend
+
+PAGE = 64 << 10
+KEY = key_of(1)
+
+
+@pytest.fixture
+async def device():
+    FaultyFileSystem.faults = Faults()
+    backend = HostBackend(1 << 30)
+    store = DeviceStore(GPUMemoryAllocator(backend, 4 * PAGE, PAGE))
+    tiers = LowerTiers(None, DiskTier(folder_at("faulty://tier"), 1 << 30), lambda keys: None, deadline_s=0.05)
+    await tiers.start()
+    store.apply([("connect", "c", "default", "")])
+    yield store, LowerOperations(store, tiers), FaultyFileSystem.faults
+    for gate in FaultyFileSystem.faults.gates.values():
+        gate.set()
+    await tiers.close()
+    assert (store.lease_count, store.allocator.usage().live_bytes) == (0, 0)
+    store.allocator.close()
+    backend.close()
+    FaultyFileSystem.store.clear()
+    FaultyFileSystem.pseudo_dirs[:] = [""]
+
+
+def place(store, cache_id):
+    (answer,) = store.apply([("allocate", "c", 0, "default", [cache_id], PAGE, PAGE, [])])
+    assert len(answer[0]) == 1
+
+
+def sealed(store, cache_id):
+    place(store, cache_id)
+    store.apply([("seal", "c", 0, [cache_id], [KEY.block_hash])])
+
+
+async def test_memory_that_a_write_hangs_on_is_not_used_again_before_its_end(device):
+    store, operations, faults = device
+    sealed(store, 1)
+    gate = faults.gates["put"] = threading.Event()
+    (answer,) = await operations.persist(KEY.tenant, KEY.fingerprint, [(1, KEY.block_hash, None)])
+    assert answer[1] == "TierError"
+    assert store.apply([("release", "c", 0, [1]), ("evict", [1])]) == [[RELEASED], [1]], "held until the store lets go"
+    assert store.allocator.usage().live_bytes == PAGE
+    gate.set()
+    await freed(store)
+
+
+async def test_memory_that_a_fill_hangs_on_is_not_used_again_before_its_end(device):
+    store, operations, faults = device
+    sealed(store, 1)
+    assert await operations.persist(KEY.tenant, KEY.fingerprint, [(1, KEY.block_hash, None)]) == [True]
+    assert store.apply([("release", "c", 0, [1]), ("evict", [1])]) == [[RELEASED], []]
+    gate = faults.gates["get"] = threading.Event()
+    place(store, 2)
+    assert await operations.fill(KEY.tenant, KEY.fingerprint, [(2, KEY.block_hash)]) == [None], "it is there still"
+    assert store.apply([("finish", "c", 0, [2], [None])]) == [[RELEASED]]
+    assert store.allocator.usage().live_bytes == PAGE
+    gate.set()
+    await freed(store)
+    place(store, 3)
+    assert await operations.fill(KEY.tenant, KEY.fingerprint, [(3, KEY.block_hash)]) == [True]
+    assert store.apply([("finish", "c", 0, [3], [None])]) == [[FREED]]
+
+
+async def test_a_removal_that_hangs_is_told_as_an_error(device):
+    store, operations, faults = device
+    sealed(store, 1)
+    await operations.persist(KEY.tenant, KEY.fingerprint, [(1, KEY.block_hash, None)])
+    store.apply([("release", "c", 0, [1]), ("evict", [1])])
+    faults.gates["delete"] = threading.Event()
+    name = (1, KEY.tenant, KEY.fingerprint)
+    assert await operations.carry_out(("forget", *name, [KEY.block_hash])) is True
+    async with asyncio.timeout(DEADLINE_S / 2):
+        answer = await operations.forgotten(*name)
+    assert answer[:2] == ("error", "TierError")
+
+
+async def freed(store):
+    async with asyncio.timeout(DEADLINE_S):
+        while store.allocator.usage().live_bytes:  # noqa: ASYNC110  it comes by a thread
+            await asyncio.sleep(0.001)

@@ -1,0 +1,174 @@
+"""A store whose calls do not return: nobody waits for it beyond the deadline, and nothing removed is found again."""
+
+import asyncio
+import threading
+
+import pytest
+from disk_stores import DEADLINE_S, Faults, FaultyFileSystem, FaultyFolder, key_of
+
+from kvpool.cache.disk.folder import folder_at
+from kvpool.cache.disk.tier import DEFAULT_THREADS, DiskTier
+from kvpool.errors import TierError
+
+URL = "faulty://tier"
+SOON_S = 0.05
+
+
+async def arrived(faults, count=1):
+    """Return when so many operations of the store hang."""
+    for _ in range(count):
+        assert await asyncio.to_thread(faults.arrived.acquire, timeout=DEADLINE_S)
+
+
+async def in_time(call):
+    async with asyncio.timeout(DEADLINE_S / 2):  # a gate itself opens by an error after all of it
+        return await call
+
+
+def files():
+    return sum(name.endswith(".kvcache") for name in FaultyFileSystem.store)
+
+
+async def test_a_fill_that_hangs_is_a_miss_and_its_memory_is_in_use_until_the_store_lets_go(
+    open_device, faults, caplog
+):
+    device = await open_device(0, URL, deadline_s=SOON_S)
+    await device.demote(*range(8))
+    gate = faults.gates["get"] = threading.Event()
+    targets = [device.source(number, place=number) for number in range(8)]
+    assert await in_time(device.tiers.fill(targets)) == [False] * 8
+    late = [end for target in targets if (end := device.tiers.late(target)) is not None]
+    assert len(late) == DEFAULT_THREADS, "the others had no thread yet"
+    # There is no thread left: this would wait for nothing.
+    assert await in_time(device.tiers.fill([device.source(7, place=20)])) == [False]
+    assert device.tiers.late(device.source(7, place=20)) is None
+    gate.set()
+    await in_time(asyncio.wait(late))
+    assert [device.tiers.late(target) for target in targets] == [None] * 8
+    assert await device.fill(*range(8)) == [True] * 8
+    assert device.disk.statistics().errors["timeout"] == 9
+    assert sum("no answer within" in message for message in caplog.messages) == 1
+
+
+async def test_a_durable_write_that_hangs_is_an_error_and_may_be_found_when_it_has_come_through(open_device, faults):
+    device = await open_device(0, URL, deadline_s=SOON_S)
+    gate = faults.gates["put"] = threading.Event()
+    source = device.written(1)
+    (error,) = await in_time(device.tiers.write_through([source]))
+    assert error.details["cause"] == "timeout"
+    late = device.tiers.late(source)
+    gate.set()
+    await in_time(asyncio.wait((late,)))
+    assert await device.fill(1) == [True]
+
+
+@pytest.mark.parametrize("how", ["remove", "remove_space"])
+@pytest.mark.parametrize("operation", ["put", "get", "delete"])
+async def test_a_removal_that_must_wait_fails_in_time_and_is_remembered(open_device, faults, how, operation):
+    device = await open_device(4, URL, deadline_s=SOON_S)
+    if operation == "put":
+        gate = faults.gates["put"] = threading.Event()
+        await in_time(device.tiers.write_through([device.written(1)]))
+    else:
+        await device.tiers.write_through([device.written(1)])
+        gate = faults.gates[operation] = threading.Event()
+    if operation == "get":
+        await in_time(device.fill(1))
+
+    def remove():
+        if how == "remove":
+            return device.tiers.remove([key_of(1)])
+        return device.tiers.remove_space("default", "f")
+
+    for _ in range(2):
+        with pytest.raises(TierError, match="call again"):
+            await in_time(remove())
+        assert device.found(1) == [None]
+        assert await device.fill(1) == [False]
+        assert await device.demote(1) == [False], "what comes anew could not be told from what is to go"
+    gate.set()
+    await in_time(device.saved())
+    while device.tiers._removal._going:
+        await in_time(asyncio.wait(device.tiers._removal._going))
+    assert (device.found(1), files()) == ([None], 0)
+    await in_time(remove())
+    assert await device.demote(1) == [True]
+    assert await device.fill(1) == [True]
+    device.disk._index.check()
+
+
+async def test_others_are_removed_while_one_removal_hangs(open_device, faults):
+    device = await open_device(0, URL, deadline_s=SOON_S)
+    await device.demote(1, 2)
+    gate = faults.gates["get"] = threading.Event()
+    assert await in_time(device.fill(1)) == [False]
+    with pytest.raises(TierError):
+        await in_time(device.tiers.remove([key_of(1)]))
+    assert await in_time(device.tiers.remove([key_of(2)])) == 1
+    gate.set()
+
+
+@pytest.mark.parametrize("operation", ["read", "write"])
+async def test_what_was_removed_behind_a_call_that_hangs_is_not_found_by_the_next_start(
+    open_device, tmp_path, operation
+):
+    """The removal is noted on disk before the call is waited for; the process ends while it hangs."""
+    faults = Faults()
+    folder = FaultyFolder(str(tmp_path / "tier"), faults)
+    device = await open_device(0, folder, deadline_s=SOON_S)
+    gate = threading.Event()
+    if operation == "read":
+        await device.tiers.write_through([device.written(1)])
+        faults.gates["read"] = gate
+        assert await in_time(device.fill(1)) == [False]
+    else:
+        real = folder._folder.write
+
+        def written_and_hangs(path, parts):
+            real(path, parts)
+            if path.endswith(".kvcache"):
+                assert gate.wait(DEADLINE_S)
+
+        folder._folder.write = written_and_hangs
+        await in_time(device.tiers.write_through([device.written(1)]))
+    with pytest.raises(TierError, match="call again"):
+        await in_time(device.tiers.remove([key_of(1)]))
+    assert len(list((tmp_path / "tier").glob("*.kvremoved"))) == 1
+    assert len(list((tmp_path / "tier").glob("*/*.kvcache"))) == 1
+    folder._folder.close()  # as the end of the process does: it lets go of the lock
+    again = DiskTier(folder_at(str(tmp_path / "tier")), 1 << 30)
+    assert await again.start() == []
+    assert list((tmp_path / "tier").glob("*/*.kvcache")) == []
+    await again.close()
+    gate.set()
+    faults.gates.clear()
+
+
+async def test_two_removals_of_one_key_behind_a_call_that_hangs_leave_nothing(open_device, faults):
+    device = await open_device(0, URL, deadline_s=DEADLINE_S)
+    await device.demote(1)
+    gate = faults.gates["get"] = threading.Event()
+    reading = asyncio.create_task(device.disk.read_into(key_of(1), device.source(1).view()))
+    await arrived(faults)
+    removals = [asyncio.create_task(device.disk.remove([key_of(1)])) for _ in range(3)]
+    await asyncio.sleep(0)
+    gate.set()
+    await reading
+    assert sorted(await asyncio.gather(*removals)) == [0, 0, 1]
+    assert list(FaultyFileSystem.store) == []
+    assert device.disk.statistics().used_bytes == 0
+    assert await device.demote(1) == [True]
+
+
+async def test_a_start_that_hangs_is_done_without_the_disk(open_device, faults, caplog):
+    gate = faults.gates["list"] = threading.Event()
+    device = await in_time(open_device(4, URL, deadline_s=SOON_S / 10))
+    assert "no answer within" in device.tiers.statistics()["disk_problem"]
+    assert await device.demote(1) == [True]
+    with pytest.raises(TierError, match="may be left"):
+        await device.tiers.remove([key_of(1)])
+    gate.set()
+    async with asyncio.timeout(DEADLINE_S):
+        while device.tiers._closing is None:  # noqa: ASYNC110  it comes by a thread
+            await asyncio.sleep(0)
+        await device.tiers._closing

@@ -1,0 +1,57 @@
+"""Writing to disk what lies in the host tier, by word."""
+
+import threading
+
+from disk_stores import key_of
+
+URL = "faulty://tier"
+FULL = OSError(28, "No space left on device")
+
+
+async def test_all_of_the_host_tier_is_on_disk_then_copies_too(open_device, faults):
+    device = await open_device(100, URL, watermark=1.0)
+    await device.demote(*range(40))
+    await device.demote(*range(40, 70))
+    await device.copy_ahead(*range(70, 80))
+    assert device.disk.statistics().files == 0
+    assert await device.tiers.save(None) == []
+    assert device.tiers.on_disk(None)[0] == 80
+    device.host.check()
+    await device.tiers.close()
+    again = await open_device(0, URL)
+    assert await again.fill(*range(60)) == [True] * 60
+
+
+async def test_of_one_tenant_alone(open_device, faults):
+    device = await open_device(8, URL, watermark=1.0)
+    await device.demote(1, 2, tenant="a")
+    await device.demote(3, tenant="b")
+    assert await device.tiers.save("a") == []
+    assert [device.tiers.on_disk(tenant)[0] for tenant in ("a", "b", None)] == [2, 0, 2]
+
+
+async def test_what_cannot_be_written_is_told_and_stays_in_the_host(open_device, faults):
+    device = await open_device(8, URL, watermark=1.0)
+    await device.demote(1, 2)
+    faults.errors["put"] = FULL
+    assert [error.details["cause"] for error in await device.tiers.save(None)] == ["ENOSPC"] * 2
+    assert device.found(1, 2) == ["host", "host"]
+    device.host.check()
+
+
+async def test_a_store_that_hangs_keeps_its_entries_and_nobody_waiting(open_device, faults):
+    device = await open_device(8, URL, watermark=1.0, deadline_s=0.05)
+    await device.demote(1, 2)
+    gate = faults.gates["put"] = threading.Event()
+    assert [error.details["cause"] for error in await device.tiers.save(None)] == ["timeout"] * 2
+    entry = device.host.index.get(key_of(1))
+    assert entry.holds == 1, "a thread reads it"
+    gate.set()
+    await device.saved()
+    assert entry.holds == 0
+
+
+async def test_without_a_disk_it_says_so(open_device):
+    device = await open_device(4)
+    (error,) = await device.tiers.save(None)
+    assert error.details["cause"] == "no_disk"

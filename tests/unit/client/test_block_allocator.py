@@ -1,0 +1,169 @@
+"""Blocks inside a cache, with a cache that changes its memory when the test says so."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from kvpool.client.block_allocator import BlockAllocator
+from kvpool.errors import CacheStateError, CapacityError, DeviceLostError, InvalidSizeError
+from kvpool.memory.extents import difference, total_bytes, union
+
+BLOCK, PAGE = 16, 64
+
+
+class Cache:
+    """As much of a cache as the allocator sees."""
+
+    id, released, sealed = 7, False, False
+    max_size_bytes = 2 * 32 * BLOCK
+
+    def __init__(self) -> None:
+        self.backed = ()
+        self.memory_bytes = self.max_size_bytes
+        self.calls: list[str] = []
+        self.fails: Exception | None = None
+
+    async def back(self, ranges, *, timeout_s=None) -> None:
+        self.calls.append("back" if timeout_s == 0 else "back, waiting")
+        await asyncio.sleep(0)
+        backed = union(self.backed, ranges)
+        if total_bytes(backed) > self.memory_bytes:
+            raise CapacityError("no room")
+        self.backed = backed
+
+    async def unback(self, ranges) -> None:
+        self.calls.append("unback")
+        await asyncio.sleep(0)
+        if self.fails is not None:
+            raise self.fails
+        self.backed = difference(self.backed, union(ranges))
+
+
+class Connection:
+    """Runs what is to be run soon, at once or when :meth:`pass_time` says so."""
+
+    def __init__(self) -> None:
+        self.later = []
+        self.tasks = []
+
+    def run_soon(self, make, what, after_s) -> None:
+        if after_s:
+            self.later.append(make)
+        else:
+            self.tasks.append(asyncio.ensure_future(make()))
+
+    async def rest(self) -> list[BaseException]:
+        """Let all come to an end; returns what failed."""
+        failed = []
+        while self.tasks:
+            failed += [e for e in await asyncio.gather(*self._take(), return_exceptions=True) if e is not None]
+        return failed
+
+    def _take(self):
+        tasks, self.tasks = self.tasks, []
+        return tasks
+
+    def pass_time(self) -> None:
+        self.later, later = [], self.later
+        self.tasks += [asyncio.ensure_future(make()) for make in later]
+
+
+def opened(cache: Cache, ahead_blocks: int | None = 8) -> tuple[BlockAllocator, Connection]:
+    connection = Connection()
+    return BlockAllocator(cache, connection, PAGE, BLOCK, 2, ahead_blocks), connection
+
+
+async def test_memory_comes_ahead_of_use_and_goes_when_it_is_too_much():
+    cache = Cache()
+    blocks, connection = opened(cache)
+    await connection.rest()
+    assert (blocks.num_blocks, blocks.free_blocks) == (32, 16)
+    assert cache.backed == ((0, 16 * BLOCK), (32 * BLOCK, 48 * BLOCK)), "of both planes"
+    held = blocks.allocate(12)
+    await connection.rest()
+    assert (blocks.free_blocks, blocks.backed_blocks) == (16, 28)
+    calls = len(cache.calls)
+    for _ in range(100):
+        blocks.free(blocks.allocate(8))
+    await connection.rest()
+    assert len(cache.calls) == calls, "what comes and goes around one level changes no memory"
+    blocks.free(held)
+    await connection.rest()
+    assert blocks.free_blocks == 16
+    assert cache.backed == ((0, 16 * BLOCK), (32 * BLOCK, 48 * BLOCK)), "the last ones went"
+
+
+async def test_where_there_is_no_memory_it_is_not_asked_for_all_the_time():
+    cache = Cache()
+    cache.memory_bytes = 2 * 4 * BLOCK
+    blocks, connection = opened(cache, ahead_blocks=2)
+    await connection.rest()
+    blocks.allocate(3)
+    for _ in range(5):
+        with pytest.raises(CapacityError, match="3 of 32 are in use"):
+            blocks.allocate(4)
+        await connection.rest()
+    assert cache.calls == ["back", "back"]
+    cache.memory_bytes *= 2
+    connection.pass_time()
+    await connection.rest()
+    assert len(blocks.allocate(4)) == 4
+
+
+async def test_reserved_memory_stays_until_it_is_used():
+    cache = Cache()
+    blocks, connection = opened(cache, ahead_blocks=2)
+    await blocks.reserve(24)
+    assert "back, waiting" in cache.calls
+    blocks.free(blocks.allocate(1))
+    await connection.rest()
+    assert blocks.free_blocks >= 23
+    blocks.free(blocks.allocate(24))
+    await connection.rest()
+    assert blocks.free_blocks <= 6
+    with pytest.raises(CapacityError):
+        await blocks.reserve(33)
+
+
+async def test_blocks_whose_memory_may_be_gone_are_not_handed_out():
+    cache = Cache()
+    blocks, connection = opened(cache)
+    await connection.rest()
+    cache.fails = DeviceLostError("gone")
+    with pytest.raises(DeviceLostError):
+        await blocks.trim()
+    assert blocks.free_blocks == 0
+    with pytest.raises(CapacityError):
+        blocks.allocate(1)
+    assert await connection.rest() == []
+    assert blocks.free_blocks == 16, "backed once more"
+
+
+async def test_what_is_backed_already_is_taken_over():
+    cache = Cache()
+    cache.backed = ((0, 6 * BLOCK), (32 * BLOCK, 40 * BLOCK))
+    blocks, connection = opened(cache, ahead_blocks=1)
+    await connection.rest()
+    assert sorted(blocks.allocate(4)) == [0, 1, 2, 3], "the blocks that are backed in both planes"
+    assert cache.calls == []
+
+
+async def test_an_allocator_ends_with_its_cache():
+    cache = Cache()
+    blocks, connection = opened(cache)
+    await connection.rest()
+    numbers = blocks.allocate(16)
+    cache.released = True
+    assert await connection.rest() == []
+    with pytest.raises(CacheStateError, match="closed"):
+        blocks.allocate(1)
+    blocks.free(numbers)
+    assert (await connection.rest(), connection.later) == ([], [])
+
+
+@pytest.mark.parametrize(("block_bytes", "planes"), [(0, 1), (-5, 1), (16, 0), (2000, 1), (600, 2)])
+async def test_no_block_fits(block_bytes, planes):
+    with pytest.raises(InvalidSizeError):
+        BlockAllocator(Cache(), Connection(), PAGE, block_bytes, planes, None)

@@ -1,0 +1,207 @@
+"""Growth in place, as the pool decides it."""
+
+import os
+
+import pytest
+from pool_harness import PAGE, LocalPool, keys_of
+
+from kvpool.errors import from_wire
+from kvpool.pool.instructions import (
+    Batch,
+    ChangesRequested,
+    DeviceFreed,
+    DeviceLost,
+    PrefixesLookedUp,
+    ReleaseRequested,
+    TicketsCancelled,
+)
+
+
+@pytest.fixture
+def pool():
+    pool = LocalPool(pages=8)
+    pool.connect()
+    pool.model()
+    yield pool
+    pool.check()
+    pool.close()
+
+
+def change(pool, cache_id, kind, ranges, timeout_s=0.0, client="c"):
+    return pool.ask(ChangesRequested, client, [(1, cache_id, kind, ranges, timeout_s, None)])[0]
+
+
+def resize(pool, cache_id, size_bytes, timeout_s=0.0, client="c"):
+    return change(pool, cache_id, "resize", [(0, size_bytes)] if size_bytes else [], timeout_s, client)
+
+
+def growing(pool, size_bytes=PAGE, max_size_bytes=8 * PAGE, client="c"):
+    kind, cache_id, *_ = pool.request(size_bytes, client, max_size=max_size_bytes)
+    assert kind == "granted"
+    return cache_id
+
+
+def error_of(answer):
+    assert answer[0] == "error", answer
+    return from_wire(answer[1:])
+
+
+def free_bytes(pool, device=0):
+    return pool.state.ledger.free_bytes(pool.state.ledger.devices[device])
+
+
+def test_books_and_device_follow_each_change(pool):
+    cache_id = growing(pool)
+    kind, same_id, size_bytes, extents, place = resize(pool, cache_id, 3 * PAGE + 1)
+    assert (kind, same_id, size_bytes, extents) == ("changed", cache_id, 3 * PAGE + 1, ((0, 3 * PAGE + 1),))
+    assert len(place[1]) == 4
+    assert place[2] == 1
+    assert free_bytes(pool) == 4 * PAGE
+    *_, size_bytes, extents, place = change(pool, cache_id, "unback", [(0, 2 * PAGE)])
+    assert (size_bytes, extents, len(place[1]), place[2]) == (PAGE + 1, ((2 * PAGE, 3 * PAGE + 1),), 2, 2)
+    assert free_bytes(pool) == 6 * PAGE
+    change(pool, cache_id, "back", [(7 * PAGE, 8 * PAGE)])
+    assert free_bytes(pool) == 5 * PAGE
+    resize(pool, cache_id, 0)
+    assert free_bytes(pool) == 8 * PAGE
+    pool.release([cache_id])
+    assert pool.live_bytes() == 0
+
+
+def test_growing_evicts_what_nobody_holds_on_its_device(pool):
+    cache_id = growing(pool)
+    pool.put(range(1, 100))
+    assert free_bytes(pool) < PAGE
+    assert resize(pool, cache_id, 6 * PAGE)[0] == "changed"
+    assert pool.state.ledger.counters.evictions > 0
+
+
+def test_growing_waits_in_line_and_is_told_by_its_ticket(pool):
+    cache_id, other = growing(pool), growing(pool, 6 * PAGE)
+    kind, ticket = resize(pool, cache_id, 5 * PAGE, timeout_s=5.0)
+    assert kind == "queued"
+    behind = pool.request(PAGE, timeout_s=5.0)
+    assert behind[0] == "queued", "nobody overtakes"
+    resize(pool, other, 2 * PAGE)  # gives back at once, though others wait
+    told = dict(pool.grants["c"])
+    assert told[ticket][:3] == ("changed", cache_id, 5 * PAGE)
+    assert told[behind[1]][0] == "granted"
+
+
+def test_no_room_in_time_is_an_error_with_figures_of_its_device():
+    pool = LocalPool(devices=2, pages=8)
+    pool.connect()
+    pool.model()
+    cache_id = growing(pool)
+    growing(pool, 6 * PAGE), growing(pool, 6 * PAGE)
+    refused = error_of(resize(pool, cache_id, 5 * PAGE))
+    device = pool.state.ledger.index.device[pool.state.ledger.index.row_of(cache_id)]
+    assert refused.details["asked_bytes"] == 4 * PAGE
+    assert refused.details["free_bytes"] == free_bytes(pool, device)
+    resize(pool, cache_id, 5 * PAGE, timeout_s=2.0)
+    pool.now = 3.0
+    pool.tick()
+    assert pool.grants["c"][0][1][1] == "CapacityError"
+    assert resize(pool, cache_id, 2 * PAGE)[0] == "changed", "it is as it was"
+    pool.check()
+    pool.close()
+
+
+def test_who_dies_or_cancels_while_waiting_waits_no_more(pool):
+    pool.connect("d")
+    holder, mine, its = growing(pool, 4 * PAGE), growing(pool), growing(pool, client="d")
+    kind, _ = resize(pool, its, 6 * PAGE, timeout_s=50.0, client="d")
+    _, ticket = resize(pool, mine, 6 * PAGE, timeout_s=50.0)
+    assert kind == "queued"
+    pool.kill("d")
+    assert len(pool.state.allocations.queue) == 1
+    pool.handle(TicketsCancelled("c", [ticket]))
+    assert not pool.state.allocations.queue
+    pool.release([holder])
+    assert pool.state.ledger.index.asked_bytes[pool.state.ledger.index.row_of(mine)] == PAGE
+
+
+def test_a_cache_that_ends_while_its_growth_waits(pool):
+    cache_id, _other = growing(pool), growing(pool, 6 * PAGE)
+    resize(pool, cache_id, 6 * PAGE, timeout_s=50.0)
+    pool.release([cache_id])
+    assert pool.grants["c"][0][1][1] == "StaleCacheError"
+
+
+def test_a_device_that_has_less_than_the_books_say(pool):
+    """Pages that a client still maps are zombies of which the pool does not know yet."""
+    cache_id, other = growing(pool), growing(pool, 7 * PAGE)
+    store = pool.stores[0]
+    for index, serial in store.record(other).pages:
+        os.close(store.allocator.export("c", "default", index, serial))
+    batch = Batch(2)
+    shrink = (1, other, "resize", [(0, PAGE)], 0.0, None)
+    grow = (2, cache_id, "resize", [(0, 7 * PAGE)], 5.0, None)
+    pool.handle(ChangesRequested(batch, "c", [shrink, grow]))
+    pool.settle()
+    shrunk, (kind, ticket) = pool.done.pop(batch)
+    assert shrunk[0] == "changed"
+    assert kind == "queued"
+    for client, serials in store.allocator.take_drops().items():
+        store.allocator.dropped(client, serials)
+    pool.handle(DeviceFreed(0, (pool._stamp(), 0)))
+    pool.settle()
+    ((told, answer),) = pool.grants["c"]
+    assert (told, answer[2]) == (ticket, 7 * PAGE)
+
+
+def test_changes_of_one_cache_that_are_under_way_together(pool):
+    cache_id = growing(pool)
+    batch = Batch(3)
+    ranges = [("back", [(2 * PAGE, 4 * PAGE)]), ("unback", [(3 * PAGE, 4 * PAGE)]), ("back", [(6 * PAGE, 7 * PAGE)])]
+    pool.handle(ChangesRequested(batch, "c", [(n, cache_id, *each, 0.0, None) for n, each in enumerate(ranges)]))
+    pool.settle()
+    *_, last = pool.done.pop(batch)
+    assert last[3] == ((0, PAGE), (2 * PAGE, 3 * PAGE), (6 * PAGE, 7 * PAGE))
+    assert free_bytes(pool) == 5 * PAGE
+
+
+def test_what_may_not_be_changed(pool):
+    cache_id = growing(pool)
+    pool.connect("d")
+    for client, wrong, name in [
+        ("c", (cache_id, "resize", [(0, 9 * PAGE)], 0.0), "InvalidSizeError"),
+        ("c", (cache_id, "resize", [(1, PAGE)], 0.0), "InvalidRequestError"),
+        ("c", (cache_id, "shrink", [], 0.0), "InvalidRequestError"),
+        ("c", (cache_id, "back", [(5, 5)], 0.0), "InvalidSizeError"),
+        ("c", (cache_id, "back", [(0, PAGE)], -1.0), "InvalidRequestError"),
+        ("c", (cache_id + 1, "back", [(0, PAGE)], 0.0), "UnknownCacheError"),
+        ("d", (cache_id, "back", [(0, PAGE)], 0.0), "UnknownCacheError"),
+    ]:
+        assert pool.ask(ChangesRequested, client, [(1, *wrong, None)])[0][1] == name
+    fixed = pool.request(PAGE)[1]
+    assert error_of(resize(pool, fixed, 2 * PAGE)).details["max_size_bytes"] == PAGE
+    assert resize(pool, fixed, 100)[0] == "changed", "what may not grow may shrink"
+    assert pool.state.ledger.index.asked_bytes[pool.state.ledger.index.row_of(fixed)] == 100
+
+
+def test_sealing_keeps_the_size_and_wants_a_whole_front(pool):
+    model = pool.model(name="caches", block_bytes=None)
+    cache_id = pool.request(PAGE, max_size=8 * PAGE, model=model)[1]
+    key = keys_of([1])
+    change(pool, cache_id, "back", [(3 * PAGE, 4 * PAGE)])
+    refused = pool.seal([cache_id], key, model=model)
+    assert error_of(refused).message.startswith(f"cache {cache_id} is backed at")
+    resize(pool, cache_id, 2 * PAGE)
+    batch = Batch(1)
+    pool.handle(ChangesRequested(batch, "c", [(1, cache_id, "resize", [(0, 3 * PAGE)], 0.0, None)]))
+    assert "is being changed" in error_of(pool.seal([cache_id], key, model=model)).message
+    pool.settle()
+    assert pool.seal([cache_id], key, model=model) == ("sealed", [True])
+    assert error_of(resize(pool, cache_id, PAGE)).message.startswith(f"cache {cache_id} is sealed")
+    pool.ask(ReleaseRequested, "c", [(1, [cache_id], None)])
+    _, ids, _, places, sizes, _ = pool.ask(PrefixesLookedUp, "c", [(1, model, key[0], None)])[0]
+    assert (ids, sizes, len(places[0][1])) == ([cache_id], [3 * PAGE], 3)
+
+
+def test_a_device_that_is_lost_answers_its_changes(pool):
+    cache_id, _ = growing(pool), growing(pool, 6 * PAGE)
+    resize(pool, cache_id, 6 * PAGE, timeout_s=50.0)
+    pool.handle(DeviceLost(0, "killed"))
+    pool.tick()
+    assert pool.grants["c"][0][1][1] == "StaleCacheError"

@@ -1,0 +1,81 @@
+"""What a flush writes, whatever happens meanwhile."""
+
+import pytest
+from pool_harness import LocalPool, keys_of
+
+from kvpool.errors import TierError
+from kvpool.pool import flush
+from kvpool.pool.instructions import Batch, FlushRequested, InvalidateRequested
+
+PAGES = 4
+BLOCKS = PAGES * 16
+
+
+@pytest.fixture
+def pool(monkeypatch):
+    monkeypatch.setattr(flush, "STEP_CACHES", 16)
+    local = LocalPool(pages=PAGES, lower=True)
+    for client in ("c", "d"):
+        local.connect(client)
+        local.model(client)
+    yield local
+    local.settle_all()
+    local.check()
+    local.close()
+
+
+def below(pool):
+    return {key[2] for key in pool.shelves[0].content}
+
+
+def test_all_that_is_stored_is_written_and_stays_where_it_is(pool):
+    pool.store(range(1, BLOCKS + 1))
+    assert below(pool) == set()
+    assert pool.flush() == {"caches": BLOCKS, "bytes": BLOCKS * 4096, "displaced": 0}
+    assert below(pool) == set(keys_of(range(1, BLOCKS + 1)))
+    held = pool.look_up(range(1, BLOCKS + 1))[1]
+    assert len(held) == BLOCKS
+    assert pool.flush()["caches"] == BLOCKS, "what is leased, too"
+    pool.release(held)
+
+
+def test_a_tenant_flushes_its_own_alone(pool):
+    pool.connect("other", tenant="other")
+    number = pool.model("other")
+    pool.store(range(1, 9), "other", number)
+    pool.store(range(101, 105))
+    assert pool.flush("default")["caches"] == 4
+    assert pool.flush("none at all")["caches"] == 0
+    assert below(pool) == set(keys_of(range(101, 105)))
+
+
+def test_what_goes_down_or_is_invalidated_on_the_way_needs_no_writing(pool):
+    pool.store(range(1, BLOCKS + 1))
+    batch = Batch(1)
+    pool.handle(FlushRequested(batch, None))
+    pool.settle()
+    pool.move()  # the first save; the first step is on its way
+    pool.store(range(201, 217))
+    pool.handle(InvalidateRequested(Batch(1), None, "m", keys_of([40])))
+    pool.settle_all()
+    (answer,) = pool.done.pop(batch)
+    assert answer["caches"] == len(below(pool))
+    assert set(keys_of(range(1, 40))) <= below(pool)
+    assert below(pool).isdisjoint(keys_of(range(40, BLOCKS + 1)))
+
+
+def test_what_cannot_be_written_is_told(pool):
+    pool.store(range(1, 9))
+    error = ("error", *TierError("disk full", cause="ENOSPC").to_wire())
+    real = pool.shelves[0].persist
+    pool.shelves[0].persist = lambda *arguments: [*real(*arguments)[:-2], error, error]
+    kind, name, message, details = pool.flush()
+    assert (kind, name, details["failed"], details["cause"]) == ("error", "TierError", 2, "ENOSPC")
+    assert "2 caches are not on disk" in message
+
+
+def test_without_tiers_there_is_nothing_to_write_to():
+    pool = LocalPool(pages=PAGES)
+    with pytest.raises(TierError, match="disk_url"):
+        pool.flush()
+    pool.close()
