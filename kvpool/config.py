@@ -171,7 +171,8 @@ class PoolConfig(BaseSettings):
         except ValidationError as error:
             raise ConfigError("; ".join(_explain(item) for item in error.errors()), asked=sorted(values)) from None
         # Where disk_url is given as none, the disk is switched off by word, and what else is said of it stays unused.
-        if "disk_budget" in self.model_fields_set and "disk_url" not in self.model_fields_set:
+        default_bytes = type(self).model_fields["disk_budget"].default
+        if self.disk_budget != default_bytes and "disk_url" not in self.model_fields_set:
             raise ConfigError(
                 f"disk_budget={format_size(self.disk_budget)} is that of a disk tier, of which there is none: name its "
                 "folder by disk_url, or leave disk_budget out",

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+# A test runner tells its workers the width of its terminal; what a command prints must not depend on that.
+os.environ.pop("COLUMNS", None)
+
 
 @pytest.fixture(scope="session")
 def traces() -> Path:

@@ -23,6 +23,7 @@ from kvpool.errors import DeviceLostError, PoolNotFoundError, TierError
 sys.path.insert(0, str(Path(__file__).parent))
 
 import model_process
+import storm_process
 from command_line import Cli, call_here
 from footprint import Footprint, descendants, footprint, state
 from pool_actors import device_actors, pid_of, until, until_leased, until_no_zombies, until_waiting
@@ -41,6 +42,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def local_ray() -> Iterator[None]:
     """A Ray of this test session. Model processes are shipped to it by value: workers cannot import test modules."""
     ray.cloudpickle.register_pickle_by_value(model_process)
+    ray.cloudpickle.register_pickle_by_value(storm_process)
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, namespace="kvpool")
     yield
     ray.shutdown()

@@ -74,10 +74,7 @@ def test_json_on_standard_output_is_nothing_but_json(
         assert row == {name: value for name, value in expected.items() if name != "accesses_per_s"}
 
 
-def test_a_table_is_printed_by_default_and_json_goes_to_a_file(
-    trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("COLUMNS", raising=False)
+def test_a_table_is_printed_by_default_and_json_goes_to_a_file(trace: Path, tmp_path: Path) -> None:
     written = tmp_path / "rows.json"
     result = call("simulate", trace, "--json", written)
     assert (result.exit_code, result.stdout) == (0, "")
@@ -155,7 +152,6 @@ def test_a_policy_in_the_working_directory_is_found_beside_others(trace: Path, o
 def test_a_table_is_as_wide_as_the_terminal_and_ratios_are_percent(
     trace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("COLUMNS", raising=False)
     arguments = ("simulate", trace, "--capacity", "30", "--host-capacity", "60")
     ratio = json.loads(call(*arguments, "--json", "-").stdout)["rows"][0]["host_hit_ratio"]
     assert f"{ratio:.2%}" in call(*arguments).stdout
