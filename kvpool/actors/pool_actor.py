@@ -320,6 +320,7 @@ class PoolActor(Administration):
                 device["min_block_bytes"],
                 device["arena_bytes"],
                 device["has_lower"],
+                device["disk_url"],
             )
         # Before the first client: what is invalidated meanwhile could be entered by an answer that is on its way.
         for number, described in enumerate(self._described):
