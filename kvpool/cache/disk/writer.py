@@ -26,7 +26,7 @@ _REFUSALS = {
 def refusal(counters: DiskCounters, cause: str) -> TierError:
     """Count a write that is not tried, and return its error."""
     counters.count_given_up(cause)
-    return TierError(f"a cache is not stored: {_REFUSALS[cause]}", cause=cause)
+    return TierError(f"a cache is not written to disk: {_REFUSALS[cause]}", cause=cause)
 
 
 class Writer:
@@ -125,7 +125,7 @@ class Writer:
 
     def _failure(self, entry: DiskEntry, error: Exception) -> TierError:
         cause = self._counters.count_error(f"writing {entry.path}", error)
-        return TierError(f"cache {entry.key.block_hash.hex()} is not stored: {error}", cause=cause)
+        return TierError(f"cache {entry.key.block_hash.hex()} is not written to disk: {error}", cause=cause)
 
 
 def _write_file(folder: Folder, entry: DiskEntry, payload: memoryview) -> None:

@@ -84,14 +84,48 @@ async def test_a_folder_removed_under_the_tier(open_tier, tmp_path, caplog):
         await tier.write_through(key_of(number), None, content_of(number))
     shutil.rmtree(folder)
     assert [await read(tier, key_of(number)) for number in range(2)] == [None, None]
-    assert gone == [key_of(0), key_of(1)]
+    assert gone == [], "its disk may only be away"
     assert not await tier.write_back(key_of(5), None, content_of(5))
     with pytest.raises(TierError):  # it is entered, but no longer there: not acknowledged again
         await tier.write_through(key_of(2), None, content_of(2))
-    assert tier.statistics().errors == {"ENOENT": 4}
-    assert once(caplog, "No such file")
+    assert tier.statistics().errors == {"ESTALE": 5}
+    assert once(caplog, "not the folder that was opened")
     assert not folder.exists(), "a mount point is not filled while its disk is away"
-    assert tier.statistics().files == 0
+
+
+@pytest.mark.parametrize("instead", ["nothing", "an empty folder", "another tier's folder"])
+async def test_what_is_missing_with_its_folder_is_not_forgotten_and_not_removed(open_tier, tmp_path, instead):
+    """A removal acknowledged then would not hold: the files come back with the folder."""
+    folder, away = tmp_path / "tier", tmp_path / "away"
+    gone = []
+    tier = await open_tier(str(folder), 3 * FILE, on_gone=gone.extend)
+    for number in range(3):
+        await tier.write_through(key_of(number), None, content_of(number))
+    folder.rename(away)
+    if instead == "an empty folder":
+        folder.mkdir()
+    elif instead == "another tier's folder":
+        other = await open_tier(str(folder))
+        await other.write_through(key_of(9), None, content_of(9))
+    assert [await read(tier, key_of(number)) for number in range(3)] == [None] * 3
+    for refused in (
+        tier.remove([key_of(0)]),
+        tier.remove([key_of(7)]),
+        tier.space("default", "f"),
+        tier.write_through(key_of(1), None, content_of(1)),
+        tier.write_through(key_of(5), None, content_of(5)),
+    ):
+        with pytest.raises(TierError, match="not the folder that was opened|call again"):
+            await refused
+    assert gone == []
+    if folder.exists():
+        folder.rename(tmp_path / "other")
+    away.rename(folder)
+    assert await read(tier, key_of(1)) == content_of(1)
+    await tier.remove([key_of(0)])
+    await tier.close()
+    tier = await open_tier(str(folder))
+    assert [await read(tier, key_of(number)) for number in range(3)] == [None, content_of(1), content_of(2)]
 
 
 async def test_a_durable_write_of_what_somebody_deleted_is_written_again(open_tier, tmp_path):

@@ -268,6 +268,6 @@ def test_a_folder_that_has_vanished_is_not_made_again(tmp_path):
     folder.open()
     (tmp_path / "mount" / "kvpool.lock").unlink()
     (tmp_path / "mount").rmdir()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(OSError, match="not the folder that was opened"):
         folder.write("s/a", (b"x",))
     folder.close()
