@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -48,6 +49,7 @@ class LowerContents:
         self._on_gone = on_gone
         self._untold: dict[CacheKey, None] = {}
         self._promised: dict[CacheKey, list[HostEntry]] = {}
+        self._kept: Counter[CacheKey] = Counter()  # on disk, there or not
         if host is not None:
             host.on_drop = self.dropped
         if disk is not None:
@@ -81,8 +83,11 @@ class LowerContents:
         return {key for key in keys if self.locate(key) is not None}
 
     def hold(self, keys: Iterable[CacheKey]) -> None:
-        """Keep caches from being pushed out of the host tier until :meth:`unhold`."""
+        """Keep caches from being pushed out of the tiers until :meth:`unhold`."""
         for key in keys:
+            if self.disk is not None:
+                self.disk.keep((key,))
+                self._kept[key] += 1
             entry = self.host_entry(key)
             if entry is not None and self.host is not None:
                 self.host.index.hold(entry)
@@ -91,6 +96,11 @@ class LowerContents:
     def unhold(self, keys: Iterable[CacheKey]) -> None:
         """End what :meth:`hold` began, if it did."""
         for key in keys:
+            if self.disk is not None and key in self._kept:
+                self.disk.unkeep((key,))
+                self._kept[key] -= 1
+                if not self._kept[key]:
+                    del self._kept[key]
             held = self._promised.get(key)
             if held and self.host is not None:
                 self.host.index.release(held.pop())

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from kvpool.cache.contents import Location, LowerContents
@@ -195,6 +196,19 @@ class LowerTiers:
         """
         return await self._demotion.write_through(self._calls, check_sources(sources))
 
+    @contextmanager
+    def keeping_on_disk(self, keys: Collection[CacheKey]) -> Iterator[None]:
+        """Let no file of these keys go for another within the block: what is made durable together stays together."""
+        disk = self._contents.disk
+        if disk is None:
+            yield
+            return
+        disk.keep(keys)
+        try:
+            yield
+        finally:
+            disk.unkeep(keys)
+
     async def save(self, tenant: str | None) -> list[TierError]:
         """Write what a tenant, or anyone, has in the host tier through to the disk; returns what went wrong."""
         if self._calls is None:
@@ -229,7 +243,7 @@ class LowerTiers:
         return None if self._calls is None else self._calls.late(source.address)
 
     def hold(self, keys: Iterable[CacheKey]) -> None:
-        """Keep caches from being pushed out of the host tier until :meth:`unhold`: they are wanted above.
+        """Keep caches from being pushed out of the tiers until :meth:`unhold`: they are wanted above.
 
         What goes down to make room for them on the device could push out the very content that is wanted.
         """

@@ -50,8 +50,8 @@ class LocalFolder:
         except BlockingIOError:
             os.close(lock)
             raise TierError(
-                f"{self.url} is in use by another process: give each device a folder of its own (a pool of the same name "
-                "in another cluster has the same folder: name one of them differently)",
+                f"{self.url} is in use by another process: give each device a folder of its own (a pool of the same "
+                "name in another cluster has the same folder: name one of them differently)",
                 cause="locked",
             ) from None
         except OSError:
