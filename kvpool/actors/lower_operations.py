@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kvpool.cache.disk.folder import folder_at
+from kvpool.cache.disk.leftovers import Leftovers
 from kvpool.cache.disk.tier import DiskTier
 from kvpool.cache.host_tier import HostTier
 from kvpool.cache.key import CacheKey
@@ -64,7 +65,8 @@ async def open_tiers(
     for left in reversed(range(_TRIES)):
         host = HostTier(HostBackend(), plan.host_bytes, page_bytes) if plan.host_bytes >= page_bytes else None
         disk = None if url is None else DiskTier(folder_at(url), plan.disk_bytes)
-        tiers = LowerTiers(host, disk, on_gone)
+        leftovers = None if disk is None or plan.pool_url is None else Leftovers(plan.pool_url, plan.devices)
+        tiers = LowerTiers(host, disk, on_gone, leftovers)
         found = await tiers.start()
         if tiers.problem_cause != "locked" or not left:
             return tiers, found

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from kvpool.cache.chains import with_successors
 from kvpool.cache.disk.index import DiskEntry
+from kvpool.cache.disk.leftovers import Leftovers
 from kvpool.cache.disk.tier import DiskTier
 from kvpool.cache.host_index import HostEntry, Kind
 from kvpool.cache.host_tier import HostTier
@@ -34,14 +35,18 @@ class LowerContents:
     ----------
     host, disk
         The tiers; ``disk`` is set to None when it turns out to be of no use.
-    on_gone
+    on_gone, leftovers
         As for :class:`~kvpool.cache.lower_tiers.LowerTiers`.
     """
 
     def __init__(
-        self, host: HostTier | None, disk: DiskTier | None, on_gone: Callable[[Sequence[CacheKey]], None]
+        self,
+        host: HostTier | None,
+        disk: DiskTier | None,
+        on_gone: Callable[[Sequence[CacheKey]], None],
+        leftovers: Leftovers | None,
     ) -> None:
-        self.host, self.disk = host, disk
+        self.host, self.disk, self.leftovers = host, disk, leftovers
         self.disk_problem: str | None = None
         """Why the disk could not be started."""
         self.under_way = UnderWay()
