@@ -99,8 +99,8 @@ class LowerContents:
                 self._promised.setdefault(key, []).append(entry)
 
     def unhold(self, keys: Iterable[CacheKey]) -> None:
-        """End what :meth:`hold` began, if it did."""
-        for key in keys:
+        """End what :meth:`hold` began, if it did, for keys in the order of their chain."""
+        for key in list(keys)[::-1]:  # so that the head of a chain is newer than its tail, which goes before it
             if self.disk is not None and key in self._kept:
                 self.disk.unkeep((key,))
                 self._kept[key] -= 1

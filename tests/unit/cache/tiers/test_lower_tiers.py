@@ -274,6 +274,15 @@ async def test_what_is_wanted_above_does_not_leave_the_disk_for_what_goes_down(o
     assert device.found(0, 1) == [None, None]
 
 
+async def test_a_chain_that_was_wanted_in_vain_goes_from_its_tail(open_device):
+    device = await open_device(4)
+    await device.demote(2, 1, 0)
+    device.tiers.hold([key_of(number) for number in range(3)])
+    device.tiers.unhold([key_of(number) for number in range(3)])
+    await device.demote(10, 11)
+    assert device.found(0, 1, 2) == ["host", "host", None]
+
+
 async def test_the_same_key_twice_in_a_batch_and_in_two_batches_at_once(open_device):
     device = await open_device(4)
     first, second = device.written(1, place=1), device.written(1, place=2)
