@@ -142,7 +142,12 @@ class TierRemoval:
 
     async def _remove_space_files(self, tenant: str, fingerprint: str, keys: Collection[CacheKey]) -> None:
         disk = self._contents.disk
-        found = await disk.space(tenant, fingerprint) if disk is not None else set()
+        try:
+            found = await disk.space(tenant, fingerprint) if disk is not None else set()
+        except TierError:
+            if disk is not None:
+                await self._remove_own({*keys, *disk.keys_of(tenant, fingerprint)})  # hidden, at least
+            raise
         await self._remove_own(found.union(keys))
         await self._remove_left(tenant, fingerprint)
 

@@ -156,7 +156,7 @@ class LocalFolder:
             raise FolderLostError(
                 errno.ESTALE,
                 f"{self._root} is not the folder that was opened any more (its {LOCK_NAME} is missing or another): was "
-                "its disk unmounted, or the folder moved or removed? Bring it back, or start the pool again",
+                "its disk unmounted, or the folder moved or removed? It is used again when it is back",
             )
 
     def _make(self, folder: Path) -> None:

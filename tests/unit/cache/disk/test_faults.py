@@ -135,7 +135,7 @@ async def test_what_is_missing_with_its_folder_is_not_forgotten_and_not_removed(
         await other.write_through(key_of(9), None, content_of(9))
     assert [await read(tier, key_of(number)) for number in range(3)] == [None] * 3
     for refused in (
-        tier.remove([key_of(0)]),
+        tier.remove([key_of(0), key_of(8)]),
         tier.remove([key_of(7)]),
         tier.space("default", "f"),
         tier.write_through(key_of(1), None, content_of(1)),
@@ -148,6 +148,7 @@ async def test_what_is_missing_with_its_folder_is_not_forgotten_and_not_removed(
         folder.rename(tmp_path / "other")
     away.rename(folder)
     assert await read(tier, key_of(1)) == content_of(1)
+    assert await read(tier, key_of(0)) is None, "hidden, though its removal was not sure"
     await tier.remove([key_of(0)])
     await tier.close()
     tier = await open_tier(str(folder))

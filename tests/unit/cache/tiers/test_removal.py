@@ -227,3 +227,17 @@ async def test_what_is_removed_goes_from_folders_of_devices_that_are_no_more(ope
     await (device.tiers.remove_space("default", "f") if all_of_it else device.tiers.remove([key_of(1)]))
     again = await open_device(0, f"{tmp_path}/host-1")
     assert again.restored == []
+
+
+async def test_a_model_whose_removal_is_not_sure_is_not_found_in_this_life(open_device, tmp_path):
+    folder = tmp_path / "tier"
+    device = await open_device(0, str(folder))
+    await device.tiers.write_through([device.written(1)])
+    folder.rename(tmp_path / "away")
+    with pytest.raises(TierError, match=r"not the folder that was opened|call again"):
+        await device.tiers.remove_space("default", "f")
+    (tmp_path / "away").rename(folder)
+    assert device.found(1) == [None]
+    await device.tiers.remove_space("default", "f")
+    await device.tiers.close()
+    assert (await open_device(0, str(folder))).restored == []
