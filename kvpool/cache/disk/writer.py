@@ -116,8 +116,10 @@ class Writer:
         try:
             await self._threads.run(_write_file, self._folder, entry, payload)
         except Exception as error:
+            if cause_of(error) not in _FULL:
+                raise
             victims = self._index.oldest(entry.file_bytes, partial(self._stays, entry))
-            if cause_of(error) not in _FULL or victims is None:
+            if victims is None:
                 raise
             self._counters.count_error(f"writing {entry.path}", error)
             await self._evict(victims)
