@@ -91,6 +91,10 @@ class TierPlan(NamedTuple):
     disk_url: str | None
     disk_bytes: int
     write_policy: str
+    pool_url: str | None = None
+    """The folder in which each device has its own, :attr:`disk_url`."""
+    devices: int = 1
+    """How many the pool has."""
 
 
 class QuotaConfig(BaseModel):
@@ -262,8 +266,10 @@ class PoolConfig(BaseSettings):
 
     def tier_plan(self, device: str) -> TierPlan:
         """Return what lies below a device; each has a folder of its own."""
-        url = None if self.disk_url is None else f"{self.disk_url.rstrip('/')}/{self.name}/{device}"
-        return TierPlan(self.host_memory or 0, url, self.disk_budget, self.write_policy)
+        pool_url = None if self.disk_url is None else f"{self.disk_url.rstrip('/')}/{self.name}"
+        url = None if pool_url is None else f"{pool_url}/{device}"
+        devices = len(self.device_sizes_bytes())
+        return TierPlan(self.host_memory or 0, url, self.disk_budget, self.write_policy, pool_url, devices)
 
     def socket_path(self, number: int, epoch: int) -> Path:
         """Return where a device listens. ``epoch`` tells the private folders of one name's pools apart."""

@@ -129,8 +129,9 @@ class LocalPool:
             self.stores.append(DeviceStore(allocator))
             self.outboxes.append(deque())
             self.state.add_device(
-                f"host-{number}", "here", pages * page_bytes, page_bytes, 4096, 8 * pages * page_bytes, lower
-            )
+                f"host-{number}", "here", pages * page_bytes, page_bytes, 4096, 8 * pages * page_bytes, lower,
+                f"/disk/host-{number}" if lower else None,
+            )  # fmt: skip
 
     def close(self) -> None:
         for store in self.stores:

@@ -175,6 +175,7 @@ class DeviceActor:
             "arena_bytes": self._arena_bytes,
             "min_block_bytes": self._min_block_bytes,
             "has_lower": self._lower is not None,
+            "disk_url": self._plan.disk_url if self._plan.write_policy != "none" else None,
         }
 
     async def found(self) -> tuple[list[tuple[str, str, list[tuple[bytes, bytes | None, int]]]], bool]:

@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kvpool.cache.disk.folder import folder_at
+from kvpool.cache.disk.leftovers import Leftovers
 from kvpool.cache.disk.tier import DiskTier
 from kvpool.cache.host_tier import HostTier
 from kvpool.cache.key import CacheKey
@@ -64,7 +65,8 @@ async def open_tiers(
     for left in reversed(range(_TRIES)):
         host = HostTier(HostBackend(), plan.host_bytes, page_bytes) if plan.host_bytes >= page_bytes else None
         disk = None if url is None else DiskTier(folder_at(url), plan.disk_bytes)
-        tiers = LowerTiers(host, disk, on_gone)
+        leftovers = None if disk is None or plan.pool_url is None else Leftovers(plan.pool_url, plan.devices)
+        tiers = LowerTiers(host, disk, on_gone, leftovers)
         found = await tiers.start()
         if tiers.problem_cause != "locked" or not left:
             return tiers, found
@@ -198,9 +200,11 @@ class LowerOperations:
         wanted = [position for position, outcome in enumerate(outcomes) if outcome is None]
         # Held beyond the client's lease, which may end with the client while a thread reads this.
         self._store.hold([entries[position][0] for position in wanted])
-        errors = await asyncio.gather(
-            *(self._write(entries[place][0], source) for place, source in zip(wanted, sources, strict=True))
-        )
+        # What this call has written must not go for what it writes next.
+        with self._tiers.keeping_on_disk([source.key for source in sources]):
+            errors = await asyncio.gather(
+                *(self._write(entries[place][0], source) for place, source in zip(wanted, sources, strict=True))
+            )
         for position, failed in zip(wanted, errors, strict=True):
             outcomes[position] = True if failed is None else ("error", *failed.to_wire())
         return outcomes

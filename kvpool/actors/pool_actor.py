@@ -320,6 +320,7 @@ class PoolActor(Administration):
                 device["min_block_bytes"],
                 device["arena_bytes"],
                 device["has_lower"],
+                device["disk_url"],
             )
         for quota in self._config.quotas:
             await self.set_quota(quota.tenant, quota.model, quota.guaranteed, quota.limit)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from kvpool.cache.chains import with_successors
 from kvpool.cache.disk.index import DiskEntry
+from kvpool.cache.disk.leftovers import Leftovers
 from kvpool.cache.disk.tier import DiskTier
 from kvpool.cache.host_index import HostEntry, Kind
 from kvpool.cache.host_tier import HostTier
@@ -33,14 +35,18 @@ class LowerContents:
     ----------
     host, disk
         The tiers; ``disk`` is set to None when it turns out to be of no use.
-    on_gone
+    on_gone, leftovers
         As for :class:`~kvpool.cache.lower_tiers.LowerTiers`.
     """
 
     def __init__(
-        self, host: HostTier | None, disk: DiskTier | None, on_gone: Callable[[Sequence[CacheKey]], None]
+        self,
+        host: HostTier | None,
+        disk: DiskTier | None,
+        on_gone: Callable[[Sequence[CacheKey]], None],
+        leftovers: Leftovers | None,
     ) -> None:
-        self.host, self.disk = host, disk
+        self.host, self.disk, self.leftovers = host, disk, leftovers
         self.disk_problem: str | None = None
         """Why the disk could not be started."""
         self.under_way = UnderWay()
@@ -48,6 +54,7 @@ class LowerContents:
         self._on_gone = on_gone
         self._untold: dict[CacheKey, None] = {}
         self._promised: dict[CacheKey, list[HostEntry]] = {}
+        self._kept: Counter[CacheKey] = Counter()  # on disk, there or not
         if host is not None:
             host.on_drop = self.dropped
         if disk is not None:
@@ -81,16 +88,24 @@ class LowerContents:
         return {key for key in keys if self.locate(key) is not None}
 
     def hold(self, keys: Iterable[CacheKey]) -> None:
-        """Keep caches from being pushed out of the host tier until :meth:`unhold`."""
+        """Keep caches from being pushed out of the tiers until :meth:`unhold`."""
         for key in keys:
+            if self.disk is not None:
+                self.disk.keep((key,))
+                self._kept[key] += 1
             entry = self.host_entry(key)
             if entry is not None and self.host is not None:
                 self.host.index.hold(entry)
                 self._promised.setdefault(key, []).append(entry)
 
     def unhold(self, keys: Iterable[CacheKey]) -> None:
-        """End what :meth:`hold` began, if it did."""
-        for key in keys:
+        """End what :meth:`hold` began, if it did, for keys in the order of their chain."""
+        for key in list(keys)[::-1]:  # so that the head of a chain is newer than its tail, which goes before it
+            if self.disk is not None and key in self._kept:
+                self.disk.unkeep((key,))
+                self._kept[key] -= 1
+                if not self._kept[key]:
+                    del self._kept[key]
             held = self._promised.get(key)
             if held and self.host is not None:
                 self.host.index.release(held.pop())

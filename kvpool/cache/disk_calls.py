@@ -80,7 +80,9 @@ class DiskCalls:
             written = await self._call(source, "writing", self._writes, write)
         except TierError as error:
             return error
-        return None if written else TierError("a cache is not stored: it was removed meanwhile", cause="removed")
+        return (
+            None if written else TierError("a cache is not written to disk: it was removed meanwhile", cause="removed")
+        )
 
     async def _call(
         self, source: Source, what: str, lane: _Lane, call: Callable[[], Coroutine[Any, Any, _Result]]

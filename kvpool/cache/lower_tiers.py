@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from kvpool.cache.contents import Location, LowerContents
 from kvpool.cache.demotion import Demotion
 from kvpool.cache.disk.index import DiskEntry
+from kvpool.cache.disk.leftovers import Leftovers
 from kvpool.cache.disk.threads import uncancelled
 from kvpool.cache.disk.tier import DiskTier
 from kvpool.cache.disk_calls import DiskCalls
@@ -54,6 +56,8 @@ class LowerTiers:
         Called with keys that could be found below until now and no longer can: dropped from the host and not on disk,
         evicted from the disk and not in the host. Not for :meth:`remove`. (By the time that a caller reads that
         a cache was kept, it may have gone again, and this have been called.)
+    leftovers
+        Folders of devices that are no more, from which is removed, too, what is removed here.
     patience_s
         How long :meth:`demote` waits for a slow store, at most.
     watermark
@@ -68,12 +72,13 @@ class LowerTiers:
         host: HostTier | None,
         disk: DiskTier | None,
         on_gone: Callable[[Sequence[CacheKey]], None],
+        leftovers: Leftovers | None = None,
         *,
         patience_s: float = 1.0,
         watermark: float = 0.9,
         deadline_s: float = STORE_DEADLINE_S,
     ) -> None:
-        self._contents = LowerContents(host, disk, on_gone)
+        self._contents = LowerContents(host, disk, on_gone, leftovers)
         self.problem_cause: str | None = None
         """Why the disk could not be started."""
         self._down, self._up = Mover("kvpool-demote"), Mover("kvpool-fill")
@@ -94,6 +99,11 @@ class LowerTiers:
         contents = self._contents
         if contents.disk is None:
             return []
+        if contents.leftovers is not None:
+            try:
+                await asyncio.wait_for(contents.leftovers.look(), self._start_deadline_s)
+            except (TierError, TimeoutError) as error:
+                logger.warning("whether there are folders of devices that are no more is not known: %s", error)
         try:
             found = await self._start(contents.disk)
         except TierError as error:
@@ -151,7 +161,9 @@ class LowerTiers:
     def statistics(self) -> dict[str, Any]:
         """Return the figures of now; built-in types only."""
         contents = self._contents
-        return tier_statistics(contents.host, contents.disk, contents.disk_problem, contents.counters)
+        left = list(contents.leftovers.urls) if contents.leftovers is not None else []
+        figures = tier_statistics(contents.host, contents.disk, contents.disk_problem, contents.counters)
+        return figures | {"leftover_folders": left}
 
     # -- moving ---------------------------------------------------------------------------------------------------
 
@@ -195,6 +207,19 @@ class LowerTiers:
         """
         return await self._demotion.write_through(self._calls, check_sources(sources))
 
+    @contextmanager
+    def keeping_on_disk(self, keys: Collection[CacheKey]) -> Iterator[None]:
+        """Let no file of these keys go for another within the block: what is made durable together stays together."""
+        disk = self._contents.disk
+        if disk is None:
+            yield
+            return
+        disk.keep(keys)
+        try:
+            yield
+        finally:
+            disk.unkeep(keys)
+
     async def save(self, tenant: str | None) -> list[TierError]:
         """Write what a tenant, or anyone, has in the host tier through to the disk; returns what went wrong."""
         if self._calls is None:
@@ -229,7 +254,7 @@ class LowerTiers:
         return None if self._calls is None else self._calls.late(source.address)
 
     def hold(self, keys: Iterable[CacheKey]) -> None:
-        """Keep caches from being pushed out of the host tier until :meth:`unhold`: they are wanted above.
+        """Keep caches from being pushed out of the tiers until :meth:`unhold`: they are wanted above.
 
         What goes down to make room for them on the device could push out the very content that is wanted.
         """

@@ -122,6 +122,16 @@ class TierRemoval:
         await removing
 
     async def _remove_files(self, keys: Collection[CacheKey]) -> None:
+        await self._remove_own(keys)
+        for tenant, fingerprint in sorted({(key.tenant, key.fingerprint) for key in keys}):
+            await self._remove_left(tenant, fingerprint)
+
+    async def _remove_left(self, tenant: str, fingerprint: str) -> None:
+        # All of the space: nobody looks these up, and so nobody knows what is chained behind what.
+        if self._contents.leftovers is not None:
+            await self._contents.leftovers.remove_space(tenant, fingerprint)
+
+    async def _remove_own(self, keys: Collection[CacheKey]) -> None:
         contents = self._contents
         if contents.disk is not None:
             await contents.disk.remove(keys)
@@ -132,8 +142,14 @@ class TierRemoval:
 
     async def _remove_space_files(self, tenant: str, fingerprint: str, keys: Collection[CacheKey]) -> None:
         disk = self._contents.disk
-        found = await disk.space(tenant, fingerprint) if disk is not None else set()
-        await self._remove_files(found.union(keys))
+        try:
+            found = await disk.space(tenant, fingerprint) if disk is not None else set()
+        except TierError:
+            if disk is not None:
+                await self._remove_own({*keys, *disk.keys_of(tenant, fingerprint)})  # hidden, at least
+            raise
+        await self._remove_own(found.union(keys))
+        await self._remove_left(tenant, fingerprint)
 
 
 def _ended_late(removal: asyncio.Future[None]) -> None:

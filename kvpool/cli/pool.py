@@ -154,6 +154,8 @@ def _lower_row(name: str, lower: dict[str, Any]) -> dict[str, Any]:
         on_disk = f"{format_size(disk['used_bytes'])} of {format_size(disk['budget_bytes'])}"
     else:
         on_disk = lower["disk_problem"] or "-"
+    if lower["leftover_folders"]:
+        on_disk += f"; not used: {', '.join(lower['leftover_folders'])}"
     return {
         "device": name,
         "host memory": f"{format_size(host['used_bytes'])} of {format_size(host['capacity_bytes'])}" if host else "-",

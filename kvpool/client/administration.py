@@ -144,6 +144,12 @@ class Administration:
         dict
             ``caches`` and ``bytes`` that were published, how many were ``unsealed``, and what is still ``held``:
             ``{client: (caches, bytes)}``.
+
+        Raises
+        ------
+        TierError
+            If a disk may still have some of it, of a device that is lost, say: the next pool of this name could find
+            that, and is to be told again. In this one it is gone.
         """
         connection, hashes = self._connection, None if keys is None else content_hashes(keys)
         return dict(

@@ -286,9 +286,10 @@ def _check(outcomes: Any) -> None:
 
 def check_written(outcomes: Any) -> None:
     """Raise the first error among the answers of ``persist``; a tier's does not mean that the content is lost."""
-    for outcome in outcomes:
+    for there, outcome in enumerate(outcomes):
         if outcome is not True:
             error = from_wire(outcome[1:])
             if isinstance(error, TierError) and error.details.get("cause") != "gone":
-                raise TierError(f"sealed and in the pool, but not durable: {error.message}", **error.details)
+                on_disk = f" (of {len(outcomes)} blocks the first {there} are on disk)" if len(outcomes) > 1 else ""
+                raise TierError(f"sealed and in the pool, but not durable: {error.message}{on_disk}", **error.details)
             raise error

@@ -139,6 +139,15 @@ def check_working(pool: Pool) -> list[Finding]:
             findings.append(Finding("disk tier", where, WARNING, f"since its start: {errors}", "no errors", mend))
         elif lower["disk"] is not None:
             findings.append(Finding("disk tier", where, OK, "in use"))
+    left = {
+        url
+        for device in pool.statistics.get("devices", ())
+        for url in (device["lower"] or {}).get("leftover_folders", ())
+    }
+    if left:
+        found = f"of devices that it no longer has, outside disk_budget: {', '.join(sorted(left))}"
+        mend = "delete them, or start the pool with as many devices as before"
+        findings.append(Finding("disk tier", f"pool {pool.name}", WARNING, found, "no such folders", mend))
     failure = pool.statistics.get("policy_failure")
     if failure is not None:
         mend = f"mend it, and {command('kvpool', 'set-policy', '--name', pool.name, 'NAME')}"

@@ -25,6 +25,8 @@ class Device:
     evictions: int = 0
     has_lower: bool = False
     """Whether there are tiers below it."""
+    disk_url: str | None = None
+    """Where its disk tier keeps its files, also after the device is lost; None: it has none."""
 
     def footprint_bytes(self, size_bytes: int, max_size_bytes: int) -> int:
         """Return what a cache takes here: whole pages, unless it is small enough to share one.

@@ -13,7 +13,7 @@ import numpy as np
 from kvpool.cache.chains import Rows, deepest_first, with_descendants
 from kvpool.cache.key import MOST_HASHES, check_hash
 from kvpool.cache.table import KEYED
-from kvpool.errors import DeviceLostError, InvalidRequestError
+from kvpool.errors import DeviceLostError, InvalidRequestError, TierError
 from kvpool.memory.tickets import TicketQueue
 from kvpool.pool import removal
 from kvpool.pool.below import Below
@@ -89,6 +89,8 @@ class Invalidations:
         ------
         InvalidRequestError
             If there is no such model, or a key is none.
+        TierError
+            As the answer: if a disk may still have some of it. It is void all the same, and gone elsewhere.
         """
         ledger = self._ledger
         index = ledger.index
@@ -121,6 +123,9 @@ class Invalidations:
         work = _Invalidation(
             batch, ledger.invalidations, index.ids_of(rows[~held][::-1]), {n: list(tenants) for n in alive}, answer
         )
+        for device in ledger.devices:
+            if device.lost is not None:
+                self._note_lost(work, device.number)
         self._line.append(work)
         # Those that somebody holds, first and at once: the end of a lease that comes later must find them void.
         leased: list[int] = rows[held].tolist()
@@ -172,13 +177,30 @@ class Invalidations:
                 arguments = (work.number, model.tenant, model.fingerprint)
                 ledger.send(device.number, ("forget", *arguments, names), nothing_more)
                 work.lower += 1
-                ledger.out.append(Move(device.number, "forgotten", arguments, partial(self._forgotten, work)))
+                forgotten = partial(self._forgotten, work, device.number)
+                ledger.out.append(Move(device.number, "forgotten", arguments, forgotten))
 
-    def _forgotten(self, work: _Invalidation, answer: Answer, now: float) -> None:
+    def _forgotten(self, work: _Invalidation, device: int, answer: Answer, now: float) -> None:
         work.lower -= 1
-        if isinstance(answer, tuple) and answer[0] == "error" and answer[1] != DeviceLostError.__name__:
-            work.answer = {"error": answer}
+        if isinstance(answer, tuple) and answer[0] == "error":
+            if answer[1] == DeviceLostError.__name__:
+                self._note_lost(work, device)
+            else:
+                work.answer = {"error": answer}
         self._end_if_done(work, now)
+
+    def _note_lost(self, work: _Invalidation, number: int) -> None:
+        """Let the answer say that nobody can remove the files of a device that is lost: the next start finds them."""
+        device = self._ledger.devices[number]
+        if device.disk_url is not None:
+            error = TierError(
+                f"device {device.name} is lost, and its folder {device.disk_url} may still have what was invalidated; "
+                "everywhere else it is gone. Delete the pool and start it again, then invalidate again before anything "
+                "is looked up; or delete that folder before the start",
+                cause="device_lost",
+                device=device.name,
+            )
+            work.answer = {"error": ("error", *error.to_wire())}
 
     def _oldest(self) -> dict[int, int]:
         """Return by space how many invalidations there had been when the first who writes or waits there asked."""

@@ -126,11 +126,12 @@ class PoolState:
         min_block_bytes: int,
         arena_bytes: int,
         has_lower: bool = False,
+        disk_url: str | None = None,
     ) -> Device:
         """Enter a device into the books; clients that connect from now on can be given its memory."""
         device = Device(
             len(self.ledger.devices), name, host, capacity_bytes, page_bytes, min_block_bytes, arena_bytes,
-            has_lower=has_lower,
+            has_lower=has_lower, disk_url=disk_url,
         )  # fmt: skip
         self.ledger.devices.append(device)
         if has_lower:

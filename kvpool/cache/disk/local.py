@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 from collections.abc import Iterator, Sequence
@@ -17,12 +18,18 @@ _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
 _MOST_PARTS = 64
 
 
+class FolderLostError(OSError):
+    """The folder that was taken does not lie at its place any more: what is missing there may come back with it."""
+
+
 class LocalFolder:
     """Files of a local folder: private to the user, synced and renamed, read into place by the kernel.
 
     The folder is locked with ``flock``, which ends with the process however that dies. The folder itself is only
     created by :meth:`open`: when it vanishes later, a disk may have been unmounted, and writing to what lies below the
-    mount point would fill the wrong disk.
+    mount point would fill the wrong disk. Nor does a file that is not there mean anything then: it comes back with the
+    folder. So whatever relies on a missing name, or makes one, first makes sure that the folder is the one that was
+    locked; ``FolderLostError`` if not.
 
     Parameters
     ----------
@@ -43,7 +50,9 @@ class LocalFolder:
         except BlockingIOError:
             os.close(lock)
             raise TierError(
-                f"{self.url} is in use by another process: give each device a folder of its own", cause="locked"
+                f"{self.url} is in use by another process: give each device a folder of its own (a pool of the same "
+                "name in another cluster has the same folder: name one of them differently)",
+                cause="locked",
             ) from None
         except OSError:
             os.close(lock)
@@ -59,6 +68,7 @@ class LocalFolder:
         try:
             listing = os.scandir(self._root / path)
         except FileNotFoundError:
+            self._check()
             if not path:
                 raise
             return
@@ -75,9 +85,11 @@ class LocalFolder:
         try:
             return os.stat(self._root / path, follow_symlinks=False).st_size
         except FileNotFoundError:
+            self._check()
             return None
 
     def write(self, path: str, parts: Sequence[bytes | memoryview]) -> None:
+        self._check()
         final = self._root / path
         temporary = self._root / (path + TEMPORARY_SUFFIX)
         try:
@@ -98,7 +110,11 @@ class LocalFolder:
             raise
 
     def read(self, path: str, parts: Sequence[bytearray | memoryview]) -> int:
-        file = os.open(self._root / path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            file = os.open(self._root / path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            self._check()
+            raise
         try:
             size_bytes = os.fstat(file).st_size
             if size_bytes == sum(map(len, parts)) and not _read_all(file, parts):
@@ -108,12 +124,17 @@ class LocalFolder:
             os.close(file)
 
     def remove(self, path: str) -> None:
-        (self._root / path).unlink(missing_ok=True)
+        try:
+            (self._root / path).unlink()
+        except FileNotFoundError:
+            self._check()
 
     def sync(self, path: str) -> None:
+        self._check()  # what is removed or durable is acknowledged by this, and it must be so in the right folder
         try:
             folder = os.open(self._root / path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except FileNotFoundError:  # then no name in it can come back
+            self._check()
             if not path:
                 raise
             return
@@ -121,6 +142,22 @@ class LocalFolder:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+    def _check(self) -> None:
+        """Raise unless the folder is the one that was locked. (While that is open, its inode is not given anew.)"""
+        if self._lock is None:
+            return
+        try:
+            there = os.stat(self._root / LOCK_NAME, follow_symlinks=False)
+            mine = os.path.samestat(there, os.fstat(self._lock))
+        except FileNotFoundError:
+            mine = False
+        if not mine:
+            raise FolderLostError(
+                errno.ESTALE,
+                f"{self._root} is not the folder that was opened any more (its {LOCK_NAME} is missing or another): was "
+                "its disk unmounted, or the folder moved or removed? It is used again when it is back",
+            )
 
     def _make(self, folder: Path) -> None:
         with contextlib.suppress(FileExistsError):

@@ -65,13 +65,14 @@ class Removals:
             self._enter(noted)
         covered = {key for key in wanted if key in self._stuck}
         unknown = [key for key in wanted if self._index.get(key) is None and key not in covered]
+        strays: list[DiskEntry] = []
+        unsure_of_others: TierError | None = None
         try:
             strays = await self._threads.run(_find_strays, self._folder, unknown, self._doubtful)
             # What was evicted is unlinked already, but a failure of power could still bring it back.
             await self._threads.run(_sync_spaces, self._folder, unknown)
-        except Exception as error:
-            cause = self._counters.count_error("looking for what is to be removed", error)
-            raise TierError(f"caches to be removed may still be there: {error}", cause=cause) from error
+        except Exception as error:  # noqa: BLE001  raised once what is known is hidden
+            unsure_of_others = self._may_be_there(error)
         entries = [entry for key in wanted if (entry := self._index.drop(key)) is not None] + strays
         if entries:
             removal = self._new(entries)
@@ -88,6 +89,8 @@ class Removals:
             )
         there += len(entries)
         self._counters.removed_files += there
+        if unsure_of_others is not None:
+            raise unsure_of_others
         return there
 
     async def space(self, tenant: str, fingerprint: str) -> set[CacheKey]:
@@ -102,8 +105,7 @@ class Removals:
         try:
             found = await self._threads.run(_find_space, self._folder, name, self._doubtful)
         except Exception as error:
-            cause = self._counters.count_error("looking for what is to be removed", error)
-            raise TierError(f"caches to be removed may still be there: {error}", cause=cause) from error
+            raise self._may_be_there(error) from error
         known = [entry.key for entry in self._index] + list(self._stuck)
         return found.union(key for key in known if (key.tenant, key.fingerprint) == (tenant, fingerprint))
 
@@ -114,6 +116,14 @@ class Removals:
         except Exception as error:  # noqa: BLE001  drivers raise what they like
             self._counters.count_error(f"clearing {entry.path}", error)
             self._doubtful.add(space_name(entry.key.tenant, entry.key.fingerprint))
+
+    def _may_be_there(self, error: Exception) -> TierError:
+        cause = self._counters.count_error("looking for what is to be removed", error)
+        return TierError(
+            f"caches to be removed may still be on disk, and be found by the next start: {error}. Call again once that "
+            "is mended",
+            cause=cause,
+        )
 
     def _new(self, entries: Iterable[DiskEntry]) -> Removal:
         self._next_number += 1

@@ -75,7 +75,7 @@ class DiskCounters:
     def count_given_up(self, cause: str) -> None:
         """Count a write that was not tried."""
         self.given_up[cause] += 1
-        self._log(self.given_up, cause, "a cache is not stored: %s", cause)
+        self._log(self.given_up, cause, "a cache is not written to disk: %s", cause)
 
     def _log(self, counts: Counter[str], cause: str, message: str, *values: object) -> None:
         if counts[cause] == 1:

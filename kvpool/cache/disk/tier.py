@@ -86,11 +86,13 @@ class DiskTier:
         self._waiting_writes = 0
         self._removing: Counter[CacheKey] = Counter()
         self._writing: dict[CacheKey, DiskEntry] = {}
+        self._kept: Counter[CacheKey] = Counter()
         self._removals = Removals(folder, self._index, self._counters, self._removers)
         self._syncs = FolderSyncs(folder, threads)
         self._writer = Writer(
-            folder, self._index, self._locks, self._counters, self._removals, self._writers, self._syncs, self._gone
-        )
+            folder, self._index, self._locks, self._counters, self._removals, self._writers, self._syncs, self._gone,
+            self._kept,
+        )  # fmt: skip
         self._started = self._open = False
 
     async def start(self) -> Sequence[DiskEntry]:
@@ -138,6 +140,17 @@ class DiskTier:
         """Count as use of a cache what spares its being written again."""
         if self.find(key) is not None:
             self._index.touch(key)
+
+    def keep(self, keys: Iterable[CacheKey]) -> None:
+        """Let no file of these keys go for others, there or not yet, until as many times :meth:`unkeep`."""
+        self._kept.update(keys)
+
+    def unkeep(self, keys: Iterable[CacheKey]) -> None:
+        """End what :meth:`keep` began."""
+        for key in keys:
+            self._kept[key] -= 1
+            if not self._kept[key]:
+                del self._kept[key]
 
     def keys_of(self, tenant: str, fingerprint: str) -> list[CacheKey]:
         """Return the keys of a tenant and fingerprint that can be found. O(files)."""
@@ -210,7 +223,7 @@ class DiskTier:
         Raises
         ------
         TierError
-            If it is not stored, or not surely.
+            If it is not on disk, or not surely.
         """
         payload = _payload(key, parent, view)
         entry = DiskEntry(key, parent, payload.nbytes)

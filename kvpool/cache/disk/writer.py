@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 
 from kvpool.cache.disk.folder import Folder
 from kvpool.cache.disk.folder_syncs import FolderSyncs
@@ -11,22 +12,24 @@ from kvpool.cache.disk.index import DiskEntry, DiskIndex
 from kvpool.cache.disk.key_locks import KeyLocks
 from kvpool.cache.disk.names import space_name
 from kvpool.cache.disk.removals import Removals
-from kvpool.cache.disk.statistics import DiskCounters
+from kvpool.cache.disk.statistics import DiskCounters, cause_of
 from kvpool.cache.disk.threads import Threads
 from kvpool.cache.key import CacheKey
 from kvpool.errors import KvpoolError, TierError
 
 _REFUSALS = {
-    "budget": "it does not fit into the disk tier's budget, or all that could go for it is in use",
+    "budget": "it does not fit into the disk tier's budget (disk_budget), or all that could go for it is in use, is "
+    "its own chain, or is made durable by the same call",
     "removed": "it was removed meanwhile",
     "closed": "the disk tier is closed",
 }
+_FULL = ("ENOSPC", "EDQUOT")
 
 
 def refusal(counters: DiskCounters, cause: str) -> TierError:
     """Count a write that is not tried, and return its error."""
     counters.count_given_up(cause)
-    return TierError(f"a cache is not stored: {_REFUSALS[cause]}", cause=cause)
+    return TierError(f"a cache is not written to disk: {_REFUSALS[cause]}", cause=cause)
 
 
 class Writer:
@@ -36,6 +39,8 @@ class Writer:
     ----------
     folder, index, locks, counters, removals, threads, syncs, on_gone
         Of the tier.
+    kept
+        Keys whose files do not go for others.
     """
 
     def __init__(
@@ -48,9 +53,11 @@ class Writer:
         threads: Threads,
         syncs: FolderSyncs,
         on_gone: Callable[[Sequence[CacheKey]], None],
+        kept: Collection[CacheKey],
     ) -> None:
         self._folder, self._index, self._locks, self._counters = folder, index, locks, counters
         self._removals, self._threads, self._syncs, self._on_gone = removals, threads, syncs, on_gone
+        self._kept = kept
 
     async def store_anew(self, entry: DiskEntry, payload: memoryview) -> None:
         """Write a file as :meth:`store`, also if somebody has removed it behind our back."""
@@ -83,14 +90,14 @@ class Writer:
             if known is not None:
                 await self._threads.run(self._folder.remove, known.path)
                 index.drop(key)
-            victims = index.victims(entry.file_bytes, self._locks.is_held)
+            victims = index.victims(entry.file_bytes, partial(self._stays, entry))
             if victims is None:
                 raise refusal(self._counters, "budget")
             index.claim(entry)
             try:
                 await self._evict(victims)
                 try:
-                    await self._threads.run(_write_file, self._folder, entry, payload)
+                    await self._write(entry, payload)
                 except Exception:
                     await self._removals.undo(entry)  # a store may have taken it and failed to say so
                     raise
@@ -103,6 +110,24 @@ class Writer:
         index.add(entry)
         self._counters.written_files += 1
         self._counters.written_bytes += entry.size_bytes
+
+    async def _write(self, entry: DiskEntry, payload: memoryview) -> None:
+        """Write a file; where the store is full though the budget is not, once more when others have gone for it."""
+        try:
+            await self._threads.run(_write_file, self._folder, entry, payload)
+        except Exception as error:
+            if cause_of(error) not in _FULL:
+                raise
+            victims = self._index.oldest(entry.file_bytes, partial(self._stays, entry))
+            if victims is None:
+                raise
+            self._counters.count_error(f"writing {entry.path}", error)
+            await self._evict(victims)
+            await self._threads.run(_write_file, self._folder, entry, payload)
+
+    def _stays(self, entry: DiskEntry, key: CacheKey) -> bool:
+        """Whether a file must not go for an entry."""
+        return key == entry.above or key in self._kept or self._locks.is_held(key)
 
     async def _evict(self, victims: Sequence[DiskEntry]) -> None:
         """Remove files that nobody uses; raises the first error once all have been tried."""
@@ -125,7 +150,7 @@ class Writer:
 
     def _failure(self, entry: DiskEntry, error: Exception) -> TierError:
         cause = self._counters.count_error(f"writing {entry.path}", error)
-        return TierError(f"cache {entry.key.block_hash.hex()} is not stored: {error}", cause=cause)
+        return TierError(f"cache {entry.key.block_hash.hex()} is not written to disk: {error}", cause=cause)
 
 
 def _write_file(folder: Folder, entry: DiskEntry, payload: memoryview) -> None:

@@ -19,11 +19,16 @@ KEY = key_of(1)
 
 
 @pytest.fixture
-async def device():
+def disk_bytes():
+    return 1 << 30
+
+
+@pytest.fixture
+async def device(disk_bytes):
     FaultyFileSystem.faults = Faults()
     backend = HostBackend(1 << 30)
     store = DeviceStore(GPUMemoryAllocator(backend, 4 * PAGE, PAGE))
-    tiers = LowerTiers(None, DiskTier(folder_at("faulty://tier"), 1 << 30), lambda keys: None, deadline_s=0.05)
+    tiers = LowerTiers(None, DiskTier(folder_at("faulty://tier"), disk_bytes), lambda keys: None, deadline_s=0.05)
     await tiers.start()
     store.apply([("connect", "c", "default", "")])
     yield store, LowerOperations(store, tiers), FaultyFileSystem.faults
@@ -74,6 +79,32 @@ async def test_memory_that_a_fill_hangs_on_is_not_used_again_before_its_end(devi
     place(store, 3)
     assert await operations.fill(KEY.tenant, KEY.fingerprint, [(3, KEY.block_hash)]) == [True]
     assert store.apply([("finish", "c", 0, [3], [None])]) == [[FREED]]
+
+
+@pytest.mark.parametrize("disk_bytes", [3 * PAGE])  # two files, with their headers
+@pytest.mark.parametrize("chained", [True, False])
+async def test_what_one_call_makes_durable_does_not_go_for_the_rest_of_it(device, chained):
+    store, operations, _ = device
+    keys = [key_of(number) for number in range(4)]
+    entries = [(n, key.block_hash, keys[n - 1].block_hash if n and chained else None) for n, key in enumerate(keys)]
+    for number, key in enumerate(keys):
+        place(store, number)
+        store.apply([("seal", "c", 0, [number], [key.block_hash])])
+    answers = await operations.persist(KEY.tenant, KEY.fingerprint, entries)
+    assert answers[:2] == [True, True]
+    assert [answer[3]["cause"] for answer in answers[2:]] == ["budget", "budget"]
+    assert operations._tiers.on_disk(None)[0] == 2
+    assert [operations._tiers.find(key) for key in keys[:2]] == ["disk", "disk"]
+    # By another call the last may go, not what it hangs on.
+    (answer,) = await operations.persist(KEY.tenant, KEY.fingerprint, [entries[3]])
+    assert answer is True
+    assert [operations._tiers.find(key) for key in keys] == [
+        "disk" if chained else None,
+        None if chained else "disk",
+        None,
+        "disk",
+    ]
+    store.apply([("release", "c", 0, list(range(4))), ("evict", list(range(4)))])
 
 
 async def test_a_removal_that_hangs_is_told_as_an_error(device):

@@ -115,8 +115,9 @@ async def test_a_hit_says_what_it_is() -> None:
 
 def test_what_is_not_durable_is_not_said_to_be_lost() -> None:
     check_written([True, True])
-    full = ("error", "TierError", "a cache is not stored: no room", {"cause": "budget"})
-    with pytest.raises(TierError, match="sealed and in the pool, but not durable: a cache is not stored") as caught:
+    full = ("error", "TierError", "it does not fit", {"cause": "budget"})
+    told = r"sealed and in the pool, but not durable: it does not fit \(of 2 blocks the first 1 are on disk\)"
+    with pytest.raises(TierError, match=told) as caught:
         check_written([True, full])
     assert caught.value.details == {"cause": "budget"}
     with pytest.raises(TierError, match=r"^block 1 is not in the pool any more"):

@@ -205,6 +205,10 @@ def working(policy_failure: str | None = None, **lower: Any) -> Pool:
             working(disk_problem="file:///d/p/host-0 is in use by another process: give …"),
             [("disk tier", FAILED, "DISK_URL/p/DEVICE, so a pool of the same name in another cluster")],
         ),
+        (
+            working(disk={"errors": {}}, leftover_folders=["/d/p/host-1"]),
+            [("disk tier", OK, ""), ("disk tier", WARNING, "delete them, or start the pool with as many devices")],
+        ),
         (working(policy_failure="policy 'own' failed"), [("policy", WARNING, "kvpool set-policy --name p NAME")]),
     ],
 )

@@ -148,6 +148,45 @@ def test_what_is_chained_behind_invalidated_content_goes_from_below_too(pool):
     assert not [key for key in pool.shelves[0].content if key[2] in keys_of(first)]
 
 
+def invalidation_with(pool, lose):
+    """Answer of an invalidation during which, or before which, the one device is lost."""
+    full(pool)
+    batch = Batch(1)
+    lose(lambda: pool.handle(InvalidateRequested(batch, None, "m", None)))
+    (answer,) = pool.done[batch]
+    return answer
+
+
+def lose_device(pool):
+    pool.handle(DeviceLost(0, "killed"))
+    lost = DeviceLostError("gone")
+    while pool.outboxes[0] or pool.moves:
+        sent = list(pool.outboxes[0])
+        pool.outboxes[0].clear()
+        pool.take(pool.state.fail_operations(sent, lost, pool.now))
+        while pool.moves:
+            pool.take(pool.state.handle(Moved(pool.moves.pop(), ("error", *lost.to_wire())), pool.now))
+
+
+@pytest.mark.parametrize("order", ["before", "meanwhile"])
+def test_an_invalidation_is_not_acknowledged_when_the_disk_of_a_lost_device_may_have_it(pool, order):
+    """Its files would be found by the next pool of the same name."""
+
+    def lose(invalidate):
+        for step in (invalidate, lambda: lose_device(pool))[:: 1 if order == "meanwhile" else -1]:
+            step()
+
+    answer = invalidation_with(pool, lose)
+    assert answer[:2] == ("error", "TierError")
+    assert "/disk/host-0 may still have" in answer[2]
+
+
+def test_a_lost_device_without_a_disk_takes_what_is_invalidated_with_it(pool):
+    pool.state.ledger.devices[0].disk_url = None
+    answer = invalidation_with(pool, lambda invalidate: (lose_device(pool), invalidate()))
+    assert answer["held"] == {}
+
+
 def test_a_fetch_ends_at_its_deadline_with_what_is_there(pool):
     first = full(pool)
     full(pool, 100)

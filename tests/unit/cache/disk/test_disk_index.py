@@ -13,8 +13,9 @@ PAYLOAD = 100
 FILE = DiskEntry(CacheKey("t", "f", bytes(16)), None, PAYLOAD).file_bytes
 
 
-def entry(number, size_bytes=PAYLOAD):
-    return DiskEntry(CacheKey("t", "f", encode_block_id(number)), None, size_bytes)
+def entry(number, size_bytes=PAYLOAD, above=None):
+    parent = None if above is None else encode_block_id(above)
+    return DiskEntry(CacheKey("t", "f", encode_block_id(number)), parent, size_bytes)
 
 
 def numbers(entries):
@@ -98,3 +99,52 @@ def test_it_agrees_with_a_plain_lru_over_random_operations():
         index.check()
         assert list(index) == list(model.values())
         assert index.used_bytes <= index.budget_bytes
+
+
+def test_what_hangs_on_another_goes_before_it_and_keeps_it_while_it_is_written_or_in_use():
+    index = DiskIndex(5 * FILE)
+    for number, above in ((0, None), (1, 0), (2, 1), (9, None)):
+        index.add(entry(number, above=above))
+    assert numbers(index.victims(4 * FILE, never)) == [2, 1, 0]
+    assert numbers(index.victims(2 * FILE, lambda key: key == entry(2).key)) == [9]
+    assert index.victims(3 * FILE, lambda key: key == entry(2).key) is None
+    index.claim(entry(3, above=2))
+    assert numbers(index.victims(FILE, never)) == [9]
+    assert index.victims(2 * FILE, never) is None, "what is being written keeps what it hangs on"
+    index.unclaim(entry(3).key)
+    assert numbers(index.oldest(FILE + 1, never)) == [2, 1]
+    index.check()
+
+
+def test_it_agrees_with_a_plain_search_of_leaves_over_random_chains():
+    rng = random.Random(7)
+    index, order = DiskIndex(20 * FILE), []  # least recently used first
+    for _ in range(2000):
+        number = rng.randrange(1, 60)
+        above = number // 2 if number > 1 else None  # a tree
+        known = index.get(entry(number).key)
+        if known is not None and rng.random() < 0.7:
+            index.touch(known.key)
+            order.remove(known)
+            order.append(known)
+        elif known is not None:
+            index.drop(known.key)
+            order.remove(known)
+        else:
+            new = entry(number, rng.randrange(1, 3 * PAYLOAD), above)
+            excess = sum(each.file_bytes for each in order) + new.file_bytes - index.budget_bytes
+            expected = []
+            while excess > 0:
+                parents = {each.parent for each in order}
+                leaf = next(each for each in order if each.key.block_hash not in parents)
+                order.remove(leaf)
+                expected.append(leaf)
+                excess -= leaf.file_bytes
+            victims = index.victims(new.file_bytes, never)
+            assert victims == expected
+            for victim in victims:
+                index.drop(victim.key)
+            index.add(new)
+            order.append(new)
+        index.check()
+        assert list(index) == order

@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import os
 import shutil
 import threading
 
@@ -18,6 +19,7 @@ FILE = DiskEntry(key_of(0), None, 5000).file_bytes
 URL = "faulty://tier"
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
+BROKEN = OSError(errno.EIO, "Input/output error")
 DENIED = PermissionError(errno.EACCES, "Permission denied")
 
 
@@ -34,7 +36,7 @@ def once(caplog, text):
 
 
 @pytest.mark.parametrize(
-    ("error", "cause"), [(FULL, "ENOSPC"), (DENIED, "EACCES"), (DriverError("throttled"), "DriverError")]
+    ("error", "cause"), [(BROKEN, "EIO"), (DENIED, "EACCES"), (DriverError("throttled"), "DriverError")]
 )
 async def test_a_store_that_takes_nothing(open_tier, faults, caplog, error, cause):
     tier = await open_tier(URL)
@@ -52,6 +54,30 @@ async def test_a_store_that_takes_nothing(open_tier, faults, caplog, error, caus
     faults.errors.clear()
     assert await tier.write_back(key_of(1), None, content_of(1))
     assert await read(tier, key_of(1)) == content_of(1)
+
+
+async def test_on_a_store_that_is_full_below_the_budget_old_files_go_for_new_ones(open_tier, tmp_path, monkeypatch):
+    room_bytes, gone = 3 * FILE, []
+    tier = await open_tier(str(tmp_path), on_gone=gone.extend)
+    real = os.writev
+
+    def writev(file, parts):
+        used_bytes = sum(path.stat().st_size for path in tmp_path.rglob("*.kvcache"))
+        if used_bytes + sum(map(len, parts)) > room_bytes:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(file, parts)
+
+    monkeypatch.setattr(os, "writev", writev)
+    for number in range(5):
+        await tier.write_through(key_of(number), None, content_of(number))
+    assert gone == [key_of(0), key_of(1)]
+    assert [await read(tier, key_of(number)) for number in range(2, 5)] == [content_of(n) for n in range(2, 5)]
+    assert (tier.statistics().errors, tier.statistics().evicted_files) == ({"ENOSPC": 2}, 2)
+    room_bytes = 0  # somebody else has taken it all: each write costs one file at most
+    with pytest.raises(TierError, match="No space left"):
+        await tier.write_through(key_of(5), None, content_of(5))
+    assert gone == [key_of(0), key_of(1), key_of(2)]
+    assert tier.statistics().used_bytes == 2 * FILE
 
 
 async def test_a_store_that_gives_nothing_costs_misses_and_no_files(open_tier, faults, caplog):
@@ -84,14 +110,49 @@ async def test_a_folder_removed_under_the_tier(open_tier, tmp_path, caplog):
         await tier.write_through(key_of(number), None, content_of(number))
     shutil.rmtree(folder)
     assert [await read(tier, key_of(number)) for number in range(2)] == [None, None]
-    assert gone == [key_of(0), key_of(1)]
+    assert gone == [], "its disk may only be away"
     assert not await tier.write_back(key_of(5), None, content_of(5))
     with pytest.raises(TierError):  # it is entered, but no longer there: not acknowledged again
         await tier.write_through(key_of(2), None, content_of(2))
-    assert tier.statistics().errors == {"ENOENT": 4}
-    assert once(caplog, "No such file")
+    assert tier.statistics().errors == {"ESTALE": 5}
+    assert once(caplog, "not the folder that was opened")
     assert not folder.exists(), "a mount point is not filled while its disk is away"
-    assert tier.statistics().files == 0
+
+
+@pytest.mark.parametrize("instead", ["nothing", "an empty folder", "another tier's folder"])
+async def test_what_is_missing_with_its_folder_is_not_forgotten_and_not_removed(open_tier, tmp_path, instead):
+    """A removal acknowledged then would not hold: the files come back with the folder."""
+    folder, away = tmp_path / "tier", tmp_path / "away"
+    gone = []
+    tier = await open_tier(str(folder), 3 * FILE, on_gone=gone.extend)
+    for number in range(3):
+        await tier.write_through(key_of(number), None, content_of(number))
+    folder.rename(away)
+    if instead == "an empty folder":
+        folder.mkdir()
+    elif instead == "another tier's folder":
+        other = await open_tier(str(folder))
+        await other.write_through(key_of(9), None, content_of(9))
+    assert [await read(tier, key_of(number)) for number in range(3)] == [None] * 3
+    for refused in (
+        tier.remove([key_of(0), key_of(8)]),
+        tier.remove([key_of(7)]),
+        tier.space("default", "f"),
+        tier.write_through(key_of(1), None, content_of(1)),
+        tier.write_through(key_of(5), None, content_of(5)),
+    ):
+        with pytest.raises(TierError, match=r"not the folder that was opened|call again"):
+            await refused
+    assert gone == []
+    if folder.exists():
+        folder.rename(tmp_path / "other")
+    away.rename(folder)
+    assert await read(tier, key_of(1)) == content_of(1)
+    assert await read(tier, key_of(0)) is None, "hidden, though its removal was not sure"
+    await tier.remove([key_of(0)])
+    await tier.close()
+    tier = await open_tier(str(folder))
+    assert [await read(tier, key_of(number)) for number in range(3)] == [None, content_of(1), content_of(2)]
 
 
 async def test_a_durable_write_of_what_somebody_deleted_is_written_again(open_tier, tmp_path):

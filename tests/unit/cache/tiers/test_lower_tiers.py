@@ -259,6 +259,30 @@ async def test_another_size_under_a_key_replaces_what_was_there(open_device, url
     assert await device.fill(2) == [True]
 
 
+async def test_what_is_wanted_above_does_not_leave_the_disk_for_what_goes_down(open_device, url):
+    device = await open_device(0, url, 3 * (PAGE + 200), patience_s=20.0)
+    assert await device.demote(0, 1, 2) == [True] * 3
+    device.tiers.hold([key_of(0), key_of(1)])
+    for number in (3, 4):
+        assert await device.demote(number) == [True]
+    assert device.found(0, 1, 2) == ["disk", "disk", None]
+    assert await device.fill(0, 1) == [True] * 2
+    device.tiers.unhold([key_of(0), key_of(1)])
+    device.tiers.unhold([key_of(0)])
+    for number in (5, 6, 7):
+        assert await device.demote(number) == [True]
+    assert device.found(0, 1) == [None, None]
+
+
+async def test_a_chain_that_was_wanted_in_vain_goes_from_its_tail(open_device):
+    device = await open_device(4)
+    await device.demote(2, 1, 0)
+    device.tiers.hold([key_of(number) for number in range(3)])
+    device.tiers.unhold([key_of(number) for number in range(3)])
+    await device.demote(10, 11)
+    assert device.found(0, 1, 2) == ["host", "host", None]
+
+
 async def test_the_same_key_twice_in_a_batch_and_in_two_batches_at_once(open_device):
     device = await open_device(4)
     first, second = device.written(1, place=1), device.written(1, place=2)

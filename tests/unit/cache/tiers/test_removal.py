@@ -6,6 +6,7 @@ import threading
 import pytest
 from disk_stores import DEADLINE_S, FaultyFileSystem, content_of, key_of
 
+from kvpool.cache.disk.leftovers import Leftovers
 from kvpool.errors import TierError
 from kvpool.memory.copying import view_at
 
@@ -213,3 +214,30 @@ async def test_closing_waits_for_a_removal(open_device, copies):
     copies.open()
     await asyncio.gather(removal, closing)
     assert await demoting == [False]
+
+
+@pytest.mark.parametrize("all_of_it", [True, False])
+async def test_what_is_removed_goes_from_folders_of_devices_that_are_no_more(open_device, tmp_path, all_of_it):
+    """Else it would be found when there are as many devices again."""
+    before = await open_device(0, f"{tmp_path}/host-1")
+    await before.tiers.write_through([before.written(1)])
+    await before.tiers.close()
+    device = await open_device(0, f"{tmp_path}/host-0", leftovers=Leftovers(str(tmp_path), 1))
+    assert device.tiers.statistics()["leftover_folders"] == [f"{tmp_path}/host-1"]
+    await (device.tiers.remove_space("default", "f") if all_of_it else device.tiers.remove([key_of(1)]))
+    again = await open_device(0, f"{tmp_path}/host-1")
+    assert again.restored == []
+
+
+async def test_a_model_whose_removal_is_not_sure_is_not_found_in_this_life(open_device, tmp_path):
+    folder = tmp_path / "tier"
+    device = await open_device(0, str(folder))
+    await device.tiers.write_through([device.written(1)])
+    folder.rename(tmp_path / "away")
+    with pytest.raises(TierError, match=r"not the folder that was opened|call again"):
+        await device.tiers.remove_space("default", "f")
+    (tmp_path / "away").rename(folder)
+    assert device.found(1) == [None]
+    await device.tiers.remove_space("default", "f")
+    await device.tiers.close()
+    assert (await open_device(0, str(folder))).restored == []

@@ -1,0 +1,120 @@
+"""Folders that an earlier pool of the same name has left: of devices that this one does not have.
+
+A pool with fewer devices than before cannot use them. One with as many again would, and find in them what was
+invalidated meanwhile: so an invalidation goes there, too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import Sequence
+
+from kvpool.cache.disk.folder import folder_at
+from kvpool.cache.disk.names import parse_cache, parse_removal, space_name
+from kvpool.cache.disk.statistics import cause_of
+from kvpool.cache.disk.threads import uncancelled
+from kvpool.cache.disk.tier import DiskTier
+from kvpool.errors import TierError
+
+logger = logging.getLogger("kvpool.disk")
+
+_DEVICE = re.compile(r"host-(0|[1-9][0-9]*)")
+_UNBOUNDED_BYTES = 1 << 62
+_PAUSE_S = 0.1
+
+
+class Leftovers:
+    """What lies beside the folders of a pool's devices. Belongs to one event loop; each device of a machine has one.
+
+    Parameters
+    ----------
+    pool_url
+        The folder in which each device has its own.
+    devices
+        How many devices the pool has.
+    """
+
+    def __init__(self, pool_url: str, devices: int) -> None:
+        self._pool_url, self._devices = pool_url, devices
+        self.urls: Sequence[str] = ()
+        """The folders that were there when somebody last looked."""
+
+    async def look(self) -> None:
+        """Find the folders, and log those that are there.
+
+        Raises
+        ------
+        TierError
+            If the store does not tell.
+        """
+        try:
+            self.urls = await asyncio.to_thread(_list, self._pool_url, self._devices)
+        except Exception as error:
+            raise TierError(f"{self._pool_url} cannot be listed: {error}", cause=cause_of(error)) from error
+        for url in self.urls:
+            logger.warning(
+                "%s is of a device that this pool of %d devices does not have: it is outside disk_budget, and not used "
+                "before there are as many devices again. Delete it if that will not be",
+                url,
+                self._devices,
+            )
+
+    async def remove_space(self, tenant: str, fingerprint: str) -> None:
+        """Remove all that a tenant and fingerprint have in these folders, as a disk tier does.
+
+        Raises
+        ------
+        TierError
+            If that is not sure.
+        """
+        try:
+            self.urls = await asyncio.to_thread(_list, self._pool_url, self._devices)
+            for url in self.urls:
+                # Not opened for nothing: that reads all names.
+                while await asyncio.to_thread(_has, url, space_name(tenant, fingerprint)):
+                    if await uncancelled(_remove(url, tenant, fingerprint)):
+                        break
+                    await asyncio.sleep(_PAUSE_S)  # another device of this machine is at it; nothing tells its end
+        except TierError:
+            raise
+        except Exception as error:
+            raise TierError(
+                f"folders in {self._pool_url} of devices that this pool does not have may still have removed caches: "
+                f"{error}",
+                cause=cause_of(error),
+            ) from error
+
+
+def _list(pool_url: str, devices: int) -> list[str]:
+    try:
+        names = sorted(found.name for found in folder_at(pool_url).list("") if found.is_folder)
+    except FileNotFoundError:
+        return []
+    numbers = {name: match for name in names if (match := _DEVICE.fullmatch(name)) is not None}
+    return [f"{pool_url}/{name}" for name, match in numbers.items() if int(match[1]) >= devices]
+
+
+def _has(url: str, space: str) -> bool:
+    """Whether a folder has caches of a space, or removals that may not be complete."""
+    folder = folder_at(url)
+    folder.sync(space)  # what was evicted by then does not come back
+    if any(parse_removal(found.name) is not None for found in folder.list("")):
+        return True
+    return any(parse_cache(found.name) is not None for found in folder.list(space))
+
+
+async def _remove(url: str, tenant: str, fingerprint: str) -> bool:
+    """Remove the caches of a space from a folder; False if another process has it."""
+    tier = DiskTier(folder_at(url), _UNBOUNDED_BYTES)
+    try:
+        await tier.start()
+        await tier.remove(await tier.space(tenant, fingerprint))
+    except TierError as error:
+        if error.details.get("cause") != "locked":
+            raise
+        return False
+    finally:
+        await tier.close()
+    return True
