@@ -12,7 +12,7 @@ from storm_process import StormProcess
 
 PROCESSES = 8
 KILLED = 3
-OPERATIONS = int(os.environ.get("KVPOOL_STORM_OPERATIONS", "4000"))
+OPERATIONS = int(os.environ.get("STORM_OPERATIONS", "4000"))
 """Of all processes together. The figure that counts is 100,000."""
 DEADLINE_S = 60 + OPERATIONS / 100
 
