@@ -51,7 +51,7 @@ class BackingChanges:
         self._ledger = ledger
         self._room = room
         self._allocations = allocations
-        self._behind: dict[int, deque[tuple[Change, CacheRequest]]] = {}
+        self._behind: dict[int, deque[CacheRequest]] = {}
         """By cache, the changes that came while one of it was under way."""
         allocations.changes = self
 
@@ -135,7 +135,7 @@ class BackingChanges:
     def plan(self, request: CacheRequest, change: Change, orders: Orders, now: float) -> bool:
         """Find room for a change and write it into the orders; False if there is none now."""
         if self._under_way(change.cache_id):
-            self._behind.setdefault(change.cache_id, deque()).append((change, request))
+            self._behind.setdefault(change.cache_id, deque()).append(request)
             return True
         try:
             row, device, backing, all_bytes, extents = self._measure(request, change)
@@ -196,9 +196,10 @@ class BackingChanges:
         """Decide on the changes that came behind one that was under way, up to the next that is."""
         behind = self._behind.get(cache_id)
         while behind and not self._under_way(cache_id):
-            change, request = behind.popleft()
+            request = behind.popleft()
             try:
-                self._measure(request, change)
+                if request.change is not None:
+                    self._measure(request, request.change)
             except KvpoolError as error:
                 self._allocations.deliver_error(request, error, now)
                 continue
