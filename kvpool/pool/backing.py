@@ -142,10 +142,8 @@ class BackingChanges:
         except KvpoolError as error:
             self._allocations.deliver_error(request, error, now)
             return True
-        evict: list[int] | None = []
         times = request.shortages.get(device.number, 0)
-        if request.size_bytes or times:  # a device that was short is never asked again for nothing, and so for ever
-            evict = self._room.find_more(device, request.model, request.size_bytes, times)
+        evict = self._room.find_more(device, request.model, request.size_bytes, times)
         if evict is None:
             request.short_of = self._room.at_limit or request.place
             return False

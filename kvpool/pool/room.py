@@ -256,6 +256,8 @@ class Room:
         ``times``: how often the device had less room than the books say, see :meth:`find`.
         """
         ledger = self._ledger
+        if not need_bytes:  # a device that is short of it all the same is not asked for ever
+            return None if times > _MOST_SHORTAGES else []
         if ledger.quotas.active:
             return self._find_more_within_quotas(device, model, need_bytes, times)
         free_bytes = max(ledger.free_bytes(device), 0)

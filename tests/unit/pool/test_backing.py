@@ -162,28 +162,33 @@ def test_changes_of_one_cache_that_are_under_way_together(pool):
     assert free_bytes(pool) == 5 * PAGE
 
 
-@pytest.mark.parametrize(("pages", "timeout_s"), [((3, 4), 0.0), ((3, 3), 0.0), ((3, 3, 4), 5.0)])
+@pytest.mark.parametrize(("pages", "timeout_s"), [((6, 7), 0.0), ((6, 6), 0.0), ((6, 6, 7), 5.0)])
 def test_changes_of_one_cache_on_a_device_that_is_short_come_to_an_end(pool, pages, timeout_s):
     """They do not take each other for the one that has found the memory, again and again."""
-    cache_id = growing(pool)
-    # Little more than half of a page each, but no two fit into one: the books take them for less than they are.
-    small = [pool.request(PAGE // 2 + 4096)[1] for _ in range(6)]
-    batch = Batch(len(pages))
-    sizes = [[(0, count * PAGE)] for count in pages]
-    items = [(n, cache_id, "resize", ranges, timeout_s, None) for n, ranges in enumerate(sizes)]
+    cache_id, other = growing(pool), growing(pool, 7 * PAGE)
+    store = pool.stores[0]
+    for index, serial in store.record(other).pages:
+        os.close(store.allocator.export("c", "default", index, serial))
+    batch = Batch(1 + len(pages))
+    items = [(1, other, "resize", [(0, PAGE)], 0.0, None)]
+    items += [(2 + n, cache_id, "resize", [(0, size * PAGE)], timeout_s, None) for n, size in enumerate(pages)]
     pool.handle(ChangesRequested(batch, "c", items))
     rounds = 0
     while pool.step(0):
         rounds += 1
         assert rounds < 100, "the device is asked again and again"
-    answers = pool.done.pop(batch)
+    _, *answers = pool.done.pop(batch)
     if not timeout_s:
         assert [answer[1] for answer in answers] == ["CapacityError"] * len(pages)
     else:
         assert [answer[0] for answer in answers] == ["queued"] * len(pages)
-        pool.release(small)
+    for client, serials in store.allocator.take_drops().items():
+        store.allocator.dropped(client, serials)
+    pool.handle(DeviceFreed(0, (pool._stamp(), 0)))
+    pool.settle()
+    if timeout_s:
         told = dict(pool.grants["c"])
-        assert [told[ticket][2] for _, ticket in answers] == [count * PAGE for count in pages]
+        assert [told[ticket][2] for _, ticket in answers] == [size * PAGE for size in pages]
     assert resize(pool, cache_id, 2 * PAGE)[0] == "changed"
 
 
