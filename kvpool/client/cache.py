@@ -67,6 +67,7 @@ class VirtualKVCache:
         self._model = model
         self._changing = asyncio.Lock()
         self._allocator: weakref.ref[BlockAllocator] | None = None
+        self._follows: set[asyncio.Task[None]] = set()
         self._viewed: set[Access] = set()
         """The views of the arena in which the cache is mapped."""
         self._take(cache_id, device, place)
@@ -178,14 +179,15 @@ class VirtualKVCache:
                 asked_bytes=offset_bytes + view_bytes,
                 size_bytes=limit_bytes,
             )
-        arena = self._connection.arenas[self._device]
-        self._viewed.add(access)
-        if not self.sealed and self.backed != ((0, self.max_size_bytes),):
-            self._cover(access)
-        arena.ensure(self._pages, access)
-        self.last_accessed = time.time()
-        self.access_count += 1
-        return open_view(self._lease, arena.address(self._offset + offset_bytes, access), shape, name, access)
+        arena, lease = self._connection.arenas[self._device], self._lease
+        with lease.held():  # this may be a thread, and the event loop may release it: nobody would end the cover then
+            self._viewed.add(access)
+            if not self.sealed and self.backed != ((0, self.max_size_bytes),):
+                self._cover(access)
+            arena.ensure(self._pages, access)
+            self.last_accessed = time.time()
+            self.access_count += 1
+            return open_view(lease, arena.address(self._offset + offset_bytes, access), shape, name, access)
 
     async def resize(self, size: int | str, *, timeout_s: float | None = None) -> None:
         """Let exactly the first ``size`` of the cache be backed, in its place: tensors stay valid, and bytes stay.
@@ -281,20 +283,28 @@ class VirtualKVCache:
 
     async def follow(self, answer: Any) -> None:
         """Show in this process what the pool says is backed now. (For a change whose caller was cancelled, too.)"""
-        _, cache_id, size_bytes, extents, (_, pages, generation) = answer
+        # Whoever waits for it may be cancelled: half of it would leave pages unmapped that the cache is known to have.
+        following = asyncio.ensure_future(self._follow(*answer[1:]))
+        self._follows.add(following)
+        following.add_done_callback(self._follows.discard)
+        await asyncio.shield(following)
+
+    async def _follow(self, cache_id: int, size_bytes: int, extents: Extents, place: Any) -> None:
+        _, pages, generation = place
         if cache_id != self.id or generation <= self.generation or self._lease.released:
             return
-        left = set(pages)
-        gone = [page for page in self._pages if page not in left]
-        self.size_bytes, self.backed, self._pages, self.generation = size_bytes, extents, pages, generation
-        self._lease.size_bytes = size_bytes
-        viewed = tuple(self._viewed)
-        for access in viewed:
-            self._cover(access)
-        if gone:
-            await asyncio.to_thread(self._connection.arenas[self._device].withdraw, gone)
-        for access in viewed:  # what is there by now: a later answer may have come meanwhile
-            await self._connection.map_pages(self._device, self._pages, access)
+        with self._lease.held():
+            left = set(pages)
+            gone = [page for page in self._pages if page not in left]
+            self.size_bytes, self.backed, self._pages, self.generation = size_bytes, extents, pages, generation
+            self._lease.size_bytes = size_bytes
+            viewed = tuple(self._viewed)
+            for access in viewed:
+                self._cover(access)
+            if gone:
+                await asyncio.to_thread(self._connection.arenas[self._device].withdraw, gone)
+            for access in viewed:  # what is there by now: a later answer may have come meanwhile
+                await self._connection.map_pages(self._device, self._pages, access)
 
     def _cover(self, access: Access) -> None:
         """Let what is not backed read as zeros in a view, until the lease ends."""

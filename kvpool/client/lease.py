@@ -39,7 +39,7 @@ class Lease:
         self.addressed = False
         """Bare addresses of the memory were handed out, so it may be in use until the lease is released."""
         self.on_end: Callable[[], None] | None = None
-        """Called once, when nothing may use the memory any more. Any thread."""
+        """Called once, when nothing may use the memory any more. Any thread. To be set where the lease is held."""
         self._connection = connection
         # A storage may die in any thread, also within another one's garbage collection.
         self._lock = threading.RLock()
@@ -91,6 +91,15 @@ class Lease:
             self._connection.release_soon(self.ids)
         if unused:
             self._connection.lease_unused()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Let the lease not end within the block, whoever releases it meanwhile. Raises as :meth:`view_opened`."""
+        self.view_opened()
+        try:
+            yield
+        finally:
+            self.view_closed()
 
     def _ended(self) -> None:
         on_end, self.on_end = self.on_end, None

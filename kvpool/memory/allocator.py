@@ -244,7 +244,8 @@ class GPUMemoryAllocator:
         CapacityError
             If it does not fit, also after eviction. Nothing is changed then.
         BackendError
-            If the system refuses memory that should be there. Nothing is changed then.
+            If the system refuses memory that should be there. Nothing is changed then; if it refuses to take memory
+            back, what was to be more is backed by then, and what was to be less still is.
         DoubleReleaseError, UnknownCacheError
             As :meth:`free`.
         """
@@ -464,24 +465,32 @@ class GPUMemoryAllocator:
                 asked_bytes=size_bytes,
                 capacity_bytes=self.capacity_bytes,
             )
-        pages = each.pages
+        pages, first = each.pages, each.offset >> self._page_shift
+        unwanted: set[int] = set()
         if not each.shared:  # another one has all of its part of shared pages, always
-            first = each.offset >> self._page_shift
             needed = {first + number for number in pages_touched(extents, self.page_size_bytes)}
             there = {index for index, _ in pages}
+            unwanted = there - needed
             # First what may be refused, so that nothing has changed then.
             wanted = tuple(sorted(needed - there))
             if wanted:
                 missing_bytes = len(wanted) << self._page_shift
                 pages = self._find_place(Request(each.cache_id, each.tenant, missing_bytes, missing_bytes, wanted))[1]
-            if there - needed:
-                pages = self._ranges.unback(first, there - needed).refs
+                # Entered at once: what follows may be refused, too, and these pages are the cache's by now.
+                self._enter(each.cache_id, union(each.extents, extents), pages)
         if self._scrubber.busy(each.tenant):
             for start, end in difference(extents, each.extents):
                 self._scrubber.zero(each.offset + start, end - start)
-        changed = self._live[each.cache_id]._replace(size_bytes=size_bytes, extents=extents, pages=pages)
-        self._live[each.cache_id] = changed
-        self._live_bytes += size_bytes - each.size_bytes
+        if unwanted:
+            pages = self._ranges.unback(first, unwanted).refs
+        return self._enter(each.cache_id, extents, pages)
+
+    def _enter(self, cache_id: int, extents: Extents, pages: tuple[tuple[int, int], ...]) -> Allocation:
+        """Write into the account what is backed of a cache by now."""
+        each = self._live[cache_id]
+        changed = each._replace(size_bytes=total_bytes(extents), extents=extents, pages=pages)
+        self._live[cache_id] = changed
+        self._live_bytes += changed.size_bytes - each.size_bytes
         return changed
 
     def _find_place(self, request: Request) -> Place:

@@ -12,6 +12,7 @@ from pathlib import Path
 from kvpool.errors import DeviceLostError, ForkedHandleError, InvalidRequestError, KvpoolError, PoolUnavailableError
 from kvpool.memory.backend import Access, Backend
 from kvpool.memory.channel import MAX_DESCRIPTORS
+from kvpool.memory.covers import Covers
 from kvpool.memory.page import runs
 from kvpool.memory.page_client import PageClient, PageRequest
 
@@ -82,8 +83,7 @@ class ClientArena:
         self._serials: dict[Access, dict[int, int]] = {Access.READ: {}, Access.READ_WRITE: {}}
         self._indexes: dict[Access, dict[int, int]] = {Access.READ: {}, Access.READ_WRITE: {}}
         self._mapping = threading.Lock()
-        #: Ranges of indexes that read as zeros where no page is mapped: (first, count).
-        self._covered: dict[Access, set[tuple[int, int]]] = {Access.READ: set(), Access.READ_WRITE: set()}
+        self._covers = Covers(backend, page_size_bytes)
         self._bases: dict[Access, int] = {}
         self._bases_lock = threading.Lock()
         self._requesting = threading.Lock()  # one request at a time; also held to reconnect and to close
@@ -160,22 +160,12 @@ class ClientArena:
         Writing to such zeros is a fault, also in the writable view.
         """
         self._check_usable()
-        base = self._base(access)
-        with self._bases_lock:
-            if (first, count) not in self._covered[access]:
-                self._backend.show_zeros(base + first * self._page_size_bytes, count * self._page_size_bytes)
-                self._covered[access].add((first, count))
+        self._covers.show(self._base(access), first, count, access)
 
     def uncover(self, first: int, count: int) -> None:
-        """End :meth:`cover` in both views. Any thread, also after :meth:`close`."""
-        if self._pid != os.getpid():
-            return  # nothing of this was inherited
-        with self._bases_lock:
-            for access, covered in self._covered.items():
-                if (first, count) in covered:
-                    covered.remove((first, count))
-                    start = self._bases[access] + first * self._page_size_bytes
-                    self._backend.hide_zeros(start, count * self._page_size_bytes)
+        """End :meth:`cover` in both views. Any thread, also in a finalizer, and after :meth:`close`."""
+        if self._pid == os.getpid():  # else nothing of this was inherited
+            self._covers.end(first, count)
 
     def withdraw(self, pages: Sequence[tuple[int, int]]) -> None:
         """Unmap pages (index and serial) that the owner has taken from under a cache, ahead of being asked for them.
@@ -207,6 +197,7 @@ class ClientArena:
                 except (KvpoolError, OSError) as failure:
                     _log.info("cannot tell the owner at %s that its pages are unmapped: %s", self._path, failure)
             self._connection.stop(timeout_s)
+            self._covers.close()
             for access, base in self._bases.items():
                 for start, count in runs(sorted(self._serials[access])):
                     self._backend.unmap(base + start * self._page_size_bytes, count * self._page_size_bytes)
@@ -215,8 +206,6 @@ class ClientArena:
                 self._backend.unreserve(base)
             with self._bases_lock:
                 self._bases.clear()
-                for covered in self._covered.values():
-                    covered.clear()
             self._connection.say_goodbye(timeout_s)
 
     def map_pages(self, request: PageRequest, handles: list[int]) -> list[int]:

@@ -27,7 +27,7 @@ from kvpool.memory.tickets import Rank, Ticket, TicketQueue
 from kvpool.pool.instructions import Answer, Batch, Grant, Waited, distinct
 from kvpool.pool.ledger import Ledger
 from kvpool.pool.quota import Owner
-from kvpool.pool.requests import CacheRequest, Orders
+from kvpool.pool.requests import CacheRequest, Orders, Shortage
 from kvpool.pool.room import Room
 from kvpool.sizes import format_size
 
@@ -91,8 +91,8 @@ class Allocations:
 
     def _must_wait(self, request: CacheRequest) -> bool:
         """Whether somebody before it waits for what it needs, too: small requests do not pass a large one."""
-        here = self.queue.next_rank(request.priority)
-        before: set[Owner | str] = set()
+        here = self._rank_of(request)
+        before: set[Shortage] = set()
         for rank, line in self.queue.heads():
             if rank > here:
                 break
@@ -100,12 +100,13 @@ class Allocations:
             if line == self._line_of(request):
                 return True
             if first is not None:
-                before.add(first.client.host if first.short_of is None else first.short_of)
+                before.add(first.place if first.short_of is None else first.short_of)
         return self._lacks(request, before) is not None
 
-    def _lacks(self, request: CacheRequest, short: set[Owner | str]) -> Owner | str | None:
-        """Return which of what others lack a request needs, too."""
+    def _lacks(self, request: CacheRequest, short: set[Shortage]) -> Shortage | None:
+        """Return which of what others lack a request needs, too; note which devices it leaves to them."""
         quotas, host = self._ledger.quotas, request.client.host
+        request.avoided = frozenset()
         if not short:
             return None
         if quotas.active:
@@ -115,11 +116,17 @@ class Allocations:
                     return owner
             if quotas.entitled_bytes(account, host) >= self._footprint(request):
                 return None  # it is kept free, or evictable, for such as this
-        return host if host in short else None
+        if host in short:
+            return host
+        if request.change is not None:
+            return request.change.device if request.change.device in short else None
+        request.avoided = frozenset(number for number in request.devices if number in short)
+        usable = (number for number in request.devices if self._ledger.devices[number].lost is None)
+        return host if request.avoided and request.avoided.issuperset(usable) else None
 
     def _line_of(self, request: CacheRequest) -> Hashable:
-        """Return where it waits: with all of its host that are charged to the same account."""
-        return request.client.host, self._ledger.index.account_of(request.model.space)
+        """Return where it waits: with all who need memory of the same host, or device, and have the same account."""
+        return request.place, self._ledger.index.account_of(request.model.space)
 
     def _footprint(self, request: CacheRequest) -> int:
         devices = (self._ledger.devices[number] for number in request.devices)
@@ -166,10 +173,11 @@ class Allocations:
         if request.change is not None:
             return self.changes.plan(request, request.change, orders, now)
         found = self._room.find(
-            request.client, request.model, request.size_bytes, request.max_size_bytes, request.shortages
-        )
+            request.client, request.model, request.size_bytes, request.max_size_bytes, request.shortages,
+            request.avoided,
+        )  # fmt: skip
         if found is None:
-            request.short_of = self._room.at_limit or request.client.host
+            request.short_of = self._room.at_limit or request.place
             return False
         device, evict = found
         index = self._ledger.index
@@ -264,7 +272,7 @@ class Allocations:
     def _wait(self, request: CacheRequest, now: float) -> None:
         request.shortages.clear()
         if request.ticket is not None:
-            request.refused, request.short_of = self._room.news, request.client.host
+            request.refused, request.short_of = self._room.news, request.place
         if self._ledger.clients.get(request.client.id) is not request.client:
             # It ended while the device looked for room. Nobody would take what comes, and others stand behind.
             self.deliver(request, ("error", *self._ledger.not_connected(request.client.id).to_wire()), now)
@@ -307,7 +315,8 @@ class Allocations:
     def retry(self, now: float) -> None:
         """Grant waiting requests by priority, then in order, as far as memory allows now. Call it when room came free.
 
-        Who waits for its own quota holds up only those who wait for the same.
+        Who waits for its own quota holds up only those who wait for the same, and who waits to grow holds up no new
+        cache that has room on another device.
         """
         self._room.news += 1
         self._try_waiting(now)
@@ -315,7 +324,7 @@ class Allocations:
     def _try_waiting(self, now: float) -> None:
         orders = Orders()
         heads = self.queue.heads()
-        short: set[Owner | str] = set()
+        short: set[Shortage] = set()
         while heads:
             (_, ticket), line = heappop(heads)
             request = self.queue.get(ticket)
@@ -343,7 +352,7 @@ class Allocations:
         ones: all of them would take each other's room in turns.
         """
         orders = Orders()
-        short: set[Owner | str] = set()
+        short: set[Shortage] = set()
         for rank, _ in self.queue.heads():
             request = self.queue.get(rank[1])
             if request is None or self._lacks(request, short) is not None:

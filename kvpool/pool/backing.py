@@ -7,6 +7,7 @@ its answers tells all that is backed, and the books follow it once no other chan
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -50,6 +51,8 @@ class BackingChanges:
         self._ledger = ledger
         self._room = room
         self._allocations = allocations
+        self._behind: dict[int, deque[CacheRequest]] = {}
+        """By cache, the changes that came while one of it was under way."""
         allocations.changes = self
 
     def request(self, batch: Batch, client_id: str, items: Sequence[tuple[Any, ...]], now: float) -> None:
@@ -131,26 +134,35 @@ class BackingChanges:
 
     def plan(self, request: CacheRequest, change: Change, orders: Orders, now: float) -> bool:
         """Find room for a change and write it into the orders; False if there is none now."""
-        ledger = self._ledger
+        if self._under_way(change.cache_id):
+            self._behind.setdefault(change.cache_id, deque()).append(request)
+            return True
         try:
-            row = self._writable(request.client, change.cache_id)  # it may have ended or been sealed while this waited
-            device, backing = ledger.devices[change.device], self.backing(row, change.cache_id)
-            request.size_bytes, all_bytes, extents = self._needs(device, backing, change)
+            row, device, backing, all_bytes, extents = self._measure(request, change)
         except KvpoolError as error:
             self._allocations.deliver_error(request, error, now)
             return True
-        evict: list[int] | None = []
-        if request.size_bytes:
-            times = request.shortages.get(device.number, 0)
-            evict = self._room.find_more(device, request.model, request.size_bytes, times)
+        times = request.shortages.get(device.number, 0)
+        evict = self._room.find_more(device, request.model, request.size_bytes, times)
         if evict is None:
-            request.short_of = self._room.at_limit or request.client.host
+            request.short_of = self._room.at_limit or request.place
             return False
         backing.planned = extents
-        backing.under_way += 1
+        backing.under_way = True
         self._enter(row, all_bytes, extents)
         orders.put_change(evict, change, request)
         return True
+
+    def _under_way(self, cache_id: int) -> bool:
+        writer = self._ledger.writers.get(cache_id)
+        return writer is not None and writer.backing is not None and writer.backing.under_way
+
+    def _measure(self, request: CacheRequest, change: Change) -> tuple[int, Device, Backing, int | None, Extents]:
+        """Note what a change needs by now; its cache may have ended or been sealed while it waited."""
+        row = self._writable(request.client, change.cache_id)
+        device, backing = self._ledger.devices[change.device], self.backing(row, change.cache_id)
+        request.size_bytes, all_bytes, extents = self._needs(device, backing, change)
+        return row, device, backing, all_bytes, extents
 
     def _enter(self, row: int, all_bytes: int | None, extents: Extents) -> None:
         index = self._ledger.index
@@ -173,25 +185,39 @@ class BackingChanges:
             self._allocations.deliver(request, ("changed", change.cache_id, size_bytes, extents, answer[1]), now)
         else:
             self._allocations.plan_again([request], change.device, now)
+            self._go_on(change.cache_id, now)
             return
+        self._go_on(change.cache_id, now)
         self._allocations.retry(now)  # what it gave back, or was not given
 
+    def _go_on(self, cache_id: int, now: float) -> None:
+        """Decide on the changes that came behind one that was under way, up to the next that is."""
+        behind = self._behind.get(cache_id)
+        while behind and not self._under_way(cache_id):
+            request = behind.popleft()
+            try:
+                if request.change is not None:
+                    self._measure(request, request.change)
+            except KvpoolError as error:
+                self._allocations.deliver_error(request, error, now)
+                continue
+            self._allocations.submit([request], now)
+        if not behind:
+            self._behind.pop(cache_id, None)
+
     def _settle(self, change: Change, extents: Extents | None) -> None:
-        """Let the books say what the device says, unless it has more to do, of which they tell already."""
+        """Let the books say what the device says."""
         ledger = self._ledger
         row, writer = ledger.index.live_row(change.cache_id), ledger.writers.get(change.cache_id)
         if row < 0 or writer is None or writer.backing is None:
             return  # it is gone
         backing, device = writer.backing, ledger.devices[change.device]
-        backing.under_way -= 1
+        backing.under_way = False
         if extents is not None:
             backing.known = extents
-        if not backing.under_way:
-            backing.planned = backing.known
-            all_bytes = (
-                None if backing.shared else len(pages_touched(backing.known, device.page_bytes)) * device.page_bytes
-            )
-            self._enter(row, all_bytes, backing.known)
+        backing.planned = backing.known
+        all_bytes = None if backing.shared else len(pages_touched(backing.known, device.page_bytes)) * device.page_bytes
+        self._enter(row, all_bytes, backing.known)
 
 
 def check_sealable(ledger: Ledger, cache_id: int) -> None:

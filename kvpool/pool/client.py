@@ -31,11 +31,11 @@ class Backing:
     known: Extents
     """As its device last said."""
     planned: Extents
-    """As it will be when the device has done what it was told."""
+    """As it will be when the device has done what it was told; as known while it was told nothing."""
     shared: bool
     """Whether it lies in shared pages, and takes the same whatever is backed of it."""
-    under_way: int = 0
-    """Changes that the device has not answered."""
+    under_way: bool = False
+    """Whether there is a change that the device has not answered. One at a time."""
 
 
 class Writer(NamedTuple):

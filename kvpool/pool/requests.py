@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from kvpool.memory.extents import Extents
 from kvpool.memory.tickets import Ticket
@@ -22,6 +22,10 @@ class Change(NamedTuple):
     """``"resize"``, ``"back"`` or ``"unback"``."""
     asked: Extents
     """The parts that are meant; of a resize, all that is to be backed."""
+
+
+Shortage: TypeAlias = Owner | str | int
+"""What somebody waits for: room below an owner's limit, memory of a host (its name) or of a device (its number)."""
 
 
 @dataclass(slots=True, eq=False)
@@ -54,14 +58,21 @@ class CacheRequest:
     """How many invalidations there had been when it was asked for."""
     refused: int = -1
     """How often room had come free when a device last had none for it after all."""
-    short_of: Owner | str | None = None
-    """What it lacked when it was last tried: memory of a host, or room below somebody's limit."""
+    short_of: Shortage | None = None
+    """What it lacked when it was last tried: memory of a host or a device, or room below somebody's limit."""
+    avoided: frozenset[int] = frozenset()
+    """Devices that a new cache leaves to those before it, who wait to grow there."""
     change: Change | None = None
 
     @property
     def at_limit(self) -> Owner | None:
         """Whose limit it waits for, if for any."""
         return self.short_of if isinstance(self.short_of, Owner) else None
+
+    @property
+    def place(self) -> str | int:
+        """Where it waits for memory: a new cache on any device of its host, a change on its own."""
+        return self.client.host if self.change is None else self.change.device
 
     @property
     def devices(self) -> list[int]:

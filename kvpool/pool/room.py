@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,9 +48,10 @@ class Room:
         """Whose limit left no room when it was last looked for; None: memory was short."""
 
     def find(
-        self, client: Client, model: Model, size_bytes: int, max_size_bytes: int, shortages: Mapping[int, int]
-    ) -> tuple[Device, list[int]] | None:
-        """Return a device with room and the ids evicted there for it, or None.
+        self, client: Client, model: Model, size_bytes: int, max_size_bytes: int, shortages: Mapping[int, int],
+        avoided: Collection[int] = (),
+    ) -> tuple[Device, list[int]] | None:  # fmt: skip
+        """Return a device with room and the ids evicted there for it, or None; never one of those ``avoided``.
 
         ``shortages`` tells how often each device had less room than the books say. Such a device is not believed:
         others come first, then room is made there by eviction, twice as much each time, within bounds: what is short
@@ -58,12 +59,13 @@ class Room:
         """
         ledger = self._ledger
         if ledger.quotas.active:
-            return self._find_within_quotas(client, model, size_bytes, max_size_bytes, shortages)
+            return self._find_within_quotas(client, model, size_bytes, max_size_bytes, shortages, avoided)
         devices = [ledger.devices[number] for number in client.devices]
         fitting = []
         for device in devices:
             free_bytes = ledger.free_bytes(device)
             fits = free_bytes >= device.footprint_bytes(size_bytes, max_size_bytes)
+            fits = fits and device.number not in avoided
             fitting.append(free_bytes if fits and device.number not in shortages else -1)
         chosen = ledger.placement.choose(fitting, size_bytes)
         if chosen >= 0:
@@ -73,7 +75,7 @@ class Room:
             return None
         first = ledger.index.device[worth_least]
         for device in sorted(devices, key=lambda device: device.number != first):
-            if device.lost is not None:
+            if device.lost is not None or device.number in avoided:
                 continue
             need_bytes = device.footprint_bytes(size_bytes, max_size_bytes)
             times = shortages.get(device.number, 0)
@@ -88,8 +90,9 @@ class Room:
         return None
 
     def _find_within_quotas(
-        self, client: Client, model: Model, size_bytes: int, max_size_bytes: int, shortages: Mapping[int, int]
-    ) -> tuple[Device, list[int]] | None:
+        self, client: Client, model: Model, size_bytes: int, max_size_bytes: int, shortages: Mapping[int, int],
+        avoided: Collection[int],
+    ) -> tuple[Device, list[int]] | None:  # fmt: skip
         """:meth:`find` by the rules of :mod:`kvpool.pool.quota`."""
         ledger = self._ledger
         quotas = ledger.quotas
@@ -112,13 +115,14 @@ class Room:
         for device in devices:
             free_bytes = max(ledger.free_bytes(device), 0) + plan.found.get(device.number, 0)
             fits = free_bytes >= needs[device.number] and device.number not in shortages
+            fits = fits and device.number not in avoided
             fitting.append(free_bytes if fits else -1)
         chosen = ledger.placement.choose(fitting, size_bytes)
         if chosen >= 0:
             return devices[chosen], self._carry_out(plan, devices[chosen])
         for device in sorted(devices, key=lambda device: plan.worth(device.number)):
             times = shortages.get(device.number, 0)
-            if times > _MOST_SHORTAGES:
+            if times > _MOST_SHORTAGES or device.number in avoided:
                 continue
             going = plan.copy()
             if times:
@@ -252,6 +256,8 @@ class Room:
         ``times``: how often the device had less room than the books say, see :meth:`find`.
         """
         ledger = self._ledger
+        if not need_bytes:  # a device that is short of it all the same is not asked for ever
+            return None if times > _MOST_SHORTAGES else []
         if ledger.quotas.active:
             return self._find_more_within_quotas(device, model, need_bytes, times)
         free_bytes = max(ledger.free_bytes(device), 0)

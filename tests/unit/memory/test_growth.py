@@ -119,6 +119,24 @@ def test_what_the_system_refuses_half_way_changes_nothing(memory, backend, monke
     memory.check()
 
 
+def test_what_came_is_the_caches_also_when_the_system_refuses_to_take_the_rest_back(memory, backend, monkeypatch):
+    memory.allocate(1, 2 * PAGE, max_size_bytes=16 * PAGE)
+    memory.back(1, [(8 * PAGE, 10 * PAGE)])
+
+    def refuse(at, size_bytes):
+        raise BackendError("no", errno=12)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(backend, "unmap", refuse)
+        with pytest.raises(BackendError):
+            memory.resize(1, 6 * PAGE)
+    assert memory.allocation(1).extents == ((0, 6 * PAGE), (8 * PAGE, 10 * PAGE))
+    memory.check()
+    assert len(memory.resize(1, 6 * PAGE).pages) == 6
+    memory.free(1)
+    assert memory.usage().live_bytes == 0
+
+
 def test_pages_that_a_client_maps_are_asked_back_and_are_zombies_until_then(memory):
     where = memory.allocate(1, 3 * PAGE, max_size_bytes=16 * PAGE)
     for index, serial in where.pages:

@@ -12,6 +12,7 @@ from kvpool.pool.instructions import (
     DeviceFreed,
     DeviceLost,
     PrefixesLookedUp,
+    QuotaSet,
     ReleaseRequested,
     TicketsCancelled,
 )
@@ -159,6 +160,88 @@ def test_changes_of_one_cache_that_are_under_way_together(pool):
     *_, last = pool.done.pop(batch)
     assert last[3] == ((0, PAGE), (2 * PAGE, 3 * PAGE), (6 * PAGE, 7 * PAGE))
     assert free_bytes(pool) == 5 * PAGE
+
+
+@pytest.mark.parametrize(("pages", "timeout_s"), [((6, 7), 0.0), ((6, 6), 0.0), ((6, 6, 7), 5.0)])
+def test_changes_of_one_cache_on_a_device_that_is_short_come_to_an_end(pool, pages, timeout_s):
+    """They do not take each other for the one that has found the memory, again and again."""
+    cache_id, other = growing(pool), growing(pool, 7 * PAGE)
+    store = pool.stores[0]
+    for index, serial in store.record(other).pages:
+        os.close(store.allocator.export("c", "default", index, serial))
+    batch = Batch(1 + len(pages))
+    items = [(1, other, "resize", [(0, PAGE)], 0.0, None)]
+    items += [(2 + n, cache_id, "resize", [(0, size * PAGE)], timeout_s, None) for n, size in enumerate(pages)]
+    pool.handle(ChangesRequested(batch, "c", items))
+    rounds = 0
+    while pool.step(0):
+        rounds += 1
+        assert rounds < 100, "the device is asked again and again"
+    _, *answers = pool.done.pop(batch)
+    if not timeout_s:
+        assert [answer[1] for answer in answers] == ["CapacityError"] * len(pages)
+    else:
+        assert [answer[0] for answer in answers] == ["queued"] * len(pages)
+    for client, serials in store.allocator.take_drops().items():
+        store.allocator.dropped(client, serials)
+    pool.handle(DeviceFreed(0, (pool._stamp(), 0)))
+    pool.settle()
+    if timeout_s:
+        told = dict(pool.grants["c"])
+        assert [told[ticket][2] for _, ticket in answers] == [size * PAGE for size in pages]
+    assert resize(pool, cache_id, 2 * PAGE)[0] == "changed"
+
+
+def test_a_change_behind_another_finds_what_has_become_of_the_cache(pool):
+    cache_id = growing(pool)
+    batches = [Batch(1) for _ in range(3)]
+    for batch, pages in zip(batches, (4, 5, 6), strict=True):
+        pool.handle(ChangesRequested(batch, "c", [(1, cache_id, "resize", [(0, pages * PAGE)], 0.0, None)]))
+    pool.handle(ReleaseRequested(Batch(1), "c", [(1, [cache_id], None)]))
+    pool.settle()
+    assert [pool.done[batch][0][0] for batch in batches[1:]] == ["error", "error"], "it has ended"
+    assert pool.live_bytes() == 0
+
+
+@pytest.mark.parametrize("quotas", [False, True])
+def test_a_growth_that_waits_on_its_device_holds_up_nobody_who_has_room_on_another(quotas):
+    pool = LocalPool(devices=2, pages=8, placement="least_loaded")
+    pool.connect()
+    pool.model()
+    if quotas:
+        pool.administer(QuotaSet(Batch(1), "default", None, "0%", "100%", None))
+    mine, its, filler = growing(pool), growing(pool), growing(pool, 6 * PAGE)
+    index = pool.state.ledger.index
+    here, there, also_here = (index.device[index.row_of(each)] for each in (mine, its, filler))
+    assert here == also_here != there
+    kind, ticket = resize(pool, mine, 4 * PAGE, timeout_s=50.0)
+    assert kind == "queued"
+    assert resize(pool, its, 2 * PAGE)[0] == "changed", "it grows on the other device"
+    assert pool.request(6 * PAGE)[2] == there
+    assert free_bytes(pool, here) == PAGE
+    behind = pool.request(PAGE, timeout_s=50.0)
+    assert behind[0] == "queued", "what is free there is for the growth that waits"
+    assert pool.grants == {}
+    pool.release([filler])
+    told = dict(pool.grants["c"])
+    assert told[ticket][0] == "changed"
+    assert told[behind[1]][2] == here
+    pool.check()
+    pool.close()
+
+
+def test_a_growth_does_not_overtake_a_new_cache_that_would_fit_on_no_device():
+    pool = LocalPool(devices=2, pages=8, placement="least_loaded")
+    pool.connect()
+    pool.model()
+    mine, its = growing(pool, 4 * PAGE), growing(pool, 4 * PAGE)
+    _, first = pool.request(6 * PAGE, timeout_s=50.0)
+    _, second = resize(pool, mine, 5 * PAGE, timeout_s=50.0)
+    pool.release([its])
+    told = dict(pool.grants["c"])
+    assert (told[first][0], told[second][0]) == ("granted", "changed")
+    pool.check()
+    pool.close()
 
 
 def test_what_may_not_be_changed(pool):
