@@ -123,7 +123,7 @@ async def test_reserved_memory_stays_until_it_is_used():
     blocks.free(blocks.allocate(24))
     await connection.rest()
     assert blocks.free_blocks <= 6
-    with pytest.raises(CapacityError):
+    with pytest.raises(InvalidSizeError):
         await blocks.reserve(33)
 
 
