@@ -62,10 +62,13 @@ class VirtualKVCache:
         self.access_count = 0
         """How many views this handle opened; :meth:`info` has the pool's count of leases."""
         self.backed: Extents = front(size_bytes)
-        """Parts of the cache that are backed: ``(start, end)`` in bytes; of a cache that never grew, all of it."""
+        """Parts of the cache that are backed: ``(start, end)`` in bytes; of a cache that never grew, all of it; of a
+        released one, none."""
         self._connection = connection
         self._model = model
-        self._changing = asyncio.Lock()
+        self.changing = asyncio.Lock()
+        """Held while the pool is asked to change or seal the cache, and not while a change waits for memory there."""
+        self._following = asyncio.Lock()
         self._allocator: weakref.ref[BlockAllocator] | None = None
         self._viewed: set[Access] = set()
         """The views of the arena in which the cache is mapped."""
@@ -209,10 +212,18 @@ class VirtualKVCache:
             If the cache is sealed: it keeps its size.
         CapacityError
             If there is no room on its device in time. Nothing has changed then.
+        CacheStateError
+            If a block allocator of the cache is open: it alone decides what is backed.
+
+        Notes
+        -----
+        Of several changes at once the last word counts, byte by byte: one that gives memory back takes its bytes from
+        growth that still waits, too, which then ends, as far as that goes, as though it had been first.
         """
         size_bytes = size if size == 0 and isinstance(size, int) else parse_size(size)
         ranges = ((0, size_bytes),) if size_bytes else ()
-        await self._change("resize", ranges, timeout_s)
+        self._check_no_allocator("resize")
+        await self.change("resize", ranges, timeout_s)
 
     async def back(self, ranges: Iterable[tuple[int, int]], *, timeout_s: float | None = None) -> None:
         """Let more parts of the cache be backed: ``(start, end)``, bytes within its ``max_size``; see :meth:`resize`.
@@ -221,7 +232,8 @@ class VirtualKVCache:
         as they are: :func:`kvpool.byte_ranges` tells the ranges of a part of it. Backed are the pages that the ranges
         touch.
         """
-        await self._change("back", ranges, timeout_s)
+        self._check_no_allocator("back")
+        await self.change("back", ranges, timeout_s)
 
     async def unback(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Give memory under parts of the cache back: pages that no other backed part touches. They read as zeros then.
@@ -229,9 +241,29 @@ class VirtualKVCache:
         Give back only what nothing is about to write to: that would be a fault. Raises as :meth:`resize`, but never for
         lack of room.
         """
-        await self._change("unback", ranges, None)
+        self._check_no_allocator("unback")
+        await self.change("unback", ranges, None)
 
-    async def _change(self, kind: str, ranges: Iterable[tuple[int, int]], timeout_s: float | None) -> None:
+    def check_usable(self) -> None:
+        """Raise unless the cache is leased here, in this process, and its device is alive as far as is known."""
+        self._lease.check_held()
+        self._connection.arenas[self._device].check_alive()
+
+    def _check_no_allocator(self, kind: str) -> None:
+        known = self._open_allocator()
+        if known is not None:
+            raise CacheStateError(
+                f"cannot {kind} cache {self.id}: its block allocator decides what is backed, and hands out blocks of it "
+                f"({known.used_blocks} are in use): reserve() or trim() them there, or close() it first",
+                cache_id=self.id,
+            )
+
+    def _open_allocator(self) -> BlockAllocator | None:
+        known = self._allocator() if self._allocator is not None else None
+        return None if known is None or known.closed else known
+
+    async def change(self, kind: str, ranges: Iterable[tuple[int, int]], timeout_s: float | None) -> None:
+        """Do what :meth:`resize`, :meth:`back` and :meth:`unback` do (for the block allocator, too)."""
         self._lease.check_held()
         if self.sealed:
             raise SealedError(
@@ -240,8 +272,7 @@ class VirtualKVCache:
         asked = checked(ranges, self.max_size_bytes)
         wait_s = wait_of(timeout_s, self._connection.config["timeout_s"])
         self._connection.followers[self.id] = self
-        async with self._changing:
-            await self.follow(await self._connection.change(self.id, kind, asked, wait_s))
+        await self._connection.change(self, kind, asked, wait_s)
 
     def block_allocator(
         self, block_bytes: int | str, *, planes: int = 1, ahead_blocks: int | None = None
@@ -271,8 +302,7 @@ class VirtualKVCache:
         """
         self._lease.check_held()
         self._access(Access.READ_WRITE)
-        known = self._allocator() if self._allocator is not None else None
-        if known is not None and not known.closed:
+        if self._open_allocator() is not None:
             raise CacheStateError(f"cache {self.id} has a block allocator already: use that one, or close() it")
         page_bytes = self._connection.devices[self._device]["page_bytes"]
         allocator = BlockAllocator(self, self._connection, page_bytes, parse_size(block_bytes), planes, ahead_blocks)
@@ -281,7 +311,11 @@ class VirtualKVCache:
 
     async def follow(self, answer: Any) -> None:
         """Show in this process what the pool says is backed now. (For a change whose caller was cancelled, too.)"""
-        _, cache_id, size_bytes, extents, (_, pages, generation) = answer
+        async with self._following:
+            await self._follow(*answer[1:])
+
+    async def _follow(self, cache_id: int, size_bytes: int, extents: Extents, place: Any) -> None:
+        _, pages, generation = place
         if cache_id != self.id or generation <= self.generation or self._lease.released:
             return
         left = set(pages)
@@ -340,7 +374,7 @@ class VirtualKVCache:
             # Before the call: when it is cancelled, the pool may have sealed the cache already.
             before, self.sealed = self.sealed, True
             try:
-                async with self._changing:
+                async with self.changing:
                     await self._seal(hashed)
             except PoolUnavailableError:
                 raise  # whether it was sealed is not known
@@ -414,6 +448,7 @@ class VirtualKVCache:
             If it was released before.
         """
         await self._lease.release()
+        self.backed = ()
 
     async def __aenter__(self) -> VirtualKVCache:
         self._lease.check_held()
@@ -421,4 +456,4 @@ class VirtualKVCache:
 
     async def __aexit__(self, *_: object) -> None:
         if not self._lease.released:
-            await self._lease.release()
+            await self.release()

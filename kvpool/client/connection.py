@@ -41,7 +41,10 @@ Place = tuple[int, Sequence[tuple[int, int]], int]
 
 
 class Follower(Protocol):
-    """Follows what becomes of one cache."""
+    """A cache that is being written, and follows what becomes of it."""
+
+    id: int
+    changing: asyncio.Lock
 
     async def follow(self, answer: Any) -> None:
         """Take a ``changed`` answer in, unless a later one came before."""
@@ -200,14 +203,21 @@ class Connection:
             answer = await self.caches.ask(item, trace)
             return answer if answer[0] == "granted" else await self._waiting.wait(answer[1])
 
-    async def change(self, cache_id: int, kind: str, ranges: Sequence[tuple[int, int]], timeout_s: float) -> Any:
-        """Change what is backed of a cache, waiting for memory up to ``timeout_s``; returns the ``changed`` answer."""
+    async def change(self, cache: Follower, kind: str, ranges: Sequence[tuple[int, int]], timeout_s: float) -> None:
+        """Change what is backed of a cache, waiting for memory up to ``timeout_s``.
+
+        Changes of one cache reach the pool one after the other; one that has to wait there lets others pass.
+        """
         self.check_loop()
         self.check_not_revoked()
         with self.changes.call() as trace:
-            item = (self.next_sequence(), cache_id, kind, list(ranges), timeout_s)
-            answer = await self.changes.ask(item, trace)
-            return answer if answer[0] == "changed" else await self._waiting.wait(answer[1])
+            async with cache.changing:
+                item = (self.next_sequence(), cache.id, kind, list(ranges), timeout_s)
+                answer = await self.changes.ask(item, trace)
+                if answer[0] == "changed":
+                    await cache.follow(answer)
+                    return
+            await cache.follow(await self._waiting.wait(answer[1]))
 
     async def fetch(self, model: int, hashes: bytes, first: int, timeout_s: float) -> Any:
         """Lease what comes up behind the ``first`` blocks of a chain; returns the ``hit`` answer."""

@@ -196,6 +196,23 @@ class BlockSpace:
         self._reserved = max(self._reserved, count)
         return groups
 
+    def needed_of(self, groups: list[int], count: int) -> list[int]:
+        """Return the first of ``groups``, as many as are still to be backed so that ``count`` blocks are free."""
+        free_blocks = self.free_blocks
+        for number, group in enumerate(groups):
+            if free_blocks >= count:
+                return groups[:number]
+            free_blocks += self._size(group)
+        return groups
+
+    def free_blocks_without(self, groups: list[int], count: int) -> int | None:
+        """Return from how many free blocks on the last of ``groups`` is not needed; None if there is none."""
+        return count - sum(map(self._size, groups[:-1])) if groups else None
+
+    def is_unbacked(self, group: int) -> bool:
+        """Whether a group has no memory, as far as is known."""
+        return self._free[group] is None and group not in self._leaving
+
     def note_backed(self, groups: Sequence[int]) -> None:
         """Take in that groups have memory now, or keep the one that :meth:`take_surplus` wanted to take."""
         for group in groups:

@@ -227,6 +227,16 @@ class Allocations:
                 self._wait(request, now)
         self._send(orders)
 
+    def decide_waiting(self, requests: Sequence[CacheRequest], now: float) -> None:
+        """Decide at once on those of these requests that wait, wherever they stand, and need no memory any more."""
+        orders = Orders()
+        for request in requests:
+            ticket = request.ticket
+            if ticket is not None and self.queue.get(ticket) is request and self._plan(request, orders, now):
+                self.queue.pop(ticket)
+                self._room.changed = True  # others stood behind it
+        self._send(orders)
+
     def plan_again(self, requests: Sequence[CacheRequest], device: int, now: float) -> None:
         """Find room for requests for which a device had less than the books say."""
         orders = Orders()
@@ -242,6 +252,8 @@ class Allocations:
 
     def deliver(self, request: CacheRequest, answer: Answer, now: float) -> None:
         """Answer a request, where it is waited for."""
+        if request.change is not None:
+            self.changes.ended(request, request.change)
         if request.batch is None:
             ensure(request.ticket is not None, "a request without a batch has a ticket")
             self._ledger.out.append(Grant(request.client.id, request.ticket or 0, answer))
@@ -378,6 +390,8 @@ class Allocations:
             if request is not None and request.client.id == client:
                 self.queue.cancel(ticket)
                 self._waited(request, "cancelled")
+                if request.change is not None:
+                    self.changes.ended(request, request.change)
 
     def refuse_client(self, client: str, error: KvpoolError, now: float) -> None:
         """Answer all waiting requests of a client with an error."""

@@ -65,9 +65,11 @@ class BlockSpaceMachine(RuleBasedStateMachine):
             wanted = reserve
             try:
                 groups = self.space.missing_for(reserve)
-            except (CapacityError, InvalidSizeError) as error:
-                assert reserve > self.space.num_blocks - len(self.used)
-                assert isinstance(error, InvalidSizeError) == (reserve > self.space.num_blocks)
+            except InvalidSizeError:
+                assert reserve > self.space.num_blocks
+                return
+            except CapacityError:
+                assert self.space.num_blocks >= reserve > self.space.num_blocks - len(self.used)
                 return
         assert self.backed.isdisjoint(groups)
         self.space.note_backed(groups)
