@@ -250,8 +250,8 @@ class BlockAllocator:
         self._cache.check_usable()
         if self.closed:
             raise CacheStateError(
-                f"the block allocator of cache {self._cache.id} is closed, or its cache is sealed: open another one, of "
-                "a cache that is being written"
+                f"the block allocator of cache {self._cache.id} is closed, or its cache is sealed: open another one, "
+                "of a cache that is being written"
             )
 
     def __repr__(self) -> str:

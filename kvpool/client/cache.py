@@ -253,8 +253,8 @@ class VirtualKVCache:
         known = self._open_allocator()
         if known is not None:
             raise CacheStateError(
-                f"cannot {kind} cache {self.id}: its block allocator decides what is backed, and hands out blocks of it "
-                f"({known.used_blocks} are in use): reserve() or trim() them there, or close() it first",
+                f"cannot {kind} cache {self.id}: its block allocator decides what is backed, and hands it out "
+                f"({known.used_blocks} blocks are in use): reserve() or trim() them there, or close() it first",
                 cache_id=self.id,
             )
 

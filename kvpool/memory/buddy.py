@@ -240,6 +240,22 @@ class BuddyAllocator:
                 return False
         return True
 
+    def free_run_bytes(self, offset: int) -> int:
+        """Return how many bytes from ``offset`` on are free, across the borders of blocks."""
+        end = offset
+        while True:
+            for block_bytes, blocks in self._free.items():
+                if end & -block_bytes in blocks:
+                    end = (end & -block_bytes) + block_bytes
+                    break
+            else:
+                return end - offset
+
+    def end_of(self, offset: int) -> int | None:
+        """Return where the range that begins at ``offset`` ends, ``None`` if none does."""
+        size_bytes = self._live.get(offset)
+        return None if size_bytes is None else offset + abs(size_bytes)
+
     def split(self, offset: int) -> None:
         """Make the range at ``offset`` as many ranges of the minimum block, each to be freed by itself.
 

@@ -210,6 +210,12 @@ async def test_a_closed_allocator_does_nothing_any_more():
     assert "closed, 2 used and 14 free of 32 blocks" in repr(blocks)
 
 
+async def turns() -> None:
+    """Let everybody go as far as they come without memory."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
 async def waiting_reserve(cache: Cache, count: int) -> tuple[BlockAllocator, Connection, list[int], asyncio.Task[None]]:
     """Open an allocator whose cache has memory for four groups, all in use, and reserve more."""
     cache.memory_bytes = 2 * 16 * BLOCK
@@ -217,8 +223,8 @@ async def waiting_reserve(cache: Cache, count: int) -> tuple[BlockAllocator, Con
     await blocks.reserve(16)
     numbers = blocks.allocate(16)
     task = asyncio.ensure_future(blocks.reserve(count))
-    while not cache.line:
-        await asyncio.sleep(0)
+    await turns()
+    assert cache.line
     return blocks, connection, numbers, task
 
 
@@ -235,11 +241,9 @@ async def test_a_reserve_that_waits_waits_for_less_when_some_blocks_are_freed():
     cache = Cache()
     blocks, _, numbers, task = await waiting_reserve(cache, 8)
     await asyncio.to_thread(blocks.free, numbers[:5])
-    while cache.calls[-1] != "unback":
-        await asyncio.sleep(0)
+    await turns()
     cache.memory_bytes += 2 * 4 * BLOCK  # of one group, not of two
-    while not cache.line and not task.done():
-        await asyncio.sleep(0)
+    await turns()
     cache.call()
     await asyncio.wait_for(task, 5.0)
     assert blocks.free_blocks == 9

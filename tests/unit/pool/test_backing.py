@@ -270,10 +270,13 @@ def test_a_shrink_takes_from_growth_that_its_device_refuses(pool):
     assert pool.done.pop(last)[0][3] == ()
 
 
-@pytest.mark.parametrize("key", [b"k" * 16, None])
+@pytest.mark.parametrize("key", [keys_of([1])[0], None])
 def test_sealing_ends_growth_that_waits(pool, key):
-    cache_id, ticket, _ = waiting(pool, "resize", [(0, 8 * PAGE)])
-    assert pool.seal([cache_id], [key])[1] == [True]
+    model = pool.model(name="caches", block_bytes=None)
+    cache_id = pool.request(2 * PAGE, max_size=8 * PAGE, model=model)[1]
+    growing(pool, 6 * PAGE)
+    _, ticket = resize(pool, cache_id, 8 * PAGE, timeout_s=50.0)
+    assert pool.seal([cache_id], [key], model=model) == ("sealed", [True])
     ((told, answer),) = pool.grants["c"]
     assert (told, answer[1]) == (ticket, "SealedError")
 
