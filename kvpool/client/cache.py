@@ -19,6 +19,7 @@ from kvpool.client.view import open_view
 from kvpool.errors import (
     CacheStateError,
     InvalidRequestError,
+    InvalidSizeError,
     KvpoolError,
     PoolUnavailableError,
     SealedError,
@@ -29,7 +30,7 @@ from kvpool.memory.backend import Access
 from kvpool.memory.dlpack import MappedTensorSource, as_numpy, as_torch, check_shape, dtype_name, tensor_bytes
 from kvpool.memory.extents import Extents, checked, front
 from kvpool.memory.packing import shares_pages
-from kvpool.sizes import parse_size
+from kvpool.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
     import numpy
@@ -222,6 +223,13 @@ class VirtualKVCache:
         """
         size_bytes = size if size == 0 and isinstance(size, int) else parse_size(size)
         ranges = ((0, size_bytes),) if size_bytes else ()
+        if size_bytes > self.max_size_bytes:
+            raise InvalidSizeError(
+                f"cannot resize cache {self.id} to {format_size(size_bytes)}: its max_size is "
+                f"{format_size(self.max_size_bytes)}, and stays: ask for a cache with a larger one",
+                asked_bytes=size_bytes,
+                max_size_bytes=self.max_size_bytes,
+            )
         self._check_no_allocator("resize")
         await self.change("resize", ranges, timeout_s)
 

@@ -9,6 +9,7 @@ import os
 import secrets
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 from weakref import WeakSet, WeakValueDictionary
@@ -280,14 +281,18 @@ class Connection:
 
     def _start_release(self, ids: list[int]) -> None:
         if not self._closed:
-            self.spawn(self.release(ids), f"releasing {ids}")
+            self.spawn(partial(self.release, ids), f"releasing {ids}")
 
-    def spawn(self, work: Any, what: str) -> None:
-        """Do something that nobody waits for; the log tells if it fails."""
+    def spawn(self, make: Callable[[], Coroutine[Any, Any, Any]], what: str) -> None:
+        """Run a coroutine function that nobody waits for; the log tells if it fails.
+
+        (A function, because a loop that ends cancels its tasks before their first step: a coroutine that was made by
+        then would never be awaited.)
+        """
 
         async def logged() -> None:
             try:
-                await work
+                await make()
             except KvpoolError as error:
                 logger.warning("%s: %s", what, error)
 
@@ -300,7 +305,7 @@ class Connection:
 
         def start() -> None:
             if not self.closed:
-                self.spawn(make(), what)
+                self.spawn(make, what)
 
         try:
             if after_s:
@@ -322,7 +327,7 @@ class Connection:
             case "queued":
                 self._waiting.give_up(answer[1])
             case "changed" if (cache := self.followers.get(answer[1])) is not None and not self._closed:
-                self.spawn(cache.follow(answer), f"following the growth of cache {answer[1]}")
+                self.spawn(partial(cache.follow, answer), f"following the growth of cache {answer[1]}")
 
     # -- memory ---------------------------------------------------------------------------------------------------
 
@@ -364,7 +369,7 @@ class Connection:
         if not self._closed and not self._unmapped and not any(lease.in_use for lease in list(self.leases)):
             self._unmapped = True
             for arena in self.arenas.values():
-                self.spawn(asyncio.to_thread(arena.close), "unmapping what was revoked")
+                self.spawn(partial(asyncio.to_thread, arena.close), "unmapping what was revoked")
 
     # -- the end --------------------------------------------------------------------------------------------------
 

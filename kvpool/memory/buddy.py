@@ -251,6 +251,16 @@ class BuddyAllocator:
             else:
                 return end - offset
 
+    def free_runs(self) -> list[tuple[int, int]]:
+        """Return offset and bytes of all that is free, ascending, neighbours as one. O(n log n) of the free ranges."""
+        runs: list[tuple[int, int]] = []
+        for offset, size_bytes in sorted((each, size) for size, blocks in self._free.items() for each in blocks):
+            if runs and sum(runs[-1]) == offset:
+                runs[-1] = runs[-1][0], runs[-1][1] + size_bytes
+            else:
+                runs.append((offset, size_bytes))
+        return runs
+
     def end_of(self, offset: int) -> int | None:
         """Return where the range that begins at ``offset`` ends, ``None`` if none does."""
         size_bytes = self._live.get(offset)

@@ -211,6 +211,12 @@ class RangeAllocator:
         own = max(held.values(), default=0) if tenant is None else held.get(tenant, 0)
         return self.table.free_pages + self.table.warm_pages - sum(held.values()) + own
 
+    @property
+    def addresses(self) -> tuple[int, int]:
+        """Bytes of addresses in use, and of all. Those under warm pages count as free: they are given up for others."""
+        used_bytes = sum(shape.range_bytes for shape, _ in self.in_use.values())
+        return used_bytes, self._addresses.total_bytes
+
     def largest_range_bytes(self) -> int:
         """The largest range of addresses that is free or under warm pages."""
         return max(self._addresses.largest_free_bytes, self._reserve.largest_range_bytes())

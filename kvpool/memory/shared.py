@@ -1,9 +1,9 @@
 """Caches that do not fill pages: several of one tenant share its pages.
 
 A part whose size is a power of two comes to lie in a page, aligned as the buddy allocator does it. One of another size
-begins where the last such one ended, or where one was freed, if there is room, and lies across the border of its page if
-the one behind can be had: aligned, caches a little larger than half a page would fill half of each page, and while they
-are leased nothing can move them together. A part larger than a page begins at one. Compaction puts all of them anywhere.
+begins where the last such one ended, or where one was freed, if there is room, and lies across the border of its page
+if the one behind can be had: aligned, caches a little larger than half a page would fill half of each page, and while
+they are leased nothing can move them together. A part larger than a page begins at one. Compaction puts all anywhere.
 """
 
 from __future__ import annotations
@@ -19,9 +19,14 @@ from kvpool.memory.reserve import Shape
 from kvpool.memory.residents import Residents
 from kvpool.sizes import round_up
 
-
 _MOST_HOLES = 8
 """How many places where a part was freed are looked at for one of another size, the latest first."""
+
+_KEPT_HOLES = 4096
+"""How many such places are remembered."""
+
+_SEARCH_SHARE = 32
+"""All holes are searched once more when this part of a tenant's pages was freed since there was none large enough."""
 
 
 class SharedPages:
@@ -53,6 +58,8 @@ class SharedPages:
         self._pieces: dict[int, tuple[int, ...]] = {}
         #: By tenant: where parts of sizes that are no powers of two may begin, the latest last.
         self._holes: dict[str, dict[int, None]] = {}
+        #: By tenant: bytes freed since a search found no hole that is large enough.
+        self._freed_bytes: dict[str, int] = {}
         #: By offset of a page in quarantine: its tenant, and the parts of it that are free and yet for nobody.
         self._withheld: dict[int, tuple[str, list[int]]] = {}
         #: Bytes of these parts.
@@ -84,7 +91,11 @@ class SharedPages:
     def _fill_hole(self, cache_id: int, tenant: str, part_bytes: int, max_size_bytes: int | None) -> Place | None:
         """Return offset and pages of a part that is not aligned, because there is no other room."""
         parts, holes = self._parts[tenant], self._holes.get(tenant, {})
-        offset = self._find_hole(parts, holes, part_bytes) if max_size_bytes is None else None
+        if max_size_bytes is not None:
+            return None
+        offset = self._find_hole(parts, holes, part_bytes)
+        if offset is None:
+            offset = self._search(tenant, part_bytes)
         if offset is None:
             return None
         self._carve(parts, offset, part_bytes)
@@ -108,14 +119,31 @@ class SharedPages:
                 offset = self._reach_over(tenant, parts, holes, part_bytes)
                 if offset is None:
                     page = self._ranges.take(tenant, self._one_page)
-                    if page is None:
-                        return None
-                    offset = page.index * self._page_bytes
-                    parts.add(offset)
+                    if page is not None:
+                        offset = page.index * self._page_bytes
+                        parts.add(offset)
+                    else:
+                        offset = self._search(tenant, part_bytes)
+                        if offset is None:
+                            return None
                 self._carve(parts, offset, part_bytes)
         else:
             self._carve(parts, offset, part_bytes)
         return self._entered(cache_id, tenant, offset, part_bytes)
+
+    def _search(self, tenant: str, part_bytes: int) -> int | None:
+        """Look at all holes, and remember those that are large enough; unless little was freed since there was none."""
+        parts = self._parts[tenant]
+        freed_bytes = self._freed_bytes.get(tenant)
+        if freed_bytes is not None and freed_bytes * _SEARCH_SHARE < parts.total_bytes:
+            return None
+        found = [offset for offset, size_bytes in parts.free_runs() if size_bytes >= part_bytes]
+        for offset in reversed(found):
+            self._note_hole(tenant, offset)
+        if found:
+            return found[0]
+        self._freed_bytes[tenant] = 0
+        return None
 
     def _find_hole(self, parts: BuddyAllocator, holes: dict[int, None], part_bytes: int) -> int | None:
         for offset in list(islice(reversed(holes), _MOST_HOLES)):
@@ -162,6 +190,8 @@ class SharedPages:
         _, part_bytes = self._residents[tenant].leave(offset)
         if part_bytes & (part_bytes - 1):
             self._note_hole(tenant, offset)
+        if tenant in self._freed_bytes:
+            self._freed_bytes[tenant] += part_bytes
         pieces = self._pieces.pop(offset, None)
         if pieces is None:
             self._free_piece(tenant, offset)
@@ -176,8 +206,8 @@ class SharedPages:
         holes = self._holes.setdefault(tenant, {})
         holes.pop(offset, None)
         holes[offset] = None
-        if len(holes) > 8 * _MOST_HOLES:  # what lies deep is hardly looked at any more: compaction finds it
-            for old in list(islice(holes, 4 * _MOST_HOLES)):
+        if len(holes) > _KEPT_HOLES:  # what lies deep is found by the search of all
+            for old in list(islice(holes, _KEPT_HOLES // 2)):
                 del holes[old]
 
     def _free_piece(self, tenant: str, offset: int) -> None:

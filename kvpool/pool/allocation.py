@@ -216,6 +216,8 @@ class Allocations:
                 self.deliver_error(request, AddressSpaceError(shortage["message"], **shortage["details"]), now)
             self._room.changed = True
             return
+        for request in requests[len(places) :]:
+            request.fits[device] = shortage["details"]["largest_bytes"]
         self.plan_again(requests[len(places) :], device, now)
 
     def submit(self, requests: Sequence[CacheRequest], now: float) -> None:

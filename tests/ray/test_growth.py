@@ -140,6 +140,8 @@ async def refuse_sizes_that_cannot_be(pool: CachePool) -> None:
         for size in (5 * PAGE, -1, "nothing", 0.5):
             with pytest.raises(InvalidSizeError):
                 await cache.resize(size)
+        with pytest.raises(InvalidSizeError, match="its max_size is"):
+            await cache.resize(5 * PAGE)
         with pytest.raises(InvalidSizeError):
             await cache.back([(0, 5 * PAGE)])
     with pytest.raises(InvalidSizeError):
