@@ -488,5 +488,5 @@ def test_leased_caches_of_any_size_fill_the_device(blocks):
             allocator.free(cache_id)
             allocator.check()
         again, _ = fill_up(allocator, itertools.cycle([count * 4096 for count in blocks]), first_id=1000)
-        assert again >= 0.4 * placed, "what was freed is found again"
+        assert again >= 0.3 * placed, "what was freed is found again"
         allocator.check()
