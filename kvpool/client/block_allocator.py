@@ -207,6 +207,12 @@ class BlockAllocator:
                     break
                 freed.clear()
             await change
+        except InvalidSizeError as error:
+            raise CapacityError(
+                f"cannot reserve {count} blocks while {self.used_blocks} are in use: {error.message}; free some first",
+                asked_blocks=count,
+                used_blocks=self.used_blocks,
+            ) from error
         except asyncio.CancelledError:
             self._connection.run_soon(partial(self._withdraw, groups), f"withdrawing from cache {self._cache.id}", 0.0)
             raise
@@ -320,7 +326,7 @@ class BlockAllocator:
                     await self._unback(surplus)
                 if not missing and not surplus:
                     return
-        except CapacityError as error:
+        except (CapacityError, InvalidSizeError) as error:  # the latter: more than the device has in all
             pause_s = _PAUSE_S
             logger.debug("no memory ahead for blocks of cache %d: %s", self._cache.id, error)
         except (DeviceLostError, StaleCacheError, UnknownCacheError) as error:

@@ -21,7 +21,7 @@ class Cache:
 
     def __init__(self) -> None:
         self.backed = ()
-        self.memory_bytes = self.max_size_bytes
+        self.memory_bytes = self.device_bytes = self.max_size_bytes
         self.calls: list[str] = []
         self.fails: Exception | None = None
         self.line: list[Waiting] = []
@@ -32,6 +32,8 @@ class Cache:
             await self._unback(ranges)
             return
         waiting = Waiting(ranges)
+        if total_bytes(union(self.backed, waiting.ranges)) > self.device_bytes:
+            raise InvalidSizeError("more than the device has")
         await asyncio.sleep(0)
         while not self._fits(waiting):
             if timeout_s == 0:
@@ -247,6 +249,21 @@ async def test_a_reserve_that_waits_waits_for_less_when_some_blocks_are_freed():
     cache.call()
     await asyncio.wait_for(task, 5.0)
     assert blocks.free_blocks == 9
+
+
+async def test_more_than_the_device_has_beside_what_is_in_use_is_a_lack_of_room():
+    """It can be had once some blocks are freed, so that a scheduler preempts for it."""
+    cache = Cache()
+    cache.device_bytes = 2 * 16 * BLOCK
+    blocks, connection = opened(cache, ahead_blocks=2)
+    await blocks.reserve(12)
+    numbers = blocks.allocate(12)
+    with pytest.raises(CapacityError, match="while 12 are in use"):
+        await blocks.reserve(8)
+    blocks.allocate(4)
+    assert await connection.rest() == [], "nor does it fail when it is wanted ahead"
+    blocks.free(numbers)
+    await blocks.reserve(8)
 
 
 async def test_trim_passes_a_reserve_that_waits():
