@@ -19,7 +19,7 @@ from kvpool.memory.reserve import Shape
 from kvpool.memory.residents import Residents
 from kvpool.sizes import round_up
 
-_MOST_HOLES = 8
+_MOST_HOLES = 4
 """How many places where a part was freed are looked at for one of another size, the latest first."""
 
 _KEPT_HOLES = 4096
@@ -292,6 +292,8 @@ class SharedPages:
     def refs(self, offset: int, size_bytes: int) -> tuple[tuple[int, int], ...]:
         """Return (index, serial) of each page under a part."""
         first, last = offset // self._page_bytes, (offset + size_bytes - 1) // self._page_bytes
+        if first == last:
+            return self._ranges.in_use[first][1].refs
         return tuple(ref for index in range(first, last + 1) for ref in self._ranges.in_use[index][1].refs)
 
     @property
