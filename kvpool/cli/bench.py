@@ -44,7 +44,7 @@ def compaction(json_path: str | None) -> None:
 @bench.command()
 @JSON
 def blocks(json_path: str | None) -> None:
-    """Time blocks handed out inside a cache, and a cache resized by 1 GiB up and down, 100 times."""
+    """Time blocks handed out inside a cache, and a cache resized by 1 GiB up and down, 100 times. About 2 minutes."""
     from kvpool.bench import blocks as benchmark
 
     _report("growth in place", lambda: asyncio.run(benchmark.measure()), json_path)
@@ -157,7 +157,7 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 def _report(title: str, run: Callable[[], dict[str, Any]], json_path: str | None) -> None:
-    with working(f"measuring {title}"):
+    with _ended_by_sigterm(), working(f"measuring {title}"):
         result = run()
     if json_path is not None:
         write_json(json_path, result)

@@ -5,10 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
-from kvpool.errors import CacheStateError, CapacityError, InvalidSizeError, KvpoolError
+from kvpool.errors import (
+    CacheStateError,
+    CapacityError,
+    DeviceLostError,
+    InvalidSizeError,
+    KvpoolError,
+    StaleCacheError,
+    UnknownCacheError,
+)
 from kvpool.memory.block_space import BlockSpace
 from kvpool.memory.extents import Extents, difference, union
 from kvpool.sizes import format_size
@@ -24,6 +33,10 @@ _PAUSE_S = 1.0
 
 _LEAST_AHEAD = 64
 """Blocks kept ahead at least, unless the caller says otherwise: four batches of 16."""
+
+
+def _nothing() -> None:
+    pass
 
 
 class BlockAllocator:
@@ -71,8 +84,13 @@ class BlockAllocator:
             num_blocks, self._group_blocks, least_blocks if ahead_blocks is None else ahead_blocks, backed
         )
         self._lock = threading.Lock()
-        #: One change of memory at a time, from its planning to its end.
-        self._changing = asyncio.Lock()
+        #: Memory is brought in for one purpose at a time, and given back for one, from the planning to the end; each
+        #: while the other waits, since one takes groups that have no memory and the other groups that have some.
+        self._growing = asyncio.Lock()
+        self._shrinking = asyncio.Lock()
+        #: How many free blocks :meth:`reserve` is to be told of while it waits, and how.
+        self._enough: int | None = None
+        self._tell: Callable[[], object] = _nothing
         self._balancing = False
         self._closed = False
         self._wake()
@@ -103,8 +121,7 @@ class BlockAllocator:
         CacheStateError
             If the allocator is closed.
         """
-        if self.closed:
-            raise CacheStateError(f"the block allocator of cache {self._cache.id} is closed, or its cache is")
+        self._check_open()
         with self._lock:
             try:
                 return self._space.allocate(count)
@@ -112,8 +129,8 @@ class BlockAllocator:
                 if not self._balancing and self._space.unbalanced:
                     self._wake()
 
-    def free(self, numbers: Sequence[int]) -> None:
-        """Take blocks back, all or none.
+    def free(self, numbers: Iterable[int]) -> None:
+        """Take blocks back, from a list of their numbers or an array or tensor of them, all or none.
 
         Raises
         ------
@@ -121,29 +138,106 @@ class BlockAllocator:
             If one is free already, or named twice.
         InvalidRequestError
             If one is no number of a block.
+        CacheStateError
+            If the allocator is closed.
         """
+        self._check_open()
         with self._lock:
             self._space.free(numbers)
+            if self._enough is not None and self._space.free_blocks >= self._enough:
+                self._enough = None
+                self._tell()
             if not self._balancing and self._space.unbalanced:
                 self._wake()
 
     async def reserve(self, count: int, *, timeout_s: float | None = None) -> None:
         """Return when ``count`` blocks are free with memory under them, waiting for it as :meth:`VirtualKVCache.back`.
 
+        Blocks that are freed meanwhile count. It books nothing for its caller: whoever allocates first has them.
+
+        Parameters
+        ----------
+        count
+            How many, those included that are free now.
+        timeout_s
+            How long to wait for memory, seconds; by default the pool's ``timeout_s``. 0 does not wait.
+
         Raises
         ------
         CapacityError
-            If so many blocks are not free, or there is no memory in time.
+            If so many blocks are in use that ``count`` cannot be free, or there is no memory in time.
+        InvalidSizeError
+            If there are not so many blocks at all.
+        CacheStateError
+            If the allocator is closed.
         """
-        async with self._changing:
+        self._check_open()
+        loop = asyncio.get_running_loop()
+        deadline = None if timeout_s is None else loop.time() + timeout_s
+        async with self._growing:
+            while True:  # once more if others allocated meanwhile
+                with self._lock:
+                    groups = self._space.missing_for(count)
+                if not groups:
+                    return
+                await self._bring(groups, count, None if deadline is None else max(0.0, deadline - loop.time()))
+
+    async def _bring(self, groups: list[int], count: int, timeout_s: float | None) -> None:
+        """Back groups so that ``count`` blocks are free, and no longer those that blocks freed meanwhile make needless.
+
+        What is needless is taken from the change that waits, so that the rest keeps its place in the pool's line.
+        """
+        loop, freed = asyncio.get_running_loop(), asyncio.Event()
+        change = asyncio.ensure_future(self._cache.change("back", self._ranges(groups), timeout_s))
+        try:
+            while True:
+                with self._lock:
+                    needed = self._space.needed_of(groups, count)
+                    self._tell = partial(loop.call_soon_threadsafe, freed.set)
+                    self._enough = self._space.free_blocks_without(needed, count)
+                if needed != groups:
+                    groups, needless = needed, groups[len(needed) :]
+                    await self._cache.change("unback", self._ranges(needless), None)
+                noticed = asyncio.ensure_future(freed.wait())
+                try:
+                    await asyncio.wait({change, noticed}, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    noticed.cancel()
+                if change.done():
+                    break
+                freed.clear()
+            await change
+        except InvalidSizeError as error:
+            raise CapacityError(
+                f"cannot reserve {count} blocks while {self.used_blocks} are in use: {error.message}; free some first",
+                asked_blocks=count,
+                used_blocks=self.used_blocks,
+            ) from error
+        except asyncio.CancelledError:
+            self._connection.run_soon(partial(self._withdraw, groups), f"withdrawing from cache {self._cache.id}", 0.0)
+            raise
+        finally:
+            change.cancel()
             with self._lock:
-                groups = self._space.missing_for(count)
-            if groups:
-                await self._back(groups, timeout_s)
+                self._enough = None
+        with self._lock:
+            self._space.note_backed(groups)
+
+    async def _withdraw(self, groups: list[int]) -> None:
+        """Give back what may have come for a caller that was cancelled."""
+        async with self._growing:
+            with self._lock:
+                left = [group for group in groups if self._space.is_unbacked(group)]
+            if left and not self.closed:
+                await self._cache.change("unback", self._ranges(left), None)
 
     async def trim(self) -> int:
-        """Give the memory of all blocks that share no page with one in use back; returns how many those were."""
-        async with self._changing:
+        """Give the memory of all blocks that share no page with one in use back; returns how many those were.
+
+        Nothing is backed ahead again until something is asked for. Raises :class:`CacheStateError` if it is closed.
+        """
+        self._check_open()
+        async with self._shrinking:
             with self._lock:
                 free_blocks = self._space.free_blocks
                 groups = self._space.take_empty()
@@ -157,6 +251,21 @@ class BlockAllocator:
         Another allocator may then be opened; for it, all blocks are free.
         """
         self._closed = True
+
+    def _check_open(self) -> None:
+        self._cache.check_usable()
+        if self.closed:
+            raise CacheStateError(
+                f"the block allocator of cache {self._cache.id} is closed, or its cache is sealed: open another one, "
+                "of a cache that is being written"
+            )
+
+    def __repr__(self) -> str:
+        state = "closed, " if self.closed else ""
+        return (
+            f"<BlockAllocator of cache {self._cache.id}: {state}{self.used_blocks} used and {self.free_blocks} free of "
+            f"{self.num_blocks} blocks of {self.block_bytes} bytes in {self.planes} planes>"
+        )
 
     @property
     def closed(self) -> bool:
@@ -175,7 +284,7 @@ class BlockAllocator:
         return union(ranges)
 
     async def _back(self, groups: list[int], timeout_s: float | None) -> None:
-        await self._cache.back(self._ranges(groups), timeout_s=timeout_s)
+        await self._cache.change("back", self._ranges(groups), timeout_s)
         with self._lock:
             self._space.note_backed(groups)
 
@@ -183,7 +292,7 @@ class BlockAllocator:
         if not groups:
             return
         try:
-            await self._cache.unback(self._ranges(groups))
+            await self._cache.change("unback", self._ranges(groups), None)
         except BaseException:
             # Perhaps it is gone all the same: then nothing may be handed out of it before it is backed again.
             with self._lock:
@@ -206,19 +315,23 @@ class BlockAllocator:
         pause_s = 0.0
         try:
             while not self.closed:
-                async with self._changing:
+                async with self._growing:
                     with self._lock:
                         missing = self._space.missing()
-                        surplus = [] if missing else self._space.take_surplus()
-                        if not missing and not surplus:
-                            return
                     if missing:
                         await self._back(missing, 0.0)
-                    else:
-                        await self._unback(surplus)
-        except CapacityError as error:
+                async with self._shrinking:
+                    with self._lock:
+                        surplus = self._space.take_surplus()
+                    await self._unback(surplus)
+                if not missing and not surplus:
+                    return
+        except (CapacityError, InvalidSizeError) as error:  # the latter: more than the device has in all
             pause_s = _PAUSE_S
             logger.debug("no memory ahead for blocks of cache %d: %s", self._cache.id, error)
+        except (DeviceLostError, StaleCacheError, UnknownCacheError) as error:
+            self._closed = True
+            logger.info("the blocks of cache %d are gone: %s", self._cache.id, error)
         except KvpoolError:
             pause_s = _PAUSE_S
             if not self.closed:

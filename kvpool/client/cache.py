@@ -19,6 +19,7 @@ from kvpool.client.view import open_view
 from kvpool.errors import (
     CacheStateError,
     InvalidRequestError,
+    InvalidSizeError,
     KvpoolError,
     PoolUnavailableError,
     SealedError,
@@ -29,7 +30,7 @@ from kvpool.memory.backend import Access
 from kvpool.memory.dlpack import MappedTensorSource, as_numpy, as_torch, check_shape, dtype_name, tensor_bytes
 from kvpool.memory.extents import Extents, checked, front
 from kvpool.memory.packing import shares_pages
-from kvpool.sizes import parse_size
+from kvpool.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
     import numpy
@@ -62,10 +63,13 @@ class VirtualKVCache:
         self.access_count = 0
         """How many views this handle opened; :meth:`info` has the pool's count of leases."""
         self.backed: Extents = front(size_bytes)
-        """Parts of the cache that are backed: ``(start, end)`` in bytes; of a cache that never grew, all of it."""
+        """Parts of the cache that are backed: ``(start, end)`` in bytes; of a cache that never grew, all of it; of a
+        released one, none."""
         self._connection = connection
         self._model = model
-        self._changing = asyncio.Lock()
+        self.changing = asyncio.Lock()
+        """Held while the pool is asked to change or seal the cache, and not while a change waits for memory there."""
+        self._following = asyncio.Lock()
         self._allocator: weakref.ref[BlockAllocator] | None = None
         self._follows: set[asyncio.Task[None]] = set()
         self._viewed: set[Access] = set()
@@ -211,10 +215,25 @@ class VirtualKVCache:
             If the cache is sealed: it keeps its size.
         CapacityError
             If there is no room on its device in time. Nothing has changed then.
+        CacheStateError
+            If a block allocator of the cache is open: it alone decides what is backed.
+
+        Notes
+        -----
+        Of several changes at once the last word counts, byte by byte: one that gives memory back takes its bytes from
+        growth that still waits, too, which then ends, as far as that goes, as though it had been first.
         """
         size_bytes = size if size == 0 and isinstance(size, int) else parse_size(size)
         ranges = ((0, size_bytes),) if size_bytes else ()
-        await self._change("resize", ranges, timeout_s)
+        if size_bytes > self.max_size_bytes:
+            raise InvalidSizeError(
+                f"cannot resize cache {self.id} to {format_size(size_bytes)}: its max_size is "
+                f"{format_size(self.max_size_bytes)}, and stays: ask for a cache with a larger one",
+                asked_bytes=size_bytes,
+                max_size_bytes=self.max_size_bytes,
+            )
+        self._check_no_allocator("resize")
+        await self.change("resize", ranges, timeout_s)
 
     async def back(self, ranges: Iterable[tuple[int, int]], *, timeout_s: float | None = None) -> None:
         """Let more parts of the cache be backed: ``(start, end)``, bytes within its ``max_size``; see :meth:`resize`.
@@ -223,7 +242,8 @@ class VirtualKVCache:
         as they are: :func:`kvpool.byte_ranges` tells the ranges of a part of it. Backed are the pages that the ranges
         touch.
         """
-        await self._change("back", ranges, timeout_s)
+        self._check_no_allocator("back")
+        await self.change("back", ranges, timeout_s)
 
     async def unback(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Give memory under parts of the cache back: pages that no other backed part touches. They read as zeros then.
@@ -231,9 +251,29 @@ class VirtualKVCache:
         Give back only what nothing is about to write to: that would be a fault. Raises as :meth:`resize`, but never for
         lack of room.
         """
-        await self._change("unback", ranges, None)
+        self._check_no_allocator("unback")
+        await self.change("unback", ranges, None)
 
-    async def _change(self, kind: str, ranges: Iterable[tuple[int, int]], timeout_s: float | None) -> None:
+    def check_usable(self) -> None:
+        """Raise unless the cache is leased here, in this process, and its device is alive as far as is known."""
+        self._lease.check_held()
+        self._connection.arenas[self._device].check_alive()
+
+    def _check_no_allocator(self, kind: str) -> None:
+        known = self._open_allocator()
+        if known is not None:
+            raise CacheStateError(
+                f"cannot {kind} cache {self.id}: its block allocator decides what is backed, and hands it out "
+                f"({known.used_blocks} blocks are in use): reserve() or trim() them there, or close() it first",
+                cache_id=self.id,
+            )
+
+    def _open_allocator(self) -> BlockAllocator | None:
+        known = self._allocator() if self._allocator is not None else None
+        return None if known is None or known.closed else known
+
+    async def change(self, kind: str, ranges: Iterable[tuple[int, int]], timeout_s: float | None) -> None:
+        """Do what :meth:`resize`, :meth:`back` and :meth:`unback` do (for the block allocator, too)."""
         self._lease.check_held()
         if self.sealed:
             raise SealedError(
@@ -242,8 +282,7 @@ class VirtualKVCache:
         asked = checked(ranges, self.max_size_bytes)
         wait_s = wait_of(timeout_s, self._connection.config["timeout_s"])
         self._connection.followers[self.id] = self
-        async with self._changing:
-            await self.follow(await self._connection.change(self.id, kind, asked, wait_s))
+        await self._connection.change(self, kind, asked, wait_s)
 
     def block_allocator(
         self, block_bytes: int | str, *, planes: int = 1, ahead_blocks: int | None = None
@@ -273,8 +312,7 @@ class VirtualKVCache:
         """
         self._lease.check_held()
         self._access(Access.READ_WRITE)
-        known = self._allocator() if self._allocator is not None else None
-        if known is not None and not known.closed:
+        if self._open_allocator() is not None:
             raise CacheStateError(f"cache {self.id} has a block allocator already: use that one, or close() it")
         page_bytes = self._connection.devices[self._device]["page_bytes"]
         allocator = BlockAllocator(self, self._connection, page_bytes, parse_size(block_bytes), planes, ahead_blocks)
@@ -291,20 +329,21 @@ class VirtualKVCache:
 
     async def _follow(self, cache_id: int, size_bytes: int, extents: Extents, place: Any) -> None:
         _, pages, generation = place
-        if cache_id != self.id or generation <= self.generation or self._lease.released:
-            return
-        with self._lease.held():
-            left = set(pages)
-            gone = [page for page in self._pages if page not in left]
-            self.size_bytes, self.backed, self._pages, self.generation = size_bytes, extents, pages, generation
-            self._lease.size_bytes = size_bytes
-            viewed = tuple(self._viewed)
-            for access in viewed:
-                self._cover(access)
-            if gone:
-                await asyncio.to_thread(self._connection.arenas[self._device].withdraw, gone)
-            for access in viewed:  # what is there by now: a later answer may have come meanwhile
-                await self._connection.map_pages(self._device, self._pages, access)
+        async with self._following:
+            if cache_id != self.id or generation <= self.generation or self._lease.released:
+                return
+            with self._lease.held():
+                left = set(pages)
+                gone = [page for page in self._pages if page not in left]
+                self.size_bytes, self.backed, self._pages, self.generation = size_bytes, extents, pages, generation
+                self._lease.size_bytes = size_bytes
+                viewed = tuple(self._viewed)
+                for access in viewed:
+                    self._cover(access)
+                if gone:
+                    await asyncio.to_thread(self._connection.arenas[self._device].withdraw, gone)
+                for access in viewed:  # what is there by now: a later answer may have come meanwhile
+                    await self._connection.map_pages(self._device, self._pages, access)
 
     def _cover(self, access: Access) -> None:
         """Let what is not backed read as zeros in a view, until the lease ends."""
@@ -350,7 +389,7 @@ class VirtualKVCache:
             # Before the call: when it is cancelled, the pool may have sealed the cache already.
             before, self.sealed = self.sealed, True
             try:
-                async with self._changing:
+                async with self.changing:
                     await self._seal(hashed)
             except PoolUnavailableError:
                 raise  # whether it was sealed is not known
@@ -424,6 +463,7 @@ class VirtualKVCache:
             If it was released before.
         """
         await self._lease.release()
+        self.backed = ()
 
     async def __aenter__(self) -> VirtualKVCache:
         self._lease.check_held()
@@ -431,4 +471,4 @@ class VirtualKVCache:
 
     async def __aexit__(self, *_: object) -> None:
         if not self._lease.released:
-            await self._lease.release()
+            await self.release()

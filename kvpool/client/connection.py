@@ -9,6 +9,7 @@ import os
 import secrets
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 from weakref import WeakSet, WeakValueDictionary
@@ -41,7 +42,10 @@ Place = tuple[int, Sequence[tuple[int, int]], int]
 
 
 class Follower(Protocol):
-    """Follows what becomes of one cache."""
+    """A cache that is being written, and follows what becomes of it."""
+
+    id: int
+    changing: asyncio.Lock
 
     async def follow(self, answer: Any) -> None:
         """Take a ``changed`` answer in, unless a later one came before."""
@@ -200,14 +204,21 @@ class Connection:
             answer = await self.caches.ask(item, trace)
             return answer if answer[0] == "granted" else await self._waiting.wait(answer[1])
 
-    async def change(self, cache_id: int, kind: str, ranges: Sequence[tuple[int, int]], timeout_s: float) -> Any:
-        """Change what is backed of a cache, waiting for memory up to ``timeout_s``; returns the ``changed`` answer."""
+    async def change(self, cache: Follower, kind: str, ranges: Sequence[tuple[int, int]], timeout_s: float) -> None:
+        """Change what is backed of a cache, waiting for memory up to ``timeout_s``.
+
+        Changes of one cache reach the pool one after the other; one that has to wait there lets others pass.
+        """
         self.check_loop()
         self.check_not_revoked()
         with self.changes.call() as trace:
-            item = (self.next_sequence(), cache_id, kind, list(ranges), timeout_s)
-            answer = await self.changes.ask(item, trace)
-            return answer if answer[0] == "changed" else await self._waiting.wait(answer[1])
+            async with cache.changing:
+                item = (self.next_sequence(), cache.id, kind, list(ranges), timeout_s)
+                answer = await self.changes.ask(item, trace)
+                if answer[0] == "changed":
+                    await cache.follow(answer)
+                    return
+            await cache.follow(await self._waiting.wait(answer[1]))
 
     async def fetch(self, model: int, hashes: bytes, first: int, timeout_s: float) -> Any:
         """Lease what comes up behind the ``first`` blocks of a chain; returns the ``hit`` answer."""
@@ -270,14 +281,18 @@ class Connection:
 
     def _start_release(self, ids: list[int]) -> None:
         if not self._closed:
-            self.spawn(self.release(ids), f"releasing {ids}")
+            self.spawn(partial(self.release, ids), f"releasing {ids}")
 
-    def spawn(self, work: Any, what: str) -> None:
-        """Do something that nobody waits for; the log tells if it fails."""
+    def spawn(self, make: Callable[[], Coroutine[Any, Any, Any]], what: str) -> None:
+        """Run a coroutine function that nobody waits for; the log tells if it fails.
+
+        (A function, because a loop that ends cancels its tasks before their first step: a coroutine that was made by
+        then would never be awaited.)
+        """
 
         async def logged() -> None:
             try:
-                await work
+                await make()
             except KvpoolError as error:
                 logger.warning("%s: %s", what, error)
 
@@ -290,7 +305,7 @@ class Connection:
 
         def start() -> None:
             if not self.closed:
-                self.spawn(make(), what)
+                self.spawn(make, what)
 
         try:
             if after_s:
@@ -312,7 +327,7 @@ class Connection:
             case "queued":
                 self._waiting.give_up(answer[1])
             case "changed" if (cache := self.followers.get(answer[1])) is not None and not self._closed:
-                self.spawn(cache.follow(answer), f"following the growth of cache {answer[1]}")
+                self.spawn(partial(cache.follow, answer), f"following the growth of cache {answer[1]}")
 
     # -- memory ---------------------------------------------------------------------------------------------------
 
@@ -354,7 +369,7 @@ class Connection:
         if not self._closed and not self._unmapped and not any(lease.in_use for lease in list(self.leases)):
             self._unmapped = True
             for arena in self.arenas.values():
-                self.spawn(asyncio.to_thread(arena.close), "unmapping what was revoked")
+                self.spawn(partial(asyncio.to_thread, arena.close), "unmapping what was revoked")
 
     # -- the end --------------------------------------------------------------------------------------------------
 

@@ -34,12 +34,12 @@ def byte_ranges(dtype: Any, shape: Sequence[int] | int, index: Any, *, offset_by
     -------
     list
         ``(start, end)`` of each contiguous run, ascending: one for each combination of the indexes in front of the last
-        that leaves something out.
+        that leaves something out; none of an empty slice.
 
     Raises
     ------
     InvalidRequestError
-        If the index does not fit the shape, or means nothing of it.
+        If the index does not fit the shape.
     TensorMismatchError
         If shape or dtype are none.
     """
@@ -47,6 +47,8 @@ def byte_ranges(dtype: Any, shape: Sequence[int] | int, index: Any, *, offset_by
     parts = [_part(each, size) for each, size in zip(_indexes(index, shape), shape, strict=False)]
     while parts and len(parts[-1]) == shape[len(parts) - 1]:
         parts.pop()  # all of it: the run goes on
+    if not all(parts):
+        return []  # an empty slice
     if not parts:
         return [(offset_bytes, offset_bytes + tensor_bytes(shape, dtype))]
     # Of each dimension: how many bytes one step in it takes.
@@ -75,6 +77,6 @@ def _part(index: Any, size: int) -> range:
             part = range(size)[number : number + 1 or None]
     except TypeError:
         raise InvalidRequestError(f"an index is a number or a slice, not {index!r}") from None
-    if not part or part.step != 1:
-        raise InvalidRequestError(f"{index!r} of a dimension of {size} means nothing of it, or has a step")
+    if part.step != 1 or not (part or isinstance(index, slice)):
+        raise InvalidRequestError(f"{index!r} of a dimension of {size} is outside of it, or has a step")
     return part

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
-from kvpool.errors import CapacityError
+from kvpool.errors import AddressSpaceError, CapacityError
 from kvpool.memory.extents import Extents
 from kvpool.memory.usage import MemoryUsage
 from kvpool.sizes import format_size
@@ -89,5 +89,27 @@ def no_room(kind: type[CapacityError], request: Request, usage: MemoryUsage, lar
         reserve_bytes=usage.reserve_bytes,
         live_bytes=usage.live_bytes,
         zombie_bytes=usage.zombie_bytes,
+        largest_bytes=largest_bytes,
+    )
+
+
+def no_addresses(
+    request: Request, usage: MemoryUsage, range_bytes: int, used_bytes: int, arena_bytes: int, largest_bytes: int
+) -> AddressSpaceError:
+    """Return the error of a cache for which there is memory, and no range of addresses."""
+    return AddressSpaceError(
+        f"no addresses for a cache of {format_size(request.size_bytes)} that may grow to "
+        f"{format_size(request.max_size_bytes)}: it takes {format_size(range_bytes)} of them (what may grow takes a "
+        f"power of two); {format_size(used_bytes)} of {format_size(arena_bytes)} are in use, "
+        f"{format_size(arena_bytes - used_bytes)} free, the largest free range has {format_size(largest_bytes)}. "
+        f"Memory is not short ({format_size(usage.free_bytes)} free): choose a smaller max_size, release caches that "
+        "may grow, or raise arena_factor",
+        asked_bytes=request.size_bytes,
+        max_size_bytes=request.max_size_bytes,
+        range_bytes=range_bytes,
+        used_addresses_bytes=used_bytes,
+        free_addresses_bytes=arena_bytes - used_bytes,
+        arena_bytes=arena_bytes,
+        free_bytes=usage.free_bytes,
         largest_bytes=largest_bytes,
     )

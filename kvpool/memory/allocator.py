@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from kvpool.errors import (
-    AddressSpaceError,
     BackendError,
     CacheStateError,
     CapacityError,
@@ -16,7 +15,16 @@ from kvpool.errors import (
     UnknownCacheError,
     ensure,
 )
-from kvpool.memory.allocation import Allocation, Compaction, Movable, Place, Request, VictimSource, no_room
+from kvpool.memory.allocation import (
+    Allocation,
+    Compaction,
+    Movable,
+    Place,
+    Request,
+    VictimSource,
+    no_addresses,
+    no_room,
+)
 from kvpool.memory.backend import Backend
 from kvpool.memory.compaction import WINDOW_PAGES
 from kvpool.memory.extents import Extents, checked, difference, front, pages_touched, total_bytes, union
@@ -543,9 +551,7 @@ class GPUMemoryAllocator:
             return None if grown is None else (each.offset, grown.refs)
         if not shares_pages(size_bytes, maximum_bytes, self.page_size_bytes):
             pages = -(-size_bytes >> self._page_shift)
-            growing = maximum_bytes > size_bytes
-            range_bytes = 1 << (maximum_bytes - 1).bit_length() if growing else pages << self._page_shift
-            taken = self._ranges.take(tenant, Shape(range_bytes, pages))
+            taken = self._ranges.take(tenant, Shape(self._range_bytes(size_bytes, maximum_bytes), pages))
             return None if taken is None else (taken.index << self._page_shift, taken.refs)
         return self._shared.allocate(
             cache_id, tenant, size_bytes, None if maximum_bytes == size_bytes else maximum_bytes
@@ -558,9 +564,18 @@ class GPUMemoryAllocator:
 
     def _full(self, request: Request) -> CapacityError:
         backed = self._ranges.pages_for(request.tenant) * self.page_size_bytes >= request.size_bytes
-        short_of_addresses = not request.wanted and self._ranges.largest_range_bytes() < request.max_size_bytes
-        kind = AddressSpaceError if backed and short_of_addresses else CapacityError
-        return no_room(kind, request, self.usage(), self._largest_bytes(request.tenant))
+        range_bytes = self._range_bytes(request.size_bytes, request.max_size_bytes)
+        largest_bytes = self._ranges.largest_range_bytes()
+        if backed and not request.wanted and largest_bytes < range_bytes:
+            addresses = self._ranges.addresses
+            return no_addresses(request, self.usage(), range_bytes, *addresses, largest_bytes)
+        return no_room(CapacityError, request, self.usage(), self._largest_bytes(request.tenant))
+
+    def _range_bytes(self, size_bytes: int, maximum_bytes: int) -> int:
+        """Return the addresses that a cache with pages of its own takes."""
+        if maximum_bytes > size_bytes:
+            return 1 << (maximum_bytes - 1).bit_length()
+        return -(-size_bytes >> self._page_shift) << self._page_shift
 
     def _not_live(self, cache_id: int) -> CacheStateError:
         if 0 <= cache_id <= self._highest_id:

@@ -12,7 +12,9 @@ goes around one level costs no change of memory.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from kvpool.errors import CapacityError, DoubleReleaseError, InvalidRequestError, InvalidSizeError, ensure
 
@@ -70,7 +72,7 @@ class BlockSpace:
     # -- blocks -----------------------------------------------------------------------------------------------------
 
     def allocate(self, count: int) -> list[int]:
-        """Return the numbers of ``count`` blocks that have memory; all of them, or none.
+        """Return the numbers of ``count`` blocks that have memory, ascending; all of them, or none.
 
         Raises
         ------
@@ -79,8 +81,7 @@ class BlockSpace:
         InvalidRequestError
             If ``count`` is no whole number of at least 0.
         """
-        if not isinstance(count, int) or count < 0:
-            raise InvalidRequestError(f"allocate a whole number of blocks, not {count!r}", asked=repr(count))
+        count = _count(count)
         self._resting = False
         if count > self.free_blocks:
             raise self._too_few(count)
@@ -102,10 +103,11 @@ class BlockSpace:
                 states[number] = _USED
             numbers += taken
             count -= len(taken)
+        numbers.sort()
         return numbers
 
-    def free(self, numbers: Sequence[int]) -> None:
-        """Take blocks back; all of them, or none.
+    def free(self, numbers: Iterable[int]) -> None:
+        """Take blocks back, from a list of their numbers or an array of any kind; all of them, or none.
 
         Raises
         ------
@@ -114,16 +116,14 @@ class BlockSpace:
         InvalidRequestError
             If one is no number of a block.
         """
-        states = self._states
+        states, num_blocks = self._states, self.num_blocks
+        numbers = _plain(numbers)
         done = 0
-        try:
-            for number in numbers:
-                if number < 0 or states[number] != _USED:
-                    break
-                states[number] = _FREE
-                done += 1
-        except (IndexError, TypeError):
-            pass  # no number of a block; told below
+        for number in numbers:
+            if not 0 <= number < num_blocks or states[number] != _USED:
+                break
+            states[number] = _FREE
+            done += 1
         if done != len(numbers):
             for number in numbers[:done]:
                 states[number] = _USED
@@ -177,12 +177,41 @@ class BlockSpace:
         ------
         CapacityError
             If there are not so many blocks that are not in use.
+        InvalidSizeError
+            If there are not so many at all.
+        InvalidRequestError
+            If ``count`` is no whole number of at least 0.
         """
+        count = _count(count)
+        if count > self.num_blocks:
+            raise InvalidSizeError(
+                f"asked for {count} blocks: there are {self.num_blocks}, so that can never be: ask for less, or for a "
+                "cache with a larger max_size",
+                asked_blocks=count,
+                num_blocks=self.num_blocks,
+            )
         groups = self._unbacked_for(count)
         if count > self.free_blocks + sum(map(self._size, groups)):
             raise self._too_few(count)
         self._reserved = max(self._reserved, count)
         return groups
+
+    def needed_of(self, groups: list[int], count: int) -> list[int]:
+        """Return the first of ``groups``, as many as are still to be backed so that ``count`` blocks are free."""
+        free_blocks = self.free_blocks
+        for number, group in enumerate(groups):
+            if free_blocks >= count:
+                return groups[:number]
+            free_blocks += self._size(group)
+        return groups
+
+    def free_blocks_without(self, groups: list[int], count: int) -> int | None:
+        """Return from how many free blocks on the last of ``groups`` is not needed; None if there is none."""
+        return count - sum(map(self._size, groups[:-1])) if groups else None
+
+    def is_unbacked(self, group: int) -> bool:
+        """Whether a group has no memory, as far as is known."""
+        return self._free[group] is None and group not in self._leaving
 
     def note_backed(self, groups: Sequence[int]) -> None:
         """Take in that groups have memory now, or keep the one that :meth:`take_surplus` wanted to take."""
@@ -282,7 +311,7 @@ class BlockSpace:
 
     def _cannot_free(self, numbers: Sequence[int], done: int) -> DoubleReleaseError | InvalidRequestError:
         number = numbers[done]
-        if isinstance(number, int) and 0 <= number < self.num_blocks:
+        if 0 <= number < self.num_blocks:
             return DoubleReleaseError(
                 f"block {number} is free already: free each once (nothing was freed)", block=number
             )
@@ -290,3 +319,33 @@ class BlockSpace:
             f"{number!r} is no block that was allocated here: they are 0 to {self.num_blocks - 1} (nothing was freed)",
             asked=repr(number),
         )
+
+
+def _count(count: Any) -> int:
+    """Return a number of blocks as a plain integer, or raise :class:`InvalidRequestError`."""
+    try:
+        plain = operator.index(count)
+    except TypeError:
+        plain = -1
+    if type(plain) is not int or isinstance(count, bool) or plain < 0:
+        raise InvalidRequestError(f"give a whole number of blocks, not {count!r}", asked=repr(count))
+    return plain
+
+
+def _plain(numbers: Any) -> list[int]:
+    """Return numbers as plain integers: what is kept must not change when a caller writes to its array again."""
+    tolist = getattr(numbers, "tolist", None)
+    try:
+        plain = list(numbers if tolist is None else tolist())
+        if set(map(type, plain)) <= {int}:
+            return plain
+        wrong = [number for number in plain if isinstance(number, bool) or type(operator.index(number)) is not int]
+        if not wrong:
+            return list(map(operator.index, plain))
+    except TypeError:
+        pass  # told below, with all else that is no number
+    raise InvalidRequestError(
+        f"{numbers!r:.200} are no numbers of blocks: give whole numbers, or a one-dimensional array of them (nothing "
+        "was freed)",
+        asked=f"{numbers!r:.200}",
+    )

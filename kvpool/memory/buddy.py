@@ -240,6 +240,32 @@ class BuddyAllocator:
                 return False
         return True
 
+    def free_run_bytes(self, offset: int) -> int:
+        """Return how many bytes from ``offset`` on are free, across the borders of blocks."""
+        end = offset
+        while True:
+            for block_bytes, blocks in self._free.items():
+                if end & -block_bytes in blocks:
+                    end = (end & -block_bytes) + block_bytes
+                    break
+            else:
+                return end - offset
+
+    def free_runs(self) -> list[tuple[int, int]]:
+        """Return offset and bytes of all that is free, ascending, neighbours as one. O(n log n) of the free ranges."""
+        runs: list[tuple[int, int]] = []
+        for offset, size_bytes in sorted((each, size) for size, blocks in self._free.items() for each in blocks):
+            if runs and sum(runs[-1]) == offset:
+                runs[-1] = runs[-1][0], runs[-1][1] + size_bytes
+            else:
+                runs.append((offset, size_bytes))
+        return runs
+
+    def end_of(self, offset: int) -> int | None:
+        """Return where the range that begins at ``offset`` ends, ``None`` if none does."""
+        size_bytes = self._live.get(offset)
+        return None if size_bytes is None else offset + abs(size_bytes)
+
     def split(self, offset: int) -> None:
         """Make the range at ``offset`` as many ranges of the minimum block, each to be freed by itself.
 

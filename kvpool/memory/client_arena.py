@@ -98,6 +98,14 @@ class ClientArena:
         """Mappings in both views."""
         return len(self._serials[Access.READ]) + len(self._serials[Access.READ_WRITE])
 
+    def check_alive(self) -> None:
+        """Raise :class:`DeviceLostError` if the owner is gone, as far as is known without asking it."""
+        self._check_usable()
+        if not self._connection.live:
+            raise DeviceLostError(
+                f"the owner at {self._path} does not answer: what it held is lost if it died; ask for the caches again"
+            )
+
     def address(self, offset: int, access: Access) -> int:
         """Return the address of an offset of the arena in the view with that access."""
         self._check_usable()

@@ -60,6 +60,23 @@ class RangeAllocator:
         self.in_use[taken.index] = (shape, taken)
         return taken
 
+    def take_at(self, tenant: str, index: int) -> PageRange | None:
+        """Return a range of one page at ``index``, in use by ``tenant`` from now on; ``None`` if it cannot be there.
+
+        Raises
+        ------
+        BackendError
+            As :meth:`take`.
+        """
+        start, shape = index * self._page_bytes, Shape(self._page_bytes, 1)
+        if not self._addresses.is_free(start, self._page_bytes):
+            return None
+        self._addresses.carve(start, self._page_bytes)
+        taken = self._back_new(tenant, start, shape)
+        if taken is not None:
+            self.in_use[index] = (shape, taken)
+        return taken
+
     def put(self, index: int) -> None:
         """Take the range at ``index`` back: nothing lives in it any more. It stays warm, see :meth:`bound`.
 
@@ -194,6 +211,12 @@ class RangeAllocator:
         own = max(held.values(), default=0) if tenant is None else held.get(tenant, 0)
         return self.table.free_pages + self.table.warm_pages - sum(held.values()) + own
 
+    @property
+    def addresses(self) -> tuple[int, int]:
+        """Bytes of addresses in use, and of all. Those under warm pages count as free: they are given up for others."""
+        used_bytes = sum(shape.range_bytes for shape, _ in self.in_use.values())
+        return used_bytes, self._addresses.total_bytes
+
     def largest_range_bytes(self) -> int:
         """The largest range of addresses that is free or under warm pages."""
         return max(self._addresses.largest_free_bytes, self._reserve.largest_range_bytes())
@@ -242,8 +265,10 @@ class RangeAllocator:
 
     def _make(self, tenant: str, shape: Shape) -> PageRange | None:
         start = self._take_addresses(shape.range_bytes)
-        if start is None:
-            return None
+        return None if start is None else self._back_new(tenant, start, shape)
+
+    def _back_new(self, tenant: str, start: int, shape: Shape) -> PageRange | None:
+        """Put pages under the front of addresses that were taken for a range; they are free again if there are none."""
         try:
             pages = self._collect(tenant, shape.pages)
             if pages is not None:

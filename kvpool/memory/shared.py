@@ -1,13 +1,15 @@
 """Caches that do not fill pages: several of one tenant share its pages.
 
-A part smaller than a page comes to lie in one, aligned as the buddy allocator does it; a larger one begins at a page.
-Compaction puts it anywhere, also across the borders of pages that lie side by side: else caches a little larger than
-half a page would fill half of each page.
+A part whose size is a power of two comes to lie in a page, aligned as the buddy allocator does it. One of another size
+begins where the last such one ended, or where one was freed, if there is room, and lies across the border of its page
+if the one behind can be had: aligned, caches a little larger than half a page would fill half of each page, and while
+they are leased nothing can move them together. A part larger than a page begins at one. Compaction puts all anywhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import islice
 
 from kvpool.errors import AddressSpaceError, ensure
 from kvpool.memory.allocation import Place
@@ -16,6 +18,15 @@ from kvpool.memory.ranges import RangeAllocator
 from kvpool.memory.reserve import Shape
 from kvpool.memory.residents import Residents
 from kvpool.sizes import round_up
+
+_MOST_HOLES = 4
+"""How many places where a part was freed are looked at for one of another size, the latest first."""
+
+_KEPT_HOLES = 4096
+"""How many such places are remembered."""
+
+_SEARCH_SHARE = 32
+"""All holes are searched once more when this part of a tenant's pages was freed since there was none large enough."""
 
 
 class SharedPages:
@@ -45,6 +56,10 @@ class SharedPages:
         self._residents = {"default": Residents(self._page_bytes)}
         #: By offset: the pieces of a part that lies across borders of pages.
         self._pieces: dict[int, tuple[int, ...]] = {}
+        #: By tenant: where parts of sizes that are no powers of two may begin, the latest last.
+        self._holes: dict[str, dict[int, None]] = {}
+        #: By tenant: bytes freed since a search found no hole that is large enough.
+        self._freed_bytes: dict[str, int] = {}
         #: By offset of a page in quarantine: its tenant, and the parts of it that are free and yet for nobody.
         self._withheld: dict[int, tuple[str, list[int]]] = {}
         #: Bytes of these parts.
@@ -58,16 +73,101 @@ class SharedPages:
             self._residents[tenant] = Residents(self._page_bytes)
         if size_bytes > self._page_bytes:
             return self._allocate_pages(cache_id, tenant, size_bytes)
+        if max_size_bytes is None and size_bytes & (size_bytes - 1):
+            part_bytes = round_up(size_bytes, self._min_block_bytes)
+            if part_bytes & (part_bytes - 1):
+                return self._pack(cache_id, tenant, part_bytes)
         try:
             offset = parts.allocate(size_bytes, max_size_bytes)
         except AddressSpaceError:  # no hole is large enough: one page more
             page = self._ranges.take(tenant, self._one_page)
             if page is None:
-                return None
+                return self._fill_hole(cache_id, tenant, round_up(size_bytes, self._min_block_bytes), max_size_bytes)
             parts.add(page.index * self._page_bytes)
             offset = parts.allocate(size_bytes, max_size_bytes)
         self._residents[tenant].enter(offset, (cache_id, parts.allocation_size(offset)))
         return offset, self._ranges.in_use[offset // self._page_bytes][1].refs
+
+    def _fill_hole(self, cache_id: int, tenant: str, part_bytes: int, max_size_bytes: int | None) -> Place | None:
+        """Return offset and pages of a part that is not aligned, because there is no other room."""
+        parts, holes = self._parts[tenant], self._holes.get(tenant, {})
+        if max_size_bytes is not None:
+            return None
+        offset = self._find_hole(parts, holes, part_bytes)
+        if offset is None:
+            offset = self._search(tenant, part_bytes)
+        if offset is None:
+            return None
+        self._carve(parts, offset, part_bytes)
+        return self._entered(cache_id, tenant, offset, part_bytes)
+
+    def _entered(self, cache_id: int, tenant: str, offset: int, part_bytes: int) -> Place:
+        holes = self._holes.setdefault(tenant, {})
+        holes.pop(offset, None)
+        self._note_hole(tenant, offset + part_bytes)
+        self._residents[tenant].enter(offset, (cache_id, part_bytes))
+        return offset, self.refs(offset, part_bytes)
+
+    def _pack(self, cache_id: int, tenant: str, part_bytes: int) -> Place | None:
+        """Return offset and pages of a part whose size is no power of two."""
+        parts, holes = self._parts[tenant], self._holes.setdefault(tenant, {})
+        offset = self._find_hole(parts, holes, part_bytes)
+        if offset is None:
+            try:
+                offset = parts.allocate(part_bytes)
+            except AddressSpaceError:
+                offset = self._reach_over(tenant, parts, holes, part_bytes)
+                if offset is None:
+                    page = self._ranges.take(tenant, self._one_page)
+                    if page is not None:
+                        offset = page.index * self._page_bytes
+                        parts.add(offset)
+                    else:
+                        offset = self._search(tenant, part_bytes)
+                        if offset is None:
+                            return None
+                self._carve(parts, offset, part_bytes)
+        else:
+            self._carve(parts, offset, part_bytes)
+        return self._entered(cache_id, tenant, offset, part_bytes)
+
+    def _search(self, tenant: str, part_bytes: int) -> int | None:
+        """Look at all holes, and remember those that are large enough; unless little was freed since there was none."""
+        parts = self._parts[tenant]
+        freed_bytes = self._freed_bytes.get(tenant)
+        if freed_bytes is not None and freed_bytes * _SEARCH_SHARE < parts.total_bytes:
+            return None
+        found = [offset for offset, size_bytes in parts.free_runs() if size_bytes >= part_bytes]
+        for offset in reversed(found):
+            self._note_hole(tenant, offset)
+        if found:
+            return found[0]
+        self._freed_bytes[tenant] = 0
+        return None
+
+    def _find_hole(self, parts: BuddyAllocator, holes: dict[int, None], part_bytes: int) -> int | None:
+        for offset in list(islice(reversed(holes), _MOST_HOLES)):
+            if parts.is_free(offset, part_bytes):
+                return offset
+            if not parts.is_free(offset, self._min_block_bytes):
+                del holes[offset]
+                end = parts.end_of(offset)  # of a small part that was put there since: the hole may go on behind it
+                if end is not None:
+                    holes[end] = None
+                    if parts.is_free(end, part_bytes):
+                        return end
+        return None
+
+    def _reach_over(self, tenant: str, parts: BuddyAllocator, holes: dict[int, None], part_bytes: int) -> int | None:
+        """Take the page behind one whose end is free, and return where that end begins."""
+        for offset in list(islice(reversed(holes), _MOST_HOLES)):
+            border = (offset | (self._page_bytes - 1)) + 1
+            if offset + part_bytes <= border or not parts.is_free(offset, border - offset):
+                continue
+            if self._ranges.take_at(tenant, border // self._page_bytes) is not None:
+                parts.add(border)
+                return offset
+        return None
 
     def _allocate_pages(self, cache_id: int, tenant: str, size_bytes: int) -> Place | None:
         """Return offset and pages of a part that begins a page, and leaves the end of its last one to others."""
@@ -81,12 +181,17 @@ class SharedPages:
             parts.add(offset + page * self._page_bytes)
         part_bytes = round_up(size_bytes, self._min_block_bytes)
         self._carve(parts, offset, part_bytes)
+        self._note_hole(tenant, offset + part_bytes)
         self._residents[tenant].enter(offset, (cache_id, part_bytes))
         return offset, taken.refs
 
     def free(self, tenant: str, offset: int) -> None:
         """Take the part at ``offset`` back, and give its page to the arena when nothing else lives in it."""
-        self._residents[tenant].leave(offset)
+        _, part_bytes = self._residents[tenant].leave(offset)
+        if part_bytes & (part_bytes - 1):
+            self._note_hole(tenant, offset)
+        if tenant in self._freed_bytes:
+            self._freed_bytes[tenant] += part_bytes
         pieces = self._pieces.pop(offset, None)
         if pieces is None:
             self._free_piece(tenant, offset)
@@ -96,6 +201,14 @@ class SharedPages:
         for piece in pieces:
             self._free_piece(tenant, piece)
         self.put_empty(tenant, [piece & -self._page_bytes for piece in pieces])
+
+    def _note_hole(self, tenant: str, offset: int) -> None:
+        holes = self._holes.setdefault(tenant, {})
+        holes.pop(offset, None)
+        holes[offset] = None
+        if len(holes) > _KEPT_HOLES:  # what lies deep is found by the search of all
+            for old in list(islice(holes, _KEPT_HOLES // 2)):
+                del holes[old]
 
     def _free_piece(self, tenant: str, offset: int) -> None:
         parts = self._parts[tenant]
@@ -179,6 +292,8 @@ class SharedPages:
     def refs(self, offset: int, size_bytes: int) -> tuple[tuple[int, int], ...]:
         """Return (index, serial) of each page under a part."""
         first, last = offset // self._page_bytes, (offset + size_bytes - 1) // self._page_bytes
+        if first == last:
+            return self._ranges.in_use[first][1].refs
         return tuple(ref for index in range(first, last + 1) for ref in self._ranges.in_use[index][1].refs)
 
     @property
@@ -221,9 +336,14 @@ class SharedPages:
         return self._residents[tenant]
 
     def largest_hole_bytes(self, tenant: str | None) -> int:
-        """The largest part that ``tenant``, or any, could still get from a page that is in use."""
-        parts = self._parts.values() if tenant is None else filter(None, [self._parts.get(tenant)])
-        return max((each.largest_free_bytes for each in parts), default=0)
+        """The largest part that ``tenant``, or any (of aligned ones), could still get from pages that are in use."""
+        if tenant is None:
+            return max(each.largest_free_bytes for each in self._parts.values())
+        parts = self._parts.get(tenant)
+        if parts is None:
+            return 0
+        runs = map(parts.free_run_bytes, islice(reversed(self._holes.get(tenant, {})), _MOST_HOLES))
+        return max(parts.largest_free_bytes, min(max(runs, default=0), self._page_bytes))
 
     def check(self, used_bytes: dict[str, int]) -> None:
         """Prove that the parts of each tenant are sound, and those in use add up to ``used_bytes``.

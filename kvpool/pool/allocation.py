@@ -224,6 +224,8 @@ class Allocations:
                 self.deliver_error(request, AddressSpaceError(shortage["message"], **shortage["details"]), now)
             self._room.changed = True
             return
+        for request in requests[len(places) :]:
+            request.fits[device] = shortage["details"]["largest_bytes"]
         self.plan_again(requests[len(places) :], device, now)
 
     def submit(self, requests: Sequence[CacheRequest], now: float) -> None:
@@ -233,6 +235,16 @@ class Allocations:
             must_wait = self.queue and request.size_bytes and self._must_wait(request)
             if must_wait or not self._plan(request, orders, now):
                 self._wait(request, now)
+        self._send(orders)
+
+    def decide_waiting(self, requests: Sequence[CacheRequest], now: float) -> None:
+        """Decide at once on those of these requests that wait, wherever they stand, and need no memory any more."""
+        orders = Orders()
+        for request in requests:
+            ticket = request.ticket
+            if ticket is not None and self.queue.get(ticket) is request and self._plan(request, orders, now):
+                self.queue.pop(ticket)
+                self._room.changed = True  # others stood behind it
         self._send(orders)
 
     def plan_again(self, requests: Sequence[CacheRequest], device: int, now: float) -> None:
@@ -250,6 +262,8 @@ class Allocations:
 
     def deliver(self, request: CacheRequest, answer: Answer, now: float) -> None:
         """Answer a request, where it is waited for."""
+        if request.change is not None:
+            self.changes.ended(request, request.change)
         if request.batch is None:
             ensure(request.ticket is not None, "a request without a batch has a ticket")
             self._ledger.out.append(Grant(request.client.id, request.ticket or 0, answer))
@@ -387,6 +401,8 @@ class Allocations:
             if request is not None and request.client.id == client:
                 self.queue.cancel(ticket)
                 self._waited(request, "cancelled")
+                if request.change is not None:
+                    self.changes.ended(request, request.change)
 
     def refuse_client(self, client: str, error: KvpoolError, now: float) -> None:
         """Answer all waiting requests of a client with an error."""

@@ -1,8 +1,10 @@
 """Growth in place: what is backed of a cache becomes more or less while it is written.
 
 A change that needs memory is decided like a request for a new cache: it evicts on the cache's device, or waits in the
-same line with a ticket and a deadline. One that gives memory back waits for nothing. The device is the truth: each of
-its answers tells all that is backed, and the books follow it once no other change is under way.
+same line with a ticket and a deadline. One that gives memory back waits for nothing, not even for growth of the same
+cache that waits: what was said last counts, so it takes what it gives back from that growth, too, which then waits for
+less, in its place in the line. One change of a cache is under way at its device at a time, and others stand behind it.
+The device is the truth: each of its answers tells all that is backed, and the books follow it.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ from kvpool.errors import (
     KvpoolError,
     SealedError,
     UnknownCacheError,
+    ensure,
 )
-from kvpool.memory.extents import Extents, changed, checked, front, pages_touched, total_bytes
+from kvpool.memory.extents import Extents, changed, checked, difference, front, pages_touched, total_bytes
 from kvpool.memory.packing import shares_pages
 from kvpool.pool.allocation import Allocations, check_timeout
 from kvpool.pool.client import Backing, Client
@@ -53,6 +56,8 @@ class BackingChanges:
         self._allocations = allocations
         self._behind: dict[int, deque[CacheRequest]] = {}
         """By cache, the changes that came while one of it was under way."""
+        #: By cache: changes that may need memory, and are not answered.
+        self._growing: dict[int, list[CacheRequest]] = {}
         allocations.changes = self
 
     def request(self, batch: Batch, client_id: str, items: Sequence[tuple[Any, ...]], now: float) -> None:
@@ -61,12 +66,65 @@ class BackingChanges:
         requests = []
         for item, content in enumerate(items):
             try:
-                requests.append(self._validated(client, batch, item, content, now))
+                request, change = self._validated(client, batch, item, content, now)
             except KvpoolError as error:
                 self._ledger.refuse(batch, item, error)
+                continue
+            self._overtake(change)
+            if change.kind != "unback":
+                self._growing.setdefault(change.cache_id, []).append(request)
+            requests.append(request)
         self._allocations.submit(requests, now)
+        for cache_id in {request.change.cache_id for request in requests if request.change is not None}:
+            self._hasten(cache_id, now)
 
-    def _validated(self, client: Client, batch: Batch, item: int, content: tuple[Any, ...], now: float) -> CacheRequest:
+    def _overtake(self, change: Change) -> None:
+        """Take what a change gives back from those of the same cache that came before it and are not answered."""
+        for request in self._growing.get(change.cache_id, ()):
+            earlier = request.change
+            if earlier is None or change.kind == "back":
+                continue
+            left = difference(earlier.asked, change.asked)
+            if change.kind == "resize":
+                left = difference(earlier.asked, left)
+            if left != earlier.asked or change.kind == "resize":
+                # What a resize would give back, too, is no longer for it to say.
+                request.change = earlier._replace(kind="back", asked=left)
+                self._room.changed = True  # it may fit now
+
+    def _hasten(self, cache_id: int, now: float) -> None:
+        """Decide at once on changes of a cache that wait, and need no memory any more, or cannot be any more."""
+        ready = []
+        for request in self._growing.get(cache_id, ()):
+            try:
+                change = request.change
+                ensure(change is not None, "what changes a cache says how", cache_id=cache_id)
+                if change is not None:
+                    row = self._writable(request.client, cache_id)
+                    needs = self._needs(self._ledger.devices[change.device], self.backing(row, cache_id), change)
+                    request.size_bytes = needs[0]
+            except KvpoolError:
+                request.size_bytes = 0
+            if not request.size_bytes:
+                ready.append(request)
+        self._allocations.decide_waiting(ready, now)
+
+    def sealed(self, cache_ids: Sequence[int], now: float) -> None:
+        """Note that caches may be sealed now: what waits to grow them is told."""
+        for cache_id in cache_ids:
+            self._hasten(cache_id, now)
+
+    def ended(self, request: CacheRequest, change: Change) -> None:
+        """Note that a change is answered, or not waited for any more."""
+        growing = self._growing.get(change.cache_id, [])
+        if request in growing:
+            growing.remove(request)
+            if not growing:
+                del self._growing[change.cache_id]
+
+    def _validated(
+        self, client: Client, batch: Batch, item: int, content: tuple[Any, ...], now: float
+    ) -> tuple[CacheRequest, Change]:
         sequence, cache_id, kind, ranges, timeout_s, trace = content
         ledger = self._ledger
         check_timeout(timeout_s)
@@ -81,10 +139,11 @@ class BackingChanges:
         device = ledger.devices[change.device]
         missing_bytes, _, _ = self._needs(device, backing, change)
         model = ledger.model_in(ledger.index.space_of(row))
-        return CacheRequest(
+        request = CacheRequest(
             client, model, sequence, missing_bytes, backing.max_size_bytes, timeout_s, now + timeout_s, batch, item,
             0, trace, now, change=change,
         )  # fmt: skip
+        return request, change
 
     def _writable(self, client: Client, cache_id: int) -> int:
         """Return the row of a cache that this client writes, or raise what keeps it from being changed."""

@@ -52,6 +52,8 @@ class CacheRequest:
     """When it got its ticket."""
     shortages: dict[int, int] = field(default_factory=dict)
     """How often each device had less room than the books say, since the request was last tried anew."""
+    fits: dict[int, int] = field(default_factory=dict)
+    """The largest size for which each such device last said that it had room."""
     news: int = 0
     """How often room had come free when it was last tried anew."""
     born: int = 0

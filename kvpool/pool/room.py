@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -376,7 +377,9 @@ class Room:
         evictable = {device.number: ledger.index.evictable_bytes[device.number] for device in devices}
         pinned = {d.number: ledger.index.resident_bytes[d.number] - evictable[d.number] for d in devices}
         zombie_bytes = sum(device.zombie_bytes for device in devices)
-        largest = max((free[number] + evictable[number] for number in free), default=0)
+        # Free bytes may lie in holes, each of them too small: then the device knows better.
+        fitted = {number: min(free[number] + evictable[number], request.fits.get(number, math.inf)) for number in free}
+        largest = int(max(fitted.values(), default=0))
         by_quota, quota_details = self._by_quota(request)
         return CapacityError(
             f"asked for {format_size(request.size_bytes)} and {why}: {by_quota}"

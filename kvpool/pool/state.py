@@ -304,6 +304,7 @@ class PoolState:
                 self.blocks.request_blocks(event.batch, event.client, event.items, now)
             case SealRequested():
                 self.directory.seal(event.batch, event.client, event.items, event.finish, now)
+                self.changes.sealed([cache_id for _, _, ids, *_ in event.items for cache_id in ids], now)
             case ReleaseRequested():
                 self.leases.release(event.batch, event.client, event.items, now)
             case PinRequested():

@@ -5,7 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvpool.errors import CapacityError, DoubleReleaseError, InvalidRequestError
+from kvpool.errors import CapacityError, DoubleReleaseError, InvalidRequestError, InvalidSizeError
 from kvpool.memory.block_space import BlockSpace
 
 
@@ -65,8 +65,11 @@ class BlockSpaceMachine(RuleBasedStateMachine):
             wanted = reserve
             try:
                 groups = self.space.missing_for(reserve)
+            except InvalidSizeError:
+                assert reserve > self.space.num_blocks
+                return
             except CapacityError:
-                assert reserve > self.space.num_blocks - len(self.used)
+                assert self.space.num_blocks >= reserve > self.space.num_blocks - len(self.used)
                 return
         assert self.backed.isdisjoint(groups)
         self.space.note_backed(groups)

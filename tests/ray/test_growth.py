@@ -116,7 +116,13 @@ async def test_growing_waits_for_memory_and_a_cancelled_wait_leaves_the_line(poo
         async with asyncio.timeout(0.2):
             await cache.resize("1MiB")
     waiting = asyncio.create_task(cache.resize("1MiB"))
-    await asyncio.sleep(0)
+    await until(lambda: somebody_waits(pool), "the line")
+    await cache.unback([(0, PAGE)])  # shrinking waits for nothing
+    assert (cache.backed, waiting.done()) == ((), False)
+    await cache.resize(0)
+    await waiting  # the last word counts, so nothing of it is left
+    assert cache.backed == ()
+    waiting = asyncio.create_task(cache.resize("1MiB"))
     await other.release()
     await waiting
     view[:MIB] = 5
@@ -125,11 +131,17 @@ async def test_growing_waits_for_memory_and_a_cancelled_wait_leaves_the_line(poo
     await cache.release()
 
 
+async def somebody_waits(pool: CachePool) -> bool:
+    return bool((await pool.stats()).waiting)
+
+
 async def refuse_sizes_that_cannot_be(pool: CachePool) -> None:
     async with await pool.request_cache("m", size=PAGE, max_size=4 * PAGE) as cache:
         for size in (5 * PAGE, -1, "nothing", 0.5):
             with pytest.raises(InvalidSizeError):
                 await cache.resize(size)
+        with pytest.raises(InvalidSizeError, match="its max_size is"):
+            await cache.resize(5 * PAGE)
         with pytest.raises(InvalidSizeError):
             await cache.back([(0, 5 * PAGE)])
     with pytest.raises(InvalidSizeError):
@@ -167,6 +179,9 @@ async def test_blocks_are_handed_out_and_their_memory_follows(make_pool):
             blocks.allocate(1)
         with pytest.raises(CacheStateError, match="already"):
             cache.block_allocator(block_bytes)
+        for change in (cache.resize(0), cache.back([(0, 1)]), cache.unback([(0, 1)])):
+            with pytest.raises(CacheStateError, match="block allocator"):
+                await change
         await blocks.reserve(24)
         held = [blocks.allocate(4) for _ in range(6)]
         for numbers in held:
@@ -182,7 +197,11 @@ async def test_blocks_are_handed_out_and_their_memory_follows(make_pool):
         assert await blocks.trim() >= 16
         assert (blocks.free_blocks, cache.size_bytes) == (0, 0)
         assert not tensor.any()
+        await blocks.reserve(1)
         del tensor
+    assert cache.backed == ()
+    with pytest.raises(CacheStateError, match="released"):
+        blocks.allocate(1)
     other = await pool.request_cache("m", size=8 * PAGE)
     await other.release()
     await until(lambda: nothing_is_warm(pool), "the return of what lies idle")

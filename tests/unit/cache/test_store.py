@@ -276,11 +276,12 @@ def test_a_client_without_a_token_is_never_authorized(store):
 
 
 def test_compact_moves_what_nobody_has_leased_and_the_next_lease_gives_its_new_place(store):
-    size = PAGE // 2 + 4096  # a page each, and two of them would not fit one
+    size = PAGE // 2 + 4096
     resident(store, [1, 2, 3])
     assert do(store, "evict", [1, 2, 3]) == []
-    places, _, _ = allocate(store, [4, 5, 6, 7], size=size)
+    places, _, _ = allocate(store, [4, 8, 9, 5, 6, 7], size=size)
     assert do(store, "finish", "a", 2, [5, 6, 7], [bytes([i]) * 16 for i in (5, 6, 7)]) == [RELEASED] * 3
+    assert do(store, "release", "a", 9, [8, 9]) == [FREED, FREED]
     before = store.allocator.usage().backed_bytes
     moved_bytes, freed_pages, more = do(store, "compact", 100 * PAGE)
     assert (freed_pages, more) == (1, False)

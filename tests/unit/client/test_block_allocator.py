@@ -21,24 +21,57 @@ class Cache:
 
     def __init__(self) -> None:
         self.backed = ()
-        self.memory_bytes = self.max_size_bytes
+        self.memory_bytes = self.device_bytes = self.max_size_bytes
         self.calls: list[str] = []
         self.fails: Exception | None = None
+        self.line: list[Waiting] = []
 
-    async def back(self, ranges, *, timeout_s=None) -> None:
-        self.calls.append("back" if timeout_s == 0 else "back, waiting")
+    async def change(self, kind, ranges, timeout_s) -> None:
+        self.calls.append("back, waiting" if kind == "back" and timeout_s != 0 else kind)
+        if kind == "unback":
+            await self._unback(ranges)
+            return
+        waiting = Waiting(ranges)
+        if total_bytes(union(self.backed, waiting.ranges)) > self.device_bytes:
+            raise InvalidSizeError("more than the device has")
         await asyncio.sleep(0)
-        backed = union(self.backed, ranges)
-        if total_bytes(backed) > self.memory_bytes:
-            raise CapacityError("no room")
-        self.backed = backed
+        while not self._fits(waiting):
+            if timeout_s == 0:
+                raise CapacityError("no room")
+            self.line.append(waiting)
+            await waiting.called.wait()
+            waiting.called.clear()
+        self.backed = union(self.backed, waiting.ranges)
 
-    async def unback(self, ranges) -> None:
-        self.calls.append("unback")
+    def _fits(self, waiting) -> bool:
+        return total_bytes(union(self.backed, waiting.ranges)) <= self.memory_bytes
+
+    async def _unback(self, ranges) -> None:
         await asyncio.sleep(0)
         if self.fails is not None:
             raise self.fails
         self.backed = difference(self.backed, union(ranges))
+        for waiting in self.line:  # what was said last counts
+            waiting.ranges = difference(waiting.ranges, union(ranges))
+        self.call()
+
+    def call(self) -> None:
+        """Let who waits look whether there is memory now."""
+        line, self.line = self.line, []
+        for waiting in line:
+            waiting.called.set()
+
+    def check_usable(self) -> None:
+        if self.released:
+            raise CacheStateError("released")
+
+
+class Waiting:
+    """A change that waits for memory."""
+
+    def __init__(self, ranges) -> None:
+        self.ranges = union(ranges)
+        self.called = asyncio.Event()
 
 
 class Connection:
@@ -123,7 +156,7 @@ async def test_reserved_memory_stays_until_it_is_used():
     blocks.free(blocks.allocate(24))
     await connection.rest()
     assert blocks.free_blocks <= 6
-    with pytest.raises(CapacityError):
+    with pytest.raises(InvalidSizeError):
         await blocks.reserve(33)
 
 
@@ -157,10 +190,104 @@ async def test_an_allocator_ends_with_its_cache():
     numbers = blocks.allocate(16)
     cache.released = True
     assert await connection.rest() == []
-    with pytest.raises(CacheStateError, match="closed"):
-        blocks.allocate(1)
-    blocks.free(numbers)
+    await refuse_all(blocks, numbers, "released")
     assert (await connection.rest(), connection.later) == ([], [])
+
+
+async def refuse_all(blocks: BlockAllocator, numbers: list[int], why: str) -> None:
+    for refused in (lambda: blocks.allocate(1), lambda: blocks.free(numbers)):
+        with pytest.raises(CacheStateError, match=why):
+            refused()
+    for waits in (blocks.reserve(1), blocks.trim()):
+        with pytest.raises(CacheStateError, match=why):
+            await waits
+
+
+async def test_a_closed_allocator_does_nothing_any_more():
+    blocks, connection = opened(Cache())
+    await connection.rest()
+    numbers = blocks.allocate(2)
+    blocks.close()
+    await refuse_all(blocks, numbers, "closed")
+    assert "closed, 2 used and 14 free of 32 blocks" in repr(blocks)
+
+
+async def turns() -> None:
+    """Let everybody go as far as they come without memory."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def waiting_reserve(cache: Cache, count: int) -> tuple[BlockAllocator, Connection, list[int], asyncio.Task[None]]:
+    """Open an allocator whose cache has memory for four groups, all in use, and reserve more."""
+    cache.memory_bytes = 2 * 16 * BLOCK
+    blocks, connection = opened(cache, ahead_blocks=0)
+    await blocks.reserve(16)
+    numbers = blocks.allocate(16)
+    task = asyncio.ensure_future(blocks.reserve(count))
+    await turns()
+    assert cache.line
+    return blocks, connection, numbers, task
+
+
+async def test_a_reserve_that_waits_ends_with_the_blocks_that_are_freed():
+    cache = Cache()
+    blocks, _, numbers, task = await waiting_reserve(cache, 8)
+    blocks.free(numbers[:8])
+    await asyncio.wait_for(task, 5.0)
+    assert blocks.free_blocks == 8
+    assert (cache.line, total_bytes(cache.backed)) == ([], cache.memory_bytes)
+
+
+async def test_a_reserve_that_waits_waits_for_less_when_some_blocks_are_freed():
+    cache = Cache()
+    blocks, _, numbers, task = await waiting_reserve(cache, 8)
+    await asyncio.to_thread(blocks.free, numbers[:5])
+    await turns()
+    cache.memory_bytes += 2 * 4 * BLOCK  # of one group, not of two
+    await turns()
+    cache.call()
+    await asyncio.wait_for(task, 5.0)
+    assert blocks.free_blocks == 9
+
+
+async def test_more_than_the_device_has_beside_what_is_in_use_is_a_lack_of_room():
+    """It can be had once some blocks are freed, so that a scheduler preempts for it."""
+    cache = Cache()
+    cache.device_bytes = 2 * 16 * BLOCK
+    blocks, connection = opened(cache, ahead_blocks=2)
+    await blocks.reserve(12)
+    numbers = blocks.allocate(12)
+    with pytest.raises(CapacityError, match="while 12 are in use"):
+        await blocks.reserve(8)
+    blocks.allocate(4)
+    assert await connection.rest() == [], "nor does it fail when it is wanted ahead"
+    blocks.free(numbers)
+    await blocks.reserve(8)
+
+
+async def test_trim_passes_a_reserve_that_waits():
+    cache = Cache()
+    blocks, _, numbers, task = await waiting_reserve(cache, 16)
+    blocks.free(numbers[4:8])
+    assert await asyncio.wait_for(blocks.trim(), 5.0) == 4
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_what_came_for_a_cancelled_reserve_is_given_back():
+    cache = Cache()
+    blocks, connection, _, task = await waiting_reserve(cache, 8)
+    backed = cache.backed
+    cache.memory_bytes = cache.max_size_bytes
+    cache.call()
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await connection.rest() == []
+    assert (cache.backed, blocks.free_blocks) == (backed, 0)
 
 
 @pytest.mark.parametrize(("block_bytes", "planes"), [(0, 1), (-5, 1), (16, 0), (2000, 1), (600, 2)])

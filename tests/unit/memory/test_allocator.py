@@ -1,9 +1,11 @@
 """GPUMemoryAllocator over real host memory: what is reused, what is given back, who waits, and what is refused."""
 
 import ctypes
+import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import closing
 
 import pytest
 
@@ -289,8 +291,8 @@ def test_a_full_device_says_what_there_is(make: Callable[..., GPUMemoryAllocator
     allocator.allocate(3, 2 * PAGE)
     with pytest.raises(CapacityError) as caught:
         allocator.allocate(4, PAGE)
-    assert caught.value.details["largest_bytes"] == 32768  # a hole beside cache 1
-    allocator.allocate(4, 32768)
+    assert caught.value.details["largest_bytes"] == PAGE - 3 * 4096  # the hole beside cache 1
+    allocator.allocate(4, PAGE - 3 * 4096)
 
 
 def test_addresses_for_growth_cost_no_memory(make: Callable[..., GPUMemoryAllocator]) -> None:
@@ -461,3 +463,30 @@ def test_its_own_warm_pages_and_others_together(
     place = allocator.allocate(2, PAGES * PAGE, tenant="a")
     assert {serial for _, serial in own.pages} < {serial for _, serial in place.pages}
     assert backend.created == 5 + 6  # b's three left it and were created anew, a's two moved
+
+
+def fill_up(allocator, sizes, first_id=0):
+    """Allocate until there is no room; returns how many caches that were, and the error."""
+    for count, size_bytes in enumerate(sizes):
+        try:
+            allocator.allocate(first_id + count, size_bytes)
+        except CapacityError as full:
+            return count, full
+    return None
+
+
+@pytest.mark.parametrize("blocks", [(5,), (9,), (15,), (17,), (5, 9, 17)])
+def test_leased_caches_of_any_size_fill_the_device(blocks):
+    """Nothing can move them together, so where each begins must leave no gap."""
+    with closing(GPUMemoryAllocator(HostBackend(), 32 * 32 * 4096, 32 * 4096)) as allocator:
+        placed, full = fill_up(allocator, itertools.cycle([count * 4096 for count in blocks]))
+        assert allocator.usage().live_bytes >= 0.95 * allocator.capacity_bytes
+        allocator.check()
+        if full.details["largest_bytes"]:
+            allocator.allocate(placed, full.details["largest_bytes"])
+        for cache_id in range(0, placed, 2):
+            allocator.free(cache_id)
+            allocator.check()
+        again, _ = fill_up(allocator, itertools.cycle([count * 4096 for count in blocks]), first_id=1000)
+        assert again >= 0.3 * placed, "what was freed is found again"
+        allocator.check()

@@ -179,8 +179,11 @@ def test_addresses_for_twenty_times_the_memory(backend):
     assert memory.usage().free_bytes == 16 * PAGE
     for number in range(20, 32):
         memory.allocate(number, 1, max_size_bytes=16 * PAGE)
-    with pytest.raises(AddressSpaceError):
-        memory.allocate(32, 1, max_size_bytes=16 * PAGE)
+    with pytest.raises(AddressSpaceError, match=r"raise arena_factor") as refused:
+        memory.allocate(32, 1, max_size_bytes=15 * PAGE)
+    details = refused.value.details
+    assert details["used_addresses_bytes"] == details["arena_bytes"] == 512 * PAGE
+    assert (details["range_bytes"], details["free_addresses_bytes"]) == (16 * PAGE, 0)
     memory.close()
 
 

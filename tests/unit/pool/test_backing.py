@@ -288,3 +288,87 @@ def test_a_device_that_is_lost_answers_its_changes(pool):
     pool.handle(DeviceLost(0, "killed"))
     pool.tick()
     assert pool.grants["c"][0][1][1] == "StaleCacheError"
+
+
+def waiting(pool, kind, ranges):
+    """Return a cache of two pages whose growth waits for memory, with its ticket and who has that memory."""
+    cache_id, other = growing(pool, 2 * PAGE), growing(pool, 6 * PAGE)
+    queued, ticket = change(pool, cache_id, kind, ranges, timeout_s=50.0)
+    assert queued == "queued"
+    return cache_id, ticket, other
+
+
+def test_shrinking_passes_growth_of_the_same_cache_that_waits(pool):
+    cache_id, ticket, other = waiting(pool, "back", [(4 * PAGE, 8 * PAGE)])
+    assert change(pool, cache_id, "unback", [(PAGE, 2 * PAGE)])[3] == ((0, PAGE),)
+    assert "c" not in pool.grants
+    resize(pool, other, PAGE)
+    assert dict(pool.grants["c"])[ticket][3] == ((0, PAGE), (4 * PAGE, 8 * PAGE))
+
+
+def test_what_is_given_back_is_no_longer_waited_for(pool):
+    cache_id, ticket, _ = waiting(pool, "back", [(4 * PAGE, 8 * PAGE)])
+    behind = pool.request(PAGE, timeout_s=50.0)[1]
+    assert change(pool, cache_id, "unback", [(5 * PAGE, 8 * PAGE)])[3] == ((0, 2 * PAGE),)
+    assert "c" not in pool.grants
+    change(pool, cache_id, "unback", [(PAGE, 2 * PAGE)])
+    ((told, answer),) = pool.grants["c"]
+    assert (told, answer[3]) == (ticket, ((0, PAGE), (4 * PAGE, 5 * PAGE))), "it waits for less, and where it stood"
+    assert next(iter(pool.state.allocations.queue.items()))[0] == behind
+
+
+def test_growth_of_which_nothing_is_left_ends_though_others_stand_before_it(pool):
+    before = growing(pool)
+    growing(pool, PAGE), growing(pool, 5 * PAGE)
+    cache_id = growing(pool)
+    resize(pool, before, 4 * PAGE, timeout_s=50.0)
+    _, ticket = change(pool, cache_id, "back", [(4 * PAGE, 8 * PAGE)], timeout_s=50.0)
+    change(pool, cache_id, "unback", [(2 * PAGE, 8 * PAGE)])
+    ((told, answer),) = pool.grants["c"]
+    assert (told, answer[0], answer[3]) == (ticket, "changed", ((0, PAGE),))
+
+
+def test_the_last_resize_counts(pool):
+    cache_id, ticket, other = waiting(pool, "resize", [(0, 8 * PAGE)])
+    assert resize(pool, cache_id, PAGE)[2] == PAGE
+    assert dict(pool.grants["c"])[ticket][2] == PAGE
+    assert not pool.state.allocations.queue
+    resize(pool, other, PAGE)
+    assert free_bytes(pool) == 6 * PAGE
+
+
+def test_a_shrink_takes_from_growth_that_its_device_refuses(pool):
+    """It is at the device already when the shrink comes, and is planned again afterwards."""
+    cache_id, other = growing(pool), growing(pool, 7 * PAGE)
+    store = pool.stores[0]
+    for index, serial in store.record(other).pages:
+        os.close(store.allocator.export("c", "default", index, serial))
+    both, last = Batch(2), Batch(1)
+    shrink = (1, other, "resize", [(0, PAGE)], 0.0, None)
+    grow = (2, cache_id, "resize", [(0, 6 * PAGE)], 5.0, None)
+    pool.handle(ChangesRequested(both, "c", [shrink, grow]))
+    pool.handle(ChangesRequested(last, "c", [(3, cache_id, "resize", [], 0.0, None)]))
+    pool.settle()
+    assert [answer[2] for answer in pool.done.pop(both)] == [PAGE, PAGE]
+    assert pool.done.pop(last)[0][3] == ()
+
+
+@pytest.mark.parametrize("key", [keys_of([1])[0], None])
+def test_sealing_ends_growth_that_waits(pool, key):
+    model = pool.model(name="caches", block_bytes=None)
+    cache_id = pool.request(2 * PAGE, max_size=8 * PAGE, model=model)[1]
+    growing(pool, 6 * PAGE)
+    _, ticket = resize(pool, cache_id, 8 * PAGE, timeout_s=50.0)
+    assert pool.seal([cache_id], [key], model=model) == ("sealed", [True])
+    ((told, answer),) = pool.grants["c"]
+    assert (told, answer[1]) == (ticket, "SealedError")
+
+
+def test_nothing_is_known_of_changes_that_are_answered_or_cancelled(pool):
+    cache_id, ticket, _ = waiting(pool, "resize", [(0, 8 * PAGE)])
+    pool.handle(TicketsCancelled("c", [ticket]))
+    resize(pool, cache_id, 8 * PAGE, timeout_s=1.0)
+    pool.now = 2.0
+    pool.tick()
+    change(pool, cache_id, "unback", [(0, PAGE)])
+    assert not pool.state.changes._growing
