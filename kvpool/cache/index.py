@@ -106,6 +106,8 @@ class CacheIndex(CacheTable):
         self.partitions: list[tuple[int, int]] = []
         """By partition, its device and account."""
         self._by_device: list[list[int]] = []  # partitions
+        self.orphans: set[int] = set()
+        """Rows whose parent left before them: no chain leads to them, though a key may."""
         self.meter: Meter | None = None
         self.policy_failed: Callable[[PolicyError, float], None] = _give_up
         """Called when a policy of one's own fails, with the time of the last event: must raise, or replace it."""
@@ -521,6 +523,7 @@ class CacheIndex(CacheTable):
             if not flags[row]:
                 ensure(False, "removing a cache that is gone", row=row)
             flags[row] = 0
+            self.orphans.discard(row)
             if children[row]:
                 self._orphan(np.array([row]))
             above = parent[row]
@@ -568,15 +571,9 @@ class CacheIndex(CacheTable):
                 del self._rows_by_hash[space][block_hash[-1] % SHARDS][block_hash]
                 hashes[row] = None
         flags[rows] = 0
+        self.orphans.difference_update(rows.tolist())
         stamps[rows] += 1
         self._free.extend(rows[stamps[rows] < MAX_STAMP].tolist())
-
-    def children_elsewhere(self, number: int) -> Rows:
-        """Return the rows on other devices whose parents lie on this one."""
-        devices, parent = np.frombuffer(self.device, np.int32), np.frombuffer(self.parent, np.int32)
-        chained = np.flatnonzero((np.frombuffer(self.flags, np.uint8) != 0) & (parent >= 0) & (devices != number))
-        found: Rows = chained[devices[parent[chained]] == number]
-        return found
 
     def remove_device(self, number: int) -> int:
         """Forget all caches of a device that is lost, leased or not; returns how many. Its number is not used again."""
@@ -625,13 +622,16 @@ class CacheIndex(CacheTable):
             ensure(
                 self._space[row] in self._void or self.partitions[self.partition[row]] == where, "partition", row=row
             )
+        ensure(all(flags[row] and self.parent[row] < 0 for row in self.orphans), "orphans that are gone, or have a parent")
         free = set(self._free)
         ensure(len(free) == len(self._free) and free.isdisjoint(used.tolist()), "rows both free and in use")
 
     def _orphan(self, lost: np.ndarray) -> None:
         """Cut the children of these rows off."""
         parent, children = np.frombuffer(self.parent, np.int32), np.frombuffer(self.children, np.uint32)
-        parent[np.isin(parent, lost)] = NO_ROW  # of free rows too, which have no parent
+        cut_off = np.flatnonzero(np.isin(parent, lost))
+        self.orphans.update(cut_off[np.frombuffer(self.flags, np.uint8)[cut_off] != 0].tolist())
+        parent[cut_off] = NO_ROW  # of free rows too, which have no parent
         children[lost] = 0
 
     def _grow(self) -> int:
