@@ -622,7 +622,9 @@ class CacheIndex(CacheTable):
             ensure(
                 self._space[row] in self._void or self.partitions[self.partition[row]] == where, "partition", row=row
             )
-        ensure(all(flags[row] and self.parent[row] < 0 for row in self.orphans), "orphans that are gone, or have a parent")
+        ensure(
+            all(flags[row] and self.parent[row] < 0 for row in self.orphans), "orphans that are gone, or have a parent"
+        )
         free = set(self._free)
         ensure(len(free) == len(self._free) and free.isdisjoint(used.tolist()), "rows both free and in use")
 
