@@ -52,6 +52,10 @@ class Owner:
     guaranteed_at: dict[str, int] = field(default_factory=dict)
     """By host."""
     held_at: dict[str, int] = field(default_factory=dict)
+    given_back: int = 0
+    """How often something of it was given back by its last holder, or left: only then more of it can go than before."""
+    drained: int = -1
+    """As often when it was last drained."""
 
     def excess_at(self, host: str) -> int:
         """Return by how much it is over its guarantee on a host."""
@@ -201,6 +205,7 @@ class Quotas:
             }
             if owner.held_bytes > owner.limit_bytes:
                 self.draining.add(owner)
+                owner.drained = -1
 
     def follow_devices(self) -> None:
         """Split anew if a device came or was lost. For the end of each event."""
@@ -226,6 +231,7 @@ class Quotas:
         for owner in account.owners:
             owner.held_bytes += held_bytes
             owner.held_at[host] = owner.held_at.get(host, 0) + held_bytes
+            owner.given_back += evictable_bytes > 0 or held_bytes < 0
         account.leased_at[host] = account.leased_at.get(host, 0) + held_bytes - evictable_bytes
 
     # -- to ask ---------------------------------------------------------------------------------------------------

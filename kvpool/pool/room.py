@@ -202,7 +202,9 @@ class Room:
         quotas = self._ledger.quotas
         for owner in list(quotas.draining):
             over_bytes = owner.held_bytes - owner.limit_bytes
-            if over_bytes > 0:
+            # To look for what can go takes as long as there are caches, and this is asked at every event.
+            if over_bytes > 0 and owner.drained != owner.given_back and quotas.evictable_bytes(owner) > 0:
+                owner.drained = owner.given_back
                 # What the tenant's models are guaranteed goes last.
                 for shared in ((owner,), tuple(quotas.owners(owner.tenant))):
                     plan = Reclaim(self._ledger, Account(-1, None, None, shared), False, self._sheltered_in)
