@@ -167,8 +167,10 @@ class BlockAllocations:
                 and shortage["class"] != AddressSpaceError.__name__
             ):
                 device = self._ledger.devices[number]
-                need_bytes = request.model.block_bytes or 0
-                evict = self._room.evict_for(request.model, device, len(missing) * need_bytes << attempts)
+                need_bytes = (
+                    len(missing) * self._ledger.index.size_bytes[self._ledger.index.row_of(request.ids[missing[0]])]
+                )
+                evict = self._room.evict_for(request.model, device, need_bytes, need_bytes << attempts)
                 if evict:
                     self._ask_blocks(request, number, missing, evict, attempts + 1)
         if request.open_operations:

@@ -78,6 +78,11 @@ class Account:
     leased_at: dict[str, int] = field(default_factory=dict)
     """By host: bytes that cannot be evicted, because somebody holds them."""
 
+    def needed_at(self, host: str, but_bytes: int = 0) -> int:
+        """Return what it takes of its tenant's guarantee there, were ``but_bytes`` of it not leased yet."""
+        leased = self.leased_at.get(host, 0) - but_bytes
+        return leased if self.own is None else max(leased, self.own.guaranteed_at.get(host, 0))
+
 
 class Quotas:
     """Who may take how much. The meter of the index once there is a quota; costs nothing before.
@@ -262,15 +267,17 @@ class Quotas:
     def _leased(self, owner: Owner) -> int:
         return sum(sum(a.leased_at.values()) for a in self._by_tenant[owner.tenant] if owner in a.owners)
 
-    def entitled_bytes(self, account: Account, host: str) -> int:
-        """Return how much more may be leased there within guarantees alone."""
+    def entitled_bytes(self, account: Account, host: str, but_bytes: int = 0) -> int:
+        """Return how much more may be leased there within guarantees alone, were ``but_bytes`` of it not leased yet."""
         if account.tenant is None:
             return 0
         slack = 0
         if account.own is not None:
-            slack = max(account.own.guaranteed_at.get(host, 0) - account.leased_at.get(host, 0), 0)
+            slack = max(account.own.guaranteed_at.get(host, 0) - account.leased_at.get(host, 0) + but_bytes, 0)
         guaranteed = self._guaranteed_at(account.tenant, host)
-        return slack + max(guaranteed - self._needed(self._by_tenant[account.tenant], host), 0)
+        needed = self._needed((other for other in self._by_tenant[account.tenant] if other is not account), host)
+        needed += account.needed_at(host, but_bytes)
+        return slack + max(guaranteed - needed, 0)
 
     def leasable_bytes(self, account: Account, host: str) -> int:
         """Return how much more may be leased there: what is entitled, and what no guarantee needs. O(accounts)."""
@@ -286,11 +293,7 @@ class Quotas:
         return 0 if whole is None else whole.guaranteed_at.get(host, 0)
 
     def _needed(self, accounts: Iterable[Account], host: str) -> int:
-        needed = 0
-        for account in accounts:
-            leased = account.leased_at.get(host, 0)
-            needed += leased if account.own is None else max(leased, account.own.guaranteed_at.get(host, 0))
-        return needed
+        return sum(account.needed_at(host) for account in accounts)
 
     def leasable_run(self, space: int, host: str, rows: Sequence[int]) -> int:
         """Return how many of the first rows of a namespace may be leased on a host; those that are leased take none."""

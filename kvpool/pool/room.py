@@ -281,12 +281,14 @@ class Room:
         partitions = [partition for device in devices for partition in ledger.index.partitions_of(device.number)]
         return ledger.policy.admit(model.space, hashes, rows, partitions, size_bytes, wanted - free, now)
 
-    def evict_for(self, model: Model, device: Device, short_bytes: int) -> list[int]:
-        """:meth:`evict` for a model's caches that are in the books already: as far as quotas let it."""
+    def evict_for(self, model: Model, device: Device, need_bytes: int, short_bytes: int) -> list[int]:
+        """:meth:`evict` for caches of a model that are in the books already, with ``need_bytes``: as quotas let it."""
         quotas = self._ledger.quotas
         if not quotas.active:
             return self.evict(device, short_bytes)
-        plan = self._reclaim(quotas.account(model.space), device.host, 0)
+        account = quotas.account(model.space)
+        entitled = quotas.entitled_bytes(account, device.host, need_bytes) >= need_bytes
+        plan = Reclaim(self._ledger, account, entitled, self._sheltered_in)
         plan.on(device, short_bytes)
         return self._carry_out(plan, device)
 

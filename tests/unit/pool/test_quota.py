@@ -246,6 +246,20 @@ def test_what_drains_is_looked_at_only_when_more_of_it_can_go(pool, monkeypatch)
     assert held(pool, "a") == 3
 
 
+@pytest.mark.parametrize("guaranteed", [2, 1])
+def test_a_shortage_of_what_is_in_the_books_takes_of_a_guarantee_only_for_ones_own(pool, guaranteed):
+    """A device has less than the books say: what lies partly within another's guarantee goes for a guarantee only."""
+    whole = pool.model(name="whole", block_bytes=None)
+    pool.seal([pool.request(3 * PAGE, model=whole)[1]], keys_of([9]), model=whole, finish=True)
+    set_quota(pool, "whole", 2 * PAGE)
+    set_quota(pool, "a", guaranteed * PAGE)
+    assert len(lease(pool, A, 2)) == 2  # these, as though the device had no room for them
+    room, device, model = pool.state.blocks._room, pool.state.ledger.devices[0], pool.state.ledger.models[A]
+    going = room.evict_for(model, device, 2 * PAGE, 2 * PAGE)
+    assert len(going) == (1 if guaranteed == 2 else 0)
+    pool.stores[0].apply([("evict", going)])
+
+
 def test_the_limit_of_a_spec_is_a_quota_until_somebody_sets_one(pool):
     small = pool.model(name="small", block_bytes=PAGE, limit_bytes=2 * PAGE)
     assert len(lease(pool, small, 4)) == 2
