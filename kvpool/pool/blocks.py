@@ -167,9 +167,8 @@ class BlockAllocations:
                 and shortage["class"] != AddressSpaceError.__name__
             ):
                 device = self._ledger.devices[number]
-                need_bytes = (
-                    len(missing) * self._ledger.index.size_bytes[self._ledger.index.row_of(request.ids[missing[0]])]
-                )
+                block_bytes = request.model.block_bytes or 0
+                need_bytes = len(missing) * device.footprint_bytes(block_bytes, block_bytes)
                 evict = self._room.evict_for(request.model, device, need_bytes, need_bytes << attempts)
                 if evict:
                     self._ask_blocks(request, number, missing, evict, attempts + 1)
