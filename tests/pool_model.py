@@ -261,7 +261,7 @@ class PoolModel:
         for i, made in mine.items():
             row = index.live_row(i)
             known = index.key_of(row) if index.is_sealed(row) else made.planned
-            cut_off = made.above >= 0 and index.live_row(made.above) < 0
+            cut_off = made.above >= 0 and index.live_row(made.above) < 0 and index.parent[row] < 0
             assert not cut_off or row in index.orphans
             if known in keys or row in index.orphans:
                 void.add(i)

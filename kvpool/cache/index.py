@@ -371,6 +371,31 @@ class CacheIndex(CacheTable):
             self.policy.stored(space, chain, rows, now)
         return rows
 
+    def adopt(self, row: int, elder: int) -> None:
+        """Chain those behind a duplicate behind the cache that has its key, before they are cut off.
+
+        Those that nobody holds stay: the policy has ranked them where they are. O(rows) if there are any.
+        """
+        if not self.children[row]:
+            return
+        above = elder
+        while above >= 0:
+            if above == row:  # it has the key of one before it in its own chain
+                return
+            above = self.parent[above]
+        behind = np.flatnonzero(
+            (np.frombuffer(self.parent, np.int32) == row) & (np.frombuffer(self.flags, np.uint8) != 0)
+        )
+        held = [child for child in behind.tolist() if self.pins[child] or not self.flags[child] & KEYED]
+        if not held:
+            return
+        if not self.pins[elder]:
+            self.policy.sheltered(elder)
+        for child in held:
+            self.parent[child] = elder
+        self.children[elder] += len(held)
+        self.children[row] -= len(held)
+
     def resize(self, row: int, size_bytes: int, asked_bytes: int) -> None:
         """Enter what a cache that is not sealed takes of its device from now on, and what has a meaning in it."""
         ensure(self.flags[row] == RESIDENT, "resizing a cache that is sealed or gone", row=row)

@@ -522,6 +522,11 @@ def test_blocks_chained_behind_a_duplicate_go_with_any_key_of_their_model(finish
     if not finish:
         pool.release(second, "b")
     assert len(pool.read([1, 2, 3], "a")) == 3
+    pool.invalidate(keys=keys_of([100]))
+    assert len(pool.read([1, 2, 3], "a")) == 3, "they are chained behind what has the key"
+    assert pool.evict(size_bytes=1)["caches"] == 1
+    assert len(pool.read([1, 2, 3], "a")) == 2, "the tail goes first"
+    pool.seal(pool.blocks([3], "a", parent=keys_of([2])[0])[2], keys_of([3]), "a", finish=True)
     pool.invalidate(keys=keys_of([1]))
     assert pool.read([1, 2, 3], "a") == []
     pool.seal(pool.blocks([1, 2], "a")[2], keys_of([1, 2]), "a", finish=True)
