@@ -77,6 +77,8 @@ class Made:
     pages: tuple[tuple[int, int], ...]
     planned: bytes | None
     """Hash of the block it was asked for."""
+    above: int
+    """Id of the cache that it was chained behind when it was granted, -1 if there was none."""
     written: bytes
     asked: Key | None = None
     """The key under which its maker has asked to seal it, from that moment on."""
@@ -259,7 +261,9 @@ class PoolModel:
         for i, made in mine.items():
             row = index.live_row(i)
             known = index.key_of(row) if index.is_sealed(row) else made.planned
-            if known in keys or i in self.pool.state.ledger.orphans:
+            cut_off = made.above >= 0 and index.live_row(made.above) < 0 and index.parent[row] < 0
+            assert not cut_off or row in index.orphans
+            if known in keys or row in index.orphans:
                 void.add(i)
         while True:
             rows = {index.live_row(i) for i in void}
@@ -443,13 +447,15 @@ class PoolModel:
             return
         offset, pages, _ = place
         key = (process.tenant, model, planned if planned is not None else cache_id.to_bytes(16, "little"))
+        index = self.pool.state.ledger.index
+        row = index.live_row(cache_id)
+        above = index.id_of(index.parent[row]) if row >= 0 and index.parent[row] >= 0 else -1
         self.made[cache_id] = Made(
-            cache_id, process.name, process.tenant, model, device, offset, size_bytes, pages, planned, _content(key),
-            extents=front(size_bytes), max_size_bytes=max(max_size_bytes, size_bytes),
+            cache_id, process.name, process.tenant, model, device, offset, size_bytes, pages, planned, above,
+            _content(key), extents=front(size_bytes), max_size_bytes=max(max_size_bytes, size_bytes),
         )  # fmt: skip
         process.held[cache_id] = 1
-        row = self.pool.state.ledger.index.live_row(cache_id)
-        if row >= 0 and self.pool.state.ledger.index.is_void(row):
+        if row >= 0 and index.is_void(row):
             self.void.add(cache_id)  # while it was on its way
         self._write(self.made[cache_id])
 

@@ -23,11 +23,12 @@ from kvpool.actors.priority import run_at_normal_priority
 from kvpool.actors.protocol import host_identity
 from kvpool.actors.spans import OperationSpans
 from kvpool.actors.stream import Stream
+from kvpool.actors.upkeep import keep_up
 from kvpool.cache.key import CacheKey
 from kvpool.cache.lower_tiers import LowerTiers
 from kvpool.cache.store import DeviceStore, Operation
 from kvpool.config import TierPlan
-from kvpool.errors import ConfigError, KvpoolError, ProtocolError, TierError
+from kvpool.errors import ConfigError, ProtocolError, TierError
 from kvpool.memory.allocator import GPUMemoryAllocator
 from kvpool.memory.host import HostBackend
 from kvpool.memory.limits import require_memory
@@ -49,6 +50,9 @@ _FOUND_AT_ONCE = 20_000
 """Caches told in one answer: 50 ms of the event loop, and two megabytes."""
 _TRIM_BYTES = 64 * MIB
 """Idle memory that is given back in one step: about 10 ms."""
+
+_TRIMS = 4
+"""How often memory is looked for in the time after which it counts as idle."""
 
 _FLUSH_S = 2.0
 """How long the last spans may take to leave when the device ends, seconds."""
@@ -160,9 +164,10 @@ class DeviceActor:
             self._tiers, self._found = opened
             self._lower = LowerOperations(self._store, self._tiers)
         await self._server.start()
-        self._compacting = asyncio.create_task(self._compact())
+        me = f"of device {self._name} of pool {self._pool}"
+        self._compacting = asyncio.create_task(keep_up(f"compaction {me}", self._compact, IDLE_S))
         if self._idle_trim_s < math.inf:
-            self._trimmer = asyncio.create_task(self._trim_idle())
+            self._trimmer = asyncio.create_task(keep_up(f"trimming {me}", self._trim_idle, self._idle_trim_s / _TRIMS))
         gc.collect()
         gc.freeze()
         return {
@@ -234,23 +239,18 @@ class DeviceActor:
                 answers[place] += self._tiers.trim()
         return answers
 
-    async def _compact(self) -> None:
-        """Compact the memory in the background, for as long as this actor lives."""
-        wait_s = IDLE_S
-        while True:
-            await asyncio.sleep(wait_s)
-            wait_s = IDLE_S
-            if not self._pacer.due(self._allocator.usage().fragmentation):
-                continue
-            began = time.monotonic()
-            try:
-                done = self._allocator.compact_a_little(self._pacer.step_bytes)
-            except KvpoolError:  # nothing is lost, and the next step begins with what this one left
-                logger.exception("device %s of pool %s could not compact", self._name, self._pool)
-                continue
-            self._request_drops()
-            fragmentation = self._allocator.usage().fragmentation
-            wait_s = self._pacer.stepped(began, time.monotonic(), fragmentation, done)
+    async def _compact(self) -> float:
+        """Take a step of compaction, if it is worth its time; returns how long to wait before the next, seconds.
+
+        Where one fails nothing is lost, and the next begins with what it left.
+        """
+        if not self._pacer.due(self._allocator.usage().fragmentation):
+            return IDLE_S
+        began = time.monotonic()
+        done = self._allocator.compact_a_little(self._pacer.step_bytes)
+        self._request_drops()
+        fragmentation = self._allocator.usage().fragmentation
+        return self._pacer.stepped(began, time.monotonic(), fragmentation, done)
 
     async def fill(self, tenant: str, fingerprint: str, entries: list[tuple[int, bytes]]) -> list[bool | None]:
         """Bring content up from below; see :meth:`LowerOperations.fill`."""
@@ -342,15 +342,17 @@ class DeviceActor:
         self._allocator.dropped(client, serials)
         self._tell_if_freed(zombie_bytes)
 
-    async def _trim_idle(self) -> None:
-        while True:
-            await asyncio.sleep(self._idle_trim_s / 4)
-            zombie_bytes = self._allocator.usage().zombie_bytes
+    async def _trim_idle(self) -> float:
+        """Give back pages that nobody used for long; returns how long to wait before the next time, seconds."""
+        zombie_bytes = self._allocator.usage().zombie_bytes
+        try:
             while self._allocator.trim_idle(time.monotonic(), self._idle_trim_s, _TRIM_BYTES):
                 self._request_drops()
                 await asyncio.sleep(0)  # others wait no longer than for a step
+        finally:
             if self._allocator.usage().zombie_bytes != zombie_bytes:
                 self._tell(("freed", self._zombies()))
+        return self._idle_trim_s / _TRIMS
 
     def _client_connected(self, client: str) -> None:
         if self._store.is_revoked(client):  # before it came here for the first time

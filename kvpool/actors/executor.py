@@ -169,7 +169,7 @@ class Executor:
                 case Waited():
                     self._telemetry.waited(instruction, now)
                 case Failed(operation, error):
-                    logger.error("what follows on %r of a device could not be decided", operation[0], exc_info=error)
+                    logger.error("what is to follow on %r could not be decided", operation[0], exc_info=error)
                 case PolicyFailed(error):
                     by = self._state.policy_name
                     logger.error("pool %s goes on with policy %s: %s", self._state.name, by, error, exc_info=error)

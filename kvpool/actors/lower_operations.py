@@ -143,10 +143,20 @@ class LowerOperations:
         self, tenant: str, fingerprint: str, entries: Sequence[Entry], move: Callable[[list[Source]], Any]
     ) -> list[bool]:
         sources = [self._source(tenant, fingerprint, entry) for entry in entries]
-        there = iter(await move([source for source in sources if source is not None]))
-        return [source is not None and next(there) for source in sources]
+        there = [entry[0] for entry, source in zip(entries, sources, strict=True) if source is not None]
+        self._store.hold(there)
+        try:
+            moved = iter(await move([source for source in sources if source is not None]))
+        finally:
+            self._store.unhold(there)  # before the operation that evicts them, which would be refused
+        return [source is not None and next(moved) for source in sources]
 
     def _source(self, tenant: str, fingerprint: str, entry: Entry) -> Source | None:
+        """Return a cache's bytes by their address; None if it is not whole, or not to be kept.
+
+        The caller holds it in the store before it awaits anything: compaction runs beside this on the same loop, and
+        moves what nobody holds.
+        """
         self._store.allocator.finish_move()  # one that the system interrupted has left bytes half-way
         cache_id, block_hash, parent = entry
         record = self._store.sealed(cache_id)

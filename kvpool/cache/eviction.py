@@ -79,7 +79,10 @@ class CacheEvictionPolicy(Protocol):
 
     @abstractmethod
     def worth(self, row: int) -> Any:
-        """Return what orders the next victims of different partitions: the lowest goes first."""
+        """Return what orders the next victims of different partitions: a number, or a tuple of numbers.
+
+        The lowest goes first.
+        """
         ...
 
     # Requests. Who ranks caches without regard to them inherits the answers below.

@@ -8,6 +8,7 @@ puts another policy in charge (a pool goes on).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from kvpool.cache.eviction import BUILT_IN, CacheEvictionPolicy, find_policy, plain_name
@@ -131,12 +132,14 @@ class GuardedPolicy(CacheEvictionPolicy):
         return self._policy.victim()
 
     def victims(self, partition: int) -> Iterator[int]:
-        index = self._index
+        index, policy = self._index, self._policy
         gone: set[int] = set()
         children_gone: dict[int, int] = {}
         wrong: Exception | str = ""
         try:
-            for row in self._policy.victims(partition):
+            for row in policy.victims(partition):
+                if self._policy is not policy:  # it failed elsewhere since: another one decides here, too
+                    break
                 wrong = self._why_not(row, lambda row: index.children[row] - children_gone.get(row, 0))
                 if not wrong and row in gone:
                     wrong = f"row {row} twice"
@@ -150,25 +153,27 @@ class GuardedPolicy(CacheEvictionPolicy):
                     children_gone[above] = children_gone.get(above, 0) + 1
                 yield row
             else:
-                return
+                if self._policy is policy:
+                    return
         except Exception as error:  # noqa: BLE001 - as above
             wrong = error
-        self._fail("victims", wrong)
+        if self._policy is policy:
+            self._fail("victims", wrong)
         # Those that were given go before these, so each still goes after its children.
         yield from (row for row in self._policy.victims(partition) if row not in gone)
 
-    def worth(self, row: int) -> tuple[int, Any]:
+    def worth(self, row: int) -> tuple[int, tuple[Any, ...]]:
         # What was asked before it failed is not compared with what is asked after that.
         wrong: Exception | str
         try:
             found = self._policy.worth(row)
-            wrong = "" if found == found else "it returned NaN"
+            wrong = _why_no_worth(found)
         except Exception as error:  # noqa: BLE001 - as above
             wrong = error
         if wrong:
             self._fail("worth", wrong)
             found = self._policy.worth(row)
-        return self._replaced, found
+        return self._replaced, found if isinstance(found, tuple) else (found,)
 
     def admit(
         self,
@@ -224,6 +229,16 @@ class GuardedPolicy(CacheEvictionPolicy):
         self._index.policy_failed(error, self._now)
         self._policy = self._index.policy  # who holds this one goes on with that
         self._replaced += 1
+
+
+def _why_no_worth(found: Any) -> str:
+    """Say why what a policy returned cannot be compared with what others are worth; empty if it can."""
+    for part in found if isinstance(found, tuple) else (found,):
+        if not isinstance(part, Real):
+            return f"it returned {found!r}, where a number or a tuple of numbers is compared with others"
+        if part != part:
+            return "it returned NaN"
+    return ""
 
 
 def _text(error: Exception) -> str:

@@ -106,6 +106,8 @@ class CacheIndex(CacheTable):
         self.partitions: list[tuple[int, int]] = []
         """By partition, its device and account."""
         self._by_device: list[list[int]] = []  # partitions
+        self.orphans: set[int] = set()
+        """Rows whose parent left before them: no chain leads to them, though a key may."""
         self.meter: Meter | None = None
         self.policy_failed: Callable[[PolicyError, float], None] = _give_up
         """Called when a policy of one's own fails, with the time of the last event: must raise, or replace it."""
@@ -202,7 +204,10 @@ class CacheIndex(CacheTable):
         if not len(rows):
             return
         idle = self._idle_in_order()
-        self.policy.taken(idle, now)
+        told = None
+        while told is not self.policy:  # one that takes over in the middle of this is given all rows as it does
+            told = self.policy
+            told.taken(idle, now)
         for row in rows.tolist():
             self.partition[row] = self._partition_of(self.device[row], self._accounts[self._space[row]])
         self.policy.evictable(idle, now)
@@ -366,6 +371,31 @@ class CacheIndex(CacheTable):
             self.policy.stored(space, chain, rows, now)
         return rows
 
+    def adopt(self, row: int, elder: int) -> None:
+        """Chain those behind a duplicate behind the cache that has its key, before they are cut off.
+
+        Those that nobody holds stay: the policy has ranked them where they are. O(rows) if there are any.
+        """
+        if not self.children[row]:
+            return
+        above = elder
+        while above >= 0:
+            if above == row:  # it has the key of one before it in its own chain
+                return
+            above = self.parent[above]
+        behind = np.flatnonzero(
+            (np.frombuffer(self.parent, np.int32) == row) & (np.frombuffer(self.flags, np.uint8) != 0)
+        )
+        held = [child for child in behind.tolist() if self.pins[child] or not self.flags[child] & KEYED]
+        if not held:
+            return
+        if not self.pins[elder]:
+            self.policy.sheltered(elder)
+        for child in held:
+            self.parent[child] = elder
+        self.children[elder] += len(held)
+        self.children[row] -= len(held)
+
     def resize(self, row: int, size_bytes: int, asked_bytes: int) -> None:
         """Enter what a cache that is not sealed takes of its device from now on, and what has a meaning in it."""
         ensure(self.flags[row] == RESIDENT, "resizing a cache that is sealed or gone", row=row)
@@ -521,6 +551,7 @@ class CacheIndex(CacheTable):
             if not flags[row]:
                 ensure(False, "removing a cache that is gone", row=row)
             flags[row] = 0
+            self.orphans.discard(row)
             if children[row]:
                 self._orphan(np.array([row]))
             above = parent[row]
@@ -568,15 +599,9 @@ class CacheIndex(CacheTable):
                 del self._rows_by_hash[space][block_hash[-1] % SHARDS][block_hash]
                 hashes[row] = None
         flags[rows] = 0
+        self.orphans.difference_update(rows.tolist())
         stamps[rows] += 1
         self._free.extend(rows[stamps[rows] < MAX_STAMP].tolist())
-
-    def children_elsewhere(self, number: int) -> Rows:
-        """Return the rows on other devices whose parents lie on this one."""
-        devices, parent = np.frombuffer(self.device, np.int32), np.frombuffer(self.parent, np.int32)
-        chained = np.flatnonzero((np.frombuffer(self.flags, np.uint8) != 0) & (parent >= 0) & (devices != number))
-        found: Rows = chained[devices[parent[chained]] == number]
-        return found
 
     def remove_device(self, number: int) -> int:
         """Forget all caches of a device that is lost, leased or not; returns how many. Its number is not used again."""
@@ -625,13 +650,18 @@ class CacheIndex(CacheTable):
             ensure(
                 self._space[row] in self._void or self.partitions[self.partition[row]] == where, "partition", row=row
             )
+        ensure(
+            all(flags[row] and self.parent[row] < 0 for row in self.orphans), "orphans that are gone, or have a parent"
+        )
         free = set(self._free)
         ensure(len(free) == len(self._free) and free.isdisjoint(used.tolist()), "rows both free and in use")
 
     def _orphan(self, lost: np.ndarray) -> None:
         """Cut the children of these rows off."""
         parent, children = np.frombuffer(self.parent, np.int32), np.frombuffer(self.children, np.uint32)
-        parent[np.isin(parent, lost)] = NO_ROW  # of free rows too, which have no parent
+        cut_off = np.flatnonzero(np.isin(parent, lost))
+        self.orphans.update(cut_off[np.frombuffer(self.flags, np.uint8)[cut_off] != 0].tolist())
+        parent[cut_off] = NO_ROW  # of free rows too, which have no parent
         children[lost] = 0
 
     def _grow(self) -> int:

@@ -11,7 +11,11 @@ from kvpool.memory.copying import view_at
 
 
 class Source(NamedTuple):
-    """A sealed cache, and the memory that holds its bytes or is to hold them."""
+    """A sealed cache, and the memory that holds its bytes or is to hold them.
+
+    An address says nothing of who lies there: whoever makes one keeps the cache in its place until it is used, by a
+    lease, a hold (:meth:`kvpool.cache.store.DeviceStore.hold`) or that of a host entry.
+    """
 
     key: CacheKey
     parent: BlockHash | None

@@ -18,13 +18,14 @@ from kvpool.errors import (
     AddressSpaceError,
     InvalidRequestError,
     InvalidSizeError,
+    InvariantError,
     KvpoolError,
     LimitError,
     QueueFullError,
     ensure,
 )
 from kvpool.memory.tickets import Rank, Ticket, TicketQueue
-from kvpool.pool.instructions import Answer, Batch, Grant, Waited, distinct
+from kvpool.pool.instructions import Answer, Batch, Failed, Grant, Waited, distinct
 from kvpool.pool.ledger import Ledger
 from kvpool.pool.quota import Owner
 from kvpool.pool.requests import CacheRequest, Orders, Shortage
@@ -168,6 +169,17 @@ class Allocations:
 
     def _plan(self, request: CacheRequest, orders: Orders, now: float) -> bool:
         """Find room for a request and write it into the orders; False if there is none now."""
+        try:
+            return self._find_room(request, orders, now)
+        except Exception as error:  # noqa: BLE001 - whatever it is
+            # A bug. Raised from here it would keep the orders for those before it from being sent, though the books
+            # have them, and those behind it from being decided on.
+            self._ledger.out.append(Failed(("find room",), error))
+            wrong = error if isinstance(error, KvpoolError) else InvariantError(f"finding room failed: {error!r}")
+            self.deliver_error(request, wrong, now)
+            return True
+
+    def _find_room(self, request: CacheRequest, orders: Orders, now: float) -> bool:
         if not request.shortages:
             request.news = self._room.news
         if request.change is not None:

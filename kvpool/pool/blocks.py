@@ -7,10 +7,17 @@ from functools import partial
 from typing import Any
 
 from kvpool.cache.key import split_hashes
-from kvpool.errors import AddressSpaceError, InvalidRequestError, InvalidSizeError, KvpoolError, ParentNotResidentError
+from kvpool.errors import (
+    AddressSpaceError,
+    InvalidRequestError,
+    InvalidSizeError,
+    InvariantError,
+    KvpoolError,
+    ParentNotResidentError,
+)
 from kvpool.pool.client import Client
 from kvpool.pool.fanout import nothing_more
-from kvpool.pool.instructions import Answer, Batch, distinct
+from kvpool.pool.instructions import Answer, Batch, Failed, distinct
 from kvpool.pool.ledger import Ledger
 from kvpool.pool.model import Model
 from kvpool.pool.requests import BlocksRequest
@@ -45,6 +52,9 @@ class BlockAllocations:
                 self._request_chain(batch, item, client, sequence, model, hashes, parent, output_tokens, trace, now)
             except KvpoolError as error:
                 self._ledger.refuse(batch, item, error)
+            except Exception as error:  # noqa: BLE001 - a bug, which must not keep the other items from being carried out
+                self._ledger.out.append(Failed(("request blocks",), error))
+                self._ledger.refuse(batch, item, InvariantError(f"finding room failed: {error!r}"))
 
     def _request_chain(
         self,
@@ -89,7 +99,13 @@ class BlockAllocations:
             wanted = self._room.admit(client, model, hashes, resident, now)
             while len(request.ids) < wanted:
                 first = len(request.ids)
-                found = self._room.find_run(client, model, model.block_bytes, wanted - first)
+                try:
+                    found = self._room.find_run(client, model, model.block_bytes, wanted - first)
+                except Exception as error:  # a bug: what is in the books by now must reach the devices all the same
+                    if not request.ids:
+                        raise
+                    self._ledger.out.append(Failed(("find room",), error))
+                    break
                 if found is None:
                     break
                 device, count, evict = found
@@ -151,8 +167,9 @@ class BlockAllocations:
                 and shortage["class"] != AddressSpaceError.__name__
             ):
                 device = self._ledger.devices[number]
-                need_bytes = request.model.block_bytes or 0
-                evict = self._room.evict_for(request.model, device, len(missing) * need_bytes << attempts)
+                block_bytes = request.model.block_bytes or 0
+                need_bytes = len(missing) * device.footprint_bytes(block_bytes, block_bytes)
+                evict = self._room.evict_for(request.model, device, need_bytes, need_bytes << attempts)
                 if evict:
                     self._ask_blocks(request, number, missing, evict, attempts + 1)
         if request.open_operations:

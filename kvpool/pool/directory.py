@@ -222,7 +222,9 @@ class Directory:
         for position, (row, key) in enumerate(zip(rows, hashes, strict=True)):
             if index.is_sealed(row):
                 continue  # with this very key: sealing again changes nothing
-            if key is not None and index.find(model.space, key) >= 0:
+            elder = -1 if key is None else index.find(model.space, key)
+            if elder >= 0:
+                index.adopt(row, elder)
                 # The first sealed cache of a key stays. This one stays unsealed, so it goes with its lease.
                 outcomes[position] = "duplicate"
                 ledger.counters.duplicates += 1

@@ -295,7 +295,7 @@ class Waited(NamedTuple):
 
 
 class Failed(NamedTuple):
-    """Instruction: report a bug. What should have followed on a device's answer to this operation raised an error."""
+    """Instruction: report a bug. What should have followed on a device's answer, or on a request, raised an error."""
 
     operation: tuple[Any, ...]
     error: Exception

@@ -153,8 +153,9 @@ class Invalidations:
             row = index.live_row(cache_id)
             if writer.planned in wanted and index.space_of(row) == space:
                 first.append(row)
-        # Content that is stored anew under these keys and their successors could lead to them.
-        first += [row for row in map(index.live_row, ledger.orphans) if row >= 0 and index.space_of(row) == space]
+        # Their parents went with a device or a client, or were duplicates: what they are chained behind is not known
+        # any more, and content that is stored anew under these keys and their successors could lead to them.
+        first += [row for row in index.orphans if index.space_of(row) == space]
         ledger.void_marks.mark(space, wanted, ledger.invalidations)
         if not first:
             return np.array([], np.int64)

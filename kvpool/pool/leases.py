@@ -222,10 +222,7 @@ class Leases:
         device = self._ledger.devices[number]
         device.lost = reason
         index = self._ledger.index
-        orphans = index.ids_of(index.children_elsewhere(number))
         index.remove_device(number)
-        self._ledger.orphans = {cache_id for cache_id in self._ledger.orphans if index.live_row(cache_id) >= 0}
-        self._ledger.orphans.update(orphans)
         for cache_id in [cache_id for cache_id in self._ledger.writers if index.live_row(cache_id) < 0]:
             del self._ledger.writers[cache_id]
         self._pinners = {pair for pair in self._pinners if pair[1] != number}

@@ -50,8 +50,6 @@ class Ledger:
         self.counters = Counters()
         self.writers: dict[int, Writer] = {}
         """By id, caches that are not sealed yet."""
-        self.orphans: set[int] = set()
-        """By id, blocks whose parent went with its device: nobody knows any more what they are chained behind."""
         self.revoked: dict[str, Client] = {}
         """Clients whose leases were revoked, until they leave."""
         self.journal = Journal()

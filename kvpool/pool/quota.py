@@ -52,6 +52,10 @@ class Owner:
     guaranteed_at: dict[str, int] = field(default_factory=dict)
     """By host."""
     held_at: dict[str, int] = field(default_factory=dict)
+    given_back: int = 0
+    """How often something of it was given back by its last holder, or left: only then more of it can go than before."""
+    drained: int = -1
+    """As often when it was last drained."""
 
     def excess_at(self, host: str) -> int:
         """Return by how much it is over its guarantee on a host."""
@@ -73,6 +77,11 @@ class Account:
     """All whose quotas count its bytes."""
     leased_at: dict[str, int] = field(default_factory=dict)
     """By host: bytes that cannot be evicted, because somebody holds them."""
+
+    def needed_at(self, host: str, but_bytes: int = 0) -> int:
+        """Return what it takes of its tenant's guarantee there, were ``but_bytes`` of it not leased yet."""
+        leased = self.leased_at.get(host, 0) - but_bytes
+        return leased if self.own is None else max(leased, self.own.guaranteed_at.get(host, 0))
 
 
 class Quotas:
@@ -201,6 +210,7 @@ class Quotas:
             }
             if owner.held_bytes > owner.limit_bytes:
                 self.draining.add(owner)
+                owner.drained = -1
 
     def follow_devices(self) -> None:
         """Split anew if a device came or was lost. For the end of each event."""
@@ -226,6 +236,7 @@ class Quotas:
         for owner in account.owners:
             owner.held_bytes += held_bytes
             owner.held_at[host] = owner.held_at.get(host, 0) + held_bytes
+            owner.given_back += evictable_bytes > 0 or held_bytes < 0
         account.leased_at[host] = account.leased_at.get(host, 0) + held_bytes - evictable_bytes
 
     # -- to ask ---------------------------------------------------------------------------------------------------
@@ -256,15 +267,17 @@ class Quotas:
     def _leased(self, owner: Owner) -> int:
         return sum(sum(a.leased_at.values()) for a in self._by_tenant[owner.tenant] if owner in a.owners)
 
-    def entitled_bytes(self, account: Account, host: str) -> int:
-        """Return how much more may be leased there within guarantees alone."""
+    def entitled_bytes(self, account: Account, host: str, but_bytes: int = 0) -> int:
+        """Return how much more may be leased there within guarantees alone, were ``but_bytes`` of it not leased yet."""
         if account.tenant is None:
             return 0
         slack = 0
         if account.own is not None:
-            slack = max(account.own.guaranteed_at.get(host, 0) - account.leased_at.get(host, 0), 0)
+            slack = max(account.own.guaranteed_at.get(host, 0) - account.leased_at.get(host, 0) + but_bytes, 0)
         guaranteed = self._guaranteed_at(account.tenant, host)
-        return slack + max(guaranteed - self._needed(self._by_tenant[account.tenant], host), 0)
+        needed = self._needed((other for other in self._by_tenant[account.tenant] if other is not account), host)
+        needed += account.needed_at(host, but_bytes)
+        return slack + max(guaranteed - needed, 0)
 
     def leasable_bytes(self, account: Account, host: str) -> int:
         """Return how much more may be leased there: what is entitled, and what no guarantee needs. O(accounts)."""
@@ -280,11 +293,7 @@ class Quotas:
         return 0 if whole is None else whole.guaranteed_at.get(host, 0)
 
     def _needed(self, accounts: Iterable[Account], host: str) -> int:
-        needed = 0
-        for account in accounts:
-            leased = account.leased_at.get(host, 0)
-            needed += leased if account.own is None else max(leased, account.own.guaranteed_at.get(host, 0))
-        return needed
+        return sum(account.needed_at(host) for account in accounts)
 
     def leasable_run(self, space: int, host: str, rows: Sequence[int]) -> int:
         """Return how many of the first rows of a namespace may be leased on a host; those that are leased take none."""

@@ -207,7 +207,9 @@ class Room:
         quotas = self._ledger.quotas
         for owner in list(quotas.draining):
             over_bytes = owner.held_bytes - owner.limit_bytes
-            if over_bytes > 0:
+            # To look for what can go takes as long as there are caches, and this is asked at every event.
+            if over_bytes > 0 and owner.drained != owner.given_back and quotas.evictable_bytes(owner) > 0:
+                owner.drained = owner.given_back
                 # What the tenant's models are guaranteed goes last.
                 for shared in ((owner,), tuple(quotas.owners(owner.tenant))):
                     plan = Reclaim(self._ledger, Account(-1, None, None, shared), False, self._sheltered_in)
@@ -286,12 +288,14 @@ class Room:
         partitions = [partition for device in devices for partition in ledger.index.partitions_of(device.number)]
         return ledger.policy.admit(model.space, hashes, rows, partitions, size_bytes, wanted - free, now)
 
-    def evict_for(self, model: Model, device: Device, short_bytes: int) -> list[int]:
-        """:meth:`evict` for a model's caches that are in the books already: as far as quotas let it."""
+    def evict_for(self, model: Model, device: Device, need_bytes: int, short_bytes: int) -> list[int]:
+        """:meth:`evict` for caches of a model that are in the books already, with ``need_bytes``: as quotas let it."""
         quotas = self._ledger.quotas
         if not quotas.active:
             return self.evict(device, short_bytes)
-        plan = self._reclaim(quotas.account(model.space), device.host, 0)
+        account = quotas.account(model.space)
+        entitled = quotas.entitled_bytes(account, device.host, need_bytes) >= need_bytes
+        plan = Reclaim(self._ledger, account, entitled, self._sheltered_in)
         plan.on(device, short_bytes)
         return self._carry_out(plan, device)
 

@@ -4,14 +4,17 @@ import asyncio
 import threading
 
 import pytest
-from disk_stores import DEADLINE_S, Faults, FaultyFileSystem, key_of
+from disk_stores import DEADLINE_S, Faults, FaultyFileSystem, content_of, key_of
 
 from kvpool.actors.lower_operations import LowerOperations
 from kvpool.cache.disk.folder import folder_at
 from kvpool.cache.disk.tier import DiskTier
+from kvpool.cache.host_tier import HostTier
 from kvpool.cache.lower_tiers import LowerTiers
+from kvpool.cache.source import Source
 from kvpool.cache.store import FREED, RELEASED, DeviceStore
 from kvpool.memory.allocator import GPUMemoryAllocator
+from kvpool.memory.copying import view_at
 from kvpool.memory.host import HostBackend
 
 PAGE = 64 << 10
@@ -124,3 +127,40 @@ async def freed(store):
     async with asyncio.timeout(DEADLINE_S):
         while store.allocator.usage().live_bytes:  # noqa: ASYNC110  it comes by a thread
             await asyncio.sleep(0.001)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("lower", "demote"), ("copy", "copy_ahead")])
+async def test_compaction_does_not_move_what_is_on_its_way_down(kind, name, monkeypatch):
+    """It runs on the same loop, while an operation with the addresses in its hands waits for its turn."""
+    size, count = PAGE // 4, 32
+    store = DeviceStore(GPUMemoryAllocator(HostBackend(1 << 30), 8 * PAGE, PAGE))
+    tiers = LowerTiers(HostTier(HostBackend(1 << 30), 16 * PAGE, PAGE), None, lambda keys: None)
+    await tiers.start()
+    operations = LowerOperations(store, tiers)
+    ids = list(range(count))
+    places = store.apply([("connect", "c", "default", ""), ("allocate", "c", 0, "default", ids, size, size, [])])[1][0]
+    for number, (offset, *_) in zip(ids, places, strict=True):
+        view_at(store.allocator.address + offset, size)[:] = content_of(number, size)
+    store.apply([("finish", "c", 0, ids, [key_of(number).block_hash for number in ids])])
+    store.apply([("evict", [number for number in ids if number % 3])])
+    down = ids[count // 2 - count // 2 % 3 + 3 :: 3]
+    move = getattr(tiers, name)
+
+    async def beside_compaction(sources):
+        assert store.allocator.compact().moved_bytes, "others move"
+        there = [store.allocator.address + store.record(number).offset for number in down]
+        assert [source.address for source in sources] == there
+        return await move(sources)
+
+    monkeypatch.setattr(tiers, name, beside_compaction)
+    entries = [(number, key_of(number).block_hash, None) for number in down]
+    assert await operations.carry_out((kind, KEY.tenant, KEY.fingerprint, entries)) == [True] * len(down)
+    assert store.apply([("evict", down)]) == [[]], "held only while they were read"
+    assert store.lease_count == 0
+    ((places, *_),) = store.apply([("allocate", "c", 0, "default", [-1], size, size, [])])
+    target = store.allocator.address + places[0][0]
+    for number in down:
+        assert await tiers.fill([Source(key_of(number), None, target, size)]) == [True]
+        assert view_at(target, size) == content_of(number, size)
+    await tiers.close()
+    store.allocator.close()

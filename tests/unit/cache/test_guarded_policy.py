@@ -227,3 +227,26 @@ def test_a_module_that_fails_as_it_is_imported_is_named(tmp_path: Any, monkeypat
     assert CacheIndex("plain_policies:Mine").policy.victim() == -1, "an attribute will do, if none is registered"
     with pytest.raises(UnknownPolicyError, match="'plain_policies:Other'"):
         CacheIndex("plain_policies:Other")
+
+
+def test_a_policy_that_fails_as_rows_change_their_partitions_is_given_up_once_and_the_next_has_each_row_once(
+    register,
+) -> None:
+    register(failing_in("taken"))
+    index, failures = CacheIndex("own"), []
+    lru_takes_over(index, failures)
+    index.add_device(0)
+    spaces = [index.space("t", name) for name in "ab"]
+    for space in spaces:
+        hashes = [encode_block_id(place) for place in range(3)]
+        rows = index.add_chain(space, 1, 0, 3, now=0.0)
+        index.publish_all(rows, hashes)
+        index.unpin(rows[::-1], now=0.0)
+    index.set_accounts({spaces[0]: 1}, now=1.0)
+    assert len(failures) == 1
+    index.policy.check()
+    for partition in range(2):
+        order = list(index.policy.victims(partition))
+        assert [index.partition[row] for row in order] == [partition] * 3
+        index.remove_all(order)
+    index.check()

@@ -3,12 +3,13 @@
 from random import Random
 
 import pytest
-from pool_harness import LocalPool, keys_of
+from pool_harness import PAGE, LocalPool, keys_of
 
 from kvpool.cache import eviction
 from kvpool.cache.eviction import policy_names, register_policy
 from kvpool.cache.leaf_first import LeafFirst
-from kvpool.pool.instructions import PolicyFailed
+from kvpool.cache.lru import LeafFirstLRU
+from kvpool.pool.instructions import Batch, BlocksRequested, CachesRequested, Failed, PolicyFailed, QuotaSet
 from kvpool.pool.statistics import collect
 from kvpool.simulate import simulate
 from kvpool.workload import TraceRequest, generate
@@ -92,3 +93,77 @@ def test_a_pool_goes_on_by_lru_when_a_policy_of_ones_own_fails(monkeypatch: pyte
     pool.state.set_policy("lfu", pool.now)
     assert collect(pool.state, {}).policy_failure is None
     pool.close()
+
+
+def two_partitions(policy: str) -> LocalPool:
+    """A full pool in which two models' caches are ranked apart, because one has a quota."""
+    pool = LocalPool(pages=10, policy=policy)
+    pool.connect()
+    for model, name in enumerate("ab"):
+        assert pool.model(name=name, block_bytes=PAGE) == model
+    pool.administer(QuotaSet(Batch(1), "default", "a", 0, "100%", None))
+    for number in range(5):
+        for model in range(2):
+            pool.store([100 * model + number], model=model, block_bytes=PAGE)
+    return pool
+
+
+class FailsBehindTheFirst(LeafFirstLRU):
+    def victims(self, partition):
+        for number, row in enumerate(super().victims(partition)):
+            if number == 1:
+                raise KeyError("one")
+            yield row
+
+
+class WorthNothing(LeafFirstLRU):
+    def worth(self, row):
+        return None
+
+
+class WorthThisOrThat(LeafFirstLRU):
+    def worth(self, row):
+        return 1.0 if row % 2 else (1.0, 2)
+
+
+@pytest.mark.parametrize("policy", [FailsBehindTheFirst, WorthNothing, WorthThisOrThat])
+def test_a_policy_that_fails_for_several_partitions_fails_once(monkeypatch: pytest.MonkeyPatch, policy: type) -> None:
+    policy_names()
+    monkeypatch.setattr(eviction, "_POLICIES", dict(eviction._POLICIES))
+    register_policy("own")(policy)
+    pool = two_partitions("own")
+    assert pool.request(4 * PAGE)[0] == "granted"
+    fails = policy is not WorthThisOrThat
+    assert pool.state.policy_name == ("lru" if fails else "own"), "a number is compared as a tuple of one"
+    assert pool.state.ledger.counters.errors == ({"PolicyError": 1} if fails else {})
+    pool.check()
+
+
+def test_what_is_decided_is_carried_out_though_a_bug_keeps_others_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = two_partitions("lru")
+    room = pool.state.allocations._room
+    find, find_on = room.find, room.find_on
+
+    def broken(client, model, size_bytes, *arguments):
+        if size_bytes == 2 * PAGE:
+            raise TypeError("not this one")
+        return find(client, model, size_bytes, *arguments)
+
+    monkeypatch.setattr(room, "find", broken)
+    batch = Batch(3)
+    items = [(1, 0, pages * PAGE, pages * PAGE, 0.0, 0, None) for pages in (3, 2, 1)]
+    out = pool.state.handle(CachesRequested(batch, "c", items), pool.now)
+    assert [type(each.error) for each in out if isinstance(each, Failed)] == [TypeError]
+    pool.take([each for each in out if not isinstance(each, Failed)])
+    pool.settle()
+    answers = pool.done.pop(batch)
+    assert [answer[0] for answer in answers] == ["granted", "error", "granted"]
+    pool.check()
+    monkeypatch.setattr(room, "find_on", lambda *arguments: (1 / 0, find_on(*arguments)))
+    batch = Batch(1)
+    item = (1, 0, b"".join(keys_of([1000])), None, None, None)
+    out = pool.state.handle(BlocksRequested(batch, "c", [item]), pool.now)
+    assert [type(each.error) for each in out if isinstance(each, Failed)] == [ZeroDivisionError]
+    pool.take([each for each in out if not isinstance(each, Failed)])
+    assert pool.done.pop(batch)[0][:2] == ("error", "InvariantError")
+    pool.check()

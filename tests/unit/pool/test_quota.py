@@ -8,6 +8,7 @@ from pool_harness import PAGE, LocalPool, keys_of
 from kvpool.errors import CapacityError, InvalidRequestError, InvalidSizeError, LimitError, from_wire
 from kvpool.pool.amount import parse_amount
 from kvpool.pool.instructions import Batch, CachesRequested, DeviceLost, QuotaSet
+from kvpool.pool.reclaim import Reclaim
 
 PAGES = 10
 
@@ -216,6 +217,47 @@ def test_a_limit_below_use_drains_and_revokes_nothing(pool):
         assert held(pool, "a") == left
     assert not pool.state.ledger.quotas.draining
     assert pool.request(PAGE, model=A)[0] == "granted"
+
+
+def test_what_drains_is_looked_at_only_when_more_of_it_can_go(pool, monkeypatch):
+    looked = []
+    own = Reclaim.own
+    monkeypatch.setattr(Reclaim, "own", lambda self, *arguments: (looked.append(arguments), own(self, *arguments))[1])
+    mine = lease(pool, A, 4)
+    set_quota(pool, "a", 0, PAGE)
+    put(pool, B, 100, 2)
+    for _ in range(3):
+        pool.tick()
+    assert not looked, "all of it is leased"
+    pool.seal(mine[:1], keys_of([50]), model=A)
+    pool.release(mine[:1])
+    assert (held(pool, "a"), bool(looked)) == (3, True)
+    set_quota(pool, "a", 0, None)
+    parent, child = pool.blocks([1, 2], model=A)[2]
+    pool.seal([parent, child], keys_of([1, 2]), model=A)
+    pool.release([parent])
+    set_quota(pool, "a", 0, PAGE)
+    pool.tick()
+    looked.clear()
+    for _ in range(3):
+        pool.tick()
+    assert (held(pool, "a"), looked) == (5, []), "what leads to a leased block stays"
+    pool.release([child])
+    assert held(pool, "a") == 3
+
+
+@pytest.mark.parametrize("guaranteed", [2, 1])
+def test_a_shortage_of_what_is_in_the_books_takes_of_a_guarantee_only_for_ones_own(pool, guaranteed):
+    """A device has less than the books say: what lies partly within another's guarantee goes for a guarantee only."""
+    whole = pool.model(name="whole", block_bytes=None)
+    pool.seal([pool.request(3 * PAGE, model=whole)[1]], keys_of([9]), model=whole, finish=True)
+    set_quota(pool, "whole", 2 * PAGE)
+    set_quota(pool, "a", guaranteed * PAGE)
+    assert len(lease(pool, A, 2)) == 2  # these, as though the device had no room for them
+    room, device, model = pool.state.blocks._room, pool.state.ledger.devices[0], pool.state.ledger.models[A]
+    going = room.evict_for(model, device, 2 * PAGE, 2 * PAGE)
+    assert len(going) == (1 if guaranteed == 2 else 0)
+    pool.stores[0].apply([("evict", going)])
 
 
 def test_the_limit_of_a_spec_is_a_quota_until_somebody_sets_one(pool):

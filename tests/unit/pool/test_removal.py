@@ -507,3 +507,28 @@ def test_blocks_whose_parent_went_with_its_device_go_with_any_key_of_their_model
     pool.invalidate(keys=keys_of([1]))
     put(pool, [1, 2], NEW)
     assert found(pool, [1, 2, 3, 4]) == 2
+
+
+@pytest.mark.parametrize("finish", [True, False])
+def test_blocks_chained_behind_a_duplicate_go_with_any_key_of_their_model(finish):
+    """Two store overlapping chains at once: with the duplicates, what tells behind which keys the others come goes."""
+    pool = LocalPool(pages=8)
+    for client in "ab":
+        pool.connect(client)
+        pool.model(client)
+    first, second = pool.blocks([1, 2], "a")[2], pool.blocks([1, 2, 3], "b")[2]
+    pool.seal(first, keys_of([1, 2]), "a", finish=True)
+    pool.seal(second, keys_of([1, 2, 3]), "b", finish=finish)
+    if not finish:
+        pool.release(second, "b")
+    assert len(pool.read([1, 2, 3], "a")) == 3
+    pool.invalidate(keys=keys_of([100]))
+    assert len(pool.read([1, 2, 3], "a")) == 3, "they are chained behind what has the key"
+    assert pool.evict(size_bytes=1)["caches"] == 1
+    assert len(pool.read([1, 2, 3], "a")) == 2, "the tail goes first"
+    pool.seal(pool.blocks([3], "a", parent=keys_of([2])[0])[2], keys_of([3]), "a", finish=True)
+    pool.invalidate(keys=keys_of([1]))
+    assert pool.read([1, 2, 3], "a") == []
+    pool.seal(pool.blocks([1, 2], "a")[2], keys_of([1, 2]), "a", finish=True)
+    assert len(pool.read([1, 2, 3], "a")) == 2, "not 3, of which one was declared void"
+    pool.check()
