@@ -137,6 +137,7 @@ def test_a_policy_that_fails_for_several_partitions_fails_once(monkeypatch: pyte
     assert pool.state.policy_name == ("lru" if fails else "own"), "a number is compared as a tuple of one"
     assert pool.state.ledger.counters.errors == ({"PolicyError": 1} if fails else {})
     pool.check()
+    pool.close()
 
 
 def test_what_is_decided_is_carried_out_though_a_bug_keeps_others_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,3 +168,4 @@ def test_what_is_decided_is_carried_out_though_a_bug_keeps_others_from_it(monkey
     pool.take([each for each in out if not isinstance(each, Failed)])
     assert pool.done.pop(batch)[0][:2] == ("error", "InvariantError")
     pool.check()
+    pool.close()

@@ -532,3 +532,4 @@ def test_blocks_chained_behind_a_duplicate_go_with_any_key_of_their_model(finish
     pool.seal(pool.blocks([1, 2], "a")[2], keys_of([1, 2]), "a", finish=True)
     assert len(pool.read([1, 2, 3], "a")) == 2, "not 3, of which one was declared void"
     pool.check()
+    pool.close()
