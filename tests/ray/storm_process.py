@@ -15,8 +15,8 @@ from kvpool.errors import CapacityError
 
 BLOCK_BYTES = 12 * 1024
 KIB = 1024
-KEYS = 300
-CHAINS, CHAIN_BLOCKS = 60, 6
+KEYS = 40
+CHAINS, CHAIN_BLOCKS = 10, 6
 TASKS = 8
 """Of one process, so that its calls meet each other on their way."""
 MOST_HELD = 4
