@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from heapq import heapify, heappop, heapreplace
-from typing import Any
 
 import numpy as np
 
 from kvpool.cache.chains import Rows, depths
 from kvpool.cache.eviction import CacheEvictionPolicy
 from kvpool.cache.guarded_policy import make_policy
+from kvpool.cache.heads import Heads
 from kvpool.cache.key import SHARDS, BlockHash, KeyShards, key_shards
 from kvpool.cache.meter import Meter
 from kvpool.cache.table import KEYED, MAX_STAMP, NO_ROW, RESIDENT, SEALED, CacheTable
@@ -19,54 +18,6 @@ from kvpool.errors import PolicyError, ensure
 
 _MANY = 512
 """Caches that leave at once, from which on it pays to go through the columns as a whole."""
-
-
-class Heads:
-    """The next victim of several partitions, and those behind it; falsy when there is none.
-
-    Parameters
-    ----------
-    policy
-        Ranks them.
-    partitions
-        Whose victims.
-    """
-
-    def __init__(self, policy: CacheEvictionPolicy, partitions: Iterable[int]) -> None:
-        self._policy = policy
-        self._heads: list[tuple[Any, int, int, Iterator[int]]] = []
-        for partition in partitions:
-            rows = policy.victims(partition)
-            row = next(rows, NO_ROW)
-            if row >= 0:
-                self._heads.append((policy.worth(row), row, partition, rows))
-        heapify(self._heads)
-
-    def __bool__(self) -> bool:
-        return bool(self._heads)
-
-    @property
-    def row(self) -> int:
-        """The one that goes first."""
-        return self._heads[0][1]
-
-    @property
-    def worth(self) -> Any:
-        """What it is worth to the policy."""
-        return self._heads[0][0]
-
-    def next(self) -> None:
-        """Go on behind it."""
-        _, _, partition, rows = self._heads[0]
-        row = next(rows, NO_ROW)
-        if row >= 0:
-            heapreplace(self._heads, (self._policy.worth(row), row, partition, rows))
-        else:
-            heappop(self._heads)
-
-    def leave(self) -> None:
-        """Pass over it and all behind it in its partition."""
-        heappop(self._heads)
 
 
 class CacheIndex(CacheTable):
@@ -220,13 +171,12 @@ class CacheIndex(CacheTable):
         """Return by partition what its caches take, and what nobody holds of it, in bytes. O(rows)."""
         flags, sizes = np.frombuffer(self.flags, np.uint8), np.frombuffer(self.size_bytes, np.int64)
         partitions, pins = np.frombuffer(self.partition, np.int32), np.frombuffer(self.pins, np.uint32)
-        held = [0] * len(self.partitions)
-        evictable = held[:]
-        for row in np.flatnonzero(flags).tolist():
-            size_bytes = int(sizes[row])
-            held[partitions[row]] += size_bytes
-            if flags[row] & KEYED and not pins[row]:
-                evictable[partitions[row]] += size_bytes
+        used = flags != 0
+        idle = used & (flags & KEYED != 0) & (pins == 0)
+        held, evictable = (
+            np.bincount(partitions[rows], sizes[rows], len(self.partitions)).astype(np.int64).tolist()
+            for rows in (used, idle)
+        )
         return held, evictable
 
     def victims(self, device: int) -> Iterator[int]:

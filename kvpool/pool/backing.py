@@ -21,7 +21,6 @@ from kvpool.errors import (
     KvpoolError,
     SealedError,
     UnknownCacheError,
-    ensure,
 )
 from kvpool.memory.extents import Extents, changed, checked, difference, front, pages_touched, total_bytes
 from kvpool.memory.packing import shares_pages
@@ -97,12 +96,8 @@ class BackingChanges:
         ready = []
         for request in self._growing.get(cache_id, ()):
             try:
-                change = request.change
-                ensure(change is not None, "what changes a cache says how", cache_id=cache_id)
-                if change is not None:
-                    row = self._writable(request.client, cache_id)
-                    needs = self._needs(self._ledger.devices[change.device], self.backing(row, cache_id), change)
-                    request.size_bytes = needs[0]
+                if request.change is not None:
+                    self._measure(request, request.change)
             except KvpoolError:
                 request.size_bytes = 0
             if not request.size_bytes:
@@ -237,17 +232,17 @@ class BackingChanges:
     def _answered(self, change: Change, request: CacheRequest, answer: Answer, now: float) -> None:
         extents = None if answer[0] == "error" else answer[0]
         self._settle(change, extents)
-        if extents is None:
+        short = extents is not None and answer[3] is not None
+        if short:
+            self._allocations.plan_again([request], change.device, now)
+        elif extents is None:
             self._allocations.deliver(request, answer, now)
-        elif answer[3] is None:
+        else:
             size_bytes = total_bytes(extents)
             self._allocations.deliver(request, ("changed", change.cache_id, size_bytes, extents, answer[1]), now)
-        else:
-            self._allocations.plan_again([request], change.device, now)
-            self._go_on(change.cache_id, now)
-            return
         self._go_on(change.cache_id, now)
-        self._allocations.retry(now)  # what it gave back, or was not given
+        if not short:
+            self._allocations.retry(now)  # what it gave back, or was not given
 
     def _go_on(self, cache_id: int, now: float) -> None:
         """Decide on the changes that came behind one that was under way, up to the next that is."""

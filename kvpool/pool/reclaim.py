@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from kvpool.cache.index import Heads
+from kvpool.cache.heads import Heads
 from kvpool.pool.device import Device
 from kvpool.pool.ledger import Ledger
 from kvpool.pool.quota import Account, Owner
