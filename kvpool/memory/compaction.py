@@ -86,17 +86,17 @@ class Plan(NamedTuple):
         """Bytes to copy."""
         return sum(move.size_bytes for move in self.moves)
 
-    def within(self, budget_bytes: int) -> Plan:
-        """Return the front of the plan that copies ``budget_bytes`` at most, at least one move.
 
-        A small cache counts for as many bytes as could be copied in the time that its bookkeeping takes.
-        """
-        for count, move in enumerate(self.moves):
-            cost_bytes = max(move.size_bytes, _LEAST_BYTES)
-            if budget_bytes < cost_bytes and count:
-                return Plan(self.moves[:count], ())
-            budget_bytes -= cost_bytes
-        return self
+def count_within(moves: Sequence[Move], budget_bytes: int) -> int:
+    """Return how many moves, from the first, copy ``budget_bytes`` at most; at least one.
+
+    A small cache counts for as many bytes as could be copied in the time that its bookkeeping takes.
+    """
+    for count, (_, _, _, size_bytes) in enumerate(moves):
+        budget_bytes -= size_bytes if size_bytes > _LEAST_BYTES else _LEAST_BYTES
+        if budget_bytes < 0 and count:
+            return count
+    return len(moves)
 
 
 def runs(moves: Iterable[Move]) -> Iterator[list[Move]]:

@@ -2,13 +2,14 @@
 
 import ctypes
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
 from kvpool.errors import BackendError, CapacityError
 from kvpool.memory.allocation import Allocation
 from kvpool.memory.allocator import GPUMemoryAllocator
+from kvpool.memory.backend import Copy
 from kvpool.memory.compaction import Part, Snapshot, choose_join, plan_evacuation, plan_slide
 from kvpool.memory.host import HostBackend
 
@@ -94,11 +95,12 @@ class RefusingBackend(HostBackend):
 
     left = 1 << 30
 
-    def copy(self, destination: int, source: int, size_bytes: int) -> None:
-        if self.left <= 0:
-            raise BackendError("refused", errno=5)
-        self.left -= 1
-        super().copy(destination, source, size_bytes)
+    def copy(self, copies: Sequence[Copy]) -> None:
+        for count, each in enumerate(copies):
+            if self.left <= 0:
+                raise BackendError("refused", errno=5, copied=count)
+            self.left -= 1
+            super().copy([each])
 
 
 @pytest.fixture
@@ -263,6 +265,31 @@ def test_a_move_over_its_own_place_that_is_interrupted_is_finished_before_anythi
             live[100 + left * 2 + _] = max(1, (blocks + left) % 31)
             put(memory, 100 + left * 2 + _, live[100 + left * 2 + _])
     assert interrupted
+    assert intact(memory, live)
+
+
+def test_a_cache_of_which_nothing_is_backed_moves_too_also_when_a_copy_is_refused(
+    memory: GPUMemoryAllocator, backend: RefusingBackend
+) -> None:
+    live = {}
+    for cache_id in range(16):
+        live[cache_id] = 9
+        put(memory, cache_id, 9)
+    for cache_id in range(1, 16, 2):
+        memory.free(cache_id)
+        del live[cache_id]
+    for cache_id in (4, 10):
+        memory.resize(cache_id, 0)
+        del live[cache_id]
+    for left in (0, 1):
+        backend.left = left
+        with pytest.raises(BackendError):
+            memory.compact()
+        backend.left = 1 << 30
+        assert intact(memory, live)
+        memory.check()
+    memory.compact()
+    assert {4, 10} <= set(memory.owner.moved_ids)
     assert intact(memory, live)
 
 
