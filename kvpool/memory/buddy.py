@@ -7,6 +7,7 @@ one free range of the next order: they are merged at once, at each :meth:`BuddyA
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 
 from kvpool.errors import (
@@ -211,6 +212,11 @@ class BuddyAllocator:
         CacheStateError
             If not all of it is free. Nothing is changed then.
         """
+        blocks = self._free.get(size_bytes)
+        if blocks is not None and offset in blocks:  # a block as :meth:`allocate` would have handed it out
+            del blocks[offset]
+            self._live[offset] = size_bytes
+            return
         end = offset + size_bytes
         found: list[tuple[int, int]] = []
         position = offset
@@ -343,6 +349,11 @@ class BuddyAllocator:
             return abs(self._live[offset])
         except KeyError:
             raise self._not_live(offset) from None
+
+    @property
+    def free_blocks(self) -> Mapping[int, Iterable[int]]:
+        """Offsets of the free ranges by size, a power of two, which ascends. A view: it changes with each call."""
+        return self._free
 
     @property
     def free_bytes(self) -> int:

@@ -22,6 +22,7 @@ from kvpool.memory.compaction import (
     runs,
     slide,
 )
+from kvpool.memory.fitting import Blocks, plan_fit
 from kvpool.memory.ranges import RangeAllocator
 from kvpool.memory.scrub import Scrubber
 from kvpool.memory.shared import SharedPages
@@ -206,7 +207,14 @@ class Mover:
 
     def _plan(self, survey: Survey, budget_bytes: int, most_pages: int, looks: int | None = None) -> Plan:
         """Plan with the first snapshots, as many as ``looks`` of each kind, or as many as it takes."""
-        for snapshot in islice(survey.for_evacuation(budget_bytes, most_pages), looks):
+        sources = survey.emptiest(budget_bytes, most_pages)
+        # No more pages than could come free: the others are those that these are emptied into.
+        fitting = sources[: self.possible(survey.tenant)]
+        blocks = Blocks(self._shared.free_blocks(survey.tenant), set(fitting), self._page_bytes)
+        plan = plan_fit(fitting, map(survey.parts, fitting), blocks, self._page_bytes)
+        if plan.freed:
+            return plan
+        for snapshot in islice(survey.for_evacuation(sources), looks):
             plan = plan_evacuation(snapshot, budget_bytes, most_pages)
             if plan.freed:
                 return plan

@@ -61,7 +61,12 @@ class Residents:
         here = self._pages[page]
         resident = here.parts.pop(offset)
         inside_bytes = page + self._page_bytes - offset
-        here.used_bytes -= min(inside_bytes, resident[1])
+        if resident[1] <= inside_bytes:
+            here.used_bytes -= resident[1]
+            if not here.used_bytes:
+                del self._pages[page]
+            return resident
+        here.used_bytes -= inside_bytes
         for following in range(page + self._page_bytes, offset + resident[1], self._page_bytes):
             there = self._pages[following]
             there.used_bytes -= min(self._page_bytes, offset + resident[1] - following)

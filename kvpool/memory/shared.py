@@ -8,7 +8,7 @@ they are leased nothing can move them together. A part larger than a page begins
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 
 from kvpool.errors import AddressSpaceError, ensure
@@ -225,16 +225,27 @@ class SharedPages:
         Pages that are empty by that stay until :meth:`put_empty`: what moves next may go there.
         """
         parts, residents, pieces = self._parts[tenant], self._residents[tenant], self._pieces
+        page_bytes = self._page_bytes
         for source, destination in moves:
             resident = residents.leave(source)
-            for piece in pieces.pop(source, (source,)):
-                parts.free(piece)
-            self._carve(parts, destination, resident[1])
+            if source in pieces:
+                for piece in pieces.pop(source):
+                    parts.free(piece)
+            else:
+                parts.free(source)
+            if (destination & (page_bytes - 1)) + resident[1] <= page_bytes:
+                parts.carve(destination, resident[1])
+            else:
+                self._carve(parts, destination, resident[1])
             residents.enter(destination, resident)
 
     def is_free(self, tenant: str, offset: int, size_bytes: int) -> bool:
         """Whether nothing lies in a part of this tenant's pages."""
         return self._parts[tenant].is_free(offset, size_bytes)
+
+    def free_blocks(self, tenant: str) -> Mapping[int, Iterable[int]]:
+        """Free blocks of this tenant's pages: their offsets by size, see :attr:`BuddyAllocator.free_blocks`."""
+        return self._parts[tenant].free_blocks
 
     def is_withheld(self, offset: int, size_bytes: int) -> bool:
         """Whether one of the pages under a part is in quarantine."""
