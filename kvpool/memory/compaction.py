@@ -362,10 +362,11 @@ class _Holes:
 def _used_bytes(snapshot: Snapshot) -> dict[int, int]:
     """Return the bytes in use of each page."""
     used = dict.fromkeys(snapshot.pages, 0)
-    for part in snapshot.parts:
-        for page in pages_under(part.offset, part.size_bytes, snapshot.page_bytes):
+    page_bytes = snapshot.page_bytes
+    for offset, size_bytes, _, _ in snapshot.parts:
+        for page in pages_under(offset, size_bytes, page_bytes):
             if page in used:
-                used[page] += min(part.end, page + snapshot.page_bytes) - max(part.offset, page)
+                used[page] += min(offset + size_bytes, page + page_bytes) - max(offset, page)
     return used
 
 

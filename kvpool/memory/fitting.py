@@ -7,7 +7,9 @@ other sizes would leave holes that no block shows: :mod:`kvpool.memory.compactio
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from itertools import islice, repeat
 
 from kvpool.memory.compaction import Move, Plan
 from kvpool.memory.residents import Resident
@@ -33,19 +35,38 @@ class Blocks:
         self._left = {size_bytes: self._usable(offsets) for size_bytes, offsets in free.items()}
         self._split: dict[int, list[int]] = {size_bytes: [] for size_bytes in free}
 
-    def take(self, size_bytes: int) -> int:
-        """Return the offset of a block of ``size_bytes``, a power of two; -1 if there is none."""
-        block_bytes = size_bytes
-        while block_bytes in self._left:
-            split = self._split[block_bytes]
-            offset = split.pop() if split else next(self._left[block_bytes], -1)
-            if offset >= 0:
-                while block_bytes > size_bytes:
-                    block_bytes //= 2
-                    self._split[block_bytes].append(offset + block_bytes)
-                return offset
-            block_bytes *= 2
-        return -1
+    def take(self, size_bytes: int, count: int) -> list[int]:
+        """Return the offsets of ``count`` blocks of ``size_bytes``, a power of two, ascending; fewer if there are none.
+
+        What there is of this size comes first, then larger blocks are split.
+        """
+        if size_bytes not in self._left:
+            return []
+        split = self._split[size_bytes]
+        found = split[-count:]
+        del split[-count:]
+        found += islice(self._left[size_bytes], count - len(found))
+        while len(found) < count:
+            larger = self._take_larger(size_bytes)
+            if larger is None:
+                break
+            start, larger_bytes = larger
+            split += range(start + larger_bytes - size_bytes, start - size_bytes, -size_bytes)
+            missing = len(found) - count
+            found += split[missing:]
+            del split[missing:]
+        found.sort()
+        return found
+
+    def _take_larger(self, size_bytes: int) -> tuple[int, int] | None:
+        """Return offset and bytes of the smallest block above a size."""
+        for block_bytes, left in self._left.items():
+            if block_bytes > size_bytes:
+                split = self._split[block_bytes]
+                offset = split.pop() if split else next(left, None)
+                if offset is not None:
+                    return offset, block_bytes
+        return None
 
     def _usable(self, offsets: Iterable[int]) -> Iterator[int]:
         mask, without = self._mask, self._without
@@ -53,32 +74,42 @@ class Blocks:
 
 
 def plan_fit(
-    sources: Sequence[int], parts: Iterable[Sequence[tuple[int, Resident]]], blocks: Blocks, page_bytes: int
+    pages: Iterable[tuple[int, Mapping[int, Resident] | None]],
+    blocks: Blocks,
 ) -> Plan:
     """Empty pages into free blocks, one after the other, up to the first that cannot be.
 
-    That is one in which something lies that is no power of two, or goes on in another page, or finds no block.
+    That is one in which something lies whose size is no power of two, or that goes on in another page, or finds no
+    block.
 
     Parameters
     ----------
-    sources
-        Pages in which all may move, the emptiest first.
-    parts
-        What lies in each of them.
+    pages
+        Those in which all may move, the emptiest first, and what lies in each of them; ``None``: it goes on elsewhere.
     blocks
         Those in other pages.
-    page_bytes
-        Size of a page.
     """
     moves: list[Move] = []
-    new, take = tuple.__new__, blocks.take
-    for freed, (page, inside) in enumerate(zip(sources, parts, strict=True)):
+    freed: list[int] = []
+    for page, parts in pages:
+        if parts is None:
+            break
+        sizes = {size_bytes for _, size_bytes in parts.values()}
+        if any(size_bytes & (size_bytes - 1) for size_bytes in sizes):
+            break
         before = len(moves)
-        for offset, (cache_id, size_bytes) in inside:
-            aligned = size_bytes & (size_bytes - 1) == 0 and page <= offset <= page + page_bytes - size_bytes
-            destination = take(size_bytes) if aligned else -1
-            if destination < 0:
+        offsets = sorted(parts)
+        for size_bytes in sorted(sizes, reverse=True):
+            sources = offsets if len(sizes) == 1 else [each for each in offsets if parts[each][1] == size_bytes]
+            destinations = blocks.take(size_bytes, len(sources))
+            if len(destinations) < len(sources):
                 del moves[before:]
-                return Plan(tuple(moves), tuple(sources[:freed]))
-            moves.append(new(Move, (cache_id, offset, destination, size_bytes)))  # as Move(...), in half the time
-    return Plan(tuple(moves), tuple(sources))
+                return Plan(tuple(moves), tuple(freed))
+            ids = [parts[offset][0] for offset in sources]
+            moves += map(_new_move, zip(ids, sources, destinations, repeat(size_bytes)))
+        freed.append(page)
+    return Plan(tuple(moves), tuple(freed))
+
+
+_new_move = partial(tuple.__new__, Move)
+"""As ``Move(...)``, in a third of the time."""

@@ -28,6 +28,9 @@ from kvpool.memory.scrub import Scrubber
 from kvpool.memory.shared import SharedPages
 from kvpool.memory.survey import Survey
 
+_BATCH_MOVES = 512
+"""Moves of a plan that are copied and switched together: what is known of them stays in the processor's cache."""
+
 
 class Mover:
     """Plans and moves. Nothing is kept from one step to the next, so a step that fails leaves nothing to repair.
@@ -112,7 +115,13 @@ class Mover:
             return Compaction(0, 0, False)
         self._futile.pop(tenant, None)
         count = count_within(plan.moves, budget_bytes)
-        return self._carry_out(tenant, plan.moves[:count], plan.freed if count == len(plan.moves) else (), owner)
+        moved_bytes = freed_pages = 0
+        for start in range(0, count, _BATCH_MOVES):
+            end = min(start + _BATCH_MOVES, count)
+            freed = plan.freed if end == len(plan.moves) else ()
+            done = self._carry_out(tenant, plan.moves[start:end], freed, owner)
+            moved_bytes, freed_pages = moved_bytes + done.moved_bytes, freed_pages + done.freed_pages
+        return Compaction(moved_bytes, freed_pages, True)
 
     def go_on(self, tenant: str, budget_bytes: int, owner: Movable, looks: int | None) -> Compaction:
         """Take a small step: copy ``budget_bytes``, or a cache, of a plan for one page that lasts for several steps.
@@ -193,7 +202,7 @@ class Mover:
         if self.unfinished is not None:
             move, done_bytes, owner = self.unfinished
             copies: list[Copy] = []
-            self._add_copies(copies, move.source, move.destination, self._live[move.cache_id].span_bytes, done_bytes)
+            self._add_copies(copies, move.source, move.destination, move.size_bytes, done_bytes)
             try:
                 self._backend.copy(copies)
             except BackendError as error:
@@ -202,8 +211,7 @@ class Mover:
                 raise
             self.unfinished = None
             tenant = self._live[move.cache_id].tenant
-            self._switch(tenant, [move], owner)
-            self._shared.put_empty(tenant, pages_under(move.source, move.size_bytes, self._page_bytes))
+            self._shared.put_empty(tenant, sorted(self._switch(tenant, [move], owner)))
 
     def _plan(self, survey: Survey, budget_bytes: int, most_pages: int, looks: int | None = None) -> Plan:
         """Plan with the first snapshots, as many as ``looks`` of each kind, or as many as it takes."""
@@ -211,7 +219,7 @@ class Mover:
         # No more pages than could come free: the others are those that these are emptied into.
         fitting = sources[: self.possible(survey.tenant)]
         blocks = Blocks(self._shared.free_blocks(survey.tenant), set(fitting), self._page_bytes)
-        plan = plan_fit(fitting, map(survey.parts, fitting), blocks, self._page_bytes)
+        plan = plan_fit(((page, survey.enclosed(page)) for page in fitting), blocks)
         if plan.freed:
             return plan
         for snapshot in islice(survey.for_evacuation(sources), looks):
@@ -253,43 +261,29 @@ class Mover:
             freed = ()
             raise
         finally:  # also what came free before an error
-            self._switch(tenant, moves, owner)
-            emptied = self._left(moves)
+            emptied = self._switch(tenant, moves, owner)
             emptied.update(freed)
             if unfinished is not None:
                 self.unfinished = (*unfinished, owner)
                 move = unfinished[0]
                 emptied.difference_update(pages_under(move.destination, move.size_bytes, self._page_bytes))
             freed_pages = self._shared.put_empty(tenant, sorted(emptied))
-            moved_bytes = sum(size_bytes for _, _, _, size_bytes in moves)
+            moved_bytes = sum([size_bytes for _, _, _, size_bytes in moves])
             self.moved_bytes += moved_bytes
             self.freed_pages += freed_pages
         return Compaction(moved_bytes, freed_pages, True)
 
-    def _left(self, moves: Sequence[Move]) -> set[int]:
-        """Return the pages in which caches lay before they moved."""
-        page_bytes, mask = self._page_bytes, -self._page_bytes
-        left = {source & mask for _, source, _, _ in moves}
-        for _, source, _, size_bytes in moves:
-            if (source & ~mask) + size_bytes > page_bytes:
-                left.update(pages_under(source, size_bytes, page_bytes))
-        return left
-
     def _copies(self, moves: Sequence[Move]) -> list[Copy]:
         """Return what is to be copied, in this order: one copy for caches that lie side by side, before and after."""
-        live = self._live
         copies: list[Copy] = []
-        # Of caches side by side: where the first one lies and goes, the end of the last, and how much of them is used.
+        # Of caches side by side: where the first one lies and goes, and the end of the last.
         start = target = end = -1
-        used_bytes = 0
-        for cache_id, source, destination, size_bytes in moves:
+        for _, source, destination, size_bytes in moves:
             if source != end or destination - source != target - start:
-                self._add_copies(copies, start, target, used_bytes, 0)
+                self._add_copies(copies, start, target, end - start, 0)
                 start, target = source, destination
-            extents = live[cache_id].extents
-            used_bytes = source - start + (extents[-1][1] if extents else 0)
             end = source + size_bytes
-        self._add_copies(copies, start, target, used_bytes, 0)
+        self._add_copies(copies, start, target, end - start, 0)
         return copies
 
     def _add_copies(self, copies: list[Copy], source: int, destination: int, size_bytes: int, done_bytes: int) -> None:
@@ -315,10 +309,7 @@ class Mover:
         number = 0
         for move in moves:
             start = self._address + move.source
-            end = start + self._live[move.cache_id].span_bytes
-            if start == end:  # nothing of it is backed
-                done.append(move)
-                continue
+            end = start + move.size_bytes
             while number < len(copies) and not copies[number][1] < end <= copies[number][1] + copies[number][2]:
                 number += 1
             if number < len(copies):
@@ -331,22 +322,46 @@ class Mover:
             break
         return done, None
 
-    def _switch(self, tenant: str, moves: Sequence[Move], owner: Movable) -> None:
-        """Enter the new places of caches that are copied, and free the old ones."""
-        self._shared.move(tenant, [(source, destination) for _, source, destination, _ in moves])
-        if self._scrubber.busy(tenant):  # the holes may not have been reached, and now count as in use
-            for move in moves:
-                end = self._live[move.cache_id].span_bytes
-                self._scrubber.zero(move.destination + end, move.size_bytes - end)
-        self._enter([(cache_id, destination, size_bytes) for cache_id, _, destination, size_bytes in moves], owner)
+    def _switch(self, tenant: str, moves: Sequence[Move], owner: Movable) -> set[int]:
+        """Enter the new places of caches that are copied, and free the old ones; returns the pages they left."""
+        left: set[int] = set()
+        for batch in _each_once(moves):
+            ids, sources, destinations, sizes_bytes = zip(*batch, strict=True)
+            left |= self._shared.move(tenant, sources, destinations)
+            if self._scrubber.busy(tenant):  # the holes may not have been reached, and now count as in use
+                for cache_id, destination, size_bytes in zip(ids, destinations, sizes_bytes, strict=True):
+                    end = self._live[cache_id].span_bytes
+                    self._scrubber.zero(destination + end, size_bytes - end)
+            self._enter(zip(ids, destinations, sizes_bytes, strict=True), owner)
+        return left
 
     def _enter(self, places: Iterable[tuple[int, int, int]], owner: Movable) -> None:
         """Note where caches lie: (id, offset, bytes)."""
-        live, refs, moved, new = self._live, self._shared.refs, owner.moved, tuple.__new__
+        live, moved, new, page_bytes = self._live, owner.moved, tuple.__new__, self._page_bytes
+        page = -page_bytes  # the last one
+        pages: tuple[tuple[int, int], ...] = ()  # how a cache in it names it
         for cache_id, offset, size_bytes in places:
+            if not page <= offset <= page + page_bytes - size_bytes:
+                pages = self._shared.refs(offset, size_bytes)
+                page = offset & -page_bytes if len(pages) == 1 else -page_bytes
             _, tenant, _, real_bytes, max_bytes, extents, _, shared = live[cache_id]
             live[cache_id] = allocation = new(  # as Allocation(...), in a third of the time
-                Allocation,
-                (cache_id, tenant, offset, real_bytes, max_bytes, extents, refs(offset, size_bytes), shared),
+                Allocation, (cache_id, tenant, offset, real_bytes, max_bytes, extents, pages, shared)
             )
             moved(allocation)
+
+
+def _each_once(moves: Sequence[Move]) -> Iterator[Sequence[Move]]:
+    """Yield moves in parts in none of which a cache moves twice."""
+    if len({cache_id for cache_id, _, _, _ in moves}) == len(moves):
+        yield from (moves,) if moves else ()
+        return
+    start = 0
+    seen: set[int] = set()
+    for number, (cache_id, _, _, _) in enumerate(moves):
+        if cache_id in seen:
+            yield moves[start:number]
+            start = number
+            seen.clear()
+        seen.add(cache_id)
+    yield moves[start:]

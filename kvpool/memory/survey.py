@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from kvpool.memory.allocation import Movable
 from kvpool.memory.compaction import WINDOW_PAGES, Part, Snapshot
@@ -37,6 +37,8 @@ class Survey:
         self._page_bytes = page_bytes
         self._residents = shared.residents(tenant)
         self._pages = shared.pages(tenant)
+        #: Several ways look at all pages, one after the other.
+        self._latest: Snapshot | None = None
         self._free_bytes = {page: page_bytes - self._residents.used_bytes(page) for page in self._pages}
 
     def emptiest(self, budget_bytes: int, most_pages: int) -> list[int]:
@@ -51,9 +53,9 @@ class Survey:
                 moved_bytes += self._page_bytes - self._free_bytes[page]
         return sources
 
-    def parts(self, page: int) -> list[tuple[int, Resident]]:
-        """Return (offset, part) of all that lie at least in part in ``page``, ascending."""
-        return self._residents.within((page,))
+    def enclosed(self, page: int) -> Mapping[int, Resident] | None:
+        """Return what lies in a page, by offset; ``None`` if not all of it begins and ends there."""
+        return self._residents.enclosed(page)
 
     def for_evacuation(self, sources: Sequence[int]) -> Iterator[Snapshot]:
         """Yield the :meth:`emptiest` pages together with holes for what is in them; then all pages."""
@@ -111,6 +113,8 @@ class Survey:
 
     def _snapshot(self, pages: Iterable[int]) -> Snapshot:
         pages = tuple(pages)
+        if self._latest is not None and self._latest.pages == pages:
+            return self._latest
         known = set(pages)
         mask, may_move = -self._page_bytes, self.owner.may_move
         parts = []
@@ -118,7 +122,8 @@ class Survey:
             first, end = offset & mask, offset + size_bytes
             inside = first in known and (end <= first + self._page_bytes or known.issuperset(range(first, end, -mask)))
             parts.append(Part(offset, size_bytes, cache_id, inside and may_move(cache_id)))
-        return Snapshot(self._page_bytes, pages, tuple(parts))
+        self._latest = Snapshot(self._page_bytes, pages, tuple(parts))
+        return self._latest
 
     def _free(self, pages: Iterable[int]) -> int:
         return sum(map(self._free_bytes.__getitem__, pages))

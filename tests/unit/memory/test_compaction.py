@@ -10,7 +10,7 @@ from kvpool.errors import BackendError, CapacityError
 from kvpool.memory.allocation import Allocation
 from kvpool.memory.allocator import GPUMemoryAllocator
 from kvpool.memory.backend import Copy
-from kvpool.memory.compaction import Part, Snapshot, choose_join, plan_evacuation, plan_slide
+from kvpool.memory.compaction import Move, Part, Snapshot, choose_join, plan_evacuation, plan_slide
 from kvpool.memory.host import HostBackend
 
 MIN = 4096
@@ -292,6 +292,52 @@ def test_a_cache_of_which_nothing_is_backed_moves_too_also_when_a_copy_is_refuse
     memory.compact()
     assert empty & set(memory.owner.moved_ids)
     assert intact(memory, live)
+
+
+def test_a_plan_in_which_a_cache_moves_twice_is_carried_out(memory: GPUMemoryAllocator) -> None:
+    live = dict.fromkeys(range(8), 8)
+    for cache_id in live:
+        put(memory, cache_id, 8)
+    for cache_id in (1, 2, 5):
+        memory.free(cache_id)
+        del live[cache_id]
+    size, page = 8 * MIN, memory.allocation(0).offset
+    assert {each: memory.allocation(each).offset - page for each in live} == {0: 0, 3: 24 * MIN} | {
+        each: PAGE + (each - 4) * size for each in (4, 6, 7)
+    }
+    moves = [  # 3 makes room for 6, and follows it
+        Move(3, page + 3 * size, page + size, size),
+        Move(6, page + PAGE + 2 * size, page + 3 * size, size),
+        Move(3, page + size, page + 2 * size, size),
+        Move(4, page + PAGE, page + size, size),
+        Move(7, page + PAGE + 3 * size, page + PAGE, size),
+    ]
+    memory._mover._carry_out("default", moves, (), memory.owner)
+    assert {each: memory.allocation(each).offset - page for each in live} == {
+        0: 0, 4: size, 3: 2 * size, 6: 3 * size, 7: PAGE
+    }  # fmt: skip
+    assert intact(memory, live)
+
+
+def test_a_small_step_goes_on_when_what_it_had_planned_has_gone_or_is_leased(memory: GPUMemoryAllocator) -> None:
+    live = dict.fromkeys(range(4 * BLOCKS), 1)
+    for cache_id in live:
+        put(memory, cache_id, 1)
+    for cache_id in range(1, 4 * BLOCKS, 2):
+        memory.free(cache_id)
+        del live[cache_id]
+    step_bytes = 4 << 15  # four moves
+    assert memory.compact_a_little(step_bytes).moved_bytes == 4 * MIN
+    planned = [cache_id for cache_id, *_ in memory._mover._begun[1]]
+    memory.free(planned[0])
+    del live[planned[0]]
+    memory.owner.leased.add(planned[1])
+    place = memory.allocation(planned[1])
+    assert memory.compact_a_little(step_bytes).moved_bytes == 2 * MIN, "of four two are left"
+    while memory.compact_a_little(step_bytes).more:
+        assert memory.allocation(planned[1]) == place
+        assert intact(memory, live)
+    assert memory.usage().backed_bytes == 2 * PAGE
 
 
 def test_a_scrub_finds_what_a_move_left_behind(memory: GPUMemoryAllocator) -> None:
