@@ -33,7 +33,7 @@ WINDOW_PAGES = 64
 DENSE = 1 - 1 / 32
 """Pages filled above this share are not joined: more than 32 would be copied for each that comes free."""
 
-_LEAST_BYTES = 1 << 15
+_LEAST_BYTES = 1 << 13
 
 _MOST_FAILURES = 32
 """Pages in a row that cannot be evacuated before no fuller one is tried."""

@@ -326,7 +326,7 @@ def test_a_small_step_goes_on_when_what_it_had_planned_has_gone_or_is_leased(mem
     for cache_id in range(1, 4 * BLOCKS, 2):
         memory.free(cache_id)
         del live[cache_id]
-    step_bytes = 4 << 15  # four moves
+    step_bytes = 4 << 13  # four moves
     assert memory.compact_a_little(step_bytes).moved_bytes == 4 * MIN
     planned = [cache_id for cache_id, *_ in memory._mover._begun[1]]
     memory.free(planned[0])
