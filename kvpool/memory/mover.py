@@ -115,13 +115,7 @@ class Mover:
             return Compaction(0, 0, False)
         self._futile.pop(tenant, None)
         count = count_within(plan.moves, budget_bytes)
-        moved_bytes = freed_pages = 0
-        for start in range(0, count, _BATCH_MOVES):
-            end = min(start + _BATCH_MOVES, count)
-            freed = plan.freed if end == len(plan.moves) else ()
-            done = self._carry_out(tenant, plan.moves[start:end], freed, owner)
-            moved_bytes, freed_pages = moved_bytes + done.moved_bytes, freed_pages + done.freed_pages
-        return Compaction(moved_bytes, freed_pages, True)
+        return self._carry_out(tenant, plan.moves[:count], plan.freed if count == len(plan.moves) else (), owner)
 
     def go_on(self, tenant: str, budget_bytes: int, owner: Movable, looks: int | None) -> Compaction:
         """Take a small step: copy ``budget_bytes``, or a cache, of a plan for one page that lasts for several steps.
@@ -250,28 +244,33 @@ class Mover:
         return slide(sorted(joined), list(places.values()), self._page_bytes)
 
     def _carry_out(self, tenant: str, moves: Sequence[Move], freed: Sequence[int], owner: Movable) -> Compaction:
-        """Copy, then switch, as one batch; gives back the pages that are empty then."""
-        copies = self._copies(moves)
-        unfinished: tuple[Move, int] | None = None
+        """Move batch by batch, then give back the pages that are empty: not before, a later batch may go there."""
+        emptied = set(freed)
+        moved_bytes = self.moved_bytes
         freed_pages = 0
+        try:
+            for start in range(0, len(moves), _BATCH_MOVES):
+                self._move(tenant, moves[start : start + _BATCH_MOVES], emptied, owner)
+        finally:  # also what came free before an error
+            if self.unfinished is not None:
+                move = self.unfinished[0]
+                emptied.difference_update(pages_under(move.destination, move.size_bytes, self._page_bytes))
+            freed_pages = self._shared.put_empty(tenant, sorted(emptied))
+            self.freed_pages += freed_pages
+        return Compaction(self.moved_bytes - moved_bytes, freed_pages, True)
+
+    def _move(self, tenant: str, moves: Sequence[Move], left: set[int], owner: Movable) -> None:
+        """Copy, then switch, together; adds the pages that were left to ``left``."""
+        copies = self._copies(moves)
         try:
             self._backend.copy(copies)
         except BackendError as error:
             moves, unfinished = self._copied(moves, copies[: error.details["copied"]])
-            freed = ()
+            self.unfinished = None if unfinished is None else (*unfinished, owner)
             raise
-        finally:  # also what came free before an error
-            emptied = self._switch(tenant, moves, owner)
-            emptied.update(freed)
-            if unfinished is not None:
-                self.unfinished = (*unfinished, owner)
-                move = unfinished[0]
-                emptied.difference_update(pages_under(move.destination, move.size_bytes, self._page_bytes))
-            freed_pages = self._shared.put_empty(tenant, sorted(emptied))
-            moved_bytes = sum([size_bytes for _, _, _, size_bytes in moves])
-            self.moved_bytes += moved_bytes
-            self.freed_pages += freed_pages
-        return Compaction(moved_bytes, freed_pages, True)
+        finally:
+            left |= self._switch(tenant, moves, owner)
+            self.moved_bytes += sum([size_bytes for _, _, _, size_bytes in moves])
 
     def _copies(self, moves: Sequence[Move]) -> list[Copy]:
         """Return what is to be copied, in this order: one copy for caches that lie side by side, before and after."""

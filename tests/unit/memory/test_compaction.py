@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 
 from kvpool.errors import BackendError, CapacityError
+from kvpool.memory import mover
 from kvpool.memory.allocation import Allocation
 from kvpool.memory.allocator import GPUMemoryAllocator
 from kvpool.memory.backend import Copy
@@ -180,6 +181,23 @@ def test_all_memory_is_used_whatever_comes_and_goes(memory: GPUMemoryAllocator, 
     memory.compact()
     pages = sum(live.values()) / BLOCKS
     assert memory.usage().backed_bytes <= (pages + 1) * PAGE + pages * PAGE / 31
+    assert intact(memory, live)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("batch_moves", [1, 3])
+def test_no_page_is_given_back_that_a_later_batch_of_the_plan_goes_to(
+    memory: GPUMemoryAllocator, monkeypatch: pytest.MonkeyPatch, pattern: str, batch_moves: int
+) -> None:
+    monkeypatch.setattr(mover, "_BATCH_MOVES", batch_moves)
+    live: dict[int, int] = {}
+    fill(memory, PATTERNS[pattern], live, 0)
+    for number, cache_id in enumerate(list(live)):
+        if number % 9:  # so much that a slide empties pages before it comes to their end
+            memory.free(cache_id)
+            del live[cache_id]
+    memory.compact()
+    memory.check()
     assert intact(memory, live)
 
 
