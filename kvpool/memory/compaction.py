@@ -3,7 +3,7 @@
 Only caches smaller than a page are moved. A larger one owns its pages, which need not lie anywhere in particular: what
 it wastes is the end of its last page, and no move would change that.
 
-There are four ways, tried in this order:
+There are four ways, tried in this order where the blocks of :mod:`kvpool.memory.fitting` do not help:
 
 *Evacuate*: the emptiest pages that hold nothing unmovable are emptied into the holes of the others, the smallest hole
 that fits for each cache, the largest cache first. At most a page is copied for a page that comes free.
