@@ -1,4 +1,7 @@
-"""How fast compaction is, by the size of caches, and what allocations notice of it while it runs in the background."""
+"""How fast compaction is, by the size of caches, and what allocations notice of it while it runs in the background.
+
+All but the requests to a pool in time of this thread, which does not go on while others have the processor.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from kvpool.bench import background
 from kvpool.bench.rows import quantile, row
 from kvpool.config import PoolConfig
 from kvpool.memory.allocation import Allocation
@@ -18,7 +22,8 @@ from kvpool.sizes import KIB, MIB, format_size
 
 _CAPACITY_BYTES = 256 * MIB
 _PAGE_BYTES = 2 * MIB
-_SIZES = (4 * KIB, 64 * KIB, 256 * KIB, 1 * MIB)
+_SIZES = (4 * KIB, 64 * KIB, 96 * KIB, 256 * KIB, 1 * MIB)
+_FOREGROUND_SIZES = (64 * KIB, 256 * KIB, 1 * MIB)
 _REPEATS = 5
 _INTERVAL_S = 0.0005
 """An allocation, and the end of the one before, so often."""
@@ -35,15 +40,23 @@ class _Free:
         """Nobody is to be told."""
 
 
-def run() -> dict[str, Any]:
+async def measure() -> dict[str, Any]:
     """Return ``{"bench": "compaction", "rows": [...]}``."""
-    memcpy_gb_per_s = _memcpy_gb_per_s()
+    return {"bench": "compaction", "rows": [*_rows(), *await background.measure()]}
+
+
+def _rows() -> list[dict[str, Any]]:
     rows = []
+    memory = _Memcpy()
     for size_bytes in _SIZES:
-        gb_per_s = max(_compact_gb_per_s(size_bytes) for _ in range(_REPEATS))
+        compacted, copied = [], [memory.gb_per_s()]
+        for _ in range(_REPEATS):  # in turn, so that both meet the same load
+            compacted.append(_compact_gb_per_s(size_bytes))
+            copied.append(memory.gb_per_s())
         name = f"compaction of caches of {format_size(size_bytes)}, beside memcpy"
-        rows.append(row(name, gb_per_s, "GB/s", memcpy_gb_per_s))
-    for size_bytes in _SIZES[1:]:
+        rows.append(row(name, max(compacted), "GB/s", max(copied)))
+    del memory
+    for size_bytes in _FOREGROUND_SIZES:
         alone, _ = _foreground(size_bytes, None)
         config = PoolConfig()
         pacer = CompactionPacer(0.0, config.compaction_share)
@@ -53,7 +66,7 @@ def run() -> dict[str, Any]:
             name = f"allocation of {of}, p{share * 100:g}, with compaction in the background, beside without"
             rows.append(row(name, quantile(beside, share) * 1e6, "us", quantile(alone, share) * 1e6))
         rows.append(row(f"longest of {len(steps) - 1} steps of it, caches of {of}", max(steps) * 1e3, "ms"))
-    return {"bench": "compaction", "rows": rows}
+    return rows
 
 
 @contextmanager
@@ -76,16 +89,13 @@ def _holes(size_bytes: int) -> Iterator[tuple[GPUMemoryAllocator, int]]:
 
 def _compact_gb_per_s(size_bytes: int) -> float:
     with _holes(size_bytes) as (memory, _):
-        start = time.perf_counter()
+        start = time.thread_time()
         done = memory.compact()
-        return done.moved_bytes / (time.perf_counter() - start) / 1e9
+        return done.moved_bytes / (time.thread_time() - start) / 1e9
 
 
 def _foreground(size_bytes: int, pacer: CompactionPacer | None) -> tuple[list[float], list[float]]:
-    """Return how long allocations took from the moment they were due, and how long steps took, seconds.
-
-    In time of this thread, which does not go on while others have the processor: they would be all that is measured.
-    """
+    """Return how long allocations took from the moment they were due, and how long steps took, seconds."""
     latencies, steps = [], [0.0]
     with _holes(size_bytes) as (memory, first):
         clock: Callable[[], float] = time.thread_time
@@ -109,14 +119,17 @@ def _foreground(size_bytes: int, pacer: CompactionPacer | None) -> tuple[list[fl
     return latencies, steps
 
 
-def _memcpy_gb_per_s() -> float:
-    """Bytes a second of memmove between as much warm memory, a page at a time, the best of some rounds."""
-    source, destination = (ctypes.create_string_buffer(_CAPACITY_BYTES // 2) for _ in range(2))
-    starts = ctypes.addressof(source), ctypes.addressof(destination)
-    best_s = float("inf")
-    for _ in range(_REPEATS + 1):
-        start = time.perf_counter()
+class _Memcpy:
+    """Memmove between as much warm memory, a page at a time."""
+
+    def __init__(self) -> None:
+        self._source, self._destination = (ctypes.create_string_buffer(_CAPACITY_BYTES // 2) for _ in range(2))
+        self.gb_per_s()  # memory that this process touches for the first time takes many times as long
+
+    def gb_per_s(self) -> float:
+        """Return the billions of bytes copied in a second of this thread."""
+        source, destination = ctypes.addressof(self._source), ctypes.addressof(self._destination)
+        start = time.thread_time()
         for offset in range(0, _CAPACITY_BYTES // 2, _PAGE_BYTES):
-            ctypes.memmove(starts[1] + offset, starts[0] + offset, _PAGE_BYTES)
-        best_s = min(best_s, time.perf_counter() - start)
-    return _CAPACITY_BYTES / 2 / best_s / 1e9
+            ctypes.memmove(destination + offset, source + offset, _PAGE_BYTES)
+        return _CAPACITY_BYTES / 2 / (time.thread_time() - start) / 1e9

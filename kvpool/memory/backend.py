@@ -16,7 +16,11 @@ The rules are those of the CUDA driver's virtual memory API, and every backend k
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
+
+#: Destination and source, addresses of this process, and bytes. The two do not overlap.
+Copy = tuple[int, int, int]
 
 
 class Access(enum.IntEnum):
@@ -119,8 +123,16 @@ class Backend(Protocol):
         """Take a descriptor made by :meth:`export` in another process; closes it in any case. Returns a handle."""
         ...
 
-    def copy(self, destination: int, source: int, size_bytes: int) -> None:
-        """Copy bytes between accessible addresses of this device; complete when it returns."""
+    def copy(self, copies: Sequence[Copy]) -> None:
+        """Copy bytes between accessible addresses of this device, in this order; all complete when it returns.
+
+        One copy may read what one before it has written, or write where one before it has read.
+
+        Raises
+        ------
+        BackendError
+            If one is refused. ``details["copied"]`` says how many are complete; those behind are not begun.
+        """
         ...
 
     def zero(self, address: int, size_bytes: int) -> None:

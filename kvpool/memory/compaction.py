@@ -3,7 +3,7 @@
 Only caches smaller than a page are moved. A larger one owns its pages, which need not lie anywhere in particular: what
 it wastes is the end of its last page, and no move would change that.
 
-There are four ways, tried in this order:
+There are four ways, tried in this order where the blocks of :mod:`kvpool.memory.fitting` do not help:
 
 *Evacuate*: the emptiest pages that hold nothing unmovable are emptied into the holes of the others, the smallest hole
 that fits for each cache, the largest cache first. At most a page is copied for a page that comes free.
@@ -33,7 +33,7 @@ WINDOW_PAGES = 64
 DENSE = 1 - 1 / 32
 """Pages filled above this share are not joined: more than 32 would be copied for each that comes free."""
 
-_LEAST_BYTES = 1 << 15
+_LEAST_BYTES = 1 << 13
 
 _MOST_FAILURES = 32
 """Pages in a row that cannot be evacuated before no fuller one is tried."""
@@ -86,17 +86,17 @@ class Plan(NamedTuple):
         """Bytes to copy."""
         return sum(move.size_bytes for move in self.moves)
 
-    def within(self, budget_bytes: int) -> Plan:
-        """Return the front of the plan that copies ``budget_bytes`` at most, at least one move.
 
-        A small cache counts for as many bytes as could be copied in the time that its bookkeeping takes.
-        """
-        for count, move in enumerate(self.moves):
-            cost_bytes = max(move.size_bytes, _LEAST_BYTES)
-            if budget_bytes < cost_bytes and count:
-                return Plan(self.moves[:count], ())
-            budget_bytes -= cost_bytes
-        return self
+def count_within(moves: Sequence[Move], budget_bytes: int) -> int:
+    """Return how many moves, from the first, copy ``budget_bytes`` at most; at least one.
+
+    A small cache counts for as many bytes as could be copied in the time that its bookkeeping takes.
+    """
+    for count, (_, _, _, size_bytes) in enumerate(moves):
+        budget_bytes -= size_bytes if size_bytes > _LEAST_BYTES else _LEAST_BYTES
+        if budget_bytes < 0 and count:
+            return count
+    return len(moves)
 
 
 def runs(moves: Iterable[Move]) -> Iterator[list[Move]]:
@@ -362,10 +362,11 @@ class _Holes:
 def _used_bytes(snapshot: Snapshot) -> dict[int, int]:
     """Return the bytes in use of each page."""
     used = dict.fromkeys(snapshot.pages, 0)
-    for part in snapshot.parts:
-        for page in pages_under(part.offset, part.size_bytes, snapshot.page_bytes):
+    page_bytes = snapshot.page_bytes
+    for offset, size_bytes, _, _ in snapshot.parts:
+        for page in pages_under(offset, size_bytes, page_bytes):
             if page in used:
-                used[page] += min(part.end, page + snapshot.page_bytes) - max(part.offset, page)
+                used[page] += min(offset + size_bytes, page + page_bytes) - max(offset, page)
     return used
 
 

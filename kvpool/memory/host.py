@@ -15,11 +15,12 @@ import errno
 import fcntl
 import mmap
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvpool.errors import BackendError, DoubleReleaseError, ForkedHandleError, InvalidRequestError, InvalidSizeError
 from kvpool.memory import limits, mman
-from kvpool.memory.backend import Access, MemoryInfo
+from kvpool.memory.backend import Access, Copy, MemoryInfo
 from kvpool.memory.fork import fork_guard, watch_forks
 from kvpool.memory.page import runs
 from kvpool.sizes import format_size
@@ -258,9 +259,11 @@ class HostBackend:
         with fork_guard:
             return self._add(_Page(descriptor, size_bytes, created=False))
 
-    def copy(self, destination: int, source: int, size_bytes: int) -> None:
-        self._check_process()
-        ctypes.memmove(destination, source, size_bytes)
+    def copy(self, copies: Sequence[Copy]) -> None:
+        self._check_process()  # a system call: once for all
+        memmove = ctypes.memmove
+        for destination, source, size_bytes in copies:
+            memmove(destination, source, size_bytes)
 
     def zero(self, address: int, size_bytes: int) -> None:
         self._check_process()

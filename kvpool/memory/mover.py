@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
 from kvpool.errors import BackendError, ensure
 from kvpool.memory.allocation import Allocation, Compaction, Movable
-from kvpool.memory.backend import Backend
+from kvpool.memory.backend import Backend, Copy
 from kvpool.memory.compaction import (
     NOTHING,
     Move,
     Plan,
     Snapshot,
     choose_join,
+    count_within,
     pages_under,
     plan_evacuation,
     plan_regrouping,
@@ -21,10 +22,14 @@ from kvpool.memory.compaction import (
     runs,
     slide,
 )
+from kvpool.memory.fitting import Blocks, plan_fit
 from kvpool.memory.ranges import RangeAllocator
 from kvpool.memory.scrub import Scrubber
 from kvpool.memory.shared import SharedPages
 from kvpool.memory.survey import Survey
+
+_BATCH_MOVES = 512
+"""Moves of a plan that are copied and switched together: what is known of them stays in the processor's cache."""
 
 
 class Mover:
@@ -65,8 +70,8 @@ class Mover:
         self._page_bytes = ranges.table.page_size_bytes
         #: A move over a part of the cache's own place that the backend interrupted, the bytes copied, and whom to tell.
         self.unfinished: tuple[Move, int, Movable] | None = None
-        #: A plan that :meth:`go_on` goes on with, and whose pages it is about.
-        self._begun: tuple[str, Plan] | None = None
+        #: What is left of a plan that :meth:`go_on` goes on with, and whose pages it is about.
+        self._begun: tuple[str, Sequence[Move]] | None = None
         #: Since it began.
         self.moved_bytes = 0
         self.freed_pages = 0
@@ -109,7 +114,8 @@ class Mover:
             self._futile[tenant] = self._shared.free_bytes(tenant)
             return Compaction(0, 0, False)
         self._futile.pop(tenant, None)
-        return self._carry_out(tenant, plan.within(budget_bytes), owner)
+        count = count_within(plan.moves, budget_bytes)
+        return self._carry_out(tenant, plan.moves[:count], plan.freed if count == len(plan.moves) else (), owner)
 
     def go_on(self, tenant: str, budget_bytes: int, owner: Movable, looks: int | None) -> Compaction:
         """Take a small step: copy ``budget_bytes``, or a cache, of a plan for one page that lasts for several steps.
@@ -123,7 +129,9 @@ class Mover:
             As :meth:`step`.
         """
         self.finish()
-        if self._begun is None or not self._begun[1].moves:
+        batches: Iterable[Sequence[Move]]
+        moves: Sequence[Move]
+        if self._begun is None:
             if self._shared.free_bytes(tenant) < self._page_bytes:
                 return Compaction(0, 0, False)
             plan = self._plan(Survey(self._shared, tenant, self._page_bytes, owner), self._page_bytes, 1, looks)
@@ -131,25 +139,46 @@ class Mover:
                 self._futile[tenant] = self._shared.free_bytes(tenant)
                 return Compaction(0, 0, False)
             self._futile.pop(tenant, None)
-            self._begun = (tenant, Plan(plan.moves, ()))
-        tenant, rest = self._begun
-        front = rest.within(budget_bytes)
-        self._begun = (tenant, Plan(rest.moves[len(front.moves) :], ()))
+            moves = plan.moves
+            count = count_within(moves, budget_bytes)
+            batches = (moves[:count],)  # nothing has changed since they were planned
+        else:
+            tenant, moves = self._begun
+            count = count_within(moves, budget_bytes)
+            batches = self._possible(tenant, moves[:count], owner)
+        self._begun = (tenant, moves[count:]) if count < len(moves) else None
         moved_bytes = freed_pages = 0
-        for run in runs(front.moves):
-            if self._is_possible(tenant, run, owner):
-                done = self._carry_out(tenant, Plan(tuple(run), ()), owner)
-                moved_bytes, freed_pages = moved_bytes + done.moved_bytes, freed_pages + done.freed_pages
+        for batch in batches:
+            done = self._carry_out(tenant, batch, (), owner)
+            moved_bytes, freed_pages = moved_bytes + done.moved_bytes, freed_pages + done.freed_pages
         return Compaction(moved_bytes, freed_pages, True)
+
+    def _possible(self, tenant: str, moves: Sequence[Move], owner: Movable) -> Iterator[list[Move]]:
+        """Yield the moves that are still possible, together as many as do not wait for those before them.
+
+        Each batch is to be carried out before the next one is asked for.
+        """
+        batch: list[Move] = []
+        for run in runs(moves):
+            possible = self._is_possible(tenant, run, owner)
+            if not possible and batch:  # perhaps it is when these are done
+                yield batch
+                batch = []
+                possible = self._is_possible(tenant, run, owner)
+            if possible:
+                batch += run
+        if batch:
+            yield batch
 
     def _is_possible(self, tenant: str, run: Sequence[Move], owner: Movable) -> bool:
         """Whether caches still lie where they did, may move, and their new place is free but for what they have."""
-        for move in run:
-            allocation = self._live.get(move.cache_id)
-            if allocation is None or allocation.offset != move.source or not owner.may_move(move.cache_id):
+        size_bytes = 0
+        for cache_id, source, _, part_bytes in run:
+            allocation = self._live.get(cache_id)
+            if allocation is None or allocation.offset != source or not owner.may_move(cache_id):
                 return False
-        source, destination = run[0].source, run[0].destination
-        size_bytes = sum(move.size_bytes for move in run)
+            size_bytes += part_bytes
+        _, source, destination, _ = run[0]
         if self._shared.is_withheld(source, size_bytes):
             return False
         if destination < source < destination + size_bytes:
@@ -166,14 +195,28 @@ class Mover:
         """
         if self.unfinished is not None:
             move, done_bytes, owner = self.unfinished
+            copies: list[Copy] = []
+            self._add_copies(copies, move.source, move.destination, move.size_bytes, done_bytes)
+            try:
+                self._backend.copy(copies)
+            except BackendError as error:
+                done_bytes += sum(size_bytes for _, _, size_bytes in copies[: error.details["copied"]])
+                self.unfinished = move, done_bytes, owner
+                raise
+            self.unfinished = None
             tenant = self._live[move.cache_id].tenant
-            self._copy([move], done_bytes, [], owner)
-            self._switch(tenant, [move], owner)
-            self._shared.put_empty(tenant, pages_under(move.source, move.size_bytes, self._page_bytes))
+            self._shared.put_empty(tenant, sorted(self._switch(tenant, [move], owner)))
 
     def _plan(self, survey: Survey, budget_bytes: int, most_pages: int, looks: int | None = None) -> Plan:
         """Plan with the first snapshots, as many as ``looks`` of each kind, or as many as it takes."""
-        for snapshot in islice(survey.for_evacuation(budget_bytes, most_pages), looks):
+        sources = survey.emptiest(budget_bytes, most_pages)
+        # No more pages than could come free: the others are those that these are emptied into.
+        fitting = sources[: self.possible(survey.tenant)]
+        blocks = Blocks(self._shared.free_blocks(survey.tenant), set(fitting), self._page_bytes)
+        plan = plan_fit(((page, survey.enclosed(page)) for page in fitting), blocks)
+        if plan.freed:
+            return plan
+        for snapshot in islice(survey.for_evacuation(sources), looks):
             plan = plan_evacuation(snapshot, budget_bytes, most_pages)
             if plan.freed:
                 return plan
@@ -200,72 +243,124 @@ class Mover:
         self._enter([(part.cache_id, part.offset, part.size_bytes) for part in joined], survey.owner)
         return slide(sorted(joined), list(places.values()), self._page_bytes)
 
-    def _carry_out(self, tenant: str, plan: Plan, owner: Movable) -> Compaction:
-        done: list[Move] = []
-        emptied: set[int] = set(plan.freed)
+    def _carry_out(self, tenant: str, moves: Sequence[Move], freed: Sequence[int], owner: Movable) -> Compaction:
+        """Move batch by batch, then give back the pages that are empty: not before, a later batch may go there."""
+        emptied = set(freed)
+        moved_bytes = self.moved_bytes
         freed_pages = 0
         try:
-            for run in runs(plan.moves):
-                self._copy(run, 0, done, owner)
+            for start in range(0, len(moves), _BATCH_MOVES):
+                self._move(tenant, moves[start : start + _BATCH_MOVES], emptied, owner)
         finally:  # also what came free before an error
-            self._switch(tenant, done, owner)
-            for move in done:
-                emptied.update(pages_under(move.source, move.size_bytes, self._page_bytes))
             if self.unfinished is not None:
                 move = self.unfinished[0]
                 emptied.difference_update(pages_under(move.destination, move.size_bytes, self._page_bytes))
             freed_pages = self._shared.put_empty(tenant, sorted(emptied))
-            moved_bytes = sum(move.size_bytes for move in done)
-            self.moved_bytes += moved_bytes
             self.freed_pages += freed_pages
-        return Compaction(moved_bytes, freed_pages, True)
+        return Compaction(self.moved_bytes - moved_bytes, freed_pages, True)
 
-    def _copy(self, run: list[Move], done_bytes: int, done: list[Move], owner: Movable) -> None:
-        """Copy what is not copied yet of caches that lie side by side; adds those that are whole to ``done``.
+    def _move(self, tenant: str, moves: Sequence[Move], left: set[int], owner: Movable) -> None:
+        """Copy, then switch, together; adds the pages that were left to ``left``."""
+        copies = self._copies(moves)
+        try:
+            self._backend.copy(copies)
+        except BackendError as error:
+            moves, unfinished = self._copied(moves, copies[: error.details["copied"]])
+            self.unfinished = None if unfinished is None else (*unfinished, owner)
+            raise
+        finally:
+            left |= self._switch(tenant, moves, owner)
+            self.moved_bytes += sum([size_bytes for _, _, _, size_bytes in moves])
+
+    def _copies(self, moves: Sequence[Move]) -> list[Copy]:
+        """Return what is to be copied, in this order: one copy for caches that lie side by side, before and after."""
+        copies: list[Copy] = []
+        # Of caches side by side: where the first one lies and goes, and the end of the last.
+        start = target = end = -1
+        for _, source, destination, size_bytes in moves:
+            if source != end or destination - source != target - start:
+                self._add_copies(copies, start, target, end - start, 0)
+                start, target = source, destination
+            end = source + size_bytes
+        self._add_copies(copies, start, target, end - start, 0)
+        return copies
+
+    def _add_copies(self, copies: list[Copy], source: int, destination: int, size_bytes: int, done_bytes: int) -> None:
+        """Add the copy of ``size_bytes``, of which ``done_bytes`` are copied already.
 
         What slides over a part of its own place is copied in pieces as long as the way it goes, so that each piece is
         whole until the next one is begun.
         """
-        source, destination = run[0].source, run[0].destination
+        source, destination = self._address + source, self._address + destination
         way_bytes = abs(source - destination)
-        last = run[-1]
-        size_bytes = last.source - source + self._live[last.cache_id].span_bytes
-        ensure(way_bytes >= size_bytes or destination < source, "what slides over itself slides down", move=run[0])
-        try:
-            while done_bytes < size_bytes:
-                piece_bytes = min(way_bytes, size_bytes - done_bytes)
-                self._backend.copy(
-                    self._address + destination + done_bytes, self._address + source + done_bytes, piece_bytes
-                )
-                done_bytes += piece_bytes
-        except BackendError:
-            self.unfinished = None
-            for move in run:
-                if done_bytes < move.size_bytes:
-                    overlapping = way_bytes < self._live[move.cache_id].span_bytes
-                    self.unfinished = (move, done_bytes, owner) if overlapping and done_bytes else None
-                    break
-                done.append(move)
-                done_bytes -= move.size_bytes
-            raise
-        self.unfinished = None
-        done += run
+        if way_bytes >= size_bytes > 0:
+            copies.append((destination + done_bytes, source + done_bytes, size_bytes - done_bytes))
+            return
+        ensure(destination < source or not size_bytes, "what slides over itself slides down", source=source)
+        while done_bytes < size_bytes:
+            piece_bytes = min(way_bytes, size_bytes - done_bytes)
+            copies.append((destination + done_bytes, source + done_bytes, piece_bytes))
+            done_bytes += piece_bytes
 
-    def _switch(self, tenant: str, moves: Sequence[Move], owner: Movable) -> None:
-        """Enter the new places of caches that are copied, and free the old ones."""
-        self._shared.move(tenant, [(move.source, move.destination) for move in moves])
-        if self._scrubber.busy(tenant):  # the holes may not have been reached, and now count as in use
-            for move in moves:
-                end = self._live[move.cache_id].span_bytes
-                self._scrubber.zero(move.destination + end, move.size_bytes - end)
-        self._enter([(move.cache_id, move.destination, move.size_bytes) for move in moves], owner)
+    def _copied(self, moves: Sequence[Move], copies: Sequence[Copy]) -> tuple[list[Move], tuple[Move, int] | None]:
+        """Return the moves of which ``copies`` are all, and the one that must be finished, with the bytes copied."""
+        done: list[Move] = []
+        number = 0
+        for move in moves:
+            start = self._address + move.source
+            end = start + move.size_bytes
+            while number < len(copies) and not copies[number][1] < end <= copies[number][1] + copies[number][2]:
+                number += 1
+            if number < len(copies):
+                done.append(move)
+                continue
+            _, source, size_bytes = copies[-1] if copies else (0, 0, 0)
+            done_bytes = source + size_bytes - start
+            if 0 < done_bytes < end - start and abs(move.source - move.destination) < end - start:
+                return done, (move, done_bytes)
+            break
+        return done, None
+
+    def _switch(self, tenant: str, moves: Sequence[Move], owner: Movable) -> set[int]:
+        """Enter the new places of caches that are copied, and free the old ones; returns the pages they left."""
+        left: set[int] = set()
+        for batch in _each_once(moves):
+            ids, sources, destinations, sizes_bytes = zip(*batch, strict=True)
+            left |= self._shared.move(tenant, sources, destinations)
+            if self._scrubber.busy(tenant):  # the holes may not have been reached, and now count as in use
+                for cache_id, destination, size_bytes in zip(ids, destinations, sizes_bytes, strict=True):
+                    end = self._live[cache_id].span_bytes
+                    self._scrubber.zero(destination + end, size_bytes - end)
+            self._enter(zip(ids, destinations, sizes_bytes, strict=True), owner)
+        return left
 
     def _enter(self, places: Iterable[tuple[int, int, int]], owner: Movable) -> None:
         """Note where caches lie: (id, offset, bytes)."""
-        live, refs = self._live, self._shared.refs
+        live, moved, new, page_bytes = self._live, owner.moved, tuple.__new__, self._page_bytes
+        page = -page_bytes  # the last one
+        pages: tuple[tuple[int, int], ...] = ()  # how a cache in it names it
         for cache_id, offset, size_bytes in places:
+            if not page <= offset <= page + page_bytes - size_bytes:
+                pages = self._shared.refs(offset, size_bytes)
+                page = offset & -page_bytes if len(pages) == 1 else -page_bytes
             _, tenant, _, real_bytes, max_bytes, extents, _, shared = live[cache_id]
-            live[cache_id] = moved = Allocation(
-                cache_id, tenant, offset, real_bytes, max_bytes, extents, refs(offset, size_bytes), shared
+            live[cache_id] = allocation = new(  # as Allocation(...), in a third of the time
+                Allocation, (cache_id, tenant, offset, real_bytes, max_bytes, extents, pages, shared)
             )
-            owner.moved(moved)
+            moved(allocation)
+
+
+def _each_once(moves: Sequence[Move]) -> Iterator[Sequence[Move]]:
+    """Yield moves in parts in none of which a cache moves twice."""
+    if len({cache_id for cache_id, _, _, _ in moves}) == len(moves):
+        yield from (moves,) if moves else ()
+        return
+    start = 0
+    seen: set[int] = set()
+    for number, (cache_id, _, _, _) in enumerate(moves):
+        if cache_id in seen:
+            yield moves[start:number]
+            start = number
+            seen.clear()
+        seen.add(cache_id)
+    yield moves[start:]

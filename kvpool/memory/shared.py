@@ -8,15 +8,17 @@ they are leased nothing can move them together. A part larger than a page begins
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
+from operator import add
 
 from kvpool.errors import AddressSpaceError, ensure
 from kvpool.memory.allocation import Place
 from kvpool.memory.buddy import BuddyAllocator
 from kvpool.memory.ranges import RangeAllocator
 from kvpool.memory.reserve import Shape
-from kvpool.memory.residents import Residents
+from kvpool.memory.residents import Resident, Residents
 from kvpool.sizes import round_up
 
 _MOST_HOLES = 4
@@ -219,29 +221,60 @@ class SharedPages:
             if sum(map(parts.allocation_size, self._withheld[page][1])) == self._page_bytes:
                 self.readmit(page)
 
-    def move(self, tenant: str, moves: Iterable[tuple[int, int]]) -> None:
-        """Enter that parts lie elsewhere (source, destination), in this order, perhaps over where they lay.
+    def move(self, tenant: str, sources: Sequence[int], destinations: Sequence[int]) -> set[int]:
+        """Enter that parts lie elsewhere, together: perhaps where others of them lay, or over where they lay.
 
-        Pages that are empty by that stay until :meth:`put_empty`: what moves next may go there.
+        Returns the pages that they left, at least in part. Those that are empty by that stay until :meth:`put_empty`:
+        what moves next may go there.
         """
+        parts, residents, page_bytes = self._parts[tenant], self._residents[tenant], self._page_bytes
+        moved, left = self._leave(tenant, sources)
+        sizes_bytes = [size_bytes for _, size_bytes in moved]
+        ends = map(add, map((page_bytes - 1).__and__, destinations), sizes_bytes)
+        if max(ends, default=0) <= page_bytes:
+            parts.carve_all(destinations, sizes_bytes)
+        else:
+            for offset, size_bytes in zip(destinations, sizes_bytes, strict=True):
+                self._carve(parts, offset, size_bytes)
+        residents.enter_all(destinations, moved)
+        return left
+
+    def _leave(self, tenant: str, offsets: Sequence[int]) -> tuple[list[Resident], set[int]]:
+        """Free parts, those at once that are all that lies in a page; returns what they were, and all their pages."""
         parts, residents, pieces = self._parts[tenant], self._residents[tenant], self._pieces
-        for source, destination in moves:
-            resident = residents.leave(source)
-            for piece in pieces.pop(source, (source,)):
-                parts.free(piece)
-            self._carve(parts, destination, resident[1])
-            residents.enter(destination, resident)
+        mask = -self._page_bytes
+        gone: dict[int, Resident] = {}
+        counts = Counter(map(mask.__and__, offsets))
+        pages = set(counts)
+        for page, count in counts.items():
+            inside = residents.enclosed(page)
+            if inside is not None and len(inside) == count and page not in self._withheld:
+                parts.clear(page, sorted(inside))
+                residents.leave_page(page)
+                gone.update(inside)
+        if len(gone) < len(offsets):
+            for offset in offsets:
+                if offset not in gone:
+                    gone[offset] = residents.leave(offset)
+                    for piece in pieces.pop(offset, (offset,)):
+                        parts.free(piece)
+                        pages.add(piece & mask)
+        return list(map(gone.__getitem__, offsets)), pages
 
     def is_free(self, tenant: str, offset: int, size_bytes: int) -> bool:
         """Whether nothing lies in a part of this tenant's pages."""
         return self._parts[tenant].is_free(offset, size_bytes)
+
+    def free_blocks(self, tenant: str) -> Mapping[int, Iterable[int]]:
+        """Free blocks of this tenant's pages: their offsets by size, see :attr:`BuddyAllocator.free_blocks`."""
+        return self._parts[tenant].free_blocks
 
     def is_withheld(self, offset: int, size_bytes: int) -> bool:
         """Whether one of the pages under a part is in quarantine."""
         mask = -self._page_bytes
         return any(page in self._withheld for page in range(offset & mask, offset + size_bytes, self._page_bytes))
 
-    def join(self, tenant: str, pages: Sequence[int], offsets: Iterable[int]) -> int | None:
+    def join(self, tenant: str, pages: Sequence[int], offsets: Sequence[int]) -> int | None:
         """Map pages (offsets) side by side, with the parts at ``offsets``, all that begin in them.
 
         No part may lie across the border of one of them and another page. Returns the first page's new offset;
@@ -260,7 +293,7 @@ class SharedPages:
         for page in moved.values():
             parts.add(page)
         mask = -self._page_bytes
-        self.move(tenant, [(offset, moved[offset & mask] + (offset & ~mask)) for offset in offsets])
+        self.move(tenant, offsets, [moved[offset & mask] + (offset & ~mask) for offset in offsets])
         for page in moved:
             parts.take(page)
         return first * self._page_bytes

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from kvpool.memory.allocation import Movable
 from kvpool.memory.compaction import WINDOW_PAGES, Part, Snapshot
+from kvpool.memory.residents import Resident
 from kvpool.memory.shared import SharedPages
 
 _TARGET_FACTOR = 1.5
@@ -36,20 +37,31 @@ class Survey:
         self._page_bytes = page_bytes
         self._residents = shared.residents(tenant)
         self._pages = shared.pages(tenant)
+        #: Several ways look at all pages, one after the other.
+        self._latest: Snapshot | None = None
         self._free_bytes = {page: page_bytes - self._residents.used_bytes(page) for page in self._pages}
 
-    def for_evacuation(self, budget_bytes: int, most_pages: int) -> Iterator[Snapshot]:
-        """Yield the emptiest pages together with holes for what is in them; then all pages."""
-        emptiest = sorted(self._pages, key=lambda page: (-self._free_bytes[page], -page))
+    def emptiest(self, budget_bytes: int, most_pages: int) -> list[int]:
+        """Return the emptiest pages in which all may move, with ``budget_bytes`` in them at most, or one."""
         sources: list[int] = []
         moved_bytes = 0
-        for page in emptiest:
+        for page in self._emptiest_first():
             if len(sources) >= most_pages or (sources and moved_bytes >= budget_bytes):
                 break
             if all(map(self.owner.may_move, self._residents.ids(page))):
                 sources.append(page)
                 moved_bytes += self._page_bytes - self._free_bytes[page]
+        return sources
+
+    def enclosed(self, page: int) -> Mapping[int, Resident] | None:
+        """Return what lies in a page, by offset; ``None`` if not all of it begins and ends there."""
+        return self._residents.enclosed(page)
+
+    def for_evacuation(self, sources: Sequence[int]) -> Iterator[Snapshot]:
+        """Yield the :meth:`emptiest` pages together with holes for what is in them; then all pages."""
+        emptiest = self._emptiest_first()
         chosen = set(sources)
+        moved_bytes = sum(self._page_bytes - self._free_bytes[page] for page in sources)
         hole_bytes = 0
         # The fullest pages are the best place, but where caches are small much is looked at there for a few holes.
         many = sum(1 for page in sources for _ in self._residents.ids(page)) > _MANY * len(sources)
@@ -96,8 +108,13 @@ class Survey:
         """Return all pages."""
         return self._snapshot(self._pages)
 
+    def _emptiest_first(self) -> list[int]:
+        return sorted(self._pages, key=lambda page: (-self._free_bytes[page], -page))
+
     def _snapshot(self, pages: Iterable[int]) -> Snapshot:
         pages = tuple(pages)
+        if self._latest is not None and self._latest.pages == pages:
+            return self._latest
         known = set(pages)
         mask, may_move = -self._page_bytes, self.owner.may_move
         parts = []
@@ -105,7 +122,8 @@ class Survey:
             first, end = offset & mask, offset + size_bytes
             inside = first in known and (end <= first + self._page_bytes or known.issuperset(range(first, end, -mask)))
             parts.append(Part(offset, size_bytes, cache_id, inside and may_move(cache_id)))
-        return Snapshot(self._page_bytes, pages, tuple(parts))
+        self._latest = Snapshot(self._page_bytes, pages, tuple(parts))
+        return self._latest
 
     def _free(self, pages: Iterable[int]) -> int:
         return sum(map(self._free_bytes.__getitem__, pages))

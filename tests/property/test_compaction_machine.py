@@ -4,6 +4,7 @@ refuses now and then between two steps of a move."""
 import contextlib
 import ctypes
 import os
+from collections.abc import Sequence
 from itertools import pairwise
 
 from hypothesis import settings
@@ -13,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from kvpool.errors import BackendError, CapacityError
 from kvpool.memory.allocation import Allocation
 from kvpool.memory.allocator import GPUMemoryAllocator
-from kvpool.memory.backend import Access
+from kvpool.memory.backend import Access, Copy
 from kvpool.memory.host import HostBackend
 
 MIN = 4096
@@ -29,16 +30,18 @@ class FailingBackend(HostBackend):
 
     left: int | None = None
 
-    def _step(self) -> None:
+    def _step(self, **details: int) -> None:
         if self.left is not None:
             self.left -= 1
             if self.left < 0:
-                raise BackendError("no more", errno=12)
+                raise BackendError("no more", errno=12, **details)
 
-    def copy(self, destination: int, source: int, size_bytes: int) -> None:
-        self._step()
-        assert abs(destination - source) >= size_bytes, "what is copied does not overlap"
-        super().copy(destination, source, size_bytes)
+    def copy(self, copies: Sequence[Copy]) -> None:
+        for count, each in enumerate(copies):
+            self._step(copied=count)
+            destination, source, size_bytes = each
+            assert abs(destination - source) >= size_bytes, "what is copied does not overlap"
+            super().copy([each])
 
     def map(self, address: int, handle: int) -> None:
         self._step()

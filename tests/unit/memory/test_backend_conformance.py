@@ -173,8 +173,18 @@ def test_copy(backend: Backend, size: int) -> None:
         mapped(backend, address + index * size, size)
     data = os.urandom(size)
     ctypes.memmove(address, data, size)
-    backend.copy(address + size, address, size)
-    assert ctypes.string_at(address + size, size) == data
+    # In order: the second reads what the first has written, the third writes where the first has read.
+    half = size // 2
+    backend.copy(
+        [
+            (address + size, address, half),
+            (address + size + half, address + size, half - 1),
+            (address, address + half, half),
+        ]
+    )
+    assert ctypes.string_at(address + size, size - 1) == data[:half] + data[: half - 1]
+    assert ctypes.string_at(address, half) == data[half:]
+    backend.copy([])
 
 
 @pytest.mark.parametrize("number", [0, -65536, 100])

@@ -214,3 +214,52 @@ def test_shrinking_gives_the_tail_back() -> None:
     with pytest.raises(DoubleReleaseError):
         buddy.shrink(offset, MIN)
     assert buddy.largest_free_bytes == 16 * MIN
+
+
+def filled(rng: random.Random) -> tuple[BuddyAllocator, list[int]]:
+    """A block full of ranges of any size, some of which are freed; and where the others begin."""
+    buddy = BuddyAllocator(0, MIN, 64 * MIN)
+    buddy.add(64 * MIN)
+    position, starts = 64 * MIN, []
+    while position < 128 * MIN:
+        blocks = rng.randint(1, min(9, 128 - position // MIN))
+        buddy.carve(position, blocks * MIN)
+        starts.append(position)
+        position += blocks * MIN
+    for start in rng.sample(starts, len(starts) // 2):
+        buddy.free(start)
+        starts.remove(start)
+    return buddy, starts
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_block_is_cleared_whatever_lies_in_it(seed: int) -> None:
+    buddy, starts = filled(random.Random(seed))
+    buddy.clear(64 * MIN, starts)
+    buddy.check()
+    assert buddy.used_bytes == 0
+    assert buddy.allocate(64 * MIN) == 64 * MIN
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_only_a_block_of_which_all_ranges_are_named_is_cleared(seed: int) -> None:
+    rng = random.Random(seed)
+    buddy, starts = filled(rng)
+    starts.remove(rng.choice(starts))
+    with pytest.raises(InvariantError):
+        buddy.clear(64 * MIN, starts)
+
+
+def test_free_ranges_are_carved_as_allocate_hands_them_out_and_others_anywhere() -> None:
+    buddy = BuddyAllocator(16 * MIN, MIN)
+    low, high = buddy.allocate(4 * MIN), buddy.allocate(4 * MIN)
+    buddy.carve_all([8 * MIN, 14 * MIN], [4 * MIN, 2 * MIN])
+    buddy.check()
+    assert sorted(buddy.free_blocks[2 * MIN]) == [12 * MIN]
+    with pytest.raises(CacheStateError):
+        buddy.carve_all([12 * MIN, 13 * MIN], [MIN, 2 * MIN])
+    buddy.check()
+    for offset in (low, high, 8 * MIN, 14 * MIN, 12 * MIN):
+        buddy.free(offset)
+    buddy.check()
+    assert buddy.largest_free_bytes == 16 * MIN

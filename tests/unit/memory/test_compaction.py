@@ -2,14 +2,16 @@
 
 import ctypes
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
 from kvpool.errors import BackendError, CapacityError
+from kvpool.memory import mover
 from kvpool.memory.allocation import Allocation
 from kvpool.memory.allocator import GPUMemoryAllocator
-from kvpool.memory.compaction import Part, Snapshot, choose_join, plan_evacuation, plan_slide
+from kvpool.memory.backend import Copy
+from kvpool.memory.compaction import Move, Part, Snapshot, choose_join, plan_evacuation, plan_slide
 from kvpool.memory.host import HostBackend
 
 MIN = 4096
@@ -94,11 +96,12 @@ class RefusingBackend(HostBackend):
 
     left = 1 << 30
 
-    def copy(self, destination: int, source: int, size_bytes: int) -> None:
-        if self.left <= 0:
-            raise BackendError("refused", errno=5)
-        self.left -= 1
-        super().copy(destination, source, size_bytes)
+    def copy(self, copies: Sequence[Copy]) -> None:
+        for count, each in enumerate(copies):
+            if self.left <= 0:
+                raise BackendError("refused", errno=5, copied=count)
+            self.left -= 1
+            super().copy([each])
 
 
 @pytest.fixture
@@ -178,6 +181,23 @@ def test_all_memory_is_used_whatever_comes_and_goes(memory: GPUMemoryAllocator, 
     memory.compact()
     pages = sum(live.values()) / BLOCKS
     assert memory.usage().backed_bytes <= (pages + 1) * PAGE + pages * PAGE / 31
+    assert intact(memory, live)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("batch_moves", [1, 3])
+def test_no_page_is_given_back_that_a_later_batch_of_the_plan_goes_to(
+    memory: GPUMemoryAllocator, monkeypatch: pytest.MonkeyPatch, pattern: str, batch_moves: int
+) -> None:
+    monkeypatch.setattr(mover, "_BATCH_MOVES", batch_moves)
+    live: dict[int, int] = {}
+    fill(memory, PATTERNS[pattern], live, 0)
+    for number, cache_id in enumerate(list(live)):
+        if number % 9:  # so much that a slide empties pages before it comes to their end
+            memory.free(cache_id)
+            del live[cache_id]
+    memory.compact()
+    memory.check()
     assert intact(memory, live)
 
 
@@ -264,6 +284,78 @@ def test_a_move_over_its_own_place_that_is_interrupted_is_finished_before_anythi
             put(memory, 100 + left * 2 + _, live[100 + left * 2 + _])
     assert interrupted
     assert intact(memory, live)
+
+
+def test_a_cache_of_which_nothing_is_backed_moves_too_also_when_a_copy_is_refused(
+    memory: GPUMemoryAllocator, backend: RefusingBackend
+) -> None:
+    live = {}
+    for cache_id in range(48):
+        live[cache_id] = 9
+        put(memory, cache_id, 9)
+    for cache_id in range(1, 48, 2):
+        memory.free(cache_id)
+        del live[cache_id]
+    empty = set(range(2, 48, 4))
+    for cache_id in empty:
+        memory.resize(cache_id, 0)
+        del live[cache_id]
+    for left in (0, 1):
+        backend.left = left
+        with pytest.raises(BackendError):
+            memory.compact()
+        backend.left = 1 << 30
+        assert intact(memory, live)
+        memory.check()
+    memory.compact()
+    assert empty & set(memory.owner.moved_ids)
+    assert intact(memory, live)
+
+
+def test_a_plan_in_which_a_cache_moves_twice_is_carried_out(memory: GPUMemoryAllocator) -> None:
+    live = dict.fromkeys(range(8), 8)
+    for cache_id in live:
+        put(memory, cache_id, 8)
+    for cache_id in (1, 2, 5):
+        memory.free(cache_id)
+        del live[cache_id]
+    size, page = 8 * MIN, memory.allocation(0).offset
+    assert {each: memory.allocation(each).offset - page for each in live} == {0: 0, 3: 24 * MIN} | {
+        each: PAGE + (each - 4) * size for each in (4, 6, 7)
+    }
+    moves = [  # 3 makes room for 6, and follows it
+        Move(3, page + 3 * size, page + size, size),
+        Move(6, page + PAGE + 2 * size, page + 3 * size, size),
+        Move(3, page + size, page + 2 * size, size),
+        Move(4, page + PAGE, page + size, size),
+        Move(7, page + PAGE + 3 * size, page + PAGE, size),
+    ]
+    memory._mover._carry_out("default", moves, (), memory.owner)
+    assert {each: memory.allocation(each).offset - page for each in live} == {
+        0: 0, 4: size, 3: 2 * size, 6: 3 * size, 7: PAGE
+    }  # fmt: skip
+    assert intact(memory, live)
+
+
+def test_a_small_step_goes_on_when_what_it_had_planned_has_gone_or_is_leased(memory: GPUMemoryAllocator) -> None:
+    live = dict.fromkeys(range(4 * BLOCKS), 1)
+    for cache_id in live:
+        put(memory, cache_id, 1)
+    for cache_id in range(1, 4 * BLOCKS, 2):
+        memory.free(cache_id)
+        del live[cache_id]
+    step_bytes = 4 << 13  # four moves
+    assert memory.compact_a_little(step_bytes).moved_bytes == 4 * MIN
+    planned = [cache_id for cache_id, *_ in memory._mover._begun[1]]
+    memory.free(planned[0])
+    del live[planned[0]]
+    memory.owner.leased.add(planned[1])
+    place = memory.allocation(planned[1])
+    assert memory.compact_a_little(step_bytes).moved_bytes == 2 * MIN, "of four two are left"
+    while memory.compact_a_little(step_bytes).more:
+        assert memory.allocation(planned[1]) == place
+        assert intact(memory, live)
+    assert memory.usage().backed_bytes == 2 * PAGE
 
 
 def test_a_scrub_finds_what_a_move_left_behind(memory: GPUMemoryAllocator) -> None:
