@@ -73,8 +73,9 @@ class Allocations:
         ledger.counters.requests += len(items)
         orders = Orders()
         checked: tuple[Any, ...] | None = None  # what a batch asks for is mostly the same thing many times over
+        run: list[CacheRequest] = []
         for item, (sequence, model, size_bytes, max_size_bytes, timeout_s, priority, trace) in enumerate(items):
-            asked = (model, size_bytes, max_size_bytes, timeout_s)
+            asked = (model, size_bytes, max_size_bytes, timeout_s, priority)
             try:
                 request = CacheRequest(
                     client, ledger.model(client, model), sequence, size_bytes, max_size_bytes, timeout_s,
@@ -82,13 +83,42 @@ class Allocations:
                 )  # fmt: skip
                 if asked != checked:
                     self._check(request)
-                    checked = asked
             except KvpoolError as error:
                 self._ledger.refuse(batch, item, error)
                 continue
-            if (self.queue and self._must_wait(request)) or not self._plan(request, orders, now):
-                self._wait(request, now)
+            if asked != checked:
+                self._decide_run(run, orders, now)
+                checked, run = asked, []
+            run.append(request)
+        self._decide_run(run, orders, now)
         self._send(orders)
+
+    def _decide_run(self, run: Sequence[CacheRequest], orders: Orders, now: float) -> None:
+        """Decide on requests for the same, as many at once as can be: each is planned or waits."""
+        position = 0
+        while position < len(run):
+            request = run[position]
+            most = self.may_pass(request, len(run) - position)
+            decided = self._plan_run(run[position : position + most], orders, now) if most else 0
+            if not decided:
+                self._wait(request, now)
+            position += decided or 1
+
+    def may_pass(self, request: CacheRequest, count: int) -> int:
+        """Return how many of ``count`` requests like this one are decided on now, whoever waits.
+
+        Those behind them, if there are any left, are to be asked about again.
+        """
+        if not self.queue:
+            return count
+        if self._must_wait(request):
+            return 0
+        quotas = self._ledger.quotas
+        if quotas.active:  # what lets it pass may be what is kept for it, and that is so much and no more
+            account = quotas.account(request.model.space)
+            entitled = quotas.entitled_bytes(account, request.client.host) // self._footprint(request)
+            return min(count, entitled) if entitled else count
+        return count
 
     def _must_wait(self, request: CacheRequest) -> bool:
         """Whether somebody before it waits for what it needs, too: small requests do not pass a large one."""
@@ -141,16 +171,8 @@ class Allocations:
                 f"a cache needs 0 < size <= max_size, asked for size={size_bytes}, max_size={max_size_bytes}",
                 asked_bytes=size_bytes,
             )
-        quotas = self._ledger.quotas
-        limit_bytes, owner = quotas.limit_of(quotas.account(model.space))
-        if max(max_size_bytes, self._footprint(request)) > limit_bytes:
-            raise LimitError(
-                f"asked for {format_size(max_size_bytes)} (at least {format_size(self._footprint(request))} of a "
-                f"device), but {owner} may hold at most {format_size(int(limit_bytes))} in all: ask for less, or raise "
-                "its limit (set_quota, 'kvpool quota')",
-                asked_bytes=max_size_bytes,
-                limit_bytes=int(limit_bytes),
-            )
+        if self._ledger.quotas.active:
+            self._check_limit(request)
         devices = self._ledger.usable(request.client)
         largest = max(device.capacity_bytes for device in devices)
         if size_bytes > largest:
@@ -167,17 +189,69 @@ class Allocations:
                 asked_bytes=max_size_bytes,
             )
 
+    def _check_limit(self, request: CacheRequest) -> None:
+        quotas = self._ledger.quotas
+        limit_bytes, owner = quotas.limit_of(quotas.account(request.model.space))
+        footprint_bytes = self._footprint(request)
+        if max(request.max_size_bytes, footprint_bytes) > limit_bytes:
+            raise LimitError(
+                f"asked for {format_size(request.max_size_bytes)} (at least {format_size(footprint_bytes)} of a "
+                f"device), but {owner} may hold at most {format_size(int(limit_bytes))} in all: ask for less, or raise "
+                "its limit (set_quota, 'kvpool quota')",
+                asked_bytes=request.max_size_bytes,
+                limit_bytes=int(limit_bytes),
+            )
+
+    def _plan_run(self, run: Sequence[CacheRequest], orders: Orders, now: float) -> int:
+        """Find room for the first of some requests for the same; returns for how many, none if there is none now.
+
+        The same as :meth:`_plan` for one after the other, but where there is only one device they are decided at once:
+        what quotas allow, and what goes for them, is then asked once and not for each.
+        """
+        first = run[0]
+        if len(run) > 1 and len(first.client.devices) == 1:
+            try:
+                planned = self._find_room_for(run, orders, now)
+            except Exception as error:  # noqa: BLE001 - whatever it is
+                self._report_bug(first, error, now)
+                return 1
+            if planned:
+                return planned
+        return int(self._plan(first, orders, now))
+
     def _plan(self, request: CacheRequest, orders: Orders, now: float) -> bool:
         """Find room for a request and write it into the orders; False if there is none now."""
         try:
             return self._find_room(request, orders, now)
         except Exception as error:  # noqa: BLE001 - whatever it is
-            # A bug. Raised from here it would keep the orders for those before it from being sent, though the books
-            # have them, and those behind it from being decided on.
-            self._ledger.out.append(Failed(("find room",), error))
-            wrong = error if isinstance(error, KvpoolError) else InvariantError(f"finding room failed: {error!r}")
-            self.deliver_error(request, wrong, now)
+            self._report_bug(request, error, now)
             return True
+
+    def _report_bug(self, request: CacheRequest, error: Exception, now: float) -> None:
+        """Answer a request on which no decision could be made.
+
+        Raised further, the error would keep the orders for those before it from being sent, though the books have them,
+        and those behind it from being decided on.
+        """
+        self._ledger.out.append(Failed(("find room",), error))
+        wrong = error if isinstance(error, KvpoolError) else InvariantError(f"finding room failed: {error!r}")
+        self.deliver_error(request, wrong, now)
+
+    def _find_room_for(self, run: Sequence[CacheRequest], orders: Orders, now: float) -> int:
+        first = run[0]
+        found = self._room.find_run(first.client, first.model, first.size_bytes, first.max_size_bytes, len(run))
+        if found is None:
+            return 0
+        device, count, evict = found
+        ledger = self._ledger
+        rows = ledger.add_run(
+            first.client, first.model.space, device, first.size_bytes, first.max_size_bytes, count, now, first.born
+        )
+        planned = run[:count]
+        for request in planned:
+            request.news = self._room.news
+        orders.put(device.number, evict, [ledger.index.id_of(row) for row in rows], planned)
+        return count
 
     def _find_room(self, request: CacheRequest, orders: Orders, now: float) -> bool:
         if not request.shortages:
@@ -197,7 +271,7 @@ class Allocations:
             request.client, request.model.space, device, request.size_bytes, request.max_size_bytes, -1, now,
             born=request.born,
         )  # fmt: skip
-        orders.put(device.number, evict, index.id_of(row), request)
+        orders.put(device.number, evict, [index.id_of(row)], [request])
         return True
 
     def _send(self, orders: Orders) -> None:
@@ -348,6 +422,8 @@ class Allocations:
         self._try_waiting(now)
 
     def _try_waiting(self, now: float) -> None:
+        if not self.queue:
+            return
         orders = Orders()
         heads = self.queue.heads()
         short: set[Shortage] = set()

@@ -100,7 +100,9 @@ class BlockAllocations:
             while len(request.ids) < wanted:
                 first = len(request.ids)
                 try:
-                    found = self._room.find_run(client, model, model.block_bytes, wanted - first)
+                    found = self._room.find_run(
+                        client, model, model.block_bytes, model.block_bytes, wanted - first
+                    )
                 except Exception as error:  # a bug: what is in the books by now must reach the devices all the same
                     if not request.ids:
                         raise

@@ -233,6 +233,22 @@ class Ledger:
         self.writers[index.id_of(row)] = Writer(client.id, self.invalidations if born is None else born, None, backing)
         return row
 
+    def add_run(
+        self,
+        client: Client,
+        space: int,
+        device: Device,
+        size_bytes: int,
+        max_size_bytes: int,
+        count: int,
+        now: float,
+        born: int,
+    ) -> list[int]:
+        """Enter caches of one size that ``client`` will write, no two of one chain; see :meth:`add`."""
+        return [
+            self.add(client, space, device, size_bytes, max_size_bytes, -1, now, born=born) for _ in range(count)
+        ]
+
     def add_chain(
         self,
         client: Client,

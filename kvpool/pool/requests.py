@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -113,16 +114,17 @@ class Orders:
         self.groups: dict[tuple[str, int, int, int], tuple[list[int], list[CacheRequest]]] = {}
         self.changes: list[tuple[Change, CacheRequest]] = []
 
-    def put(self, device: int, evict: list[int], cache_id: int, request: CacheRequest) -> None:
-        """Add a request that was given room on a device, and what goes there for it."""
+    def put(self, device: int, evict: list[int], ids: Sequence[int], requests: Sequence[CacheRequest]) -> None:
+        """Add requests for the same that were given room on a device, and what goes there for them."""
         if evict:
             self.evict.setdefault(device, []).extend(evict)
-        key = (request.client.id, device, request.size_bytes, request.max_size_bytes)
+        first = requests[0]
+        key = (first.client.id, device, first.size_bytes, first.max_size_bytes)
         group = self.groups.get(key)
         if group is None:
             group = self.groups[key] = ([], [])
-        group[0].append(cache_id)
-        group[1].append(request)
+        group[0].extend(ids)
+        group[1].extend(requests)
 
     def put_change(self, evict: list[int], change: Change, request: CacheRequest) -> None:
         """Add a change that was given room, and what goes for it. Changes leave behind the new caches."""

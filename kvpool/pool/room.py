@@ -185,7 +185,10 @@ class Room:
         ledger = self._ledger
         self.at_limit = None
         account = ledger.quotas.account(model.space)
-        fitting = min(count, ledger.quotas.leasable_bytes(account, device.host) // need_bytes)
+        # Who asks within its guarantee may take more: so those that do are decided on apart from those behind them.
+        entitled = ledger.quotas.entitled_bytes(account, device.host) // need_bytes
+        most = min(count, entitled) if entitled else count
+        fitting = min(most, ledger.quotas.leasable_bytes(account, device.host) // need_bytes)
         while fitting > 0:
             plan = self._reclaim(account, device.host, fitting * need_bytes)
             if self._allowed(plan, account, device.host, fitting * need_bytes):
@@ -193,9 +196,10 @@ class Room:
                 short_bytes = fitting * need_bytes - free_bytes
                 if short_bytes > 0:
                     free_bytes += plan.on(device, short_bytes)
-                if free_bytes >= need_bytes:
-                    return min(fitting, free_bytes // need_bytes), self._carry_out(plan, device)
-                return None
+                if free_bytes >= fitting * need_bytes:
+                    return fitting, self._carry_out(plan, device)
+                fitting = free_bytes // need_bytes  # decided on anew, so that nothing goes that makes room for nobody
+                continue
             if self.at_limit is None:
                 return None
             rest = max(int(self.at_limit.limit_bytes - self.at_limit.held_bytes + sum(plan.found.values())), 0)
@@ -220,29 +224,35 @@ class Room:
                 quotas.draining.discard(owner)
 
     def find_run(
-        self, client: Client, model: Model, size_bytes: int, count: int
-    ) -> tuple[Device, int, list[int]] | None:
+        self, client: Client, model: Model, size_bytes: int, max_size_bytes: int, count: int,
+        avoided: Collection[int] = (),
+    ) -> tuple[Device, int, list[int]] | None:  # fmt: skip
         """Return where the first of ``count`` caches of one size go: a device, how many, the ids evicted for it.
 
         The same as :meth:`find` for one after the other, but where there is only one device it is decided at once.
         """
         if len(client.devices) > 1:
-            found = self.find(client, model, size_bytes, size_bytes, {})
+            found = self.find(client, model, size_bytes, max_size_bytes, {}, avoided)
             return None if found is None else (found[0], 1, found[1])
         device = self._ledger.devices[client.devices[0]]
-        there = self.find_on(device, model, size_bytes, count)
+        if device.lost is not None or device.number in avoided:
+            return None
+        there = self.find_on(device, model, size_bytes, max_size_bytes, count)
         return None if there is None else (device, *there)
 
-    def find_on(self, device: Device, model: Model, size_bytes: int, count: int) -> tuple[int, list[int]] | None:
+    def find_on(
+        self, device: Device, model: Model, size_bytes: int, max_size_bytes: int, count: int
+    ) -> tuple[int, list[int]] | None:
         """Return how many of ``count`` caches of one size go to a device, and the ids evicted there for them."""
         ledger = self._ledger
-        need_bytes = device.footprint_bytes(size_bytes, size_bytes)
+        need_bytes = device.footprint_bytes(size_bytes, max_size_bytes)
         if ledger.quotas.active:
             return self._find_on_within_quotas(device, model, need_bytes, count)
         free_bytes = max(ledger.free_bytes(device), 0)
         evicted: list[int] = []
         if free_bytes < need_bytes:
-            if ledger.index.evictable_bytes[device.number] < need_bytes - free_bytes:
+            count = min(count, (free_bytes + ledger.index.evictable_bytes[device.number]) // need_bytes)
+            if not count:
                 return None
             evicted = self.evict(device, count * need_bytes - free_bytes, need_bytes - free_bytes)
             free_bytes = ledger.free_bytes(device)

@@ -293,9 +293,13 @@ class PoolState:
         """
         self.ledger.out = []
         self.ledger.journal.pass_time(now)
-        match event:
+        match event:  # the most frequent ones first
+            case DeviceAnswered():
+                self._device_answered(event, now)
             case CachesRequested():
                 self.allocations.request_caches(event.batch, event.client, event.items, now)
+            case ReleaseRequested():
+                self.leases.release(event.batch, event.client, event.items, now)
             case ChangesRequested():
                 self.changes.request(event.batch, event.client, event.items, now)
             case PrefixesLookedUp():
@@ -305,8 +309,6 @@ class PoolState:
             case SealRequested():
                 self.directory.seal(event.batch, event.client, event.items, event.finish, now)
                 self.changes.sealed([cache_id for _, _, ids, *_ in event.items for cache_id in ids], now)
-            case ReleaseRequested():
-                self.leases.release(event.batch, event.client, event.items, now)
             case PinRequested():
                 self.leases.pin(event.batch, event.client, event.items, event.held, now)
             case EvictRequested():
@@ -327,8 +329,6 @@ class PoolState:
                 self.raising.cancel(event.client, event.tickets)
                 self.allocations.cancel(event.client, event.tickets)
                 self.allocations.retry(now)
-            case DeviceAnswered():
-                self._device_answered(event, now)
             case DeviceFreed():
                 self.ledger.devices[event.device].note_zombies(event.zombies)
                 self.allocations.retry(now)
