@@ -28,6 +28,7 @@ from kvpool.memory.tickets import Rank, Ticket, TicketQueue
 from kvpool.pool.instructions import Answer, Batch, Failed, Grant, Waited, distinct
 from kvpool.pool.ledger import Ledger
 from kvpool.pool.quota import Owner
+from kvpool.pool.refusals import Refusals
 from kvpool.pool.requests import CacheRequest, Orders, Shortage
 from kvpool.pool.room import Room
 from kvpool.sizes import format_size
@@ -61,6 +62,7 @@ class Allocations:
         self._queue_limit = queue_limit
         self._departures: deque[float] = deque(maxlen=_DEPARTURES)
         self._retry_before: Rank | None = None
+        self._refusals = Refusals(ledger, self.deliver_error)
         self.changes: BackingChanges
         """Decides on requests to change a cache; set by itself."""
 
@@ -104,14 +106,15 @@ class Allocations:
                 self._wait(request, now)
             position += decided or 1
 
-    def may_pass(self, request: CacheRequest, count: int) -> int:
+    def may_pass(self, request: CacheRequest, count: int, half_over: float = math.inf) -> int:
         """Return how many of ``count`` requests like this one are decided on now, whoever waits.
 
-        Those behind them, if there are any left, are to be asked about again.
+        Those behind them, if there are any left, are to be asked about again. Given a time, it passes those as well who
+        will not have waited half of what they are willing to by then.
         """
         if not self.queue:
             return count
-        if self._must_wait(request):
+        if self._must_wait(request, half_over):
             return 0
         quotas = self._ledger.quotas
         if quotas.active:  # what lets it pass may be what is kept for it, and that is so much and no more
@@ -120,7 +123,7 @@ class Allocations:
             return min(count, entitled) if entitled else count
         return count
 
-    def _must_wait(self, request: CacheRequest) -> bool:
+    def _must_wait(self, request: CacheRequest, half_over: float = math.inf) -> bool:
         """Whether somebody before it waits for what it needs, too: small requests do not pass a large one."""
         here = self._rank_of(request)
         before: set[Shortage] = set()
@@ -128,6 +131,8 @@ class Allocations:
             if rank > here:
                 break
             first = self.queue.get(rank[1])
+            if first is not None and first.asked + first.timeout_s / 2 > half_over:
+                continue
             if line == self._line_of(request):
                 return True
             if first is not None:
@@ -164,7 +169,7 @@ class Allocations:
         return max(d.footprint_bytes(request.size_bytes, request.max_size_bytes) for d in devices)
 
     def _check(self, request: CacheRequest) -> None:
-        size_bytes, max_size_bytes, model = request.size_bytes, request.max_size_bytes, request.model
+        size_bytes, max_size_bytes = request.size_bytes, request.max_size_bytes
         check_timeout(request.timeout_s)
         if size_bytes <= 0 or max_size_bytes < size_bytes:
             raise InvalidSizeError(
@@ -245,8 +250,9 @@ class Allocations:
         device, count, evict = found
         ledger = self._ledger
         rows = ledger.add_run(
-            first.client, first.model.space, device, first.size_bytes, first.max_size_bytes, count, now, first.born
-        )
+            first.client, first.model.space, device, first.size_bytes, first.max_size_bytes, count, now, first.born,
+            first.priority,
+        )  # fmt: skip
         planned = run[:count]
         for request in planned:
             request.news = self._room.news
@@ -268,8 +274,8 @@ class Allocations:
         device, evict = found
         index = self._ledger.index
         row = self._ledger.add(
-            request.client, request.model.space, device, request.size_bytes, request.max_size_bytes, -1, now,
-            born=request.born,
+            request.client, request.model.space, device, request.size_bytes, request.max_size_bytes, now, request.born,
+            request.priority,
         )  # fmt: skip
         orders.put(device.number, evict, [index.id_of(row)], [request])
         return True
@@ -384,7 +390,7 @@ class Allocations:
             return
         self._room.changed = True
         if request.deadline <= now:
-            self.deliver_error(request, self._room.capacity_error(request, "there is no room now"), now)
+            self._refusals.refuse(request, self._room.capacity_error(request, "there is no room now"), now)
             return
         try:
             request.ticket = self.queue.put(request, request.deadline, request.priority, self._line_of(request))
@@ -475,12 +481,13 @@ class Allocations:
                 self._try_waiting(now)
             elif before is not None:
                 self._try_heads(before, now)
+        self._refusals.follow_up(now)
 
     def expire(self, now: float) -> None:
         """Answer the requests whose deadline has passed."""
         for _, request in self.queue.expired(now):
             error = self._room.capacity_error(request, f"there was no room within {request.timeout_s:g} s")
-            self.deliver_error(request, error, now)
+            self._refusals.refuse(request, error, now)
 
     def cancel(self, client: str, tickets: Sequence[int]) -> None:
         """Forget waiting requests of a client."""

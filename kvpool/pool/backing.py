@@ -136,7 +136,7 @@ class BackingChanges:
         model = ledger.model_in(ledger.index.space_of(row))
         request = CacheRequest(
             client, model, sequence, missing_bytes, backing.max_size_bytes, timeout_s, now + timeout_s, batch, item,
-            0, trace, now, change=change,
+            ledger.writers[cache_id].priority, trace, now, change=change,
         )  # fmt: skip
         return request, change
 

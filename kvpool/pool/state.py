@@ -105,7 +105,7 @@ class PoolState:
         room = self._room = Room(self.ledger, self.below)
         self.allocations = Allocations(self.ledger, room, queue_limit)
         self.changes = BackingChanges(self.ledger, room, self.allocations)
-        self.blocks = BlockAllocations(self.ledger, room)
+        self.blocks = BlockAllocations(self.ledger, room, self.allocations)
         fanout = Fanout(self.ledger)
         self.leases = Leases(self.ledger, fanout, self.allocations.retry)
         self.directory = Directory(self.ledger, fanout, self.leases)

@@ -118,10 +118,36 @@ def test_a_waiting_request_ends_at_its_deadline(pool):
     assert pool.grants == {}
     pool.now = 7.0
     pool.handle(Tick())
+    pool.settle()  # who holds what is asked of the devices
     ((answered, answer),) = pool.grants["c"]
     assert answered == ticket
     assert isinstance(error_of(answer), CapacityError)
     assert pool.state.next_deadline() is None
+
+
+def test_new_blocks_are_not_in_the_way_of_a_large_request_for_the_second_half_of_its_time(pool):
+    """There is always one put under way: without this rule the request would see its deadline."""
+    under_way = pool.blocks([1])
+    ticket = pool.request(4 * PAGE, timeout_s=10.0)[1]
+    for number in range(2, 30):
+        pool.now += 0.3
+        begun = pool.blocks([number])
+        assert bool(begun[2]) == (pool.now < 5.0), "blocks pass while it has waited for less than half of its time"
+        pool.seal(under_way[2], keys_of([number - 1]), finish=True)
+        under_way = begun
+        if pool.grants:
+            break
+    assert [told for told, answer in pool.grants["c"] if answer[0] == "granted"] == [ticket]
+    assert pool.now == pytest.approx(5.1)
+    assert pool.blocks([1000])[2] == [], "it has all of the memory"
+
+
+def test_new_blocks_pass_who_waits_with_a_lower_priority(pool):
+    held = pool.request(3 * PAGE)
+    pool.request(4 * PAGE, timeout_s=10.0, priority=-1)
+    pool.now = 9.0
+    assert len(pool.blocks([1])[2]) == 1
+    pool.release([held[1]])
 
 
 def test_the_queue_has_a_bound():
