@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from kvpool.errors import (
     QueueFullError,
     ensure,
 )
+from kvpool.memory.packing import shares_pages
 from kvpool.memory.tickets import Rank, Ticket, TicketQueue
 from kvpool.pool.instructions import Answer, Batch, Failed, Grant, Waited, distinct
 from kvpool.pool.ledger import Ledger
@@ -318,7 +319,7 @@ class Allocations:
             return
         for request in requests[len(places) :]:
             request.fits[device] = shortage["details"]["largest_bytes"]
-        self.plan_again(requests[len(places) :], device, now)
+        self.plan_again(requests[len(places) :], device, shortage, now)
 
     def submit(self, requests: Sequence[CacheRequest], now: float) -> None:
         """Decide on requests that came: those that need memory wait behind those that wait."""
@@ -339,11 +340,18 @@ class Allocations:
                 self._room.changed = True  # others stood behind it
         self._send(orders)
 
-    def plan_again(self, requests: Sequence[CacheRequest], device: int, now: float) -> None:
+    def plan_again(
+        self, requests: Sequence[CacheRequest], device: int, shortage: Mapping[str, Any], now: float
+    ) -> None:
         """Find room for requests for which a device had less than the books say."""
         orders = Orders()
+        largest_bytes, page_bytes = shortage["details"].get("largest_bytes", 0), self._ledger.devices[device].page_bytes
         for request in requests:
-            request.shortages[device] = request.shortages.get(device, 0) + 1
+            whole = request.change is not None or not shares_pages(
+                request.size_bytes, request.max_size_bytes, page_bytes
+            )
+            # Larger holes are no progress for who needs whole pages.
+            request.note_shortage(device, largest_bytes // page_bytes * page_bytes if whole else largest_bytes)
             if not self._plan(request, orders, now):
                 self._wait(request, now)
         self._send(orders)

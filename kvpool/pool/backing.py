@@ -234,7 +234,7 @@ class BackingChanges:
         self._settle(change, extents)
         short = extents is not None and answer[3] is not None
         if short:
-            self._allocations.plan_again([request], change.device, now)
+            self._allocations.plan_again([request], change.device, answer[3], now)
         elif extents is None:
             self._allocations.deliver(request, answer, now)
         else:

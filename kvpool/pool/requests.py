@@ -14,6 +14,14 @@ from kvpool.pool.model import Model
 from kvpool.pool.quota import Owner
 
 
+MOST_SHORTAGES = 5
+"""After so many answers that a device is short, a request stops evicting there until it is tried anew."""
+
+MOST_IN_VAIN = 3
+"""It stops sooner, and begins no more while it waits, once so much went for nothing: what is leased is in the way. (Else
+each release would let a request that waits evict many times what it needs, and nothing would be cached for long.)"""
+
+
 class Change(NamedTuple):
     """What is to become of what is backed of a cache."""
 
@@ -55,6 +63,10 @@ class CacheRequest:
     """How often each device had less room than the books say, since the request was last tried anew."""
     fits: dict[int, int] = field(default_factory=dict)
     """The largest size for which each such device last said that it had room."""
+    told: dict[int, int] = field(default_factory=dict)
+    """The largest size for which each device had room when it was last short,"""
+    in_vain: dict[int, int] = field(default_factory=dict)
+    """and how many answers in a row had said the same."""
     news: int = 0
     """How often room had come free when it was last tried anew."""
     born: int = 0
@@ -66,6 +78,15 @@ class CacheRequest:
     avoided: frozenset[int] = frozenset()
     """Devices that a new cache leaves to those before it, who wait to grow there."""
     change: Change | None = None
+
+    def note_shortage(self, device: int, largest_bytes: int) -> None:
+        """Note that a device had less room than the books say, and what of use to this one it had room for."""
+        same = self.told.get(device) == largest_bytes
+        self.in_vain[device] = self.in_vain[device] + 1 if same else 0
+        self.told[device] = largest_bytes
+        self.shortages[device] = self.shortages.get(device, 0) + 1
+        if self.in_vain[device] >= MOST_IN_VAIN:
+            self.shortages[device] = MOST_SHORTAGES + 1
 
     @property
     def at_limit(self) -> Owner | None:

@@ -20,12 +20,8 @@ from kvpool.pool.ledger import Ledger
 from kvpool.pool.model import Model
 from kvpool.pool.quota import Account, Owner
 from kvpool.pool.reclaim import Reclaim
-from kvpool.pool.requests import CacheRequest
+from kvpool.pool.requests import MOST_SHORTAGES, CacheRequest
 from kvpool.sizes import format_size
-
-_MOST_SHORTAGES = 5
-"""After so many answers that a device is short, a request stops evicting there until it is tried anew."""
-
 
 class Room:
     """Places and evicts, by the books.
@@ -80,7 +76,7 @@ class Room:
                 continue
             need_bytes = device.footprint_bytes(size_bytes, max_size_bytes)
             times = shortages.get(device.number, 0)
-            if times > _MOST_SHORTAGES:
+            if times > MOST_SHORTAGES:
                 continue
             short_bytes = need_bytes << times if times else need_bytes - max(ledger.free_bytes(device), 0)
             if not times and ledger.index.evictable_bytes[device.number] < short_bytes:
@@ -123,7 +119,7 @@ class Room:
             return devices[chosen], self._carry_out(plan, devices[chosen])
         for device in sorted(devices, key=lambda device: plan.worth(device.number)):
             times = shortages.get(device.number, 0)
-            if times > _MOST_SHORTAGES or device.number in avoided:
+            if times > MOST_SHORTAGES or device.number in avoided:
                 continue
             going = plan.copy()
             if times:
@@ -170,7 +166,7 @@ class Room:
             self.at_limit = owner
             return None
         plan = self._reclaim(account, device.host, need_bytes)
-        if times > _MOST_SHORTAGES or not self._allowed(plan, account, device.host, need_bytes):
+        if times > MOST_SHORTAGES or not self._allowed(plan, account, device.host, need_bytes):
             return None
         if times:
             enough = plan.on(device, need_bytes << times) > 0
@@ -270,14 +266,14 @@ class Room:
         """
         ledger = self._ledger
         if not need_bytes:  # a device that is short of it all the same is not asked for ever
-            return None if times > _MOST_SHORTAGES else []
+            return None if times > MOST_SHORTAGES else []
         if ledger.quotas.active:
             return self._find_more_within_quotas(device, model, need_bytes, times)
         free_bytes = max(ledger.free_bytes(device), 0)
         if not times and free_bytes >= need_bytes:
             return []
         short_bytes = need_bytes << times if times else need_bytes - free_bytes
-        if times > _MOST_SHORTAGES or (not times and ledger.index.evictable_bytes[device.number] < short_bytes):
+        if times > MOST_SHORTAGES or (not times and ledger.index.evictable_bytes[device.number] < short_bytes):
             return None
         return self.evict(device, short_bytes, 0 if times else short_bytes) or None
 

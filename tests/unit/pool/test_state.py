@@ -125,6 +125,29 @@ def test_a_waiting_request_ends_at_its_deadline(pool):
     assert pool.state.next_deadline() is None
 
 
+def test_a_request_that_waits_does_not_go_on_evicting_when_leases_are_in_the_way():
+    """Each page has a leased cache in it, so no page comes free, whatever goes. Else nothing would stay cached."""
+    pool = LocalPool(pages=32)
+    pool.connect()
+    pool.model()
+    leased, blocks = [], PAGE // 4096 - 1
+    for page in range(32):
+        leased.append(pool.request(4096)[1])
+        pool.put(range(1000 * page, 1000 * page + blocks))
+    counters, index = pool.state.ledger.counters, pool.state.ledger.index
+    assert (index.resident_bytes, counters.evictions) == ([32 * PAGE], 0)
+    assert pool.request(PAGE, timeout_s=60.0)[0] == "queued"
+    tried = counters.evictions
+    assert tried < 32 * blocks
+    for number in range(10):
+        pool.put([5000 + number])  # each is a reason to try again
+    assert (counters.evictions, index.published) == (tried, 32 * blocks - tried + 10)
+    pool.release([leased.pop()])
+    assert [answer[0] for _, answer in pool.grants["c"]] == ["granted"], "a page comes free"
+    pool.check()
+    pool.close()
+
+
 def test_new_blocks_are_not_in_the_way_of_a_large_request_for_the_second_half_of_its_time(pool):
     """There is always one put under way: without this rule the request would see its deadline."""
     under_way = pool.blocks([1])
