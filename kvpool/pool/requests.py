@@ -13,13 +13,14 @@ from kvpool.pool.instructions import Answer, Batch
 from kvpool.pool.model import Model
 from kvpool.pool.quota import Owner
 
-
 MOST_SHORTAGES = 5
 """After so many answers that a device is short, a request stops evicting there until it is tried anew."""
 
 MOST_IN_VAIN = 3
-"""It stops sooner, and begins no more while it waits, once so much went for nothing: what is leased is in the way. (Else
-each release would let a request that waits evict many times what it needs, and nothing would be cached for long.)"""
+"""It stops sooner, and begins no more while it waits, once so much went for nothing: what is leased is in the way.
+
+(Else each release would let a request that waits evict many times what it needs, and nothing would be cached for long.)
+"""
 
 
 class Change(NamedTuple):

@@ -23,6 +23,7 @@ from kvpool.pool.reclaim import Reclaim
 from kvpool.pool.requests import MOST_SHORTAGES, CacheRequest
 from kvpool.sizes import format_size
 
+
 class Room:
     """Places and evicts, by the books.
 
