@@ -493,9 +493,15 @@ class Allocations:
 
     def expire(self, now: float) -> None:
         """Answer the requests whose deadline has passed."""
+        self._refusals.expire(now)
         for _, request in self.queue.expired(now):
             error = self._room.capacity_error(request, f"there was no room within {request.timeout_s:g} s")
             self._refusals.refuse(request, error, now)
+
+    def next_deadline(self) -> float | None:
+        """Return when the next request must be answered, None if none waits."""
+        deadlines = (self.queue.next_deadline(), self._refusals.next_deadline())
+        return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
     def cancel(self, client: str, tickets: Sequence[int]) -> None:
         """Forget waiting requests of a client."""

@@ -17,6 +17,9 @@ from kvpool.sizes import format_size
 _FRESH_S = 1.0
 """How old what a device told may be, seconds. To tell it takes a device as long as there are leases."""
 
+_PATIENCE_S = 0.25
+"""How long an error waits for devices to tell, seconds: one that hangs must not keep it back."""
+
 _NAMED = 3
 """Holders that an error names, those with most bytes."""
 
@@ -24,6 +27,7 @@ _NAMED = 3
 class _Refused(NamedTuple):
     request: CacheRequest
     error: CapacityError
+    due: float
 
 
 class Refusals:
@@ -40,56 +44,71 @@ class Refusals:
     def __init__(self, ledger: Ledger, deliver: Callable[[CacheRequest, CapacityError, float], None]) -> None:
         self._ledger = ledger
         self._deliver = deliver
-        self._refused: list[_Refused] = []
+        self._fresh: list[_Refused] = []
+        """Of this event."""
+        self._waiting: list[_Refused] = []
+        """For devices to tell."""
+        self._asked: set[int] = set()
+        """Devices that have not told yet."""
         self._told: dict[int, tuple[float, dict[str, int]]] = {}
         """By device, when it last told, and the bytes of each holder."""
 
     def refuse(self, request: CacheRequest, error: CapacityError, now: float) -> None:
         """Answer a request with an error, at the end of this event or when devices have told who holds what."""
         if error.details.get("pinned_bytes"):
-            self._refused.append(_Refused(request, error))
+            self._fresh.append(_Refused(request, error, now + _PATIENCE_S))
         else:
             self._deliver(request, error, now)
 
     def follow_up(self, now: float) -> None:
         """Ask, once for all that were refused, or answer. For the end of each event."""
-        if not self._refused:
+        if not self._fresh:
             return
-        refused, self._refused = self._refused, []
-        numbers = {number for each in refused for number in each.request.devices}
-        asked = [
-            number
-            for number in sorted(numbers)
-            if self._ledger.devices[number].lost is None and self._told.get(number, (-inf,))[0] + _FRESH_S <= now
-        ]
-        open_devices = set(asked)
-        for number in asked:
-            self._ledger.send(number, ("holders",), partial(self._device_told, number, open_devices, refused))
-        if not asked:
-            self._answer(refused, now)
+        refused, self._fresh = self._fresh, []
+        for number in sorted({number for each in refused for number in each.request.devices}):
+            stale = self._told.get(number, (-inf,))[0] + _FRESH_S <= now
+            if stale and number not in self._asked and self._ledger.devices[number].lost is None:
+                self._asked.add(number)
+                self._ledger.send(number, ("holders",), partial(self._device_told, number))
+        for each in refused:
+            if self._asked.isdisjoint(each.request.devices):
+                self._answer(each, now)
+            else:
+                self._waiting.append(each)
 
-    def _device_told(
-        self, number: int, open_devices: set[int], refused: list[_Refused], answer: Answer, now: float
-    ) -> None:
+    def _device_told(self, number: int, answer: Answer, now: float) -> None:
+        self._asked.discard(number)
         if isinstance(answer, dict):  # else it is lost
             self._told[number] = now, {holder: held_bytes for holder, (_, held_bytes, _) in answer.items()}
-        open_devices.discard(number)
-        if not open_devices:
-            self._answer(refused, now)
+        waiting, self._waiting = self._waiting, []
+        for each in waiting:
+            if self._asked.isdisjoint(each.request.devices):
+                self._answer(each, now)
+            else:
+                self._waiting.append(each)
 
-    def _answer(self, refused: list[_Refused], now: float) -> None:
-        for request, error in refused:
-            held = self._held(request)
-            if held:
-                named = sorted(held.items(), key=lambda each: (-each[1], each[0]))[:_NAMED]
-                who = ", ".join(f"{holder} ({format_size(held_bytes)})" for holder, held_bytes in named)
-                more = f" and {len(held) - len(named)} more" if len(held) > len(named) else ""
-                error = CapacityError(
-                    f"{error.message} ('kvpool leases' shows who holds what: {who}{more})",
-                    **error.details,
-                    pinned_by=dict(named),
-                )
-            self._deliver(request, error, now)
+    def next_deadline(self) -> float | None:
+        """Return when the next error is told, whatever is known by then; None if none waits."""
+        return self._waiting[0].due if self._waiting else None
+
+    def expire(self, now: float) -> None:
+        """Tell what has waited long enough."""
+        while self._waiting and self._waiting[0].due <= now:
+            self._answer(self._waiting.pop(0), now)
+
+    def _answer(self, refused: _Refused, now: float) -> None:
+        request, error, _ = refused
+        held = self._held(request)
+        if held:
+            named = sorted(held.items(), key=lambda each: (-each[1], each[0]))[:_NAMED]
+            who = ", ".join(f"{holder} ({format_size(held_bytes)})" for holder, held_bytes in named)
+            more = f" and {len(held) - len(named)} more" if len(held) > len(named) else ""
+            error = CapacityError(
+                f"{error.message} ('kvpool leases' shows who holds what: {who}{more})",
+                **error.details,
+                pinned_by=dict(named),
+            )
+        self._deliver(request, error, now)
 
     def _held(self, request: CacheRequest) -> dict[str, int]:
         """Return by holder what is held where a request could have been met; other tenants' clients have no names."""

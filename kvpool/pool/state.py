@@ -385,7 +385,7 @@ class PoolState:
 
     def next_deadline(self) -> float | None:
         """Return when the next waiting request must be answered, or None if none waits."""
-        deadlines = (self.allocations.queue.next_deadline(), self.raising.next_deadline())
+        deadlines = (self.allocations.next_deadline(), self.raising.next_deadline())
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
     def check(self) -> None:

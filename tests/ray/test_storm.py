@@ -6,6 +6,7 @@ import random
 import signal
 from collections import Counter
 
+import pytest
 import ray
 from footprint import state
 from pool_actors import until
@@ -18,6 +19,7 @@ OPERATIONS = int(os.environ.get("STORM_OPERATIONS", "4000"))
 DEADLINE_S = 60 + OPERATIONS / 100
 
 
+@pytest.mark.timeout(DEADLINE_S + 60)
 async def test_everything_at_once_with_kills_reads_no_wrong_byte_and_leaves_nothing(make_pool):
     rng = random.Random(7)
     pool = await make_pool("host:2x4MiB", page_size="64KiB")  # all want some more than that

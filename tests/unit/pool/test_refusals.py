@@ -6,7 +6,7 @@ import pytest
 from pool_harness import PAGE, LocalPool
 
 from kvpool.errors import CapacityError, from_wire
-from kvpool.pool.instructions import DeviceLost
+from kvpool.pool.instructions import Batch, CachesRequested, DeviceLost
 
 
 @pytest.fixture
@@ -56,6 +56,26 @@ def test_devices_are_asked_once_for_all_that_are_refused_at_once_and_not_again_s
     pool.now = 5.5
     assert refused(pool.request(PAGE, "c")).details["pinned_by"] == {"client a": 16 * PAGE}
     assert not any(pool.outboxes)
+
+
+def test_an_error_does_not_wait_for_a_device_that_hangs(pool: LocalPool) -> None:
+    pool.request(8 * PAGE, "a"), pool.request(8 * PAGE, "a")
+    ticket = pool.request(PAGE, "b", timeout_s=5.0)[1]
+    pool.now = 5.0
+    pool.tick()
+    pool.step(1)
+    assert pool.grants == {}
+    assert pool.state.next_deadline() == pytest.approx(5.25)
+    pool.now = 5.25
+    pool.tick()
+    ((told, answer),) = pool.grants.pop("b")
+    assert (told, refused(answer).details["pinned_by"]) == (ticket, {"client a": 8 * PAGE})
+    assert pool.state.next_deadline() is None
+    batch = Batch(1)
+    pool.handle(CachesRequested(batch, "b", [(1, 0, PAGE, PAGE, 0.0, 0, None)]))
+    assert len(pool.outboxes[0]) == 1, "it is not asked again before it has answered"
+    pool.settle()
+    assert refused(pool.done.pop(batch)[0]).details["pinned_by"] == {"client a": 16 * PAGE}
 
 
 def test_an_error_comes_also_if_a_device_is_lost_meanwhile(pool: LocalPool) -> None:
