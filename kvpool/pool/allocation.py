@@ -16,11 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvpool.errors import (
     AddressSpaceError,
-    InvalidRequestError,
-    InvalidSizeError,
     InvariantError,
     KvpoolError,
-    LimitError,
     QueueFullError,
     ensure,
 )
@@ -32,6 +29,7 @@ from kvpool.pool.quota import Owner
 from kvpool.pool.refusals import Refusals
 from kvpool.pool.requests import CacheRequest, Orders, Shortage
 from kvpool.pool.room import Room
+from kvpool.pool.validation import check_request, footprint_bytes
 from kvpool.sizes import format_size
 
 if TYPE_CHECKING:
@@ -85,7 +83,7 @@ class Allocations:
                     now + timeout_s, batch, item, priority, trace, now, born=ledger.invalidations,
                 )  # fmt: skip
                 if asked != checked:
-                    self._check(request)
+                    check_request(self._ledger, request)
             except KvpoolError as error:
                 self._ledger.refuse(batch, item, error)
                 continue
@@ -120,7 +118,7 @@ class Allocations:
         quotas = self._ledger.quotas
         if quotas.active:  # what lets it pass may be what is kept for it, and that is so much and no more
             account = quotas.account(request.model.space)
-            entitled = quotas.entitled_bytes(account, request.client.host) // self._footprint(request)
+            entitled = quotas.entitled_bytes(account, request.client.host) // footprint_bytes(self._ledger, request)
             return min(count, entitled) if entitled else count
         return count
 
@@ -151,7 +149,7 @@ class Allocations:
             for owner in account.owners:
                 if owner in short:
                     return owner
-            if quotas.entitled_bytes(account, host) >= self._footprint(request):
+            if quotas.entitled_bytes(account, host) >= footprint_bytes(self._ledger, request):
                 return None  # it is kept free, or evictable, for such as this
         if host in short:
             return host
@@ -164,49 +162,6 @@ class Allocations:
     def _line_of(self, request: CacheRequest) -> Hashable:
         """Return where it waits: with all who need memory of the same host, or device, and have the same account."""
         return request.place, self._ledger.index.account_of(request.model.space)
-
-    def _footprint(self, request: CacheRequest) -> int:
-        devices = (self._ledger.devices[number] for number in request.devices)
-        return max(d.footprint_bytes(request.size_bytes, request.max_size_bytes) for d in devices)
-
-    def _check(self, request: CacheRequest) -> None:
-        size_bytes, max_size_bytes = request.size_bytes, request.max_size_bytes
-        check_timeout(request.timeout_s)
-        if size_bytes <= 0 or max_size_bytes < size_bytes:
-            raise InvalidSizeError(
-                f"a cache needs 0 < size <= max_size, asked for size={size_bytes}, max_size={max_size_bytes}",
-                asked_bytes=size_bytes,
-            )
-        if self._ledger.quotas.active:
-            self._check_limit(request)
-        devices = self._ledger.usable(request.client)
-        largest = max(device.capacity_bytes for device in devices)
-        if size_bytes > largest:
-            raise InvalidSizeError(
-                f"asked for {format_size(size_bytes)}, but the largest device that this process can use has "
-                f"{format_size(largest)}: ask for less, or start the pool with larger devices",
-                asked_bytes=size_bytes,
-                largest_bytes=largest,
-            )
-        if not any(device.can_grow_to(size_bytes, max_size_bytes) for device in devices):
-            raise InvalidSizeError(
-                f"asked for addresses to grow to {format_size(max_size_bytes)}, but the devices reserve at most "
-                f"{format_size(max(device.arena_bytes for device in devices))}: ask for less, or raise arena_factor",
-                asked_bytes=max_size_bytes,
-            )
-
-    def _check_limit(self, request: CacheRequest) -> None:
-        quotas = self._ledger.quotas
-        limit_bytes, owner = quotas.limit_of(quotas.account(request.model.space))
-        footprint_bytes = self._footprint(request)
-        if max(request.max_size_bytes, footprint_bytes) > limit_bytes:
-            raise LimitError(
-                f"asked for {format_size(request.max_size_bytes)} (at least {format_size(footprint_bytes)} of a "
-                f"device), but {owner} may hold at most {format_size(int(limit_bytes))} in all: ask for less, or raise "
-                "its limit (set_quota, 'kvpool quota')",
-                asked_bytes=request.max_size_bytes,
-                limit_bytes=int(limit_bytes),
-            )
 
     def _plan_run(self, run: Sequence[CacheRequest], orders: Orders, now: float) -> int:
         """Find room for the first of some requests for the same; returns for how many, none if there is none now.
@@ -534,9 +489,3 @@ class Allocations:
     def cancel_client(self, client: str) -> None:
         """Forget all waiting requests of a client that is gone."""
         self.cancel(client, [ticket for ticket, request in self.queue.items() if request.client.id == client])
-
-
-def check_timeout(timeout_s: float) -> None:
-    """Raise :class:`~kvpool.errors.InvalidRequestError` unless somebody can wait so many seconds."""
-    if not 0 <= timeout_s < math.inf:
-        raise InvalidRequestError(f"a timeout is 0 or more seconds, and ends; asked for {timeout_s}")

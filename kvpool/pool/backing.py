@@ -24,13 +24,14 @@ from kvpool.errors import (
 )
 from kvpool.memory.extents import Extents, changed, checked, difference, front, pages_touched, total_bytes
 from kvpool.memory.packing import shares_pages
-from kvpool.pool.allocation import Allocations, check_timeout
+from kvpool.pool.allocation import Allocations
 from kvpool.pool.client import Backing, Client
 from kvpool.pool.device import Device
 from kvpool.pool.instructions import Answer, Batch
 from kvpool.pool.ledger import Ledger
 from kvpool.pool.requests import CacheRequest, Change, Orders
 from kvpool.pool.room import Room
+from kvpool.pool.validation import check_timeout
 from kvpool.sizes import format_size
 
 KINDS = ("resize", "back", "unback")
