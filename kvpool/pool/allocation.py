@@ -23,6 +23,7 @@ from kvpool.errors import (
 )
 from kvpool.memory.packing import shares_pages
 from kvpool.memory.tickets import Rank, Ticket, TicketQueue
+from kvpool.pool.device import Device
 from kvpool.pool.instructions import Answer, Batch, Failed, Grant, Waited, distinct
 from kvpool.pool.ledger import Ledger
 from kvpool.pool.quota import Owner
@@ -166,19 +167,39 @@ class Allocations:
     def _plan_run(self, run: Sequence[CacheRequest], orders: Orders, now: float) -> int:
         """Find room for the first of some requests for the same; returns for how many, none if there is none now.
 
-        The same as :meth:`_plan` for one after the other, but where there is only one device they are decided at once:
-        what quotas allow, and what goes for them, is then asked once and not for each.
+        As :meth:`_plan` for one after the other, but many are decided at once: what quotas allow, and what goes for
+        them, is then asked once and not for each.
         """
         first = run[0]
-        if len(run) > 1 and len(first.client.devices) == 1:
+        planned = 0
+        if len(run) > 1:
             try:
-                planned = self._find_room_for(run, orders, now)
+                for device, count, evict in self._find_room_for(first, len(run)):
+                    self._place(run[planned : planned + count], device, evict, orders, now)
+                    planned += count
             except Exception as error:  # noqa: BLE001 - whatever it is
-                self._report_bug(first, error, now)
-                return 1
-            if planned:
-                return planned
-        return int(self._plan(first, orders, now))
+                self._report_bug(run[planned], error, now)
+                return planned + 1
+        return planned or int(self._plan(first, orders, now))
+
+    def _find_room_for(self, first: CacheRequest, count: int) -> list[tuple[Device, int, list[int]]]:
+        """Return where the first of ``count`` requests for the same go: devices, how many there, what goes there."""
+        asked = first.client, first.model, first.size_bytes, first.max_size_bytes, count
+        if len(first.client.devices) == 1:
+            found = self._room.find_run(*asked)
+            return [] if found is None else [found]
+        # Without quotas a closer look takes as long; and so does leaving devices to those who wait to grow there.
+        return self._room.find_spread(*asked) if self._ledger.quotas.active and not first.avoided else []
+
+    def _place(self, run: Sequence[CacheRequest], device: Device, evict: list[int], orders: Orders, now: float) -> None:
+        first, ledger = run[0], self._ledger
+        rows = ledger.add_run(
+            first.client, first.model.space, device, first.size_bytes, first.max_size_bytes, len(run), now, first.born,
+            first.priority,
+        )  # fmt: skip
+        for request in run:
+            request.news = self._room.news
+        orders.put(device.number, evict, [ledger.index.id_of(row) for row in rows], run)
 
     def _plan(self, request: CacheRequest, orders: Orders, now: float) -> bool:
         """Find room for a request and write it into the orders; False if there is none now."""
@@ -197,23 +218,6 @@ class Allocations:
         self._ledger.out.append(Failed(("find room",), error))
         wrong = error if isinstance(error, KvpoolError) else InvariantError(f"finding room failed: {error!r}")
         self.deliver_error(request, wrong, now)
-
-    def _find_room_for(self, run: Sequence[CacheRequest], orders: Orders, now: float) -> int:
-        first = run[0]
-        found = self._room.find_run(first.client, first.model, first.size_bytes, first.max_size_bytes, len(run))
-        if found is None:
-            return 0
-        device, count, evict = found
-        ledger = self._ledger
-        rows = ledger.add_run(
-            first.client, first.model.space, device, first.size_bytes, first.max_size_bytes, count, now, first.born,
-            first.priority,
-        )  # fmt: skip
-        planned = run[:count]
-        for request in planned:
-            request.news = self._room.news
-        orders.put(device.number, evict, [ledger.index.id_of(row) for row in rows], planned)
-        return count
 
     def _find_room(self, request: CacheRequest, orders: Orders, now: float) -> bool:
         if not request.shortages:

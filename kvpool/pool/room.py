@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from kvpool.pool.model import Model
 from kvpool.pool.quota import Account, Owner
 from kvpool.pool.reclaim import Reclaim
 from kvpool.pool.requests import MOST_SHORTAGES, CacheRequest
+from kvpool.pool.spread import spread
 from kvpool.sizes import format_size
 
 
@@ -156,7 +158,7 @@ class Room:
             return []
         self.news += 1
         self.changed = True
-        return self._remove(plan.rows, -1 if device is None else device.number)
+        return self._removed_for(device, plan.rows)
 
     def _find_more_within_quotas(self, device: Device, model: Model, need_bytes: int, times: int) -> list[int] | None:
         ledger = self._ledger
@@ -236,6 +238,28 @@ class Room:
             return None
         there = self.find_on(device, model, size_bytes, max_size_bytes, count)
         return None if there is None else (device, *there)
+
+    def find_spread(
+        self, client: Client, model: Model, size_bytes: int, max_size_bytes: int, count: int
+    ) -> list[tuple[Device, int, list[int]]]:
+        """Return where the first of ``count`` caches go within quotas: devices, how many there, the ids evicted there.
+
+        Empty if that takes a closer look: see :meth:`find`.
+        """
+        ledger = self._ledger
+        devices = [ledger.devices[number] for number in client.devices if ledger.devices[number].lost is None]
+        needs = {device.footprint_bytes(size_bytes, max_size_bytes) for device in devices}
+        if len(needs) != 1:
+            return []
+        decided = spread(ledger, ledger.quotas.account(model.space), devices, needs.pop(), count)
+        if decided.going:
+            self.news += 1
+            self.changed = True
+        evicted = self._remove(decided.going)
+        return [
+            (ledger.devices[number], placed, evicted.pop(number, []))
+            for number, placed in Counter(decided.devices).items()
+        ]
 
     def find_on(
         self, device: Device, model: Model, size_bytes: int, max_size_bytes: int, count: int
@@ -325,7 +349,7 @@ class Room:
             return []
         self.news += 1
         self.changed = True  # elsewhere, too: what sheltered a parent on another device is gone
-        return self._remove(rows, device.number)
+        return self._removed_for(device, rows)
 
     def _sheltered(self, number: int, short_bytes: int) -> tuple[list[int], int]:
         """Return what can go from a device with what hangs on it elsewhere, children first, and its bytes there.
@@ -355,11 +379,18 @@ class Room:
         chosen: list[int] = going[~np.isin(going, list(but))].tolist() if but else going.tolist()
         return chosen
 
-    def _remove(self, rows: list[int], number: int) -> list[int]:
-        """Take caches off the books, children before parents; returns the ids of those on device ``number``.
+    def _removed_for(self, device: Device | None, rows: list[int]) -> list[int]:
+        """Take caches off the books; returns the ids of those on a device. Those of others are evicted there."""
+        by_device = self._remove(rows)
+        here = [] if device is None else by_device.pop(device.number, [])
+        for number, ids in by_device.items():
+            self._ledger.send(number, ("evict", ids), nothing_more)
+        return here
 
-        Those of other devices are evicted there.
-        """
+    def _remove(self, rows: list[int]) -> dict[int, list[int]]:
+        """Take caches off the books, children before parents; returns by device the ids to be evicted there."""
+        if not rows:
+            return {}
         ledger = self._ledger
         index = ledger.index
         by_device: dict[int, list[int]] = {}
@@ -375,10 +406,7 @@ class Room:
         index.remove_all(rows)
         for device, ids in void.items():  # zeroed by this, ahead of the operation that evicts them for somebody
             ledger.send(device, ("void", ids, PINNER), nothing_more)
-        here = by_device.pop(number, [])
-        for device, ids in by_device.items():
-            ledger.send(device, ("evict", ids), nothing_more)
-        return here
+        return by_device
 
     def capacity_error(self, request: CacheRequest, why: str) -> CapacityError:
         """Return the error that explains with all figures why a request was not met."""
