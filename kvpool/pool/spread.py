@@ -26,6 +26,8 @@ def spread(ledger: Ledger, account: Account, devices: Sequence[Device], need_byt
 
     Into what is free, as placement says; if nothing is, for what is borrowed and worth least. Those who ask within
     their guarantee are decided on apart from those behind them, because what may go for these is another question.
+    (Not always the same as one after the other: each of those takes what it needs on one device, though that may lie
+    partly above another's guarantee while there are caches to take on other devices.)
 
     Parameters
     ----------

@@ -19,9 +19,9 @@ KEYS = 40
 CHAINS, CHAIN_BLOCKS = 10, 6
 TASKS = 8
 """Of one process, so that its calls meet each other on their way."""
-MOST_HELD = 3
-"""Caches that one task holds at a time: all tasks together most of what a storm's pool has (8 MiB)."""
-MOST_BYTES, LARGEST_BYTES = 48 * KIB, 128 * KIB
+MOST_HELD = 2
+"""Caches that one task holds at a time: all tasks together two thirds of what a storm's pool has (8 MiB)."""
+MOST_BYTES, LARGEST_BYTES = 48 * KIB, 192 * KIB
 """Of such a cache when it is asked for, and when it has grown."""
 WAIT_S = 0.5
 
