@@ -23,6 +23,7 @@ operation                                                           answer
 ``("revoke", client)``                                              ``(ids whose lease ended, ids freed, figures)``
 ``("trim",)``                                                       bytes given back to the system
 ``("compact", most bytes)``                                         ``(bytes moved, pages freed, whether more is left)``
+``("holders",)``                                                    ``{client: (caches, bytes, age of the oldest)}``
 =================================================================== ================================================
 
 ``compact`` moves caches that nobody has leased, and so does ``allocate`` where there is no room. A cache's next lease
@@ -119,6 +120,7 @@ class DeviceStore:
             "revoke": self._revoke,
             "trim": self.allocator.trim,
             "compact": self.allocator.compact,
+            "holders": lambda: self.holders(self._now),
         }
 
     def apply(

@@ -34,6 +34,7 @@ from kvpool.errors import (
 )
 from kvpool.memory.backend import Access
 from kvpool.memory.client_arena import ClientArena
+from kvpool.memory.fork import watch_forks
 from kvpool.memory.host import HostBackend
 
 logger = logging.getLogger("kvpool.client")
@@ -65,6 +66,8 @@ class Connection:
         self.leases: WeakSet[Lease] = WeakSet()
         self.loop = asyncio.get_running_loop()
         self._pid = os.getpid()
+        self._inherited = False
+        watch_forks(self)  # asked with every call, for which a system call for the process id would be too slow
         self._sequence = itertools.count(1)
         self._closed = False
         self._revoked = False
@@ -155,9 +158,13 @@ class Connection:
                 page_size_bytes=max(device["page_bytes"] for device in devices),
             )
 
+    def after_fork_in_child(self) -> None:
+        """Refuse all use in a forked child: the connection is its parent's."""
+        self._inherited = True
+
     def check_usable(self) -> None:
         """Raise unless this connection can be used here: not in a forked child, not after :meth:`close`."""
-        if os.getpid() != self._pid:
+        if self._inherited:
             raise ForkedHandleError(
                 f"this handle belongs to process {self._pid}; mappings are not inherited by forks: connect again in "
                 "the forked child"
@@ -272,7 +279,7 @@ class Connection:
 
     def release_soon(self, ids: Sequence[int]) -> None:
         """End leases without waiting for it, from any thread."""
-        if self.closed or os.getpid() != self._pid:
+        if self.closed or self._inherited:
             return  # they ended with the connection, or are the parent's
         try:
             self.loop.call_soon_threadsafe(self._start_release, list(ids))
@@ -358,7 +365,7 @@ class Connection:
 
     def lease_unused(self) -> None:
         """A lease may have come out of use: the last one lets a revoked connection unmap everything. Any thread."""
-        if self._revoked and not self._closed and os.getpid() == self._pid:
+        if self._revoked and not self._closed and not self._inherited:
             try:
                 self.loop.call_soon_threadsafe(self._unmap_revoked)
             except RuntimeError:  # the loop is closed: all is unmapped with the end of this process
@@ -381,7 +388,7 @@ class Connection:
         CacheStateError
             If tensors over pool memory are still alive; nothing is closed then.
         """
-        if self._closed or os.getpid() != self._pid:
+        if self._closed or self._inherited:
             return
         self.check_loop()
         self.check_no_views()

@@ -148,11 +148,6 @@ class BlockSpace:
         """Blocks that are handed out."""
         return self._states.count(_USED)
 
-    @property
-    def backed_groups(self) -> int:
-        """Groups that have memory."""
-        return self.num_groups - len(self._unbacked)
-
     # -- memory -----------------------------------------------------------------------------------------------------
 
     @property

@@ -9,27 +9,28 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Any
 
 from kvpool.errors import (
     AddressSpaceError,
-    InvalidRequestError,
-    InvalidSizeError,
     InvariantError,
     KvpoolError,
-    LimitError,
     QueueFullError,
     ensure,
 )
+from kvpool.memory.packing import shares_pages
 from kvpool.memory.tickets import Rank, Ticket, TicketQueue
+from kvpool.pool.device import Device
 from kvpool.pool.instructions import Answer, Batch, Failed, Grant, Waited, distinct
 from kvpool.pool.ledger import Ledger
 from kvpool.pool.quota import Owner
+from kvpool.pool.refusals import Refusals
 from kvpool.pool.requests import CacheRequest, Orders, Shortage
 from kvpool.pool.room import Room
+from kvpool.pool.validation import check_request, footprint_bytes
 from kvpool.sizes import format_size
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class Allocations:
         self._queue_limit = queue_limit
         self._departures: deque[float] = deque(maxlen=_DEPARTURES)
         self._retry_before: Rank | None = None
+        self._refusals = Refusals(ledger, self.deliver_error)
         self.changes: BackingChanges
         """Decides on requests to change a cache; set by itself."""
 
@@ -73,24 +75,55 @@ class Allocations:
         ledger.counters.requests += len(items)
         orders = Orders()
         checked: tuple[Any, ...] | None = None  # what a batch asks for is mostly the same thing many times over
+        run: list[CacheRequest] = []
         for item, (sequence, model, size_bytes, max_size_bytes, timeout_s, priority, trace) in enumerate(items):
-            asked = (model, size_bytes, max_size_bytes, timeout_s)
+            asked = (model, size_bytes, max_size_bytes, timeout_s, priority)
             try:
                 request = CacheRequest(
                     client, ledger.model(client, model), sequence, size_bytes, max_size_bytes, timeout_s,
                     now + timeout_s, batch, item, priority, trace, now, born=ledger.invalidations,
                 )  # fmt: skip
                 if asked != checked:
-                    self._check(request)
-                    checked = asked
+                    check_request(self._ledger, request)
             except KvpoolError as error:
                 self._ledger.refuse(batch, item, error)
                 continue
-            if (self.queue and self._must_wait(request)) or not self._plan(request, orders, now):
-                self._wait(request, now)
+            if asked != checked:
+                self._decide_run(run, orders, now)
+                checked, run = asked, []
+            run.append(request)
+        self._decide_run(run, orders, now)
         self._send(orders)
 
-    def _must_wait(self, request: CacheRequest) -> bool:
+    def _decide_run(self, run: Sequence[CacheRequest], orders: Orders, now: float) -> None:
+        """Decide on requests for the same, as many at once as can be: each is planned or waits."""
+        position = 0
+        while position < len(run):
+            request = run[position]
+            most = self.may_pass(request, len(run) - position)
+            decided = self._plan_run(run[position : position + most], orders, now) if most else 0
+            if not decided:
+                self._wait(request, now)
+            position += decided or 1
+
+    def may_pass(self, request: CacheRequest, count: int, half_over: float = math.inf) -> int:
+        """Return how many of ``count`` requests like this one are decided on now, whoever waits.
+
+        Those behind them, if there are any left, are to be asked about again. Given a time, it passes those as well who
+        will not have waited half of what they are willing to by then.
+        """
+        if not self.queue:
+            return count
+        if self._must_wait(request, half_over):
+            return 0
+        quotas = self._ledger.quotas
+        if quotas.active:  # what lets it pass may be what is kept for it, and that is so much and no more
+            account = quotas.account(request.model.space)
+            entitled = quotas.entitled_bytes(account, request.client.host) // footprint_bytes(self._ledger, request)
+            return min(count, entitled) if entitled else count
+        return count
+
+    def _must_wait(self, request: CacheRequest, half_over: float = math.inf) -> bool:
         """Whether somebody before it waits for what it needs, too: small requests do not pass a large one."""
         here = self._rank_of(request)
         before: set[Shortage] = set()
@@ -98,6 +131,8 @@ class Allocations:
             if rank > here:
                 break
             first = self.queue.get(rank[1])
+            if first is not None and first.asked + first.timeout_s / 2 > half_over:
+                continue
             if line == self._line_of(request):
                 return True
             if first is not None:
@@ -115,7 +150,7 @@ class Allocations:
             for owner in account.owners:
                 if owner in short:
                     return owner
-            if quotas.entitled_bytes(account, host) >= self._footprint(request):
+            if quotas.entitled_bytes(account, host) >= footprint_bytes(self._ledger, request):
                 return None  # it is kept free, or evictable, for such as this
         if host in short:
             return host
@@ -129,55 +164,60 @@ class Allocations:
         """Return where it waits: with all who need memory of the same host, or device, and have the same account."""
         return request.place, self._ledger.index.account_of(request.model.space)
 
-    def _footprint(self, request: CacheRequest) -> int:
-        devices = (self._ledger.devices[number] for number in request.devices)
-        return max(d.footprint_bytes(request.size_bytes, request.max_size_bytes) for d in devices)
+    def _plan_run(self, run: Sequence[CacheRequest], orders: Orders, now: float) -> int:
+        """Find room for the first of some requests for the same; returns for how many, none if there is none now.
 
-    def _check(self, request: CacheRequest) -> None:
-        size_bytes, max_size_bytes, model = request.size_bytes, request.max_size_bytes, request.model
-        check_timeout(request.timeout_s)
-        if size_bytes <= 0 or max_size_bytes < size_bytes:
-            raise InvalidSizeError(
-                f"a cache needs 0 < size <= max_size, asked for size={size_bytes}, max_size={max_size_bytes}",
-                asked_bytes=size_bytes,
-            )
-        quotas = self._ledger.quotas
-        limit_bytes, owner = quotas.limit_of(quotas.account(model.space))
-        if max(max_size_bytes, self._footprint(request)) > limit_bytes:
-            raise LimitError(
-                f"asked for {format_size(max_size_bytes)} (at least {format_size(self._footprint(request))} of a "
-                f"device), but {owner} may hold at most {format_size(int(limit_bytes))} in all: ask for less, or raise "
-                "its limit (set_quota, 'kvpool quota')",
-                asked_bytes=max_size_bytes,
-                limit_bytes=int(limit_bytes),
-            )
-        devices = self._ledger.usable(request.client)
-        largest = max(device.capacity_bytes for device in devices)
-        if size_bytes > largest:
-            raise InvalidSizeError(
-                f"asked for {format_size(size_bytes)}, but the largest device that this process can use has "
-                f"{format_size(largest)}: ask for less, or start the pool with larger devices",
-                asked_bytes=size_bytes,
-                largest_bytes=largest,
-            )
-        if not any(device.can_grow_to(size_bytes, max_size_bytes) for device in devices):
-            raise InvalidSizeError(
-                f"asked for addresses to grow to {format_size(max_size_bytes)}, but the devices reserve at most "
-                f"{format_size(max(device.arena_bytes for device in devices))}: ask for less, or raise arena_factor",
-                asked_bytes=max_size_bytes,
-            )
+        As :meth:`_plan` for one after the other, but many are decided at once: what quotas allow, and what goes for
+        them, is then asked once and not for each.
+        """
+        first = run[0]
+        planned = 0
+        if len(run) > 1:
+            try:
+                for device, count, evict in self._find_room_for(first, len(run)):
+                    self._place(run[planned : planned + count], device, evict, orders, now)
+                    planned += count
+            except Exception as error:  # noqa: BLE001 - whatever it is
+                self._report_bug(run[planned], error, now)
+                return planned + 1
+        return planned or int(self._plan(first, orders, now))
+
+    def _find_room_for(self, first: CacheRequest, count: int) -> list[tuple[Device, int, list[int]]]:
+        """Return where the first of ``count`` requests for the same go: devices, how many there, what goes there."""
+        asked = first.client, first.model, first.size_bytes, first.max_size_bytes, count
+        if len(first.client.devices) == 1:
+            found = self._room.find_run(*asked)
+            return [] if found is None else [found]
+        # Without quotas a closer look takes as long; and so does leaving devices to those who wait to grow there.
+        return self._room.find_spread(*asked) if self._ledger.quotas.active and not first.avoided else []
+
+    def _place(self, run: Sequence[CacheRequest], device: Device, evict: list[int], orders: Orders, now: float) -> None:
+        first, ledger = run[0], self._ledger
+        rows = ledger.add_run(
+            first.client, first.model.space, device, first.size_bytes, first.max_size_bytes, len(run), now, first.born,
+            first.priority,
+        )  # fmt: skip
+        for request in run:
+            request.news = self._room.news
+        orders.put(device.number, evict, [ledger.index.id_of(row) for row in rows], run)
 
     def _plan(self, request: CacheRequest, orders: Orders, now: float) -> bool:
         """Find room for a request and write it into the orders; False if there is none now."""
         try:
             return self._find_room(request, orders, now)
         except Exception as error:  # noqa: BLE001 - whatever it is
-            # A bug. Raised from here it would keep the orders for those before it from being sent, though the books
-            # have them, and those behind it from being decided on.
-            self._ledger.out.append(Failed(("find room",), error))
-            wrong = error if isinstance(error, KvpoolError) else InvariantError(f"finding room failed: {error!r}")
-            self.deliver_error(request, wrong, now)
+            self._report_bug(request, error, now)
             return True
+
+    def _report_bug(self, request: CacheRequest, error: Exception, now: float) -> None:
+        """Answer a request on which no decision could be made.
+
+        Raised further, the error would keep the orders for those before it from being sent, though the books have them,
+        and those behind it from being decided on.
+        """
+        self._ledger.out.append(Failed(("find room",), error))
+        wrong = error if isinstance(error, KvpoolError) else InvariantError(f"finding room failed: {error!r}")
+        self.deliver_error(request, wrong, now)
 
     def _find_room(self, request: CacheRequest, orders: Orders, now: float) -> bool:
         if not request.shortages:
@@ -194,10 +234,10 @@ class Allocations:
         device, evict = found
         index = self._ledger.index
         row = self._ledger.add(
-            request.client, request.model.space, device, request.size_bytes, request.max_size_bytes, -1, now,
-            born=request.born,
+            request.client, request.model.space, device, request.size_bytes, request.max_size_bytes, now, request.born,
+            request.priority,
         )  # fmt: skip
-        orders.put(device.number, evict, index.id_of(row), request)
+        orders.put(device.number, evict, [index.id_of(row)], [request])
         return True
 
     def _send(self, orders: Orders) -> None:
@@ -238,7 +278,7 @@ class Allocations:
             return
         for request in requests[len(places) :]:
             request.fits[device] = shortage["details"]["largest_bytes"]
-        self.plan_again(requests[len(places) :], device, now)
+        self.plan_again(requests[len(places) :], device, shortage, now)
 
     def submit(self, requests: Sequence[CacheRequest], now: float) -> None:
         """Decide on requests that came: those that need memory wait behind those that wait."""
@@ -259,11 +299,18 @@ class Allocations:
                 self._room.changed = True  # others stood behind it
         self._send(orders)
 
-    def plan_again(self, requests: Sequence[CacheRequest], device: int, now: float) -> None:
+    def plan_again(
+        self, requests: Sequence[CacheRequest], device: int, shortage: Mapping[str, Any], now: float
+    ) -> None:
         """Find room for requests for which a device had less than the books say."""
         orders = Orders()
+        largest_bytes, page_bytes = shortage["details"].get("largest_bytes", 0), self._ledger.devices[device].page_bytes
         for request in requests:
-            request.shortages[device] = request.shortages.get(device, 0) + 1
+            whole = request.change is not None or not shares_pages(
+                request.size_bytes, request.max_size_bytes, page_bytes
+            )
+            # Larger holes are no progress for who needs whole pages.
+            request.note_shortage(device, largest_bytes // page_bytes * page_bytes if whole else largest_bytes)
             if not self._plan(request, orders, now):
                 self._wait(request, now)
         self._send(orders)
@@ -310,7 +357,7 @@ class Allocations:
             return
         self._room.changed = True
         if request.deadline <= now:
-            self.deliver_error(request, self._room.capacity_error(request, "there is no room now"), now)
+            self._refusals.refuse(request, self._room.capacity_error(request, "there is no room now"), now)
             return
         try:
             request.ticket = self.queue.put(request, request.deadline, request.priority, self._line_of(request))
@@ -348,6 +395,8 @@ class Allocations:
         self._try_waiting(now)
 
     def _try_waiting(self, now: float) -> None:
+        if not self.queue:
+            return
         orders = Orders()
         heads = self.queue.heads()
         short: set[Shortage] = set()
@@ -399,12 +448,19 @@ class Allocations:
                 self._try_waiting(now)
             elif before is not None:
                 self._try_heads(before, now)
+        self._refusals.follow_up(now)
 
     def expire(self, now: float) -> None:
         """Answer the requests whose deadline has passed."""
+        self._refusals.expire(now)
         for _, request in self.queue.expired(now):
             error = self._room.capacity_error(request, f"there was no room within {request.timeout_s:g} s")
-            self.deliver_error(request, error, now)
+            self._refusals.refuse(request, error, now)
+
+    def next_deadline(self) -> float | None:
+        """Return when the next request must be answered, None if none waits."""
+        deadlines = (self.queue.next_deadline(), self._refusals.next_deadline())
+        return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
     def cancel(self, client: str, tickets: Sequence[int]) -> None:
         """Forget waiting requests of a client."""
@@ -437,9 +493,3 @@ class Allocations:
     def cancel_client(self, client: str) -> None:
         """Forget all waiting requests of a client that is gone."""
         self.cancel(client, [ticket for ticket, request in self.queue.items() if request.client.id == client])
-
-
-def check_timeout(timeout_s: float) -> None:
-    """Raise :class:`~kvpool.errors.InvalidRequestError` unless somebody can wait so many seconds."""
-    if not 0 <= timeout_s < math.inf:
-        raise InvalidRequestError(f"a timeout is 0 or more seconds, and ends; asked for {timeout_s}")

@@ -24,13 +24,14 @@ from kvpool.errors import (
 )
 from kvpool.memory.extents import Extents, changed, checked, difference, front, pages_touched, total_bytes
 from kvpool.memory.packing import shares_pages
-from kvpool.pool.allocation import Allocations, check_timeout
+from kvpool.pool.allocation import Allocations
 from kvpool.pool.client import Backing, Client
 from kvpool.pool.device import Device
 from kvpool.pool.instructions import Answer, Batch
 from kvpool.pool.ledger import Ledger
 from kvpool.pool.requests import CacheRequest, Change, Orders
 from kvpool.pool.room import Room
+from kvpool.pool.validation import check_timeout
 from kvpool.sizes import format_size
 
 KINDS = ("resize", "back", "unback")
@@ -136,7 +137,7 @@ class BackingChanges:
         model = ledger.model_in(ledger.index.space_of(row))
         request = CacheRequest(
             client, model, sequence, missing_bytes, backing.max_size_bytes, timeout_s, now + timeout_s, batch, item,
-            0, trace, now, change=change,
+            ledger.writers[cache_id].priority, trace, now, change=change,
         )  # fmt: skip
         return request, change
 
@@ -234,7 +235,7 @@ class BackingChanges:
         self._settle(change, extents)
         short = extents is not None and answer[3] is not None
         if short:
-            self._allocations.plan_again([request], change.device, now)
+            self._allocations.plan_again([request], change.device, answer[3], now)
         elif extents is None:
             self._allocations.deliver(request, answer, now)
         else:

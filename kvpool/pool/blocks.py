@@ -15,12 +15,13 @@ from kvpool.errors import (
     KvpoolError,
     ParentNotResidentError,
 )
+from kvpool.pool.allocation import Allocations
 from kvpool.pool.client import Client
 from kvpool.pool.fanout import nothing_more
 from kvpool.pool.instructions import Answer, Batch, Failed, distinct
 from kvpool.pool.ledger import Ledger
 from kvpool.pool.model import Model
-from kvpool.pool.requests import BlocksRequest
+from kvpool.pool.requests import BlocksRequest, CacheRequest
 from kvpool.pool.room import Room
 from kvpool.sizes import format_size
 
@@ -37,11 +38,14 @@ class BlockAllocations:
         The pool's books.
     room
         Finds it.
+    allocations
+        Knows who waits: new blocks do not take for ever what somebody waits for.
     """
 
-    def __init__(self, ledger: Ledger, room: Room) -> None:
+    def __init__(self, ledger: Ledger, room: Room, allocations: Allocations) -> None:
         self._ledger = ledger
         self._room = room
+        self._allocations = allocations
 
     def request_blocks(self, batch: Batch, client_id: str, items: Sequence[tuple[Any, ...]], now: float) -> None:
         """Decide on batches of new blocks; each stores as much of its chain as fits."""
@@ -97,10 +101,21 @@ class BlockAllocations:
             if output_tokens is not None:
                 self._ledger.policy.answered(model.space, hashes, resident, output_tokens, now)
             wanted = self._room.admit(client, model, hashes, resident, now)
+            behind = CacheRequest(
+                client, model, sequence, model.block_bytes, model.block_bytes, 0.0, now, batch, item, 0, trace, now
+            )
             while len(request.ids) < wanted:
                 first = len(request.ids)
+                # Blocks go again when others need room, so those who wait gain little by blocks that were not stored.
+                # But each is held while it is written, and with many writers some would be in the way of a large
+                # request at all times: so for the second half of its time it has none in its way.
+                most = self._allocations.may_pass(behind, wanted - first, now)
+                if not most:
+                    break
                 try:
-                    found = self._room.find_run(client, model, model.block_bytes, wanted - first)
+                    found = self._room.find_run(
+                        client, model, model.block_bytes, model.block_bytes, most, behind.avoided
+                    )
                 except Exception as error:  # a bug: what is in the books by now must reach the devices all the same
                     if not request.ids:
                         raise

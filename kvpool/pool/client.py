@@ -46,5 +46,7 @@ class Writer(NamedTuple):
     """How many invalidations there had been when it was asked for."""
     planned: bytes | None
     """Hash of the block that it was asked for; None: it is no block."""
+    priority: int = 0
+    """With which it was asked for: it waits with the same to grow."""
     backing: Backing | None = None
     """None: as much as was asked for, from the first byte on, and it may not become more."""

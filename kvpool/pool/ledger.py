@@ -213,25 +213,44 @@ class Ledger:
         device: Device,
         size_bytes: int,
         max_size_bytes: int,
-        parent_row: int,
         now: float,
-        *,
         born: int | None = None,
+        priority: int = 0,
     ) -> int:
         """Enter a cache that ``client`` will write; returns its row.
 
         ``born``: how many invalidations there had been when it was asked for, if that was not now.
         """
-        footprint_bytes = device.footprint_bytes(size_bytes, max_size_bytes)
-        index = self.index
-        row = index.add(space, footprint_bytes, device.number, parent_row, now=now)
-        index.asked_bytes[row] = size_bytes
-        backing = None
-        if max_size_bytes > size_bytes:
-            shared = shares_pages(size_bytes, max_size_bytes, device.page_bytes)
-            backing = Backing(max_size_bytes, front(size_bytes), front(size_bytes), shared)
-        self.writers[index.id_of(row)] = Writer(client.id, self.invalidations if born is None else born, None, backing)
+        (row,) = self.add_run(client, space, device, size_bytes, max_size_bytes, 1, now, born, priority)
         return row
+
+    def add_run(
+        self,
+        client: Client,
+        space: int,
+        device: Device,
+        size_bytes: int,
+        max_size_bytes: int,
+        count: int,
+        now: float,
+        born: int | None = None,
+        priority: int = 0,
+    ) -> list[int]:
+        """Enter caches for the same, no two of one chain; see :meth:`add`."""
+        footprint_bytes = device.footprint_bytes(size_bytes, max_size_bytes)
+        shared = shares_pages(size_bytes, max_size_bytes, device.page_bytes)
+        index, writers, asked_bytes = self.index, self.writers, self.index.asked_bytes
+        born = self.invalidations if born is None else born
+        rows = []
+        for _ in range(count):
+            row = index.add(space, footprint_bytes, device.number, now=now)
+            asked_bytes[row] = size_bytes
+            backing = None
+            if max_size_bytes > size_bytes:
+                backing = Backing(max_size_bytes, front(size_bytes), front(size_bytes), shared)
+            writers[index.id_of(row)] = Writer(client.id, born, None, priority, backing)
+            rows.append(row)
+        return rows
 
     def add_chain(
         self,

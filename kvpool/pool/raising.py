@@ -137,7 +137,7 @@ class Raising:
         run, device, size_bytes = list(hashes[first:end]), ledger.devices[entry.device], entry.size_bytes
         # Held before anything goes down to make room for them: it could push out the very content that is wanted.
         ledger.send(device.number, ("hold", model.tenant, model.fingerprint, run), nothing_more)
-        found = self._room.find_on(device, model, size_bytes, len(run))
+        found = self._room.find_on(device, model, size_bytes, size_bytes, len(run))
         fitting, evicted = found if found is not None else (0, [])
         if fitting < len(run):
             ledger.send(device.number, ("unhold", model.tenant, model.fingerprint, run[fitting:]), nothing_more)

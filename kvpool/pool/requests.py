@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -11,6 +12,15 @@ from kvpool.pool.client import Client
 from kvpool.pool.instructions import Answer, Batch
 from kvpool.pool.model import Model
 from kvpool.pool.quota import Owner
+
+MOST_SHORTAGES = 5
+"""After so many answers that a device is short, a request stops evicting there until it is tried anew."""
+
+MOST_IN_VAIN = 3
+"""It stops sooner, and begins no more while it waits, once so much went for nothing: what is leased is in the way.
+
+(Else each release would let a request that waits evict many times what it needs, and nothing would be cached for long.)
+"""
 
 
 class Change(NamedTuple):
@@ -54,6 +64,10 @@ class CacheRequest:
     """How often each device had less room than the books say, since the request was last tried anew."""
     fits: dict[int, int] = field(default_factory=dict)
     """The largest size for which each such device last said that it had room."""
+    told: dict[int, int] = field(default_factory=dict)
+    """The largest size for which each device had room when it was last short,"""
+    in_vain: dict[int, int] = field(default_factory=dict)
+    """and how many answers in a row had said the same."""
     news: int = 0
     """How often room had come free when it was last tried anew."""
     born: int = 0
@@ -65,6 +79,15 @@ class CacheRequest:
     avoided: frozenset[int] = frozenset()
     """Devices that a new cache leaves to those before it, who wait to grow there."""
     change: Change | None = None
+
+    def note_shortage(self, device: int, largest_bytes: int) -> None:
+        """Note that a device had less room than the books say, and what of use to this one it had room for."""
+        same = self.told.get(device) == largest_bytes
+        self.in_vain[device] = self.in_vain[device] + 1 if same else 0
+        self.told[device] = largest_bytes
+        self.shortages[device] = self.shortages.get(device, 0) + 1
+        if self.in_vain[device] >= MOST_IN_VAIN:
+            self.shortages[device] = MOST_SHORTAGES + 1
 
     @property
     def at_limit(self) -> Owner | None:
@@ -113,16 +136,17 @@ class Orders:
         self.groups: dict[tuple[str, int, int, int], tuple[list[int], list[CacheRequest]]] = {}
         self.changes: list[tuple[Change, CacheRequest]] = []
 
-    def put(self, device: int, evict: list[int], cache_id: int, request: CacheRequest) -> None:
-        """Add a request that was given room on a device, and what goes there for it."""
+    def put(self, device: int, evict: list[int], ids: Sequence[int], requests: Sequence[CacheRequest]) -> None:
+        """Add requests for the same that were given room on a device, and what goes there for them."""
         if evict:
             self.evict.setdefault(device, []).extend(evict)
-        key = (request.client.id, device, request.size_bytes, request.max_size_bytes)
+        first = requests[0]
+        key = (first.client.id, device, first.size_bytes, first.max_size_bytes)
         group = self.groups.get(key)
         if group is None:
             group = self.groups[key] = ([], [])
-        group[0].append(cache_id)
-        group[1].append(request)
+        group[0].extend(ids)
+        group[1].extend(requests)
 
     def put_change(self, evict: list[int], change: Change, request: CacheRequest) -> None:
         """Add a change that was given room, and what goes for it. Changes leave behind the new caches."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -20,11 +21,9 @@ from kvpool.pool.ledger import Ledger
 from kvpool.pool.model import Model
 from kvpool.pool.quota import Account, Owner
 from kvpool.pool.reclaim import Reclaim
-from kvpool.pool.requests import CacheRequest
+from kvpool.pool.requests import MOST_SHORTAGES, CacheRequest
+from kvpool.pool.spread import spread
 from kvpool.sizes import format_size
-
-_MOST_SHORTAGES = 5
-"""After so many answers that a device is short, a request stops evicting there until it is tried anew."""
 
 
 class Room:
@@ -80,7 +79,7 @@ class Room:
                 continue
             need_bytes = device.footprint_bytes(size_bytes, max_size_bytes)
             times = shortages.get(device.number, 0)
-            if times > _MOST_SHORTAGES:
+            if times > MOST_SHORTAGES:
                 continue
             short_bytes = need_bytes << times if times else need_bytes - max(ledger.free_bytes(device), 0)
             if not times and ledger.index.evictable_bytes[device.number] < short_bytes:
@@ -123,7 +122,7 @@ class Room:
             return devices[chosen], self._carry_out(plan, devices[chosen])
         for device in sorted(devices, key=lambda device: plan.worth(device.number)):
             times = shortages.get(device.number, 0)
-            if times > _MOST_SHORTAGES or device.number in avoided:
+            if times > MOST_SHORTAGES or device.number in avoided:
                 continue
             going = plan.copy()
             if times:
@@ -159,7 +158,7 @@ class Room:
             return []
         self.news += 1
         self.changed = True
-        return self._remove(plan.rows, -1 if device is None else device.number)
+        return self._removed_for(device, plan.rows)
 
     def _find_more_within_quotas(self, device: Device, model: Model, need_bytes: int, times: int) -> list[int] | None:
         ledger = self._ledger
@@ -170,7 +169,7 @@ class Room:
             self.at_limit = owner
             return None
         plan = self._reclaim(account, device.host, need_bytes)
-        if times > _MOST_SHORTAGES or not self._allowed(plan, account, device.host, need_bytes):
+        if times > MOST_SHORTAGES or not self._allowed(plan, account, device.host, need_bytes):
             return None
         if times:
             enough = plan.on(device, need_bytes << times) > 0
@@ -185,7 +184,10 @@ class Room:
         ledger = self._ledger
         self.at_limit = None
         account = ledger.quotas.account(model.space)
-        fitting = min(count, ledger.quotas.leasable_bytes(account, device.host) // need_bytes)
+        # Who asks within its guarantee may take more: so those that do are decided on apart from those behind them.
+        entitled = ledger.quotas.entitled_bytes(account, device.host) // need_bytes
+        most = min(count, entitled) if entitled else count
+        fitting = min(most, ledger.quotas.leasable_bytes(account, device.host) // need_bytes)
         while fitting > 0:
             plan = self._reclaim(account, device.host, fitting * need_bytes)
             if self._allowed(plan, account, device.host, fitting * need_bytes):
@@ -193,9 +195,10 @@ class Room:
                 short_bytes = fitting * need_bytes - free_bytes
                 if short_bytes > 0:
                     free_bytes += plan.on(device, short_bytes)
-                if free_bytes >= need_bytes:
-                    return min(fitting, free_bytes // need_bytes), self._carry_out(plan, device)
-                return None
+                if free_bytes >= fitting * need_bytes:
+                    return fitting, self._carry_out(plan, device)
+                fitting = free_bytes // need_bytes  # decided on anew, so that nothing goes that makes room for nobody
+                continue
             if self.at_limit is None:
                 return None
             rest = max(int(self.at_limit.limit_bytes - self.at_limit.held_bytes + sum(plan.found.values())), 0)
@@ -220,29 +223,57 @@ class Room:
                 quotas.draining.discard(owner)
 
     def find_run(
-        self, client: Client, model: Model, size_bytes: int, count: int
-    ) -> tuple[Device, int, list[int]] | None:
+        self, client: Client, model: Model, size_bytes: int, max_size_bytes: int, count: int,
+        avoided: Collection[int] = (),
+    ) -> tuple[Device, int, list[int]] | None:  # fmt: skip
         """Return where the first of ``count`` caches of one size go: a device, how many, the ids evicted for it.
 
         The same as :meth:`find` for one after the other, but where there is only one device it is decided at once.
         """
         if len(client.devices) > 1:
-            found = self.find(client, model, size_bytes, size_bytes, {})
+            found = self.find(client, model, size_bytes, max_size_bytes, {}, avoided)
             return None if found is None else (found[0], 1, found[1])
         device = self._ledger.devices[client.devices[0]]
-        there = self.find_on(device, model, size_bytes, count)
+        if device.lost is not None or device.number in avoided:
+            return None
+        there = self.find_on(device, model, size_bytes, max_size_bytes, count)
         return None if there is None else (device, *there)
 
-    def find_on(self, device: Device, model: Model, size_bytes: int, count: int) -> tuple[int, list[int]] | None:
+    def find_spread(
+        self, client: Client, model: Model, size_bytes: int, max_size_bytes: int, count: int
+    ) -> list[tuple[Device, int, list[int]]]:
+        """Return where the first of ``count`` caches go within quotas: devices, how many there, the ids evicted there.
+
+        Empty if that takes a closer look: see :meth:`find`.
+        """
+        ledger = self._ledger
+        devices = [ledger.devices[number] for number in client.devices if ledger.devices[number].lost is None]
+        needs = {device.footprint_bytes(size_bytes, max_size_bytes) for device in devices}
+        if len(needs) != 1:
+            return []
+        decided = spread(ledger, ledger.quotas.account(model.space), devices, needs.pop(), count)
+        if decided.going:
+            self.news += 1
+            self.changed = True
+        evicted = self._remove(decided.going)
+        return [
+            (ledger.devices[number], placed, evicted.pop(number, []))
+            for number, placed in Counter(decided.devices).items()
+        ]
+
+    def find_on(
+        self, device: Device, model: Model, size_bytes: int, max_size_bytes: int, count: int
+    ) -> tuple[int, list[int]] | None:
         """Return how many of ``count`` caches of one size go to a device, and the ids evicted there for them."""
         ledger = self._ledger
-        need_bytes = device.footprint_bytes(size_bytes, size_bytes)
+        need_bytes = device.footprint_bytes(size_bytes, max_size_bytes)
         if ledger.quotas.active:
             return self._find_on_within_quotas(device, model, need_bytes, count)
         free_bytes = max(ledger.free_bytes(device), 0)
         evicted: list[int] = []
         if free_bytes < need_bytes:
-            if ledger.index.evictable_bytes[device.number] < need_bytes - free_bytes:
+            count = min(count, (free_bytes + ledger.index.evictable_bytes[device.number]) // need_bytes)
+            if not count:
                 return None
             evicted = self.evict(device, count * need_bytes - free_bytes, need_bytes - free_bytes)
             free_bytes = ledger.free_bytes(device)
@@ -260,14 +291,14 @@ class Room:
         """
         ledger = self._ledger
         if not need_bytes:  # a device that is short of it all the same is not asked for ever
-            return None if times > _MOST_SHORTAGES else []
+            return None if times > MOST_SHORTAGES else []
         if ledger.quotas.active:
             return self._find_more_within_quotas(device, model, need_bytes, times)
         free_bytes = max(ledger.free_bytes(device), 0)
         if not times and free_bytes >= need_bytes:
             return []
         short_bytes = need_bytes << times if times else need_bytes - free_bytes
-        if times > _MOST_SHORTAGES or (not times and ledger.index.evictable_bytes[device.number] < short_bytes):
+        if times > MOST_SHORTAGES or (not times and ledger.index.evictable_bytes[device.number] < short_bytes):
             return None
         return self.evict(device, short_bytes, 0 if times else short_bytes) or None
 
@@ -318,7 +349,7 @@ class Room:
             return []
         self.news += 1
         self.changed = True  # elsewhere, too: what sheltered a parent on another device is gone
-        return self._remove(rows, device.number)
+        return self._removed_for(device, rows)
 
     def _sheltered(self, number: int, short_bytes: int) -> tuple[list[int], int]:
         """Return what can go from a device with what hangs on it elsewhere, children first, and its bytes there.
@@ -348,11 +379,18 @@ class Room:
         chosen: list[int] = going[~np.isin(going, list(but))].tolist() if but else going.tolist()
         return chosen
 
-    def _remove(self, rows: list[int], number: int) -> list[int]:
-        """Take caches off the books, children before parents; returns the ids of those on device ``number``.
+    def _removed_for(self, device: Device | None, rows: list[int]) -> list[int]:
+        """Take caches off the books; returns the ids of those on a device. Those of others are evicted there."""
+        by_device = self._remove(rows)
+        here = [] if device is None else by_device.pop(device.number, [])
+        for number, ids in by_device.items():
+            self._ledger.send(number, ("evict", ids), nothing_more)
+        return here
 
-        Those of other devices are evicted there.
-        """
+    def _remove(self, rows: list[int]) -> dict[int, list[int]]:
+        """Take caches off the books, children before parents; returns by device the ids to be evicted there."""
+        if not rows:
+            return {}
         ledger = self._ledger
         index = ledger.index
         by_device: dict[int, list[int]] = {}
@@ -368,10 +406,7 @@ class Room:
         index.remove_all(rows)
         for device, ids in void.items():  # zeroed by this, ahead of the operation that evicts them for somebody
             ledger.send(device, ("void", ids, PINNER), nothing_more)
-        here = by_device.pop(number, [])
-        for device, ids in by_device.items():
-            ledger.send(device, ("evict", ids), nothing_more)
-        return here
+        return by_device
 
     def capacity_error(self, request: CacheRequest, why: str) -> CapacityError:
         """Return the error that explains with all figures why a request was not met."""

@@ -105,7 +105,7 @@ class PoolState:
         room = self._room = Room(self.ledger, self.below)
         self.allocations = Allocations(self.ledger, room, queue_limit)
         self.changes = BackingChanges(self.ledger, room, self.allocations)
-        self.blocks = BlockAllocations(self.ledger, room)
+        self.blocks = BlockAllocations(self.ledger, room, self.allocations)
         fanout = Fanout(self.ledger)
         self.leases = Leases(self.ledger, fanout, self.allocations.retry)
         self.directory = Directory(self.ledger, fanout, self.leases)
@@ -293,9 +293,13 @@ class PoolState:
         """
         self.ledger.out = []
         self.ledger.journal.pass_time(now)
-        match event:
+        match event:  # the most frequent ones first
+            case DeviceAnswered():
+                self._device_answered(event, now)
             case CachesRequested():
                 self.allocations.request_caches(event.batch, event.client, event.items, now)
+            case ReleaseRequested():
+                self.leases.release(event.batch, event.client, event.items, now)
             case ChangesRequested():
                 self.changes.request(event.batch, event.client, event.items, now)
             case PrefixesLookedUp():
@@ -305,8 +309,6 @@ class PoolState:
             case SealRequested():
                 self.directory.seal(event.batch, event.client, event.items, event.finish, now)
                 self.changes.sealed([cache_id for _, _, ids, *_ in event.items for cache_id in ids], now)
-            case ReleaseRequested():
-                self.leases.release(event.batch, event.client, event.items, now)
             case PinRequested():
                 self.leases.pin(event.batch, event.client, event.items, event.held, now)
             case EvictRequested():
@@ -327,8 +329,6 @@ class PoolState:
                 self.raising.cancel(event.client, event.tickets)
                 self.allocations.cancel(event.client, event.tickets)
                 self.allocations.retry(now)
-            case DeviceAnswered():
-                self._device_answered(event, now)
             case DeviceFreed():
                 self.ledger.devices[event.device].note_zombies(event.zombies)
                 self.allocations.retry(now)
@@ -385,7 +385,7 @@ class PoolState:
 
     def next_deadline(self) -> float | None:
         """Return when the next waiting request must be answered, or None if none waits."""
-        deadlines = (self.allocations.queue.next_deadline(), self.raising.next_deadline())
+        deadlines = (self.allocations.next_deadline(), self.raising.next_deadline())
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
     def check(self) -> None:

@@ -19,8 +19,11 @@ KEYS = 40
 CHAINS, CHAIN_BLOCKS = 10, 6
 TASKS = 8
 """Of one process, so that its calls meet each other on their way."""
-MOST_HELD = 4
-"""Caches that one task holds at a time."""
+MOST_HELD = 2
+"""Caches that one task holds at a time: all tasks together two thirds of what a storm's pool has (8 MiB)."""
+MOST_BYTES, LARGEST_BYTES = 48 * KIB, 192 * KIB
+"""Of such a cache when it is asked for, and when it has grown."""
+WAIT_S = 0.5
 
 
 def content(number: int, size_bytes: int) -> np.ndarray[Any, Any]:
@@ -43,35 +46,58 @@ class StormProcess:
         self.pool = await CachePool.connect(name)
         self.caches = await self.pool.model("storm caches")
         self.blocks = await self.pool.model(ModelSpec("storm blocks", block_bytes=BLOCK_BYTES))
-        self.counts = {"operations": 0, "wrong": 0, "refused": 0, "hits": 0, "resized": 0, "sealed": 0}
+        self.counts = dict.fromkeys(("operations", "wrong", "refused", "verified", "hits", "resized", "sealed"), 0)
+        self._news = asyncio.Condition()
         return os.getpid()
 
     async def run(self, operations: int, seed: int) -> dict[str, int]:
         """Do that many operations, release everything, and tell what was counted."""
-        await asyncio.gather(*(self._task(operations // TASKS, random.Random(f"{seed} {n}")) for n in range(TASKS)))
+        self._left = operations
+        await asyncio.gather(*(self._task(random.Random(f"{seed} {n}")) for n in range(TASKS)))
         await self.pool.close()
         return self.counts
 
-    async def _task(self, operations: int, rng: random.Random) -> None:
+    async def reached(self, operations: int) -> dict[str, int]:
+        """Tell what was counted once so many operations are done. The others go on."""
+        async with self._news:
+            await self._news.wait_for(lambda: self.counts["operations"] >= operations)
+        return self.counts
+
+    async def _task(self, rng: random.Random) -> None:
         held: list[tuple[Any, int]] = []
-        ways = [self._store, self._find, self._put, self._match, self._hold, self._resize, self._let_go]
-        for _ in range(operations):
+        ways = {
+            self._store: 20,
+            self._find: 30,
+            self._put: 20,
+            self._match: 30,
+            self._hold: 20,
+            self._resize: 30,
+            self._let_go: 20,
+            self._evict: 3,
+            self._defragment: 1,
+        }
+        while self._left:
+            self._left -= 1
+            (way,) = rng.choices(list(ways), list(ways.values()))
             try:
-                await rng.choice(ways)(held, rng)
+                await way(held, rng)
             except CapacityError:
                 self.counts["refused"] += 1
-            self.counts["operations"] += 1
+            async with self._news:
+                self.counts["operations"] += 1
+                self._news.notify_all()
         while held:
             await self._let_go(held, rng)
 
     def _verify(self, found: np.ndarray[Any, Any], number: int) -> None:
+        self.counts["verified"] += 1
         self.counts["wrong"] += not np.array_equal(found, content(number, found.size))
 
     # -- caches with a key ----------------------------------------------------------------------------------------
 
     async def _store(self, _held: Any, rng: random.Random) -> None:
         key = rng.randrange(KEYS)
-        async with await self.caches.request_cache(key_bytes(key), timeout_s=0.5) as cache:
+        async with await self.caches.request_cache(key_bytes(key), timeout_s=WAIT_S) as cache:
             cache.numpy("uint8", (key_bytes(key),))[:] = content(key, key_bytes(key))
             await cache.seal(key=str(key))
             self.counts["sealed"] += 1
@@ -107,9 +133,9 @@ class StormProcess:
     async def _hold(self, held: list[tuple[Any, int]], rng: random.Random) -> None:
         if len(held) == MOST_HELD:
             await self._let_go(held, rng)
-        size_bytes, number = rng.randrange(1, 192 * KIB), rng.getrandbits(40)
-        most_bytes = rng.choice([size_bytes, 512 * KIB])
-        cache = await self.caches.request_cache(size_bytes, max_size=most_bytes, timeout_s=0.5)
+        size_bytes, number = rng.randrange(1, MOST_BYTES), rng.getrandbits(40)
+        most_bytes = rng.choice([size_bytes, LARGEST_BYTES])
+        cache = await self.caches.request_cache(size_bytes, max_size=most_bytes, timeout_s=WAIT_S)
         cache.numpy("uint8", (size_bytes,))[:] = content(number, size_bytes)
         held.append((cache, number))
 
@@ -121,7 +147,7 @@ class StormProcess:
         cache, number = rng.choice(growing)
         before, size_bytes = cache.size_bytes, rng.randrange(1, cache.max_size_bytes)
         try:
-            await cache.resize(size_bytes, timeout_s=0.5)
+            await cache.resize(size_bytes, timeout_s=WAIT_S)
             self.counts["resized"] += 1
         except CapacityError:
             size_bytes = before
@@ -138,6 +164,14 @@ class StormProcess:
             cache, number = held.pop(rng.randrange(len(held)))
             self._verify(cache.numpy("uint8", (cache.size_bytes,)), number)
             await cache.release()
+
+    # -- what an operator does ------------------------------------------------------------------------------------
+
+    async def _evict(self, _held: Any, rng: random.Random) -> None:
+        await self.pool.evict(size=rng.choice([16 * KIB, 128 * KIB]))
+
+    async def _defragment(self, _held: Any, _rng: random.Random) -> None:
+        await self.pool.defragment()
 
 
 def _chain(rng: random.Random) -> range:

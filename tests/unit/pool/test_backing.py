@@ -89,6 +89,19 @@ def test_growing_waits_in_line_and_is_told_by_its_ticket(pool):
     assert told[behind[1]][0] == "granted"
 
 
+def test_growing_waits_with_the_priority_that_its_cache_was_asked_with(pool):
+    _, urgent, *_ = pool.request(PAGE, max_size=8 * PAGE, priority=2)
+    other = growing(pool, 7 * PAGE)
+    first = pool.request(PAGE, timeout_s=5.0)
+    grows = resize(pool, urgent, 2 * PAGE, timeout_s=5.0)
+    last = pool.request(PAGE, timeout_s=5.0, priority=2)
+    assert [answer[0] for answer in (first, grows, last)] == ["queued"] * 3
+    resize(pool, other, 6 * PAGE)
+    assert [ticket for ticket, _ in pool.grants.pop("c")] == [grows[1]]
+    resize(pool, other, 5 * PAGE)
+    assert [ticket for ticket, _ in pool.grants.pop("c")] == [last[1]]
+
+
 def test_no_room_in_time_is_an_error_with_figures_of_its_device():
     pool = LocalPool(devices=2, pages=8)
     pool.connect()
@@ -102,6 +115,7 @@ def test_no_room_in_time_is_an_error_with_figures_of_its_device():
     resize(pool, cache_id, 5 * PAGE, timeout_s=2.0)
     pool.now = 3.0
     pool.tick()
+    pool.settle()
     assert pool.grants["c"][0][1][1] == "CapacityError"
     assert resize(pool, cache_id, 2 * PAGE)[0] == "changed", "it is as it was"
     pool.check()

@@ -118,10 +118,59 @@ def test_a_waiting_request_ends_at_its_deadline(pool):
     assert pool.grants == {}
     pool.now = 7.0
     pool.handle(Tick())
+    pool.settle()  # who holds what is asked of the devices
     ((answered, answer),) = pool.grants["c"]
     assert answered == ticket
     assert isinstance(error_of(answer), CapacityError)
     assert pool.state.next_deadline() is None
+
+
+def test_a_request_that_waits_does_not_go_on_evicting_when_leases_are_in_the_way():
+    """Each page has a leased cache in it, so no page comes free, whatever goes. Else nothing would stay cached."""
+    pool = LocalPool(pages=32)
+    pool.connect()
+    pool.model()
+    leased, blocks = [], PAGE // 4096 - 1
+    for page in range(32):
+        leased.append(pool.request(4096)[1])
+        pool.put(range(1000 * page, 1000 * page + blocks))
+    counters, index = pool.state.ledger.counters, pool.state.ledger.index
+    assert (index.resident_bytes, counters.evictions) == ([32 * PAGE], 0)
+    assert pool.request(PAGE, timeout_s=60.0)[0] == "queued"
+    tried = counters.evictions
+    assert tried < 32 * blocks
+    for number in range(10):
+        pool.put([5000 + number])  # each is a reason to try again
+    assert (counters.evictions, index.published) == (tried, 32 * blocks - tried + 10)
+    pool.release([leased.pop()])
+    assert [answer[0] for _, answer in pool.grants["c"]] == ["granted"], "a page comes free"
+    pool.check()
+    pool.close()
+
+
+def test_new_blocks_are_not_in_the_way_of_a_large_request_for_the_second_half_of_its_time(pool):
+    """There is always one put under way: without this rule the request would see its deadline."""
+    under_way = pool.blocks([1])
+    ticket = pool.request(4 * PAGE, timeout_s=10.0)[1]
+    for number in range(2, 30):
+        pool.now += 0.3
+        begun = pool.blocks([number])
+        assert bool(begun[2]) == (pool.now < 5.0), "blocks pass while it has waited for less than half of its time"
+        pool.seal(under_way[2], keys_of([number - 1]), finish=True)
+        under_way = begun
+        if pool.grants:
+            break
+    assert [told for told, answer in pool.grants["c"] if answer[0] == "granted"] == [ticket]
+    assert pool.now == pytest.approx(5.1)
+    assert pool.blocks([1000])[2] == [], "it has all of the memory"
+
+
+def test_new_blocks_pass_who_waits_with_a_lower_priority(pool):
+    held = pool.request(3 * PAGE)
+    pool.request(4 * PAGE, timeout_s=10.0, priority=-1)
+    pool.now = 9.0
+    assert len(pool.blocks([1])[2]) == 1
+    pool.release([held[1]])
 
 
 def test_the_queue_has_a_bound():

@@ -93,6 +93,7 @@ def test_a_wait_is_told_with_its_times_and_its_outcome(pool):
     assert ("allocate", 0, ("g",)) in pool.traces()
     pool.now = 16.0
     pool.handle(Tick())
+    pool.settle()
     assert pool.waits == [
         Waited(0, 10.0, 10.0, "cancelled", "c"),
         Waited(0, 10.0, 10.0, "granted", "g"),

@@ -1,0 +1,92 @@
+"""Who is refused for want of room is told who holds it."""
+
+from __future__ import annotations
+
+import pytest
+from pool_harness import PAGE, LocalPool
+
+from kvpool.errors import CapacityError, from_wire
+from kvpool.pool.instructions import Batch, CachesRequested, DeviceLost
+
+
+@pytest.fixture
+def pool():
+    pool = LocalPool(devices=2, pages=8)
+    for client, tenant in (("a", "default"), ("b", "default"), ("c", "default"), ("d", "default"), ("other", "z")):
+        pool.connect(client, tenant)
+        pool.model(client)
+    yield pool
+    pool.check()
+    pool.close()
+
+
+def refused(answer) -> CapacityError:
+    error = from_wire(answer[1:])
+    assert isinstance(error, CapacityError)
+    return error
+
+
+def test_an_error_names_the_largest_holders_and_no_client_of_another_tenant(pool: LocalPool) -> None:
+    pool.store([1], "a")
+    (kept,) = pool.look_up([1], "a")[1]
+    pool.pin([kept], True, "a")
+    pool.release([kept], "a")
+    for client, pages in (("a", 7), ("a", 2), ("b", 1)):
+        assert pool.request(pages * PAGE, client)[0] == "granted"
+    assert pool.request(4 * PAGE, "other", model=1)[0] == "granted"
+    error = refused(pool.request(8 * PAGE, "b"))
+    assert error.details["pinned_by"] == {"client a": 9 * PAGE, "other tenants": 4 * PAGE, "client b": PAGE}
+    for part in ("client a (576 KiB)", "other tenants (256 KiB)", "and 1 more", "kvpool leases"):
+        assert part in str(error)
+    seen = refused(pool.request(8 * PAGE, "other", model=1)).details["pinned_by"]
+    assert seen == {"other tenants": 10 * PAGE + 4096, "client other": 4 * PAGE}
+
+
+def test_devices_are_asked_once_for_all_that_are_refused_at_once_and_not_again_soon(pool: LocalPool) -> None:
+    pool.request(8 * PAGE, "a"), pool.request(8 * PAGE, "a")
+    tickets = [pool.request(PAGE, "b", timeout_s=5.0)[1] for _ in range(3)]
+    pool.now = 5.0
+    pool.tick()
+    assert pool.grants == {}, "the devices are asked first"
+    asked = [send.operation for outbox in pool.outboxes for send in outbox]
+    assert asked == [("holders",)] * 2
+    pool.settle()
+    assert [ticket for ticket, _ in pool.grants["b"]] == tickets
+    assert all(refused(answer).details["pinned_by"] == {"client a": 16 * PAGE} for _, answer in pool.grants["b"])
+    pool.now = 5.5
+    assert refused(pool.request(PAGE, "c")).details["pinned_by"] == {"client a": 16 * PAGE}
+    assert not any(pool.outboxes)
+
+
+def test_an_error_does_not_wait_for_a_device_that_hangs(pool: LocalPool) -> None:
+    pool.request(8 * PAGE, "a"), pool.request(8 * PAGE, "a")
+    ticket = pool.request(PAGE, "b", timeout_s=5.0)[1]
+    pool.now = 5.0
+    pool.tick()
+    pool.step(1)
+    assert pool.grants == {}
+    assert pool.state.next_deadline() == pytest.approx(5.25)
+    pool.now = 5.25
+    pool.tick()
+    ((told, answer),) = pool.grants.pop("b")
+    assert (told, refused(answer).details["pinned_by"]) == (ticket, {"client a": 8 * PAGE})
+    assert pool.state.next_deadline() is None
+    batch = Batch(1)
+    pool.handle(CachesRequested(batch, "b", [(1, 0, PAGE, PAGE, 0.0, 0, None)]))
+    assert len(pool.outboxes[0]) == 1, "it is not asked again before it has answered"
+    pool.settle()
+    assert refused(pool.done.pop(batch)[0]).details["pinned_by"] == {"client a": 16 * PAGE}
+
+
+def test_an_error_comes_also_if_a_device_is_lost_meanwhile(pool: LocalPool) -> None:
+    pool.request(8 * PAGE, "a"), pool.request(8 * PAGE, "a")
+    ticket = pool.request(PAGE, "b", timeout_s=5.0)[1]
+    pool.now = 5.0
+    pool.tick()
+    (lost,) = pool.outboxes[0]
+    pool.outboxes[0].clear()
+    pool.handle(DeviceLost(0, "gone"))
+    pool.take(pool.state.fail_operations([lost], CapacityError("the device is lost"), pool.now))
+    pool.settle()
+    ((told, answer),) = pool.grants["b"]
+    assert (told, refused(answer).details["pinned_by"]) == (ticket, {"client a": 8 * PAGE})
