@@ -181,7 +181,7 @@ def _forget(path: Path) -> None:
 
 
 def _forget_all(folder: Path) -> None:
-    for path in folder.rglob("*.kvcache"):
+    for path in folder.rglob("*.kv[cp]ac*"):
         _forget(path)
 
 

@@ -24,10 +24,17 @@ class Found(NamedTuple):
 class Folder(Protocol):
     """A folder of files, in which names have at most one ``/``. All calls block and may raise anything an I/O can.
 
-    Used by several threads at once, but never for one file at the same time.
+    A cache in a pack (:mod:`~kvpool.cache.disk.pack`) is listed, measured, read and removed by a path of its own, as a
+    file is (:func:`~kvpool.cache.disk.names.split_pack`). Used by several threads at once, but never for one file, or
+    one cache of a pack, at the same time.
     """
 
     url: str
+
+    @property
+    def takes_packs(self) -> bool:
+        """Whether packs may be written: told once the folder is open."""
+        ...
 
     def open(self) -> None:
         """Create the folder where there is none, and take it for this process alone where the store can do that.
@@ -44,11 +51,14 @@ class Folder(Protocol):
         ...
 
     def list(self, path: str) -> Iterator[Found]:
-        """Yield what lies in the folder itself (``""``) or in one of its folders, if that exists."""
+        """Yield what lies in the folder itself (``""``) or in one of its folders, if that exists.
+
+        For a pack its caches are told, or the pack itself where its table is no good.
+        """
         ...
 
     def size(self, path: str) -> int | None:
-        """Return the bytes of a file, or None if there is none."""
+        """Return the bytes of a file, or of a cache in a pack, or None if there is none."""
         ...
 
     def write(self, path: str, parts: Sequence[bytes | memoryview]) -> None:
@@ -60,7 +70,7 @@ class Folder(Protocol):
         ...
 
     def remove(self, path: str) -> None:
-        """Remove a file. None of that name is no error."""
+        """Remove a file, or a cache from its pack. None of that name is no error."""
         ...
 
     def sync(self, path: str) -> None:

@@ -36,6 +36,10 @@ class RemoteFolder:
         self._atomic_put = not _ATOMIC_PUT.isdisjoint(protocols)
         self.url = f"{protocols[0]}://{self._root.lstrip('/')}"
 
+    @property
+    def takes_packs(self) -> bool:
+        return False  # no such store lets a part of a file go
+
     def open(self) -> None:
         self._filesystem.invalidate_cache()
         self._filesystem.makedirs(self._root, exist_ok=True)

@@ -37,6 +37,10 @@ class Removals:
             self._next_number = max(self._next_number, removal.number + 1)
             self._enter(removal)
 
+    def is_stuck(self, key: CacheKey) -> bool:
+        """Whether a key is to go and has not gone yet."""
+        return key in self._stuck
+
     async def complete(self, key: CacheKey) -> bool:
         """Complete what a key is stuck in, if anything; True if it may be written now."""
         for removal in list(self._stuck.get(key, ())):
