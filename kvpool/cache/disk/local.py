@@ -10,7 +10,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from kvpool.cache.disk.folder import Found
+from kvpool.cache.disk.folder import Found, PackRead
 from kvpool.cache.disk.local_packs import LocalPacks, gives_room_back
 from kvpool.cache.disk.names import LOCK_NAME, TEMPORARY_SUFFIX, is_pack, split_pack
 from kvpool.cache.disk.parts import read_all, write_all
@@ -122,10 +122,7 @@ class LocalFolder:
             raise
 
     def read(self, path: str, parts: Sequence[bytearray | memoryview]) -> int:
-        packed = split_pack(path)
         try:
-            if packed is not None:
-                return self._packs.read(*packed, parts)
             file = os.open(self._root / path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:
             self._check()
@@ -138,13 +135,29 @@ class LocalFolder:
         finally:
             os.close(file)
 
+    def read_packed(self, pack: str, reads: Sequence[PackRead]) -> Sequence[int | None]:
+        there: Sequence[int | None]
+        try:
+            there = self._packs.read(pack, reads)
+        except FileNotFoundError:
+            there = [None] * len(reads)
+        if None in there:
+            self._check()
+        return there
+
     def remove(self, path: str) -> None:
         packed = split_pack(path)
+        if packed is not None:
+            self.remove_packed(packed[0], (packed[1],))
+            return
         try:
-            if packed is not None:
-                self._packs.remove(*packed)
-            else:
-                (self._root / path).unlink()
+            (self._root / path).unlink()
+        except FileNotFoundError:
+            self._check()
+
+    def remove_packed(self, pack: str, names: Sequence[str]) -> None:
+        try:
+            self._packs.remove(pack, names)
         except FileNotFoundError:
             self._check()
 

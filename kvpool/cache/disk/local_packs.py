@@ -5,13 +5,23 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from kvpool.cache.disk.folder import Found
+from kvpool.cache.disk.folder import Found, PackRead
 from kvpool.cache.disk.names import cache_name, parse_cache
-from kvpool.cache.disk.pack import PLACE_BYTES, UNIT_BYTES, Packed, Table, parse_table
+from kvpool.cache.disk.pack import (
+    PLACE_BYTES,
+    TABLE_BYTES,
+    UNIT_BYTES,
+    BadTableError,
+    Packed,
+    find_packed,
+    parse_table,
+    rounded_up,
+    without,
+)
 from kvpool.cache.disk.parts import read_all
 
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -42,63 +52,82 @@ class LocalPacks:
         self._changed: dict[str, set[int]] = {}
         self._syncing = threading.Lock()
 
-    def read(self, pack: str, name: str, parts: Sequence[bytearray | memoryview]) -> int:
-        """Fill ``parts`` with a cache's header and payload if it has as many bytes; returns how many there are."""
+    def read(self, pack: str, reads: Sequence[PackRead]) -> list[int | None]:
+        """Fill the parts of each cache with its header and payload if it has as many bytes.
+
+        Returns
+        -------
+        list[int | None]
+            For each how many bytes it has, None if it is not there. Nothing can be told, 0, if the table is no good.
+        """
         with self._opened(pack, _READ) as file:
-            table = _read_table(file)
-            if table is None:
-                return 0
-            packed = _find(table, name)
-            if packed is None:
-                raise FileNotFoundError(f"{self._root / pack} has no cache {name}")
-            if packed.file_bytes == sum(map(len, parts)) and read_all(file, parts, packed.start):
-                return packed.file_bytes
-            return _there_bytes(packed, file)
+            table = os.pread(file, TABLE_BYTES, 0)
+            try:
+                found = [_find(table, name) for name, _ in reads]
+            except BadTableError:
+                return [0] * len(reads)
+            wanted = [
+                (packed, parts)
+                for packed, (_, parts) in zip(found, reads, strict=True)
+                if packed is not None and packed.file_bytes == sum(map(len, parts))
+            ]
+            for start, run in _neighbours(wanted):
+                read_all(file, run, start)  # what was cut is told by its size
+            size_bytes = os.fstat(file).st_size
+            return [None if packed is None else _there_bytes(packed, size_bytes) for packed in found]
 
     def size(self, pack: str, name: str) -> int | None:
         """Return the bytes of a cache, header included, or None if it is not there."""
         with self._opened(pack, _READ) as file:
-            table = _read_table(file)
-            packed = None if table is None else _find(table, name)
-            return None if packed is None else _there_bytes(packed, file)
+            try:
+                packed = _find(os.pread(file, TABLE_BYTES, 0), name)
+            except BadTableError:
+                return None
+            return None if packed is None else _there_bytes(packed, os.fstat(file).st_size)
 
     def list(self, folder: str, pack: str, modified_s: float) -> Iterator[Found]:
         """Yield the caches of a pack, or the pack itself if its table is no good."""
         path = f"{folder}/{pack}"
-        with self._opened(path, _READ) as file:
-            table = _read_table(file)
+        with self._changing[hash(path) % _STRIPES], self._opened(path, _READ) as file:  # not half of a removal
+            table = parse_table(os.pread(file, TABLE_BYTES, 0))
             size_bytes = os.fstat(file).st_size
-            if table is None:
-                yield Found(pack, False, size_bytes, modified_s)
-                return
-            for packed in table.caches:
-                name = cache_name(packed.name._replace(pack=pack))
-                # Not the time of the file: a removal changes that.
-                yield Found(name, False, _there_bytes(packed, file), table.written_ns / 1e9)
+        if table is None:
+            yield Found(pack, False, size_bytes, modified_s)
+            return
+        for packed in table.caches:
+            name = cache_name(packed.name._replace(pack=pack))
+            # Not the time of the file: a removal changes that.
+            yield Found(name, False, _there_bytes(packed, size_bytes), table.written_ns / 1e9)
         if table.removed_places:
-            self._note_change(path, None)  # an earlier life may not have synced it
+            self._note_change(path, ())  # an earlier life may not have synced it
             self._make_holes(path)
 
-    def remove(self, pack: str, name: str) -> None:
-        """Remove a cache; the pack with it if it was the last, or if nothing can be told from its table."""
+    def remove(self, pack: str, names: Sequence[str]) -> None:
+        """Remove caches; the pack with them if no other is in it, or if nothing can be told from its table.
+
+        Several at a time: a hole takes 2 to 4 ms, because the zeros that stand in the same pages are written before it.
+        """
         with self._changing[hash(pack) % _STRIPES], self._opened(pack, _CHANGE) as file:
-            table = _read_table(file)
-            packed = None if table is None else _find(table, name)
-            if table is not None and packed is None:
-                return
-            if table is None or packed is None or len(table.caches) == 1:
+            table = os.pread(file, TABLE_BYTES, 0)
+            try:
+                gone = [packed for name in names if (packed := _find(table, name)) is not None]
+                left = without(table, [packed.place for packed in gone])
+            except BadTableError:
+                left = None
+            if left is None:
                 os.unlink(self._root / pack)
                 with self._changed_lock:
                     self._changed.pop(pack, None)
                 return
-            described = os.pread(file, PLACE_BYTES, packed.place)
-            os.pwrite(file, bytes(PLACE_BYTES), packed.place)
+            for packed in gone:
+                os.pwrite(file, bytes(PLACE_BYTES), packed.place)
             try:
-                punch_hole(file, packed.start, packed.end - packed.start)
+                for start, length in _runs(gone):
+                    punch_hole(file, start, length)
             except OSError:
-                os.pwrite(file, described, packed.place)  # it takes room still, so it is still there
+                os.pwrite(file, table, 0)  # they take room still, so they are still there
                 raise
-            self._note_change(pack, packed.place)
+            self._note_change(pack, [packed.place for packed in gone])
 
     def sync(self, folder: str) -> None:
         """Return when no cache that was removed from a pack of a folder so far comes back after a failure of power."""
@@ -124,19 +153,17 @@ class LocalPacks:
         except FileNotFoundError:  # it went as a whole, and the folder's sync is what tells that
             return
 
-    def _note_change(self, pack: str, place: int | None) -> None:
+    def _note_change(self, pack: str, places: Iterable[int]) -> None:
         with self._changed_lock:
-            places = self._changed.setdefault(pack, set())
-            if place is not None:
-                places.add(place)
+            self._changed.setdefault(pack, set()).update(places)
 
     def _make_holes(self, pack: str) -> None:
         """Give back the room of caches whose removal was killed before it did."""
         with self._changing[hash(pack) % _STRIPES], self._opened(pack, _CHANGE) as file:
-            table, status = _read_table(file), os.fstat(file)
+            table, status = parse_table(os.pread(file, TABLE_BYTES, 0)), os.fstat(file)
             if table is None:
                 return
-            needed_bytes = UNIT_BYTES + sum(packed.end - packed.start for packed in table.caches) + _SPARE_BYTES
+            needed_bytes = TABLE_BYTES + sum(packed.end - packed.start for packed in table.caches) + _SPARE_BYTES
             if status.st_blocks * _BLOCK_COUNT_BYTES > needed_bytes:
                 for start, length in table.holes(status.st_size):
                     punch_hole(file, start, length)
@@ -170,18 +197,46 @@ def punch_hole(file: int, start: int, length: int) -> None:
         raise OSError(number, os.strerror(number))
 
 
-def _read_table(file: int) -> Table | None:
-    return parse_table(os.pread(file, UNIT_BYTES, 0))
-
-
-def _find(table: Table, name: str) -> Packed | None:
+def _find(block: bytes, name: str) -> Packed | None:
     parsed = parse_cache(name)
-    return None if parsed is None else table.find(parsed)
+    return None if parsed is None else find_packed(block, parsed)
 
 
-def _there_bytes(packed: Packed, file: int) -> int:
+def _neighbours(
+    wanted: Iterable[tuple[Packed, Sequence[bytearray | memoryview]]],
+) -> Iterator[tuple[int, list[bytearray | memoryview]]]:
+    """Yield from where to read into what, caches that lie one behind the other in one go: a call costs 10 to 40 µs."""
+    start = end = 0
+    run: list[bytearray | memoryview] = []
+    for packed, parts in sorted(wanted, key=lambda item: item[0].start):
+        if run and packed.start == rounded_up(end):
+            run.append(bytearray(packed.start - end))
+        else:
+            if run:
+                yield start, run
+            start, run = packed.start, []
+        run += parts
+        end = packed.start + packed.file_bytes
+    if run:
+        yield start, run
+
+
+def _runs(caches: Iterable[Packed]) -> Iterator[tuple[int, int]]:
+    """Yield the room of caches as start and length, that of neighbours in one."""
+    start = end = 0
+    for packed in sorted(caches, key=lambda packed: packed.start):
+        if packed.start != end:
+            if end:
+                yield start, end - start
+            start = packed.start
+        end = packed.end
+    if end:
+        yield start, end - start
+
+
+def _there_bytes(packed: Packed, pack_bytes: int) -> int:
     """Return the bytes of a cache as far as its pack has them: less if it was cut."""
-    return max(0, min(packed.file_bytes, os.fstat(file).st_size - packed.start))
+    return max(0, min(packed.file_bytes, pack_bytes - packed.start))
 
 
 _fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)

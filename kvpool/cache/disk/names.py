@@ -78,7 +78,7 @@ def cache_name(name: CacheName) -> str:
     block_hash, parent, payload_bytes, pack = name
     above = _ROOT if parent is None else parent.hex()
     file = f"{block_hash.hex()}-{above}-{payload_bytes}{CACHE_SUFFIX}"
-    return file if pack is None else f"{pack}{_IN_PACK}{file}"
+    return file if pack is None else packed_path(pack, file)
 
 
 def parse_cache(name: str) -> CacheName | None:
@@ -94,6 +94,11 @@ def parse_cache(name: str) -> CacheName | None:
 def new_pack_name() -> str:
     """Return a name that no pack ever had: what is to be removed is told by it, also in a later life."""
     return secrets.token_hex(16) + PACK_SUFFIX
+
+
+def packed_path(pack: str, file: str) -> str:
+    """Return where a cache lies in the pack at a path: what :func:`split_pack` splits."""
+    return f"{pack}{_IN_PACK}{file}"
 
 
 def is_pack(name: str) -> bool:

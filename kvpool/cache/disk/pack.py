@@ -1,8 +1,8 @@
 """The format of a pack: small caches of one tenant and fingerprint, written together as one file.
 
-A table of 4 KiB, then the caches, each as its own file would be (:mod:`~kvpool.cache.disk.header`) and at a multiple of
-4 KiB, so that the file system takes back the room of each by itself. The table has 64 places of 64 bytes, of which the
-first describes the pack and each of the others at most one cache:
+A table of 16 KiB, then the caches, each as its own file would be (:mod:`~kvpool.cache.disk.header`) and at a multiple
+of 4 KiB, so that the file system takes back the room of each by itself. The table has 256 places of 64 bytes, of which
+the first describes the pack and each of the others at most one cache:
 
 ============================  =============================  =====================================================
 the pack                      a cache
@@ -23,7 +23,7 @@ which no disk writes in part, since it is within one sector.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import xxhash
@@ -31,15 +31,20 @@ import xxhash
 from kvpool.cache.disk.names import CacheName
 
 PACK_VERSION = 1
+TABLE_BYTES = 16 << 10
 UNIT_BYTES = 4096
 PLACE_BYTES = 64
-MOST_CACHES = UNIT_BYTES // PLACE_BYTES - 1
+MOST_CACHES = TABLE_BYTES // PLACE_BYTES - 1
 
 _MAGIC = b"kvpack\r\n"
 _PACK = struct.Struct("<8sHHIQ24x")
 _CACHE = struct.Struct("<16s16sQIHH")
 _CHECKSUM_BYTES = 16
 _GONE = bytes(PLACE_BYTES)
+
+
+class BadTableError(Exception):
+    """The table of a pack is not what it should be: nothing can be told of its caches."""
 
 
 class Packed(NamedTuple):
@@ -72,13 +77,9 @@ class Table(NamedTuple):
     """Those that have not been removed, in the order in which they lie."""
     removed_places: list[int]
 
-    def find(self, name: CacheName) -> Packed | None:
-        """Return a cache by name, or None if it is not there."""
-        return next((packed for packed in self.caches if packed.name == name), None)
-
     def holes(self, size_bytes: int) -> Iterator[tuple[int, int]]:
         """Yield the parts of a pack of so many bytes that no cache takes, as start and length."""
-        start = UNIT_BYTES
+        start = TABLE_BYTES
         for packed in self.caches:
             if packed.start > start:
                 yield start, packed.start - start
@@ -100,7 +101,7 @@ def padding(size_bytes: int) -> bytes:
 def make_table(caches: Sequence[tuple[CacheName, int]], written_ns: int) -> bytes:
     """Return the table of a pack of caches, given with the bytes of their headers, that lie in this order."""
     table = bytearray(_with_checksum(_PACK.pack(_MAGIC, PACK_VERSION, len(caches), 0, written_ns)))
-    start = UNIT_BYTES
+    start = TABLE_BYTES
     for name, header_bytes in caches:
         fields = _CACHE.pack(
             name.block_hash,
@@ -112,33 +113,77 @@ def make_table(caches: Sequence[tuple[CacheName, int]], written_ns: int) -> byte
         )
         table += _with_checksum(fields)
         start = rounded_up(start + header_bytes + name.payload_bytes)
-    return bytes(table.ljust(UNIT_BYTES, b"\0"))
+    return bytes(table.ljust(TABLE_BYTES, b"\0"))
 
 
 def parse_table(block: bytes) -> Table | None:
-    """Return what the first 4 KiB of a pack say, or None if they are not what they should be."""
-    if len(block) != UNIT_BYTES or not _is_sound(block[:PLACE_BYTES]):
+    """Return what the table of a pack says, or None if they are not what they should be."""
+    described = _parse_pack(block)
+    if described is None:
         return None
-    magic, version, count, _, written_ns = _PACK.unpack_from(block)
-    if magic != _MAGIC or version != PACK_VERSION or count > MOST_CACHES:
-        return None
+    written_ns, count = described
     table = Table(written_ns, [], [])
-    end = UNIT_BYTES
+    end = TABLE_BYTES
     for place in range(PLACE_BYTES, PLACE_BYTES * (1 + count), PLACE_BYTES):
-        described = block[place : place + PLACE_BYTES]
-        if described == _GONE:
+        if block[place : place + PLACE_BYTES] == _GONE:
             table.removed_places.append(place)
             continue
-        if not _is_sound(described):
-            return None
-        block_hash, above, payload_bytes, unit, header_bytes, has_parent = _CACHE.unpack_from(described)
-        name = CacheName(block_hash, above if has_parent else None, payload_bytes)
-        packed = Packed(name, header_bytes, unit * UNIT_BYTES, place)
-        if packed.start < end:
+        packed = _parse_cache(block, place)
+        if packed is None or packed.start < end:
             return None
         table.caches.append(packed)
         end = packed.end
     return table
+
+
+def find_packed(block: bytes, name: CacheName) -> Packed | None:
+    """Return one cache by name, or None if it is not there: 10 µs, where :func:`parse_table` takes 600.
+
+    Raises
+    ------
+    BadTableError
+        If the table is not what it should be, as far as that was looked at.
+    """
+    described = _parse_pack(block)
+    if described is None:
+        raise BadTableError
+    place = block.find(name.block_hash, PLACE_BYTES)
+    while place != -1 and place <= PLACE_BYTES * described[1]:
+        inside = place % PLACE_BYTES
+        if not inside and block[place : place + PLACE_BYTES] != _GONE:
+            packed = _parse_cache(block, place)
+            if packed is None:
+                raise BadTableError
+            if packed.name == name:
+                return packed
+        place = block.find(name.block_hash, place - inside + PLACE_BYTES)
+    return None
+
+
+def without(block: bytes, places: Iterable[int]) -> bytes | None:
+    """Return a table when some of its caches have been removed; None if there is no other."""
+    left = bytearray(block)
+    for place in places:
+        left[place : place + PLACE_BYTES] = _GONE
+    return bytes(left) if any(left[PLACE_BYTES:]) else None
+
+
+def _parse_pack(block: bytes) -> tuple[int, int] | None:
+    """Return when a pack was written, and how many caches it was written with."""
+    if len(block) != TABLE_BYTES or not _is_sound(block[:PLACE_BYTES]):
+        return None
+    magic, version, count, _, written_ns = _PACK.unpack_from(block)
+    if magic != _MAGIC or version != PACK_VERSION or count > MOST_CACHES:
+        return None
+    return written_ns, count
+
+
+def _parse_cache(block: bytes, place: int) -> Packed | None:
+    if not _is_sound(block[place : place + PLACE_BYTES]):
+        return None
+    block_hash, above, payload_bytes, unit, header_bytes, has_parent = _CACHE.unpack_from(block, place)
+    name = CacheName(block_hash, above if has_parent else None, payload_bytes)
+    return Packed(name, header_bytes, unit * UNIT_BYTES, place)
 
 
 def _with_checksum(fields: bytes) -> bytes:

@@ -18,10 +18,10 @@ from typing import Any
 
 from kvpool.cache.disk.folder import Folder
 from kvpool.cache.disk.folder_syncs import FolderSyncs
-from kvpool.cache.disk.header import BadFileError, check_file, header_bytes
 from kvpool.cache.disk.index import DiskEntry, DiskIndex
 from kvpool.cache.disk.key_locks import KeyLocks
-from kvpool.cache.disk.packing import MOST_PACKED_BYTES, Packing
+from kvpool.cache.disk.packing import MOST_PACKED_BYTES, PackedWrite, Packing
+from kvpool.cache.disk.reading import Read, Reading
 from kvpool.cache.disk.removal import Removal
 from kvpool.cache.disk.removals import Removals
 from kvpool.cache.disk.scan import scan
@@ -95,7 +95,8 @@ class DiskTier:
             folder, self._index, self._locks, self._counters, self._removals, self._writers, self._syncs, self._gone,
             self._kept,
         )  # fmt: skip
-        self._packing = Packing(self._writers, self._writer, self._refused, self._writing)
+        self._packing = Packing(self._writers, self._writer, self._refused, self._writing, budget_bytes)
+        self._reading = Reading(self._readers, folder, self._index, self._counters, self.find, self._gone)
         self._started = self._open = False
 
     async def start(self) -> Sequence[DiskEntry]:
@@ -244,13 +245,16 @@ class DiskTier:
         async with self._write_room:
             self._waiting_writes += 1
             try:
-                async with self._locks.hold((key,)):
+                await self._locks.acquire(key)
+                try:
                     if self._goes_in_pack(entry):
-                        await self._packing.store(entry, payload)
-                    else:
-                        await self._store_alone(entry, payload, store)
+                        await self._packing.ask(PackedWrite(entry, payload, durable=finish is not None))
+                        return
+                    await self._store_alone(entry, payload, store)
                     if finish is not None:
                         await uncancelled(finish(entry))
+                finally:
+                    self._locks.release(key)
             finally:
                 self._waiting_writes -= 1
 
@@ -298,48 +302,18 @@ class DiskTier:
             )
         read = False
         if entry is not None and not self._read_room.locked():
-            async with self._read_room, self._locks.hold((key,)), self._readers.one():
-                read = await uncancelled(self._read(key, payload))
+            async with self._read_room:
+                await self._locks.acquire(key)
+                try:
+                    read = await self._reading.ask(Read(key, payload))
+                finally:
+                    self._locks.release(key)
         if read:
             self._counters.hits += 1
             self._counters.read_bytes += payload.nbytes
         else:
             self._counters.misses += 1
         return read
-
-    async def _read(self, key: CacheKey, payload: memoryview) -> bool:
-        entry = self.find(key)
-        if entry is None or entry.size_bytes != payload.nbytes:  # it went while we waited
-            return False
-        try:
-            await self._readers.run(_read_file, self._folder, entry, payload)
-        except BadFileError as error:
-            await self._discard(entry, error.cause)
-            return False
-        except FileNotFoundError as error:
-            self._counters.count_error(f"reading {entry.path}", error)
-            self._counters.count_bad("missing", entry.path)
-            self._forget(entry)
-            return False
-        except Exception as error:  # noqa: BLE001  drivers raise what they like; the file may be good
-            self._counters.count_error(f"reading {entry.path}", error)
-            return False
-        self._index.touch(key)
-        return True
-
-    async def _discard(self, entry: DiskEntry, cause: str) -> None:
-        """Remove a file that is no good."""
-        self._counters.count_bad(cause, entry.path)
-        self._forget(entry)
-        try:
-            await self._readers.run(self._folder.remove, entry.path)
-        except Exception as error:  # noqa: BLE001  drivers raise what they like
-            self._counters.count_error(f"removing {entry.path}", error)
-            self._index.restore((entry,))  # it takes room still, and goes first; each read finds that it is no good
-
-    def _forget(self, entry: DiskEntry) -> None:
-        self._index.drop(entry.key)
-        self._gone((entry.key,))
 
     def _gone(self, keys: Sequence[CacheKey]) -> None:
         self.on_gone(keys)
@@ -397,9 +371,3 @@ def _payload(key: CacheKey, parent: BlockHash | None, view: memoryview) -> memor
     if not payload.nbytes:
         raise InvalidSizeError("a cache of no bytes cannot be stored", asked_bytes=0)
     return payload
-
-
-def _read_file(folder: Folder, entry: DiskEntry, payload: memoryview) -> None:
-    header = bytearray(header_bytes(entry.key))
-    file_bytes = folder.read(entry.path, (header, payload))
-    check_file(file_bytes, header, payload, entry.key, entry.parent)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
-from kvpool.cache.disk.folder import Folder
+from kvpool.cache.disk.folder import Folder, remove_all
 from kvpool.cache.disk.folder_syncs import FolderSyncs
 from kvpool.cache.disk.header import make_header
 from kvpool.cache.disk.index import DiskEntry, DiskIndex
@@ -186,12 +186,12 @@ class Writer:
         if not victims:
             return
         try:
-            errors = await self._threads.run(_remove_files, self._folder, victims)
+            errors = await self._threads.run(remove_all, self._folder, [entry.path for entry in victims])
         finally:
             for entry in victims:
                 self._locks.release(entry.key)
-        self._index.restore([entry for entry in victims if entry.key in errors])
-        gone = [entry.key for entry in victims if entry.key not in errors]
+        self._index.restore([entry for entry in victims if entry.path in errors])
+        gone = [entry.key for entry in victims if entry.path not in errors]
         self._counters.evicted_files += len(gone)
         self._on_gone(gone)
         for error in errors.values():
@@ -216,14 +216,3 @@ def _write_file(folder: Folder, entries: Sequence[DiskEntry], payloads: Sequence
     for header, payload in zip(headers, payloads, strict=True):
         parts += (header, payload, padding(len(header) + payload.nbytes))
     folder.write(f"{space_name(first.key.tenant, first.key.fingerprint)}/{first.pack}", parts[:-1])
-
-
-def _remove_files(folder: Folder, entries: Sequence[DiskEntry]) -> dict[CacheKey, Exception]:
-    """Remove files; returns the errors of those that stay."""
-    errors: dict[CacheKey, Exception] = {}
-    for entry in entries:
-        try:
-            folder.remove(entry.path)
-        except Exception as error:  # noqa: BLE001  drivers raise what they like; the caller counts it
-            errors[entry.key] = error
-    return errors
