@@ -16,8 +16,9 @@ from kvpool.errors import InvalidSizeError, TierError
 
 _Result = TypeVar("_Result")
 
-_CALLS_AT_ONCE = 16
-"""Reads, and writes: well below the bound of the tier's queue, where more would be misses."""
+_CALLS_AT_ONCE = 64
+"""Reads, and writes: enough for the tier to do small ones together, and well below the bound of its queue, where more
+would be misses."""
 
 
 class _Lane:
