@@ -167,6 +167,8 @@ class DiskIndex:
         return self._choose(file_bytes, 1, busy)
 
     def _choose(self, bytes_: int, files: int, busy: Callable[[CacheKey], bool]) -> list[DiskEntry] | None:
+        if bytes_ <= 0 and files <= 0:
+            return []
         chosen: list[DiskEntry] = []
         going: Counter[CacheKey] = Counter()
         exposed: list[int] = []  # what nothing hangs on once the chosen have gone

@@ -43,6 +43,7 @@ class LocalFolder:
         self.url = f"file://{self._root}"
         self._lock: int | None = None
         self._packs = LocalPacks(self._root)
+        self._durable: set[str] = set()  # folders whose own names are on disk
         self.takes_packs = False
 
     def open(self) -> None:
@@ -165,17 +166,26 @@ class LocalFolder:
         self._check()  # what is removed or durable is acknowledged by this, and it must be so in the right folder
         if path:
             self._packs.sync(path)
+        if not self._sync_names(path):
+            if not path:
+                raise FileNotFoundError(errno.ENOENT, "the folder is gone", str(self._root))
+            return
+        if path and path not in self._durable:  # made by this life, or by one that was killed before this
+            self._sync_names("")
+            self._durable.add(path)
+
+    def _sync_names(self, path: str) -> bool:
+        """Sync what a folder lists; False if there is none: then no name in it can come back."""
         try:
             folder = os.open(self._root / path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except FileNotFoundError:  # then no name in it can come back
+        except FileNotFoundError:
             self._check()
-            if not path:
-                raise
-            return
+            return False
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
+        return True
 
     def _check(self) -> None:
         """Raise unless the folder is the one that was locked. (While that is open, its inode is not given anew.)"""
@@ -196,4 +206,3 @@ class LocalFolder:
     def _make(self, folder: Path) -> None:
         with contextlib.suppress(FileExistsError):
             folder.mkdir(mode=0o700)  # without parents: see the class
-        self.sync("")

@@ -16,8 +16,10 @@ from kvpool.errors import KvpoolError, TierError
 
 MOST_PACKED_BYTES = 512 << 10
 """Caches of more bytes have files of their own: those reach what the disk does."""
-_MOST_BYTES = 8 << 20
+_MOST_BYTES = 16 << 20
 """Of a pack. Larger ones are not faster, and whoever waits for one waits longer."""
+_WORTH_A_THREAD_BYTES = 4 << 20
+"""What waits is shared among the threads that are free, in packs of so much at least: a sync has its price, too."""
 _BUDGET_SHARE = 16
 """Of the budget a pack takes one part in so many: while it is written nothing in it can go for others."""
 
@@ -73,13 +75,14 @@ class Packing(Batches[PackedWrite, None]):
         batch: list[PackedWrite] = []
         others: list[PackedWrite] = []
         size_bytes = 0
+        most_bytes = min(self._most_bytes, max(_WORTH_A_THREAD_BYTES, self._share_bytes(waiting)))
         while waiting and len(batch) < MOST_CACHES:
             write = waiting.popleft()
             entry = write.entry
             if (refusal := self._refused(entry.key)) is not None:
                 write.fail(refusal)
                 continue
-            if batch and (entry.key[:2] != batch[0].entry.key[:2] or size_bytes + entry.file_bytes > self._most_bytes):
+            if batch and (entry.key[:2] != batch[0].entry.key[:2] or size_bytes + entry.file_bytes > most_bytes):
                 others.append(write)
                 continue
             victims = self._writer.claim(entry)
@@ -98,6 +101,12 @@ class Packing(Batches[PackedWrite, None]):
             write.entry = write.entry._replace(pack=pack)
             self._writing[write.entry.key] = write.entry
         return batch
+
+    def _share_bytes(self, waiting: deque[PackedWrite]) -> int:
+        waiting_bytes = sum(write.payload.nbytes for write in waiting)
+        threads = self._threads.free + 1  # and the one that is held for this
+        # Caches are not divided, and each has a header.
+        return waiting_bytes // threads + waiting_bytes // MOST_CACHES
 
     async def do(self, batch: list[PackedWrite]) -> None:
         try:
