@@ -31,8 +31,9 @@ class Removals:
         self._doubtful: set[str] = set()  # folders that may hold files which the index does not know
         self._one_at_a_time = asyncio.Lock()  # two keys may be stuck in one removal
 
-    def take_over(self, removals: Iterable[Removal]) -> None:
-        """Go on with removals that the start could not complete."""
+    def take_over(self, removals: Iterable[Removal], unread: Iterable[str]) -> None:
+        """Go on with removals that the start could not complete, and in mind of folders that it could not read."""
+        self._doubtful.update(unread)
         for removal in removals:
             self._next_number = max(self._next_number, removal.number + 1)
             self._enter(removal)

@@ -16,14 +16,22 @@ from kvpool.cache.key import CacheKey
 class _Findings:
     entries: list[tuple[float, str, DiskEntry]] = field(default_factory=list)
     clear: list[str] = field(default_factory=list)
+    unread: set[str] = field(default_factory=set)
 
 
-def scan(folder: Folder, index: DiskIndex, counters: DiskCounters) -> list[Removal]:
-    """Enter all caches of a folder into an empty index, oldest first; returns removals that cannot be completed yet.
+def scan(folder: Folder, index: DiskIndex, counters: DiskCounters) -> tuple[list[Removal], set[str]]:
+    """Enter all caches of a folder into an empty index, oldest first.
 
-    Blocks. Opens no file but those of decided removals. Incomplete files and files that bear our suffix and are not
-    ours are removed; what else lies in the folder is not touched. The order of use is not on disk: after a start, the
-    order in which files were written stands for it (by name within a tick of the store's clock).
+    Returns
+    -------
+    tuple[list[Removal], set[str]]
+        Removals that cannot be completed yet, and folders that could not be read: they may have caches, which the
+        next start would find.
+
+
+    Blocks. Opens no file but packs and those of decided removals. Incomplete files and files that bear our suffix and
+    are not ours are removed; what else lies in the folder is not touched. The order of use is not on disk: after a
+    start, the order in which files were written stands for it (by name within a tick of the store's clock).
     """
     top = list(folder.list(""))
     removals = _complete_removals(folder, top, counters)
@@ -45,7 +53,7 @@ def scan(folder: Folder, index: DiskIndex, counters: DiskCounters) -> list[Remov
     for path in findings.clear:
         _remove(folder, path, counters)
     _fit(folder, index, counters)
-    return removals
+    return removals, findings.unread
 
 
 def _complete_removals(folder: Folder, top: list[Found], counters: DiskCounters) -> list[Removal]:
@@ -87,6 +95,7 @@ def _read_space(folder: Folder, space: str, doomed: set[str], findings: _Finding
                 findings.clear.append(path)
     except Exception as error:  # noqa: BLE001  one folder that cannot be read does not cost the others
         counters.count_error(f"reading {space}", error)
+        findings.unread.add(space)
 
 
 def _clear(path: str, findings: _Findings, counters: DiskCounters) -> None:

@@ -112,14 +112,14 @@ class DiskTier:
         self._started = True
         try:
             await uncancelled(self._readers.run(self._folder.open))
-            removals = await uncancelled(self._readers.run(scan, self._folder, self._index, self._counters))
+            removals, unread = await uncancelled(self._readers.run(scan, self._folder, self._index, self._counters))
         except BaseException as error:
             await self.close()
             if isinstance(error, KvpoolError) or not isinstance(error, Exception):
                 raise
             cause = self._counters.count_error("opening the folder", error)
             raise TierError(f"the disk tier at {self._folder.url} cannot be used: {error}", cause=cause) from error
-        self._removals.take_over(removals)
+        self._removals.take_over(removals, unread)
         self._open = True
         return list(self._index)
 
