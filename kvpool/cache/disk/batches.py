@@ -30,6 +30,7 @@ class Request(Generic[Result]):
         """Answer it with an error, unless whoever waited was cancelled."""
         if not self.done.done():
             self.done.set_exception(error)
+            self.done.exception()  # whoever waits gets it still; cancelled at this moment, nobody does
 
 
 _Request = TypeVar("_Request", bound=Request)  # type: ignore[type-arg]

@@ -1,8 +1,8 @@
 """The format of a pack: small caches of one tenant and fingerprint, written together as one file.
 
-A table of 16 KiB, then the caches, each as its own file would be (:mod:`~kvpool.cache.disk.header`) and at a multiple
-of 4 KiB, so that the file system takes back the room of each by itself. The table has 256 places of 64 bytes, of which
-the first describes the pack and each of the others at most one cache:
+A table, then the caches, each as its own file would be (:mod:`~kvpool.cache.disk.header`) and at a multiple of 4 KiB,
+so that the file system takes back the room of each by itself. The table has places of 64 bytes, of which the first
+describes the pack and each of the others one cache:
 
 ============================  =============================  =====================================================
 the pack                      a cache
@@ -31,10 +31,10 @@ import xxhash
 from kvpool.cache.disk.names import CacheName
 
 PACK_VERSION = 1
-TABLE_BYTES = 16 << 10
 UNIT_BYTES = 4096
 PLACE_BYTES = 64
-MOST_CACHES = TABLE_BYTES // PLACE_BYTES - 1
+MOST_CACHES = 255
+MOST_TABLE_BYTES = PLACE_BYTES * (1 + MOST_CACHES)
 
 _MAGIC = b"kvpack\r\n"
 _PACK = struct.Struct("<8sHHIQ24x")
@@ -73,13 +73,15 @@ class Table(NamedTuple):
     """What a pack says of itself."""
 
     written_ns: int
+    end: int
+    """Where the table's room ends, in bytes."""
     caches: list[Packed]
     """Those that have not been removed, in the order in which they lie."""
     removed_places: list[int]
 
     def holes(self, size_bytes: int) -> Iterator[tuple[int, int]]:
         """Yield the parts of a pack of so many bytes that no cache takes, as start and length."""
-        start = TABLE_BYTES
+        start = self.end
         for packed in self.caches:
             if packed.start > start:
                 yield start, packed.start - start
@@ -101,7 +103,7 @@ def padding(size_bytes: int) -> bytes:
 def make_table(caches: Sequence[tuple[CacheName, int]], written_ns: int) -> bytes:
     """Return the table of a pack of caches, given with the bytes of their headers, that lie in this order."""
     table = bytearray(_with_checksum(_PACK.pack(_MAGIC, PACK_VERSION, len(caches), 0, written_ns)))
-    start = TABLE_BYTES
+    first = start = rounded_up(PLACE_BYTES * (1 + len(caches)))
     for name, header_bytes in caches:
         fields = _CACHE.pack(
             name.block_hash,
@@ -113,17 +115,23 @@ def make_table(caches: Sequence[tuple[CacheName, int]], written_ns: int) -> byte
         )
         table += _with_checksum(fields)
         start = rounded_up(start + header_bytes + name.payload_bytes)
-    return bytes(table.ljust(TABLE_BYTES, b"\0"))
+    return bytes(table.ljust(first, b"\0"))
 
 
 def parse_table(block: bytes) -> Table | None:
-    """Return what the table of a pack says, or None if they are not what they should be."""
+    """Return what the table of a pack says, or None if it is not what it should be.
+
+    Parameters
+    ----------
+    block
+        The first bytes of the pack, as many as a table has at most, or all that there are.
+    """
     described = _parse_pack(block)
     if described is None:
         return None
     written_ns, count = described
-    table = Table(written_ns, [], [])
-    end = TABLE_BYTES
+    end = rounded_up(PLACE_BYTES * (1 + count))
+    table = Table(written_ns, end, [], [])
     for place in range(PLACE_BYTES, PLACE_BYTES * (1 + count), PLACE_BYTES):
         if block[place : place + PLACE_BYTES] == _GONE:
             table.removed_places.append(place)
@@ -160,20 +168,24 @@ def find_packed(block: bytes, name: CacheName) -> Packed | None:
     return None
 
 
-def without(block: bytes, places: Iterable[int]) -> bytes | None:
-    """Return a table when some of its caches have been removed; None if there is no other."""
-    left = bytearray(block)
+def has_others(block: bytes, places: Iterable[int]) -> bool:
+    """Whether a table, given as to :func:`find_packed`, has other caches than those at these places."""
+    described = _parse_pack(block)
+    if described is None:
+        raise BadTableError
+    left = bytearray(block[: PLACE_BYTES * (1 + described[1])])
     for place in places:
         left[place : place + PLACE_BYTES] = _GONE
-    return bytes(left) if any(left[PLACE_BYTES:]) else None
+    return any(left[PLACE_BYTES:])
 
 
 def _parse_pack(block: bytes) -> tuple[int, int] | None:
     """Return when a pack was written, and how many caches it was written with."""
-    if len(block) != TABLE_BYTES or not _is_sound(block[:PLACE_BYTES]):
+    if len(block) < PLACE_BYTES or not _is_sound(block[:PLACE_BYTES]):
         return None
     magic, version, count, _, written_ns = _PACK.unpack_from(block)
-    if magic != _MAGIC or version != PACK_VERSION or count > MOST_CACHES:
+    whole = count <= MOST_CACHES and len(block) >= PLACE_BYTES * (1 + count)
+    if magic != _MAGIC or version != PACK_VERSION or not whole:
         return None
     return written_ns, count
 
