@@ -15,7 +15,7 @@ logger = logging.getLogger("kvpool.host")
 
 _WRITES_AT_ONCE = 8
 """Twice the threads of a disk tier: while four write, the next four are there."""
-_SMALL_WRITES_AT_ONCE = 128
+_SMALL_WRITES_AT_ONCE = 192
 """Of small caches, which a thread takes many of. Well below the bound of the disk tier's queue."""
 _SMALL_BYTES_AT_ONCE = 16 << 20
 

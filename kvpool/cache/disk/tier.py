@@ -32,7 +32,7 @@ from kvpool.cache.key import BlockHash, CacheKey, check_hash
 from kvpool.errors import InvalidRequestError, InvalidSizeError, KvpoolError, TierError
 
 DEFAULT_THREADS = 4
-DEFAULT_QUEUE_LIMIT = 256
+DEFAULT_QUEUE_LIMIT = 512
 
 
 class DiskTier:
