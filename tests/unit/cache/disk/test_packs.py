@@ -115,7 +115,7 @@ async def test_the_least_recently_used_go_from_their_packs_for_others(open_tier,
     tier = await open_tier(str(tmp_path), 12 * FILE, on_gone=gone.extend)
     assert await read(tier, key_of(0)) == CONTENTS[0]
     assert all(await write_together(tier, range(10, 16)))
-    assert gone == [key_of(number) for number in range(1, 5)]
+    assert sorted(gone) == [key_of(number) for number in range(1, 5)]  # by several threads
     assert await contents(tier, range(16)) == [number not in range(1, 5) for number in range(16)]
     assert tier.statistics().used_bytes == 12 * FILE
     await tier.close()
