@@ -206,3 +206,4 @@ class LocalFolder:
     def _make(self, folder: Path) -> None:
         with contextlib.suppress(FileExistsError):
             folder.mkdir(mode=0o700)  # without parents: see the class
+            self._durable.discard(folder.name)  # somebody has removed the one before

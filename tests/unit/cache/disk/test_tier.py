@@ -309,6 +309,11 @@ def test_the_first_sync_of_a_folder_puts_its_own_name_on_disk_too(tmp_path, monk
     for name in ("new", "old", "new", "old"):
         folder.sync(name)
     assert synced == ["new", tmp_path.name, "old", tmp_path.name, "new", "old"]
+    (tmp_path / "old").rmdir()
+    folder.write("old/a", (b"x",))
+    synced.clear()
+    folder.sync("old")
+    assert synced == ["old", tmp_path.name]
 
 
 def test_interrupted_reads_and_writes_go_on(tmp_path, monkeypatch):
