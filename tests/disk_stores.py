@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fsspec import register_implementation
 from fsspec.implementations.memory import MemoryFileSystem
 
-from kvpool.cache.disk.folder import Found, folder_at
+from kvpool.cache.disk.folder import Found, PackRead, folder_at
 from kvpool.cache.disk.tier import DiskTier
 from kvpool.cache.key import CacheKey, encode_block_id
 
@@ -101,6 +101,10 @@ class FaultyFolder:
     def __init__(self, url: str, faults: Faults) -> None:
         self._folder, self._faults, self.url = folder_at(url), faults, url
 
+    @property
+    def takes_packs(self) -> bool:
+        return self._folder.takes_packs
+
     def __getattr__(self, name: str) -> Any:
         operation = getattr(self._folder, name)
 
@@ -109,6 +113,14 @@ class FaultyFolder:
             return operation(*args)
 
         return checked
+
+    def read_packed(self, pack: str, reads: Sequence[PackRead]) -> Sequence[int | None]:
+        self._faults.check("read")
+        return self._folder.read_packed(pack, reads)
+
+    def remove_packed(self, pack: str, names: Sequence[str]) -> None:
+        self._faults.check("remove")
+        self._folder.remove_packed(pack, names)
 
     def list(self, path: str) -> Iterator[Found]:
         self._faults.check("list")

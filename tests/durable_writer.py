@@ -15,7 +15,7 @@ from kvpool.cache.disk.folder import folder_at
 from kvpool.cache.disk.tier import DiskTier
 
 CACHES = 400  # more than a child lives to store
-LANES = 3
+LANES = 12  # more than there are threads, so that some go into a pack together
 
 
 def stored_content(number: int) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from kvpool.bench.rows import median, row
 from kvpool.cache.disk.header import make_header
 from kvpool.cache.disk.index import DiskEntry, DiskIndex
 from kvpool.cache.disk.local import LocalFolder
+from kvpool.cache.disk.names import CACHE_SUFFIX, PACK_SUFFIX
 from kvpool.cache.disk.scan import scan
 from kvpool.cache.disk.statistics import DiskCounters
 from kvpool.cache.disk.tier import DiskTier
@@ -86,17 +87,23 @@ async def _rows(folder: Path, size_bytes: int, total_bytes: int) -> list[dict[st
 
     async def read(tier: DiskTier, tier_folder: Path) -> None:
         await asyncio.to_thread(_write_one, one_file, views)
+        await asyncio.to_thread(_write_each, folder, views)
+        files = [folder / f"each-{written}" for written in range(count)]
         parts = [memoryview(block) for block in into]
-        spent: list[float] = []
+        spent: dict[str, list[float]] = {"one": [], "each": [], "tier": []}
         for _ in range(2):
             _forget(one_file)
-            spent.append(await time_it(lambda: asyncio.to_thread(_read_one, one_file, into)))
-            await asyncio.to_thread(_forget_all, tier_folder)
+            spent["one"].append(await time_it(lambda: asyncio.to_thread(_read_one, one_file, into)))
+            await asyncio.to_thread(_forget_all, files)
+            spent["each"].append(await time_it(lambda: asyncio.to_thread(_read_each, files, parts)))
+            await asyncio.to_thread(_forget_all, _files_in(tier_folder))
             into[:] = 0
-            spent.append(await time_it(lambda: _all(tier.read_into(k, p) for k, p in zip(keys, parts, strict=True))))
+            reads = (tier.read_into(k, p) for k, p in zip(keys, parts, strict=True))
+            spent["tier"].append(await time_it(partial(_all, reads)))
             ensure(bool((into == source).all()), "what was read back is what is written")
-        _unlink([one_file])
-        pairs.setdefault("read", []).append((spent[1], (spent[0] + spent[2]) / 2))
+        _unlink([one_file, *files])
+        for kind, beside in (("read", "one"), ("read beside each", "each")):
+            pairs.setdefault(kind, []).append((spent["tier"][0], sum(spent[beside]) / 2))
 
     for number in range(1 + _ROUNDS):
         before = await write_one()
@@ -116,6 +123,7 @@ async def _rows(folder: Path, size_bytes: int, total_bytes: int) -> list[dict[st
         _compared(f"{size}: as many files, each synced, beside one file with one sync", pairs["each"], total_bytes),
         _compared(f"{size}: write through, beside one file with one sync", pairs["through"], total_bytes),
         _compared(f"{size}: read and verify, beside reading one file", pairs["read"], total_bytes),
+        _compared(f"{size}: read and verify, beside reading as many files", pairs["read beside each"], total_bytes),
     ]
 
 
@@ -171,6 +179,12 @@ def _read_one(path: Path, into: np.ndarray[Any, Any]) -> None:
             file.readinto(memoryview(block))
 
 
+def _read_each(files: list[Path], parts: list[memoryview]) -> None:
+    for path, part in zip(files, parts, strict=True):
+        with open(path, "rb", buffering=0) as file:
+            file.readinto(part)
+
+
 def _forget(path: Path) -> None:
     """Drop a file from the page cache, so that it is read from the disk."""
     file = os.open(path, os.O_RDONLY)
@@ -180,8 +194,14 @@ def _forget(path: Path) -> None:
         os.close(file)
 
 
-def _forget_all(folder: Path) -> None:
-    for path in folder.rglob("*.kvcache"):
+def _files_in(tier_folder: Path) -> Iterator[Path]:
+    """Yield the files of a tier that hold caches."""
+    for suffix in (CACHE_SUFFIX, PACK_SUFFIX):
+        yield from tier_folder.rglob(f"*{suffix}")
+
+
+def _forget_all(files: Iterable[Path]) -> None:
+    for path in files:
         _forget(path)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, TypeVar
 
+from kvpool.cache.disk.packing import MOST_PACKED_BYTES
 from kvpool.cache.disk.tier import DiskTier
 from kvpool.cache.gathering import settle
 from kvpool.cache.key import CacheKey
@@ -17,16 +18,23 @@ from kvpool.errors import InvalidSizeError, TierError
 _Result = TypeVar("_Result")
 
 _CALLS_AT_ONCE = 16
-"""Reads, and writes: well below the bound of the tier's queue, where more would be misses."""
+"""Reads, and writes. All that are admitted must be done within a deadline."""
+_SMALL_READS_AT_ONCE, _SMALL_WRITES_AT_ONCE = 64, 256
+"""Of those that the tier does together: enough for all its threads, and below the bound of its queue, where more would
+be misses."""
 
 
-class _Lane:
+class _Lanes:
     """Calls of one kind."""
 
-    def __init__(self) -> None:
-        self.room = asyncio.Semaphore(_CALLS_AT_ONCE)
+    def __init__(self, small_at_once: int) -> None:
+        self._large, self._small = asyncio.Semaphore(_CALLS_AT_ONCE), asyncio.Semaphore(small_at_once)
         self.late: set[asyncio.Task[Any]] = set()
-        """Those that nobody waits for any more. Each still has a thread."""
+        """Those that nobody waits for any more. Each still has a thread, or a part of one."""
+
+    def room(self, size_bytes: int) -> asyncio.Semaphore:
+        """Return what bounds the calls with caches of a size."""
+        return self._small if size_bytes <= MOST_PACKED_BYTES else self._large
 
 
 class DiskCalls:
@@ -48,7 +56,7 @@ class DiskCalls:
 
     def __init__(self, disk: DiskTier, under_way: UnderWay, deadline_s: float) -> None:
         self._disk, self._under_way, self._deadline_s = disk, under_way, deadline_s
-        self._reads, self._writes = _Lane(), _Lane()
+        self._reads, self._writes = _Lanes(_SMALL_READS_AT_ONCE), _Lanes(_SMALL_WRITES_AT_ONCE)
         self._late: dict[int, asyncio.Task[Any]] = {}
 
     def late(self, address: int) -> asyncio.Task[Any] | None:
@@ -85,7 +93,7 @@ class DiskCalls:
         )
 
     async def _call(
-        self, source: Source, what: str, lane: _Lane, call: Callable[[], Coroutine[Any, Any, _Result]]
+        self, source: Source, what: str, lanes: _Lanes, call: Callable[[], Coroutine[Any, Any, _Result]]
     ) -> _Result | None:
         """Do a call when its turn has come; None if the key is being removed, or was meanwhile.
 
@@ -97,8 +105,8 @@ class DiskCalls:
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         async def in_turn() -> _Result:
-            async with lane.room:
-                if len(lane.late) >= self._disk.threads:
+            async with lanes.room(source.size_bytes):
+                if len(lanes.late) >= self._disk.threads:
                     raise self._overdue(what, source.key)
                 turn.set_result(None)
                 return await call()
@@ -120,17 +128,17 @@ class DiskCalls:
             await settle((task,))
             raise
         if not task.done():
-            lane.late.add(task)
+            lanes.late.add(task)
             self._late[source.address] = task
-            task.add_done_callback(partial(self._ended, lane, source.address))
+            task.add_done_callback(partial(self._ended, lanes, source.address))
         if work.void:
             return None
         if overdue and (not task.done() or task.cancelled()):  # else it came at the last moment
             raise self._overdue(what, source.key)
         return task.result()
 
-    def _ended(self, lane: _Lane, address: int, task: asyncio.Task[Any]) -> None:
-        lane.late.discard(task)
+    def _ended(self, lanes: _Lanes, address: int, task: asyncio.Task[Any]) -> None:
+        lanes.late.discard(task)
         del self._late[address]
         if not task.cancelled():
             task.exception()  # else one that nobody waits for any more would be reported

@@ -40,16 +40,22 @@ class StagedWrites:
         """Store a cache if that is done in time (seconds of the loop's clock); the memory is free in any case."""
         if self._stalled and self._writing:  # until the store answers again, nobody waits for it
             return False
+        # Before anything is waited for: a removal that began and ended within that time must find it.
+        work = self._under_way.begin(source.key)
+        if work is None:
+            return False
         try:
             async with asyncio.timeout_at(deadline):
                 await self._buffers.acquire()
-        except TimeoutError:
+        except BaseException as error:
+            self._under_way.end(work)
+            if not isinstance(error, TimeoutError):
+                raise
             self._stalled = True
             return False
-        work = self._under_way.begin(source.key)
         write: asyncio.Task[bool] | None = None
         try:
-            if work is None:
+            if work.void:
                 return False
             staged = await self._mover.run(_stage, source)
             if work.void or staged is None:
@@ -70,8 +76,7 @@ class StagedWrites:
         finally:
             if write is None:
                 self._buffers.release()
-                if work is not None:
-                    self._under_way.end(work)
+                self._under_way.end(work)
 
     def _written(self, write: asyncio.Task[bool]) -> None:
         self._writing -= 1

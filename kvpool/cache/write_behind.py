@@ -14,7 +14,10 @@ from kvpool.errors import ensure
 logger = logging.getLogger("kvpool.host")
 
 _WRITES_AT_ONCE = 8
-"""Twice the threads of a disk tier: while four write, the next four are there. Well below its queue's bound."""
+"""Twice the threads of a disk tier: while four write, the next four are there."""
+_SMALL_WRITES_AT_ONCE = 192
+"""Of small caches, which a thread takes many of. Well below the bound of the disk tier's queue."""
+_SMALL_BYTES_AT_ONCE = 16 << 20
 
 
 class WriteBehind:
@@ -38,12 +41,12 @@ class WriteBehind:
         self._most_bytes = int(watermark * host.capacity_bytes)
         self._credit_bytes = 0
         self._writes: dict[asyncio.Task[bool], HostEntry] = {}
+        self._writing_bytes = 0
         self._stalled = False
 
     def wake(self, new_bytes: int) -> None:
         """Save what is too much, in the background, now that so many bytes have come."""
-        writing_bytes = sum(entry.room_bytes for entry in self._writes.values())
-        excess_bytes = self._host.index.kind_bytes(Kind.SOLE) - writing_bytes - self._most_bytes
+        excess_bytes = self._host.index.kind_bytes(Kind.SOLE) - self._writing_bytes - self._most_bytes
         self._save(min(excess_bytes, self._credit_bytes + 2 * new_bytes))
 
     async def saved_one(self, room_bytes: int, deadline: float) -> bool:
@@ -70,7 +73,7 @@ class WriteBehind:
 
     def _save(self, credit_bytes: int) -> None:
         self._credit_bytes = max(credit_bytes, 0)
-        while self._credit_bytes > 0 and len(self._writes) < _WRITES_AT_ONCE:
+        while self._credit_bytes > 0 and self._may_write():
             entry = self._host.index.oldest_of(Kind.SOLE)
             if entry is None:
                 self._credit_bytes = 0
@@ -83,11 +86,17 @@ class WriteBehind:
             write = asyncio.ensure_future(self._disk.write_back(entry.key, entry.parent, self._host.view(entry)))
             work.task = write
             self._writes[write] = entry
+            self._writing_bytes += entry.room_bytes
             # Not in the coroutine: one that is cancelled before its first step never runs.
             write.add_done_callback(lambda write, work=work: self._written(write, work))  # type: ignore[misc]
 
+    def _may_write(self) -> bool:
+        small = self._writing_bytes < _SMALL_BYTES_AT_ONCE and len(self._writes) < _SMALL_WRITES_AT_ONCE
+        return len(self._writes) < _WRITES_AT_ONCE or small
+
     def _written(self, write: asyncio.Task[bool], work: Work) -> None:
         entry, index = self._writes.pop(write), self._host.index
+        self._writing_bytes -= entry.room_bytes
         stored = _stored(write)
         index.release(entry)
         if index.get(entry.key) is entry and entry.kind is Kind.SOLE:
@@ -107,6 +116,8 @@ class WriteBehind:
     def check(self) -> None:
         """Raise InvariantError unless all that is being written is held. For tests."""
         ensure(all(entry.holds for entry in self._writes.values()), "what is written is held")
+        writing_bytes = sum(entry.room_bytes for entry in self._writes.values())
+        ensure(writing_bytes == self._writing_bytes, "the bytes that are being written")
 
 
 def _stored(write: asyncio.Task[bool]) -> bool:

@@ -190,6 +190,10 @@ async def test_every_put_is_durable_where_the_write_policy_says_so(make_pool, tm
     assert (await tiers(pool))["disk"]["files"] == CHAIN
 
 
+def files(folder):
+    return [*folder.rglob("*.kvcache"), *folder.rglob("*.kvpack")]
+
+
 async def test_invalidated_content_is_gone_from_every_tier(make_pool, tmp_path):
     folder = tmp_path / "disk"
     pool = await make_pool("host:1x1MiB", host_memory="1MiB", disk_url=str(folder))
@@ -197,7 +201,7 @@ async def test_invalidated_content_is_gone_from_every_tier(make_pool, tmp_path):
     for number in range(12):
         await put(model, number)
     await put(model, 13, durable=True)
-    assert list(folder.rglob("*.kvcache"))
+    assert files(folder)
 
     await pool.invalidate("m", [chain(0)[0]])
     assert await read(model, 0) == 0
@@ -205,7 +209,7 @@ async def test_invalidated_content_is_gone_from_every_tier(make_pool, tmp_path):
 
     await pool.invalidate("m")
     assert [await read(model, number) for number in range(14)] == [0] * 14
-    assert not list(folder.rglob("*.kvcache"))
+    assert not files(folder)
     figures = await tiers(pool)
     assert (figures["host"]["entries"], figures["disk"]["files"]) == (0, 0)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from kvpool.cache.disk.names import packed_path, split_pack
 from kvpool.errors import ConfigError
 
 
@@ -21,13 +22,24 @@ class Found(NamedTuple):
     """When it was last written, seconds of the store's clock; 0 where the store does not tell."""
 
 
+PackRead = tuple[str, Sequence[bytearray | memoryview]]
+"""The name of a cache in its pack, and what its header and payload are read into."""
+
+
 class Folder(Protocol):
     """A folder of files, in which names have at most one ``/``. All calls block and may raise anything an I/O can.
 
-    Used by several threads at once, but never for one file at the same time.
+    A cache in a pack (:mod:`~kvpool.cache.disk.pack`) is listed, measured and removed by a path of its own, as a file
+    is (:func:`~kvpool.cache.disk.names.split_pack`). Used by several threads at once, but never for one file, or
+    one cache of a pack, at the same time.
     """
 
     url: str
+
+    @property
+    def takes_packs(self) -> bool:
+        """Whether packs may be written: told once the folder is open."""
+        ...
 
     def open(self) -> None:
         """Create the folder where there is none, and take it for this process alone where the store can do that.
@@ -44,11 +56,14 @@ class Folder(Protocol):
         ...
 
     def list(self, path: str) -> Iterator[Found]:
-        """Yield what lies in the folder itself (``""``) or in one of its folders, if that exists."""
+        """Yield what lies in the folder itself (``""``) or in one of its folders, if that exists.
+
+        For a pack its caches are told, or the pack itself where its table is no good.
+        """
         ...
 
     def size(self, path: str) -> int | None:
-        """Return the bytes of a file, or None if there is none."""
+        """Return the bytes of a file, or of a cache in a pack, or None if there is none."""
         ...
 
     def write(self, path: str, parts: Sequence[bytes | memoryview]) -> None:
@@ -59,13 +74,42 @@ class Folder(Protocol):
         """Fill ``parts`` with a file's bytes if it has as many as they take; returns its size in any case."""
         ...
 
+    def read_packed(self, pack: str, reads: Sequence[PackRead]) -> Sequence[int | None]:
+        """Do so with caches of the pack at a path; None for each that is not there, also where the pack is not."""
+        ...
+
     def remove(self, path: str) -> None:
-        """Remove a file. None of that name is no error."""
+        """Remove a file, or a cache from its pack. None of that name is no error."""
+        ...
+
+    def remove_packed(self, pack: str, names: Sequence[str]) -> None:
+        """Remove caches from the pack at a path: all, or, with an error, none. What is not there is no error."""
         ...
 
     def sync(self, path: str) -> None:
         """Return when the names written and removed in a folder so far survive a failure of power."""
         ...
+
+
+def remove_all(folder: Folder, paths: Iterable[str]) -> dict[str, Exception]:
+    """Remove files, and caches from their packs; returns the errors of those that stay."""
+    errors: dict[str, Exception] = {}
+    packs: dict[str, list[str]] = {}
+    for path in paths:
+        packed = split_pack(path)
+        if packed is not None:
+            packs.setdefault(packed[0], []).append(packed[1])
+            continue
+        try:
+            folder.remove(path)
+        except Exception as error:  # noqa: BLE001  drivers raise what they like; the caller counts it
+            errors[path] = error
+    for pack, names in packs.items():
+        try:
+            folder.remove_packed(pack, names)
+        except Exception as error:  # noqa: BLE001  as above
+            errors.update(dict.fromkeys((packed_path(pack, name) for name in names), error))
+    return errors
 
 
 def folder_at(url: str) -> Folder:

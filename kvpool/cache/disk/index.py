@@ -11,7 +11,7 @@ from heapq import heappop, heappush
 from typing import NamedTuple
 
 from kvpool.cache.disk.header import header_bytes
-from kvpool.cache.disk.names import cache_path, parse_cache, parse_space
+from kvpool.cache.disk.names import CacheName, cache_path, parse_cache, parse_space
 from kvpool.cache.key import BlockHash, CacheKey
 from kvpool.cache.leaf_heap import Entry, LeafHeap
 from kvpool.errors import ensure
@@ -27,6 +27,8 @@ class DiskEntry(NamedTuple):
     parent: BlockHash | None
     size_bytes: int
     """Of the payload."""
+    pack: str | None = None
+    """The name of the pack that it lies in; None if it has a file of its own."""
 
     @classmethod
     def at(cls, path: str) -> DiskEntry | None:
@@ -35,7 +37,7 @@ class DiskEntry(NamedTuple):
         space, name = parse_space(folder), parse_cache(file)
         if space is None or name is None:
             return None
-        return cls(CacheKey(*space, name.block_hash), name.parent, name.payload_bytes)
+        return cls(CacheKey(*space, name.block_hash), name.parent, name.payload_bytes, name.pack)
 
     @property
     def file_bytes(self) -> int:
@@ -50,7 +52,12 @@ class DiskEntry(NamedTuple):
     @property
     def path(self) -> str:
         """Where it lies in the tier's folder."""
-        return cache_path(self.key, self.parent, self.size_bytes)
+        return cache_path(self.key, self.name)
+
+    @property
+    def name(self) -> CacheName:
+        """What tells it from the others of its folder."""
+        return CacheName(self.key.block_hash, self.parent, self.size_bytes, self.pack)
 
 
 class DiskIndex:
@@ -160,6 +167,8 @@ class DiskIndex:
         return self._choose(file_bytes, 1, busy)
 
     def _choose(self, bytes_: int, files: int, busy: Callable[[CacheKey], bool]) -> list[DiskEntry] | None:
+        if bytes_ <= 0 and files <= 0:
+            return []
         chosen: list[DiskEntry] = []
         going: Counter[CacheKey] = Counter()
         exposed: list[int] = []  # what nothing hangs on once the chosen have gone

@@ -99,10 +99,9 @@ def _list(pool_url: str, devices: int) -> list[str]:
 def _has(url: str, space: str) -> bool:
     """Whether a folder has caches of a space, or removals that may not be complete."""
     folder = folder_at(url)
-    folder.sync(space)  # what was evicted by then does not come back
-    if any(parse_removal(found.name) is not None for found in folder.list("")):
-        return True
-    return any(parse_cache(found.name) is not None for found in folder.list(space))
+    there = [parse_cache(found.name) is not None for found in folder.list(space)]
+    folder.sync(space)  # what was evicted by then does not come back, also from packs that have been looked at
+    return any(there) or any(parse_removal(found.name) is not None for found in folder.list(""))
 
 
 async def _remove(url: str, tenant: str, fingerprint: str) -> bool:

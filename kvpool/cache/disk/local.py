@@ -6,16 +6,17 @@ import contextlib
 import errno
 import fcntl
 import os
+import stat
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 
-from kvpool.cache.disk.folder import Found
-from kvpool.cache.disk.names import LOCK_NAME, TEMPORARY_SUFFIX
+from kvpool.cache.disk.folder import Found, PackRead
+from kvpool.cache.disk.local_packs import LocalPacks, gives_room_back
+from kvpool.cache.disk.names import LOCK_NAME, TEMPORARY_SUFFIX, is_pack, split_pack
+from kvpool.cache.disk.parts import read_all, write_all
 from kvpool.errors import TierError
 
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-_MOST_PARTS = 64
 
 
 class FolderLostError(OSError):
@@ -41,6 +42,9 @@ class LocalFolder:
         self._root = Path(path)
         self.url = f"file://{self._root}"
         self._lock: int | None = None
+        self._packs = LocalPacks(self._root)
+        self._durable: set[str] = set()  # folders whose own names are on disk
+        self.takes_packs = False
 
     def open(self) -> None:
         self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -58,6 +62,8 @@ class LocalFolder:
             os.close(lock)
             raise
         self._lock = lock
+        # Else what is removed from a pack would keep its room until all have gone.
+        self.takes_packs = gives_room_back(lock)
 
     def close(self) -> None:
         if self._lock is not None:
@@ -79,10 +85,17 @@ class LocalFolder:
                     status = entry.stat(follow_symlinks=False)
                 except FileNotFoundError:  # removed since it was listed
                     continue
-                yield Found(entry.name, is_folder, status.st_size, status.st_mtime)
+                if path and is_pack(entry.name) and stat.S_ISREG(status.st_mode):
+                    with contextlib.suppress(FileNotFoundError):  # removed since it was listed
+                        yield from self._packs.list(path, entry.name, status.st_mtime)
+                else:
+                    yield Found(entry.name, is_folder, status.st_size, status.st_mtime)
 
     def size(self, path: str) -> int | None:
+        packed = split_pack(path)
         try:
+            if packed is not None:
+                return self._packs.size(*packed)
             return os.stat(self._root / path, follow_symlinks=False).st_size
         except FileNotFoundError:
             self._check()
@@ -99,7 +112,7 @@ class LocalFolder:
             file = os.open(temporary, _NEW_FILE, 0o600)
         try:
             try:
-                _write_all(file, parts)
+                write_all(file, parts)
                 os.fsync(file)
             finally:
                 os.close(file)
@@ -117,31 +130,62 @@ class LocalFolder:
             raise
         try:
             size_bytes = os.fstat(file).st_size
-            if size_bytes == sum(map(len, parts)) and not _read_all(file, parts):
+            if size_bytes == sum(map(len, parts)) and not read_all(file, parts):
                 return os.fstat(file).st_size  # it was cut while it was read
             return size_bytes
         finally:
             os.close(file)
 
+    def read_packed(self, pack: str, reads: Sequence[PackRead]) -> Sequence[int | None]:
+        there: Sequence[int | None]
+        try:
+            there = self._packs.read(pack, reads)
+        except FileNotFoundError:
+            there = [None] * len(reads)
+        if None in there:
+            self._check()
+        return there
+
     def remove(self, path: str) -> None:
+        packed = split_pack(path)
+        if packed is not None:
+            self.remove_packed(packed[0], (packed[1],))
+            return
         try:
             (self._root / path).unlink()
         except FileNotFoundError:
             self._check()
 
+    def remove_packed(self, pack: str, names: Sequence[str]) -> None:
+        try:
+            self._packs.remove(pack, names)
+        except FileNotFoundError:
+            self._check()
+
     def sync(self, path: str) -> None:
         self._check()  # what is removed or durable is acknowledged by this, and it must be so in the right folder
+        if path:
+            self._packs.sync(path)
+        if not self._sync_names(path):
+            if not path:
+                raise FileNotFoundError(errno.ENOENT, "the folder is gone", str(self._root))
+            return
+        if path and path not in self._durable:  # made by this life, or by one that was killed before this
+            self._sync_names("")
+            self._durable.add(path)
+
+    def _sync_names(self, path: str) -> bool:
+        """Sync what a folder lists; False if there is none: then no name in it can come back."""
         try:
             folder = os.open(self._root / path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except FileNotFoundError:  # then no name in it can come back
+        except FileNotFoundError:
             self._check()
-            if not path:
-                raise
-            return
+            return False
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
+        return True
 
     def _check(self) -> None:
         """Raise unless the folder is the one that was locked. (While that is open, its inode is not given anew.)"""
@@ -162,31 +206,4 @@ class LocalFolder:
     def _make(self, folder: Path) -> None:
         with contextlib.suppress(FileExistsError):
             folder.mkdir(mode=0o700)  # without parents: see the class
-        self.sync("")
-
-
-def _write_all(file: int, parts: Sequence[bytes | memoryview]) -> None:
-    left = [memoryview(part).cast("B") for part in parts]
-    while left:
-        _advance(left, os.writev(file, list(islice(left, _MOST_PARTS))))
-
-
-def _read_all(file: int, parts: Sequence[bytearray | memoryview]) -> bool:
-    """Fill all parts from the file's start; False if it ends before."""
-    left = [memoryview(part).cast("B") for part in parts]
-    offset = 0
-    while left:
-        count = os.preadv(file, list(islice(left, _MOST_PARTS)), offset)
-        if not count and any(map(len, left)):
-            return False
-        offset += count
-        _advance(left, count)
-    return True
-
-
-def _advance(left: list[memoryview], count: int) -> None:
-    """Take the first ``count`` bytes off ``left``: one call moves at most 2 GiB, or less when it is interrupted."""
-    while left and count >= len(left[0]):
-        count -= len(left.pop(0))
-    if count:
-        left[0] = left[0][count:]
+            self._durable.discard(folder.name)  # somebody has removed the one before

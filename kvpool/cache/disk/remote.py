@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
-from kvpool.cache.disk.folder import Found
-from kvpool.cache.disk.names import TEMPORARY_SUFFIX
+from kvpool.cache.disk.folder import Found, PackRead
+from kvpool.cache.disk.names import TEMPORARY_SUFFIX, packed_path
 
 # Stores in which a put is seen whole or not at all: a temporary name would only cost a second copy.
 _ATOMIC_PUT = frozenset({"memory", "s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "oci", "r2"})
@@ -35,6 +35,10 @@ class RemoteFolder:
         protocols = (protocol,) if isinstance(protocol, str) else tuple(protocol)
         self._atomic_put = not _ATOMIC_PUT.isdisjoint(protocols)
         self.url = f"{protocols[0]}://{self._root.lstrip('/')}"
+
+    @property
+    def takes_packs(self) -> bool:
+        return False  # no such store lets a part of a file go
 
     def open(self) -> None:
         self._filesystem.invalidate_cache()
@@ -88,11 +92,18 @@ class RemoteFolder:
                 start += len(part)
         return len(content)
 
+    def read_packed(self, pack: str, reads: Sequence[PackRead]) -> Sequence[int | None]:
+        return [None] * len(reads)  # see takes_packs
+
     def remove(self, path: str) -> None:
         try:
             self._filesystem.rm_file(self._path(path))
         except FileNotFoundError:
             return
+
+    def remove_packed(self, pack: str, names: Sequence[str]) -> None:
+        for name in names:  # there are none, but for names that somebody made by hand
+            self.remove(packed_path(pack, name))
 
     def sync(self, path: str) -> None:
         pass

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import xxhash
 
-from kvpool.cache.disk.folder import Folder
+from kvpool.cache.disk.folder import Folder, remove_all
 from kvpool.cache.disk.index import DiskEntry
 from kvpool.cache.disk.names import removal_name
 
@@ -47,15 +47,9 @@ class Removal:
 
     def complete(self, folder: Folder) -> None:
         """Remove the files, then what was written down. Raises the first error once all have been tried."""
-        errors: list[Exception] = []
         paths = [entry.path for entry in self.entries]
-        for path in paths:
-            try:
-                folder.remove(path)
-            except Exception as error:  # noqa: BLE001  drivers raise what they like; raised below
-                errors.append(error)
-        if errors:
-            raise errors[0]
+        for error in remove_all(folder, paths).values():
+            raise error
         for space in sorted({path.partition("/")[0] for path in paths}):
             folder.sync(space)
         folder.remove(removal_name(self.number))

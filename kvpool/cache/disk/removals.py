@@ -31,11 +31,16 @@ class Removals:
         self._doubtful: set[str] = set()  # folders that may hold files which the index does not know
         self._one_at_a_time = asyncio.Lock()  # two keys may be stuck in one removal
 
-    def take_over(self, removals: Iterable[Removal]) -> None:
-        """Go on with removals that the start could not complete."""
+    def take_over(self, removals: Iterable[Removal], unread: Iterable[str]) -> None:
+        """Go on with removals that the start could not complete, and in mind of folders that it could not read."""
+        self._doubtful.update(unread)
         for removal in removals:
             self._next_number = max(self._next_number, removal.number + 1)
             self._enter(removal)
+
+    def is_stuck(self, key: CacheKey) -> bool:
+        """Whether a key is to go and has not gone yet."""
+        return key in self._stuck
 
     async def complete(self, key: CacheKey) -> bool:
         """Complete what a key is stuck in, if anything; True if it may be written now."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from kvpool.cache.disk.folder import Folder, Found
 from kvpool.cache.disk.index import DiskEntry, DiskIndex
-from kvpool.cache.disk.names import TEMPORARY_SUFFIX, is_ours, parse_cache, parse_removal, parse_space
+from kvpool.cache.disk.names import PACK_SUFFIX, TEMPORARY_SUFFIX, is_ours, parse_cache, parse_removal, parse_space
 from kvpool.cache.disk.removal import Removal, read_removal
 from kvpool.cache.disk.statistics import DiskCounters
 from kvpool.cache.key import CacheKey
@@ -16,14 +16,22 @@ from kvpool.cache.key import CacheKey
 class _Findings:
     entries: list[tuple[float, str, DiskEntry]] = field(default_factory=list)
     clear: list[str] = field(default_factory=list)
+    unread: set[str] = field(default_factory=set)
 
 
-def scan(folder: Folder, index: DiskIndex, counters: DiskCounters) -> list[Removal]:
-    """Enter all caches of a folder into an empty index, oldest first; returns removals that cannot be completed yet.
+def scan(folder: Folder, index: DiskIndex, counters: DiskCounters) -> tuple[list[Removal], set[str]]:
+    """Enter all caches of a folder into an empty index, oldest first.
 
-    Blocks. Opens no file but those of decided removals. Incomplete files and files that bear our suffix and are not
-    ours are removed; what else lies in the folder is not touched. The order of use is not on disk: after a start, the
-    order in which files were written stands for it (by name within a tick of the store's clock).
+    Returns
+    -------
+    tuple[list[Removal], set[str]]
+        Removals that cannot be completed yet, and folders that could not be read: they may have caches, which the
+        next start would find.
+
+
+    Blocks. Opens no file but packs and those of decided removals. Incomplete files and files that bear our suffix and
+    are not ours are removed; what else lies in the folder is not touched. The order of use is not on disk: after a
+    start, the order in which files were written stands for it (by name within a tick of the store's clock).
     """
     top = list(folder.list(""))
     removals = _complete_removals(folder, top, counters)
@@ -34,17 +42,18 @@ def scan(folder: Folder, index: DiskIndex, counters: DiskCounters) -> list[Remov
             _read_space(folder, found.name, doomed, findings, counters)
         elif not found.is_folder and is_ours(found.name) and parse_removal(found.name) is None:
             _clear(found.name, findings, counters)
-    findings.entries.sort(key=lambda item: item[:2])
-    for _, path, entry in findings.entries:
-        if index.get(entry.key) is not None:  # a name that somebody made by hand: one key has one size and one parent
-            counters.count_bad("name", path)
-            findings.clear.append(path)
-            continue
+    findings.entries.sort(key=lambda item: item[:2])  # what lies in one pack stays as it lies there
+    for _, _, entry in findings.entries:
+        # Evicted and written again, and a failure of power has undone the first; or a name that somebody made by hand:
+        # one key has one size and one parent. The last is whole if it was acknowledged.
+        if (older := index.drop(entry.key)) is not None:
+            counters.count_bad("name", older.path)
+            findings.clear.append(older.path)
         index.add(entry)
     for path in findings.clear:
         _remove(folder, path, counters)
     _fit(folder, index, counters)
-    return removals
+    return removals, findings.unread
 
 
 def _complete_removals(folder: Folder, top: list[Found], counters: DiskCounters) -> list[Removal]:
@@ -78,19 +87,22 @@ def _read_space(folder: Folder, space: str, doomed: set[str], findings: _Finding
             if name is None:
                 _clear(path, findings, counters)
                 continue
-            entry = DiskEntry(CacheKey(*names, name.block_hash), name.parent, name.payload_bytes)
+            entry = DiskEntry(CacheKey(*names, name.block_hash), name.parent, name.payload_bytes, name.pack)
             if found.size_bytes == entry.file_bytes:
-                findings.entries.append((found.modified_s, path, entry))
+                findings.entries.append((found.modified_s, entry.pack or found.name, entry))
             else:
                 counters.count_bad("size", path)
                 findings.clear.append(path)
     except Exception as error:  # noqa: BLE001  one folder that cannot be read does not cost the others
         counters.count_error(f"reading {space}", error)
+        findings.unread.add(space)
 
 
 def _clear(path: str, findings: _Findings, counters: DiskCounters) -> None:
     if path.endswith(TEMPORARY_SUFFIX):
         counters.leftover_files += 1
+    elif path.endswith(PACK_SUFFIX):
+        counters.count_bad("pack", path)
     else:
         counters.count_bad("name", path)
     findings.clear.append(path)

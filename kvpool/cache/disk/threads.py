@@ -25,6 +25,7 @@ class Threads:
 
     def __init__(self, count: int, name: str) -> None:
         self._count = count
+        self._held = 0
         self._free = asyncio.Semaphore(count)
         self._executor = ThreadPoolExecutor(count, name)
 
@@ -32,7 +33,16 @@ class Threads:
     async def one(self) -> AsyncIterator[None]:
         """Hold a thread: who holds one may :meth:`run`, and never waits for another's call."""
         async with self._free:
-            yield
+            self._held += 1
+            try:
+                yield
+            finally:
+                self._held -= 1
+
+    @property
+    def free(self) -> int:
+        """How many nobody holds."""
+        return self._count - self._held
 
     async def run(
         self, function: Callable[_Arguments, _Result], *args: _Arguments.args, **kwargs: _Arguments.kwargs

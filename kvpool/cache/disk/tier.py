@@ -1,11 +1,12 @@
 """The disk tier of one device, as its event loop uses it.
 
-**One file a cache.** Four threads that each write, sync and rename files of 2 MiB reach 1.3 GiB/s where one file of the
-same bytes with one sync at its end reaches 0.8 to 1.5 (two cores, ext4 on a virtual disk): the journal commits what
-several threads ask for at once. One thread reaches 0.5; many files written by one thread and synced together 0.7.
-Packing several caches into a file would pay for small ones only (64 KiB: 500 to 1,500 files a second, bound by the
-syncs), and would bind the life of a cache to that of its neighbours: one that is removed or evicted would keep its
-bytes until all have gone.
+**One file a cache, but for small ones.** Four threads that each write, sync and rename files of 2 MiB reach 1.3 GiB/s
+where one file of the same bytes with one sync at its end reaches 0.8 to 1.5 (two cores, ext4 on a virtual disk): the
+journal commits what several threads ask for at once. One thread reaches 0.5; many files written by one thread and
+synced together 0.7. With caches of 64 KiB that is 0.02 to 0.1 of one file, whether each is synced or one ``syncfs``
+serves all: making a file takes 50 to 500 µs of a core (the more, the more were removed in the last minute). So small
+caches that wait together are written as one file, a pack, from which each can still go by itself
+(:mod:`~kvpool.cache.disk.pack`).
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from typing import Any
 
 from kvpool.cache.disk.folder import Folder
 from kvpool.cache.disk.folder_syncs import FolderSyncs
-from kvpool.cache.disk.header import BadFileError, check_file, header_bytes
 from kvpool.cache.disk.index import DiskEntry, DiskIndex
 from kvpool.cache.disk.key_locks import KeyLocks
+from kvpool.cache.disk.packing import MOST_PACKED_BYTES, PackedWrite, Packing
+from kvpool.cache.disk.reading import Read, Reading
 from kvpool.cache.disk.removal import Removal
 from kvpool.cache.disk.removals import Removals
 from kvpool.cache.disk.scan import scan
@@ -30,7 +32,7 @@ from kvpool.cache.key import BlockHash, CacheKey, check_hash
 from kvpool.errors import InvalidRequestError, InvalidSizeError, KvpoolError, TierError
 
 DEFAULT_THREADS = 4
-DEFAULT_QUEUE_LIMIT = 256
+DEFAULT_QUEUE_LIMIT = 512
 
 
 class DiskTier:
@@ -93,6 +95,8 @@ class DiskTier:
             folder, self._index, self._locks, self._counters, self._removals, self._writers, self._syncs, self._gone,
             self._kept,
         )  # fmt: skip
+        self._packing = Packing(self._writers, self._writer, self._refused, self._writing, budget_bytes)
+        self._reading = Reading(self._readers, folder, self._index, self._counters, self.find, self._gone)
         self._started = self._open = False
 
     async def start(self) -> Sequence[DiskEntry]:
@@ -108,14 +112,14 @@ class DiskTier:
         self._started = True
         try:
             await uncancelled(self._readers.run(self._folder.open))
-            removals = await uncancelled(self._readers.run(scan, self._folder, self._index, self._counters))
+            removals, unread = await uncancelled(self._readers.run(scan, self._folder, self._index, self._counters))
         except BaseException as error:
             await self.close()
             if isinstance(error, KvpoolError) or not isinstance(error, Exception):
                 raise
             cause = self._counters.count_error("opening the folder", error)
             raise TierError(f"the disk tier at {self._folder.url} cannot be used: {error}", cause=cause) from error
-        self._removals.take_over(removals)
+        self._removals.take_over(removals, unread)
         self._open = True
         return list(self._index)
 
@@ -241,21 +245,40 @@ class DiskTier:
         async with self._write_room:
             self._waiting_writes += 1
             try:
-                async with self._locks.hold((key,)):
-                    async with self._writers.one():
-                        if not self._open:
-                            raise refusal(self._counters, "closed")
-                        if key in self._removing:  # told to go after this was asked for
-                            raise refusal(self._counters, "removed")
-                        self._writing[key] = entry
-                        try:
-                            await uncancelled(store(entry, payload))
-                        finally:
-                            del self._writing[key]
+                await self._locks.acquire(key)
+                try:
+                    if self._goes_in_pack(entry):
+                        await self._packing.ask(PackedWrite(entry, payload, durable=finish is not None))
+                        return
+                    await self._store_alone(entry, payload, store)
                     if finish is not None:
                         await uncancelled(finish(entry))
+                finally:
+                    self._locks.release(key)
             finally:
                 self._waiting_writes -= 1
+
+    def _goes_in_pack(self, entry: DiskEntry) -> bool:
+        return entry.size_bytes <= MOST_PACKED_BYTES and self._folder.takes_packs and self._writer.is_new(entry.key)
+
+    async def _store_alone(
+        self, entry: DiskEntry, payload: memoryview, store: Callable[[DiskEntry, memoryview], Coroutine[Any, Any, None]]
+    ) -> None:
+        async with self._writers.one():
+            if (refused := self._refused(entry.key)) is not None:
+                raise refused
+            self._writing[entry.key] = entry
+            try:
+                await uncancelled(store(entry, payload))
+            finally:
+                del self._writing[entry.key]
+
+    def _refused(self, key: CacheKey) -> TierError | None:
+        """Count a write that must not be, and return its error; None if it may."""
+        if not self._open:
+            return refusal(self._counters, "closed")
+        # Told to go after this was asked for.
+        return refusal(self._counters, "removed") if key in self._removing else None
 
     # -- reading --------------------------------------------------------------------------------------------------
 
@@ -279,48 +302,18 @@ class DiskTier:
             )
         read = False
         if entry is not None and not self._read_room.locked():
-            async with self._read_room, self._locks.hold((key,)), self._readers.one():
-                read = await uncancelled(self._read(key, payload))
+            async with self._read_room:
+                await self._locks.acquire(key)
+                try:
+                    read = await self._reading.ask(Read(key, payload))
+                finally:
+                    self._locks.release(key)
         if read:
             self._counters.hits += 1
             self._counters.read_bytes += payload.nbytes
         else:
             self._counters.misses += 1
         return read
-
-    async def _read(self, key: CacheKey, payload: memoryview) -> bool:
-        entry = self.find(key)
-        if entry is None or entry.size_bytes != payload.nbytes:  # it went while we waited
-            return False
-        try:
-            await self._readers.run(_read_file, self._folder, entry, payload)
-        except BadFileError as error:
-            await self._discard(entry, error.cause)
-            return False
-        except FileNotFoundError as error:
-            self._counters.count_error(f"reading {entry.path}", error)
-            self._counters.count_bad("missing", entry.path)
-            self._forget(entry)
-            return False
-        except Exception as error:  # noqa: BLE001  drivers raise what they like; the file may be good
-            self._counters.count_error(f"reading {entry.path}", error)
-            return False
-        self._index.touch(key)
-        return True
-
-    async def _discard(self, entry: DiskEntry, cause: str) -> None:
-        """Remove a file that is no good."""
-        self._counters.count_bad(cause, entry.path)
-        self._forget(entry)
-        try:
-            await self._readers.run(self._folder.remove, entry.path)
-        except Exception as error:  # noqa: BLE001  drivers raise what they like
-            self._counters.count_error(f"removing {entry.path}", error)
-            self._index.restore((entry,))  # it takes room still, and goes first; each read finds that it is no good
-
-    def _forget(self, entry: DiskEntry) -> None:
-        self._index.drop(entry.key)
-        self._gone((entry.key,))
 
     def _gone(self, keys: Sequence[CacheKey]) -> None:
         self.on_gone(keys)
@@ -378,9 +371,3 @@ def _payload(key: CacheKey, parent: BlockHash | None, view: memoryview) -> memor
     if not payload.nbytes:
         raise InvalidSizeError("a cache of no bytes cannot be stored", asked_bytes=0)
     return payload
-
-
-def _read_file(folder: Folder, entry: DiskEntry, payload: memoryview) -> None:
-    header = bytearray(header_bytes(entry.key))
-    file_bytes = folder.read(entry.path, (header, payload))
-    check_file(file_bytes, header, payload, entry.key, entry.parent)

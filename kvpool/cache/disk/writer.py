@@ -1,16 +1,18 @@
-"""Writing a cache's file: evict for it, write it, and only then let it be found."""
+"""Writing caches, one file each or several in a pack: evict for them, write, and only then let them be found."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
-from kvpool.cache.disk.folder import Folder
+from kvpool.cache.disk.folder import Folder, remove_all
 from kvpool.cache.disk.folder_syncs import FolderSyncs
 from kvpool.cache.disk.header import make_header
 from kvpool.cache.disk.index import DiskEntry, DiskIndex
 from kvpool.cache.disk.key_locks import KeyLocks
 from kvpool.cache.disk.names import space_name
+from kvpool.cache.disk.pack import make_table, padding
 from kvpool.cache.disk.removals import Removals
 from kvpool.cache.disk.statistics import DiskCounters, cause_of
 from kvpool.cache.disk.threads import Threads
@@ -23,6 +25,7 @@ _REFUSALS = {
     "removed": "it was removed meanwhile",
     "closed": "the disk tier is closed",
 }
+_CLOCK_REALTIME_COARSE = 5  # linux/time.h; Python has no name for it
 _FULL = ("ENOSPC", "EDQUOT")
 
 
@@ -33,7 +36,7 @@ def refusal(counters: DiskCounters, cause: str) -> TierError:
 
 
 class Writer:
-    """Writes files. Callers hold a thread and the key.
+    """Writes caches. Callers hold a thread and the key.
 
     Parameters
     ----------
@@ -90,79 +93,126 @@ class Writer:
             if known is not None:
                 await self._threads.run(self._folder.remove, known.path)
                 index.drop(key)
-            victims = index.victims(entry.file_bytes, partial(self._stays, entry))
+            victims = self.claim(entry)
             if victims is None:
-                raise refusal(self._counters, "budget")
-            index.claim(entry)
-            try:
-                await self._evict(victims)
-                try:
-                    await self._write(entry, payload)
-                except Exception:
-                    await self._removals.undo(entry)  # a store may have taken it and failed to say so
-                    raise
-            finally:
-                index.unclaim(key)
+                raise self.no_room()
         except KvpoolError:
             raise
         except Exception as error:
             raise self._failure(entry, error) from error
-        index.add(entry)
-        self._counters.written_files += 1
-        self._counters.written_bytes += entry.size_bytes
+        await self.write_claimed([entry], [payload], victims)
 
-    async def _write(self, entry: DiskEntry, payload: memoryview) -> None:
+    def is_new(self, key: CacheKey) -> bool:
+        """Whether nothing is to be done about a key before it is written."""
+        return self._index.get(key) is None and not self._removals.is_stuck(key)
+
+    def no_room(self) -> TierError:
+        """Count a cache for which there is no room, and return its error."""
+        return refusal(self._counters, "budget")
+
+    def claim(self, entry: DiskEntry) -> list[DiskEntry] | None:
+        """Take room for a cache; returns what must go for it, which can be found no more, or None if it has no room."""
+        victims = self._index.victims(entry.file_bytes, partial(self._stays, (entry,)))
+        if victims is not None:
+            self._take(victims)
+            self._index.claim(entry)
+        return victims
+
+    async def write_claimed(
+        self, entries: Sequence[DiskEntry], payloads: Sequence[memoryview], victims: Sequence[DiskEntry]
+    ) -> None:
+        """Write one cache to its file, or several to their pack; all or none of them are there then.
+
+        Parameters
+        ----------
+        entries, payloads
+            For which room has been taken.
+        victims
+            What must go for them.
+
+        Raises
+        ------
+        TierError
+            If they are not there.
+        """
+        try:
+            try:
+                await self._evict(victims)
+                try:
+                    await self._write(entries, payloads)
+                except Exception:
+                    for entry in entries:  # a store may have taken it and failed to say so
+                        await self._removals.undo(entry)
+                    raise
+            finally:
+                for entry in entries:
+                    self._index.unclaim(entry.key)
+        except KvpoolError:
+            raise
+        except Exception as error:
+            raise self._failure(entries[0], error, len(entries)) from error
+        for entry in entries:
+            self._index.add(entry)
+            self._counters.written_files += 1
+            self._counters.written_bytes += entry.size_bytes
+
+    async def _write(self, entries: Sequence[DiskEntry], payloads: Sequence[memoryview]) -> None:
         """Write a file; where the store is full though the budget is not, once more when others have gone for it."""
         try:
-            await self._threads.run(_write_file, self._folder, entry, payload)
+            await self._threads.run(_write_file, self._folder, entries, payloads)
         except Exception as error:
             if cause_of(error) not in _FULL:
                 raise
-            victims = self._index.oldest(entry.file_bytes, partial(self._stays, entry))
+            file_bytes = sum(entry.file_bytes for entry in entries)
+            victims = self._index.oldest(file_bytes, partial(self._stays, entries))
             if victims is None:
                 raise
-            self._counters.count_error(f"writing {entry.path}", error)
+            self._counters.count_error(f"writing {entries[0].path}", error)
+            self._take(victims)
             await self._evict(victims)
-            await self._threads.run(_write_file, self._folder, entry, payload)
+            await self._threads.run(_write_file, self._folder, entries, payloads)
 
-    def _stays(self, entry: DiskEntry, key: CacheKey) -> bool:
-        """Whether a file must not go for an entry."""
-        return key == entry.above or key in self._kept or self._locks.is_held(key)
+    def _stays(self, entries: Sequence[DiskEntry], key: CacheKey) -> bool:
+        """Whether a cache must not go for others."""
+        return key in self._kept or self._locks.is_held(key) or any(key == entry.above for entry in entries)
 
-    async def _evict(self, victims: Sequence[DiskEntry]) -> None:
-        """Remove files that nobody uses; raises the first error once all have been tried."""
-        if not victims:
-            return
+    def _take(self, victims: Sequence[DiskEntry]) -> None:
         for entry in victims:
             self._locks.take(entry.key)
             self._index.drop(entry.key)
+
+    async def _evict(self, victims: Sequence[DiskEntry]) -> None:
+        """Remove what was taken; raises the first error once all have been tried."""
+        if not victims:
+            return
         try:
-            errors = await self._threads.run(_remove_files, self._folder, victims)
+            errors = await self._threads.run(remove_all, self._folder, [entry.path for entry in victims])
         finally:
             for entry in victims:
                 self._locks.release(entry.key)
-        self._index.restore([entry for entry in victims if entry.key in errors])
-        gone = [entry.key for entry in victims if entry.key not in errors]
+        self._index.restore([entry for entry in victims if entry.path in errors])
+        gone = [entry.key for entry in victims if entry.path not in errors]
         self._counters.evicted_files += len(gone)
         self._on_gone(gone)
         for error in errors.values():
             raise error
 
-    def _failure(self, entry: DiskEntry, error: Exception) -> TierError:
+    def _failure(self, entry: DiskEntry, error: Exception, caches: int = 1) -> TierError:
+        """Count an error of the store, and return what it means for one or more caches, of which one is named."""
         cause = self._counters.count_error(f"writing {entry.path}", error)
-        return TierError(f"cache {entry.key.block_hash.hex()} is not written to disk: {error}", cause=cause)
+        more = f" and {caches - 1} more in one file are" if caches > 1 else " is"
+        return TierError(f"cache {entry.key.block_hash.hex()}{more} not written to disk: {error}", cause=cause)
 
 
-def _write_file(folder: Folder, entry: DiskEntry, payload: memoryview) -> None:
-    folder.write(entry.path, (make_header(entry.key, entry.parent, payload), payload))
-
-
-def _remove_files(folder: Folder, entries: Sequence[DiskEntry]) -> dict[CacheKey, Exception]:
-    """Remove files; returns the errors of those that stay."""
-    errors: dict[CacheKey, Exception] = {}
-    for entry in entries:
-        try:
-            folder.remove(entry.path)
-        except Exception as error:  # noqa: BLE001  drivers raise what they like; the caller counts it
-            errors[entry.key] = error
-    return errors
+def _write_file(folder: Folder, entries: Sequence[DiskEntry], payloads: Sequence[memoryview]) -> None:
+    headers = [make_header(entry.key, entry.parent, payload) for entry, payload in zip(entries, payloads, strict=True)]
+    first = entries[0]
+    if first.pack is None:
+        folder.write(first.path, (headers[0], payloads[0]))
+        return
+    described = [(entry.name._replace(pack=None), len(header)) for entry, header in zip(entries, headers, strict=True)]
+    # The clock of the files' times, so that the order of writing can be told at the next start.
+    parts: list[bytes | memoryview] = [make_table(described, time.clock_gettime_ns(_CLOCK_REALTIME_COARSE))]
+    for header, payload in zip(headers, payloads, strict=True):
+        parts += (header, payload, padding(len(header) + payload.nbytes))
+    folder.write(f"{space_name(first.key.tenant, first.key.fingerprint)}/{first.pack}", parts[:-1])

@@ -11,6 +11,7 @@ from disk_stores import DEADLINE_S, FaultyFolder, content_of, key_of, read
 
 from kvpool.cache.disk.folder import folder_at
 from kvpool.cache.disk.index import DiskEntry
+from kvpool.cache.disk.local import LocalFolder
 from kvpool.cache.disk.removal import Removal
 from kvpool.cache.disk.tier import DiskTier
 from kvpool.errors import TierError
@@ -279,6 +280,34 @@ async def test_a_crash_between_deciding_and_removing_is_made_good_by_the_next_st
     await tier.close()
     tier = await open_tier(str(tmp_path))
     assert [await read(tier, key_of(number)) for number in range(3)] == [None, None, content_of(2)]
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["files", "pack"])
+async def test_what_the_start_could_not_read_is_looked_for_by_a_removal(open_tier, tmp_path, monkeypatch, together):
+    """It is not in the index, but the next start would find it."""
+    tier = await open_tier(str(tmp_path))
+    for numbers in [range(4)] if together else [[number] for number in range(4)]:
+        await asyncio.gather(*(tier.write_through(key_of(number), None, content_of(number)) for number in numbers))
+    await tier.close()
+    real = LocalFolder.list
+
+    def unreadable(folder, path):
+        if path:
+            raise BROKEN
+        return real(folder, path)
+
+    monkeypatch.setattr(LocalFolder, "list", unreadable)
+    tier = await open_tier(str(tmp_path))
+    assert (tier.statistics().files, tier.statistics().errors) == (0, {"EIO": 1})
+    for refused in (tier.remove([key_of(0)]), tier.space("default", "f")):
+        with pytest.raises(TierError):
+            await refused
+    monkeypatch.setattr(LocalFolder, "list", real)
+    assert await tier.remove([key_of(0)]) == 1
+    assert await tier.space("default", "f") == {key_of(number) for number in range(1, 4)}
+    await tier.close()
+    tier = await open_tier(str(tmp_path))
+    assert [await read(tier, key_of(number)) for number in range(4)] == [None] + [content_of(n) for n in range(1, 4)]
 
 
 async def test_a_corrupt_note_of_a_removal_is_counted_and_goes(open_tier, tmp_path):

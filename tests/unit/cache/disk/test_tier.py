@@ -286,12 +286,34 @@ def test_bytes_are_on_disk_before_the_name_is_there(tmp_path, monkeypatch):
 
     folder = LocalFolder(tmp_path)
     folder.write("s/first", (b"x",))
+    folder.sync("s")
     for name in ("writev", "fsync", "replace"):
         record(name)
     folder.write("s/a", (b"header", memoryview(b"payload")))
     folder.sync("s")
     temporary = "a.kvtmp"
     assert steps == [("writev", temporary), ("fsync", temporary), ("replace", temporary), ("fsync", "s")]
+
+
+def test_the_first_sync_of_a_folder_puts_its_own_name_on_disk_too(tmp_path, monkeypatch):
+    """It may have been made by this life, or by one that was killed before its sync."""
+    (tmp_path / "old").mkdir()
+    folder, synced, real = LocalFolder(tmp_path), [], os.fsync
+
+    def fsync(file):
+        synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{file}")))
+        real(file)
+
+    folder.write("new/a", (b"x",))
+    monkeypatch.setattr(os, "fsync", fsync)
+    for name in ("new", "old", "new", "old"):
+        folder.sync(name)
+    assert synced == ["new", tmp_path.name, "old", tmp_path.name, "new", "old"]
+    (tmp_path / "old").rmdir()
+    folder.write("old/a", (b"x",))
+    synced.clear()
+    folder.sync("old")
+    assert synced == ["old", tmp_path.name]
 
 
 def test_interrupted_reads_and_writes_go_on(tmp_path, monkeypatch):

@@ -108,6 +108,27 @@ async def test_others_are_removed_while_one_removal_hangs(open_device, faults):
     gate.set()
 
 
+async def test_what_was_removed_behind_a_pack_that_hangs_is_not_found_by_the_next_start(open_device, tmp_path):
+    folder = folder_at(str(tmp_path / "tier"))
+    device = await open_device(0, folder, deadline_s=SOON_S)
+    gate, real = threading.Event(), folder.write
+
+    def written_and_hangs(path, parts):
+        real(path, parts)
+        if path.endswith(".kvpack"):
+            assert gate.wait(DEADLINE_S)
+
+    folder.write = written_and_hangs
+    await in_time(device.tiers.write_through([device.written(number) for number in range(1, 4)]))
+    with pytest.raises(TierError, match="call again"):
+        await in_time(device.tiers.remove([key_of(2)]))
+    folder.close()  # as the end of the process does: it lets go of the lock
+    again = DiskTier(folder_at(str(tmp_path / "tier")), 1 << 30)
+    assert [entry.key for entry in await again.start()] == [key_of(1), key_of(3)]
+    await again.close()
+    gate.set()
+
+
 @pytest.mark.parametrize("operation", ["read", "write"])
 async def test_what_was_removed_behind_a_call_that_hangs_is_not_found_by_the_next_start(
     open_device, tmp_path, operation

@@ -39,6 +39,24 @@ async def test_removed_from_host_and_disk_with_zeroed_memory_and_may_come_anew(o
     assert await device.fill(1) == [True]
 
 
+async def test_one_that_waits_for_a_buffer_is_not_written_after_it_was_removed(open_device, faults):
+    """Without a host tier: eight buffers, all with a store that does not answer yet."""
+    device = await open_device(0, URL, patience_s=DEADLINE_S)
+    gate = faults.gates["put"] = threading.Event()
+    buffers = device.tiers._demotion._staged._buffers
+    demotion = asyncio.ensure_future(device.demote(*range(9)))
+    async with asyncio.timeout(DEADLINE_S):
+        while not (buffers.locked() and buffers._waiters):  # noqa: ASYNC110  all buffers are taken by threads
+            await asyncio.sleep(0.001)
+    removal = asyncio.ensure_future(device.tiers.remove([key_of(8)]))
+    await asyncio.wait((removal,), timeout=0.1)
+    gate.set()
+    assert await removal == 0
+    assert (await demotion)[8] is False
+    assert device.found(8) == [None]
+    assert await device.fill(8) == [False]
+
+
 async def test_a_space_goes_whole_and_others_stay(open_device, faults):
     device = await open_device(8, URL)
     for tiers_call in (device.tiers.demote, device.tiers.write_through):

@@ -1,0 +1,135 @@
+"""Small caches that wait for a thread, written by it as one file."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from kvpool.cache.disk.batches import Batches, Request
+from kvpool.cache.disk.index import DiskEntry
+from kvpool.cache.disk.names import new_pack_name
+from kvpool.cache.disk.pack import MOST_CACHES
+from kvpool.cache.disk.threads import Threads
+from kvpool.cache.disk.writer import Writer
+from kvpool.cache.key import CacheKey
+from kvpool.errors import KvpoolError, TierError
+
+MOST_PACKED_BYTES = 512 << 10
+"""Caches of more bytes have files of their own: those reach what the disk does."""
+_MOST_BYTES = 16 << 20
+"""Of a pack. Larger ones are not faster, and whoever waits for one waits longer."""
+_WORTH_A_THREAD_BYTES = 4 << 20
+"""What waits is shared among the threads that are free, in packs of so much at least: a sync has its price, too."""
+_BUDGET_SHARE = 16
+"""Of the budget a pack takes one part in so many: while it is written nothing in it can go for others."""
+
+
+class PackedWrite(Request[None]):
+    """A cache of which nothing is on disk, and whose key the caller holds.
+
+    Parameters
+    ----------
+    entry, payload
+        What is to be written.
+    durable
+        It is done when it survives a failure of power; else when it can be found.
+    """
+
+    def __init__(self, entry: DiskEntry, payload: memoryview, durable: bool) -> None:
+        super().__init__()
+        self.entry, self.payload, self.durable = entry, payload, durable
+        self.victims: list[DiskEntry] = []
+        """What goes for it."""
+
+
+class Packing(Batches[PackedWrite, None]):
+    """Packs what waits of one tenant and fingerprint; what is alone gets a file of its own.
+
+    Parameters
+    ----------
+    threads
+        That write.
+    writer
+        Of the tier.
+    refused
+        Returns why a key is not to be written now that its turn has come, if so.
+    writing
+        Where what is being written is entered, for removals.
+    budget_bytes
+        Of the tier.
+    """
+
+    def __init__(
+        self,
+        threads: Threads,
+        writer: Writer,
+        refused: Callable[[CacheKey], TierError | None],
+        writing: dict[CacheKey, DiskEntry],
+        budget_bytes: int,
+    ) -> None:
+        super().__init__(threads)
+        self._most_bytes = min(_MOST_BYTES, budget_bytes // _BUDGET_SHARE)
+        self._writer, self._refused, self._writing = writer, refused, writing
+
+    def take(self, waiting: deque[PackedWrite]) -> list[PackedWrite]:
+        batch: list[PackedWrite] = []
+        others: list[PackedWrite] = []
+        size_bytes = 0
+        most_bytes = min(self._most_bytes, max(_WORTH_A_THREAD_BYTES, self._share_bytes(waiting)))
+        while waiting and len(batch) < MOST_CACHES:
+            write = waiting.popleft()
+            entry = write.entry
+            if (refusal := self._refused(entry.key)) is not None:
+                write.fail(refusal)
+                continue
+            if batch and (entry.key[:2] != batch[0].entry.key[:2] or size_bytes + entry.file_bytes > most_bytes):
+                others.append(write)
+                continue
+            victims = self._writer.claim(entry)
+            if victims is not None:
+                write.victims = victims
+                batch.append(write)
+                size_bytes += entry.file_bytes
+            elif batch:  # there may be room when these are there, and can go for it
+                others.append(write)
+                break
+            else:
+                write.fail(self._writer.no_room())
+        waiting.extendleft(reversed(others))
+        pack = new_pack_name() if len(batch) > 1 else None
+        for write in batch:  # before anybody can ask for its removal
+            write.entry = write.entry._replace(pack=pack)
+            self._writing[write.entry.key] = write.entry
+        return batch
+
+    def _share_bytes(self, waiting: deque[PackedWrite]) -> int:
+        waiting_bytes = sum(write.payload.nbytes for write in waiting)
+        threads = self._threads.free + 1  # and the one that is held for this
+        # Caches are not divided, and each has a header.
+        return waiting_bytes // threads + waiting_bytes // MOST_CACHES
+
+    async def do(self, batch: list[PackedWrite]) -> None:
+        try:
+            await self._writer.write_claimed(
+                [write.entry for write in batch],
+                [write.payload for write in batch],
+                [victim for write in batch for victim in write.victims],
+            )
+        finally:
+            for write in batch:
+                del self._writing[write.entry.key]
+        for write in batch:
+            if not write.durable:
+                write.succeed(None)
+
+    async def finish(self, batch: list[PackedWrite]) -> None:
+        durable = [write for write in batch if write.durable and not write.done.done()]
+        if not durable:
+            return
+        try:
+            await self._writer.make_durable(durable[0].entry)  # all have the same folder
+        except KvpoolError as error:
+            for write in durable:
+                write.fail(error)
+        for write in durable:
+            write.succeed(None)
