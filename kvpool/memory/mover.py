@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import islice
 
-from kvpool.errors import BackendError, ensure
+from kvpool.errors import ensure
 from kvpool.memory.allocation import Allocation, Compaction, Movable
 from kvpool.memory.backend import Backend
 from kvpool.memory.compaction import (
@@ -170,6 +170,7 @@ class Mover:
             self._copy([move], done_bytes, [], owner)
             self._switch(tenant, [move], owner)
             self._shared.put_empty(tenant, pages_under(move.source, move.size_bytes, self._page_bytes))
+            self._clean(tenant, [move])
 
     def _plan(self, survey: Survey, budget_bytes: int, most_pages: int, looks: int | None = None) -> Plan:
         """Plan with the first snapshots, as many as ``looks`` of each kind, or as many as it takes."""
@@ -218,6 +219,7 @@ class Mover:
             moved_bytes = sum(move.size_bytes for move in done)
             self.moved_bytes += moved_bytes
             self.freed_pages += freed_pages
+            self._clean(tenant, done)
         return Compaction(moved_bytes, freed_pages, True)
 
     def _copy(self, run: list[Move], done_bytes: int, done: list[Move], owner: Movable) -> None:
@@ -238,7 +240,7 @@ class Mover:
                     self._address + destination + done_bytes, self._address + source + done_bytes, piece_bytes
                 )
                 done_bytes += piece_bytes
-        except BackendError:
+        except BaseException:  # whatever it is, the bytes are where they are
             self.unfinished = None
             for move in run:
                 if done_bytes < move.size_bytes:
@@ -254,11 +256,17 @@ class Mover:
     def _switch(self, tenant: str, moves: Sequence[Move], owner: Movable) -> None:
         """Enter the new places of caches that are copied, and free the old ones."""
         self._shared.move(tenant, [(move.source, move.destination) for move in moves])
-        if self._scrubber.busy(tenant):  # the holes may not have been reached, and now count as in use
+        self._enter([(move.cache_id, move.destination, move.size_bytes) for move in moves], owner)
+
+    def _clean(self, tenant: str, moves: Sequence[Move]) -> None:
+        """Zero, while a scrub is under way, the holes that it may not have reached and that now count as in use.
+
+        For the end: it may be refused.
+        """
+        if self._scrubber.busy(tenant):
             for move in moves:
                 end = self._live[move.cache_id].span_bytes
                 self._scrubber.zero(move.destination + end, move.size_bytes - end)
-        self._enter([(move.cache_id, move.destination, move.size_bytes) for move in moves], owner)
 
     def _enter(self, places: Iterable[tuple[int, int, int]], owner: Movable) -> None:
         """Note where caches lie: (id, offset, bytes)."""

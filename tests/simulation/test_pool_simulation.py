@@ -207,7 +207,7 @@ class Simulation:
             self.be_born()
 
 
-@pytest.mark.parametrize("seed", [0, 1, 35, 44, 55, 142])  # each has found something
+@pytest.mark.parametrize("seed", [0, 1, 18, 35, 44, 55, 142])  # each has found something
 def test_nothing_is_lost_or_mixed_up(seed: int) -> None:
     simulation = Simulation(seed)
     try:
@@ -218,7 +218,7 @@ def test_nothing_is_lost_or_mixed_up(seed: int) -> None:
     finally:
         simulation.model.close()
     counters = simulation.model.pool.state.ledger.counters
-    assert simulation.model.hits > 200  # else it showed nothing
+    assert simulation.model.hits > 200  # else it showed nothing; of seeds 0 to 200 two have less, the mean is 414
     assert simulation.model.grants > 30
     assert counters.evictions > 100
     assert counters.duplicates > 0
