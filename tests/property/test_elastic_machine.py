@@ -137,7 +137,7 @@ class ElasticMachine(RuleBasedStateMachine):
         """An owner's process begins, and clients come to it."""
         self.memory = CutMemory(pages * PAGE)
         self.allocator = GPUMemoryAllocator(
-            self.memory, pages * PAGE, PAGE, MIN, arena_bytes=8 * PAGES * PAGE, reserve_bytes=RESERVE
+            self.memory, pages * PAGE, PAGE, MIN, arena_bytes=64 * PAGES * PAGE, reserve_bytes=RESERVE
         )
         self.store = DeviceStore(self.allocator)
         self.index.add_device(self.epoch)
