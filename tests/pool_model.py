@@ -107,6 +107,8 @@ class Process:
     held: Counter[int] = field(default_factory=Counter)
     releasing: Counter[int] = field(default_factory=Counter)
     finishing: set[int] = field(default_factory=set)
+    guessed: Counter[int] = field(default_factory=Counter)
+    """Leases that it gave up before it was told of them: those of a look-up that may end without them."""
     tickets: set[int] = field(default_factory=set)
 
     def sure(self) -> list[int]:
@@ -616,7 +618,8 @@ class PoolModel:
             if not self._is_here(process, [cache_id]):
                 continue
             if outcome is True:
-                process.held[cache_id] -= 1  # below 0 if it guessed what a look-up on its way would give it
+                process.held[cache_id] -= 1
+                process.guessed[cache_id] += not may  # below 0 by it until the look-up on its way is answered
             else:
                 assert _error(outcome, DoubleReleaseError, UnknownCacheError, StaleCacheError), outcome
                 assert not may or not all(rightly), "what is held can be given up"
@@ -693,6 +696,11 @@ class PoolModel:
             pool.handle(Tick())  # some were put back after their time
             pool.settle()
         assert not pool.open
+        for process in self.clients.values():
+            for cache_id in [i for i, n in process.held.items() if n < 0]:  # it was no part of the answer in the end
+                assert -process.held[cache_id] <= process.guessed[cache_id]
+                del process.held[cache_id]
+            process.guessed.clear()
         for device in pool.live:
             store = pool.stores[device]
             rows = {i: index.live_row(i) for i in store._caches}
@@ -712,11 +720,14 @@ class PoolModel:
                 mine = self.clients[name].held if name in self.clients else self.pins[name.removeprefix(PINNER)]
                 assert known.leases == {i: n for i, n in mine.items() if n and self.made[i].device == device}
         if waiting := pool.state.allocations.queue:
-            heads = waiting.heads()  # others may pass while the books take it for placed
+            first: dict[Any, int] = {}  # of those who lack the same; others may pass while the books take it for placed
+            for (_, ticket), _ in sorted(waiting.heads()):
+                request = waiting.get(ticket)
+                assert request is not None
+                first.setdefault(request.short_of or request.place, ticket)
             pool.handle(Tick())
             pool.settle()
-            for (_, first), _ in heads:
-                assert first not in self.outcomes, "the first in line waited though there was room"
+            assert self.outcomes.keys().isdisjoint(first.values()), "the first in line waited though there was room"
         for owner in pool.state.ledger.quotas.draining:
             assert not list(self._could_go(owner.tenant, owner.model)), (
                 "what is above a limit goes when nobody holds it"

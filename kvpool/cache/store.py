@@ -102,6 +102,8 @@ class DeviceStore:
         self._caches: dict[int, CacheRecord] = {}
         self._clients: dict[str, _Client] = {}
         self._lease_count = 0
+        #: Gone here, and not from memory yet, because the system refused something: by id, whether to be zeroed.
+        self._leaving: dict[int, bool] = {}
         self._now = 0.0
         self._handlers: dict[str, Callable[..., Any]] = {
             "connect": self._connect,
@@ -141,6 +143,8 @@ class DeviceStore:
         self._now = now
         answers: list[Any] = []
         with self.allocator.change():
+            for cache_id, void in list(self._leaving.items()):
+                self._let_go(cache_id, void)
             for operation in operations:
                 try:
                     answers.append(self._handlers[operation[0]](*operation[1:]))
@@ -190,11 +194,14 @@ class DeviceStore:
 
     def may_move(self, cache_id: int) -> bool:
         """Whether nobody has a cache leased. (What nobody has leased is sealed, or it would be gone.)"""
-        return not self._caches[cache_id].leases
+        record = self._caches.get(cache_id)
+        return record is not None and not record.leases
 
     def moved(self, allocation: Allocation) -> None:
         """Enter where a cache lies now; references to it are resolved by its generation."""
-        record = self._caches[allocation.cache_id]
+        record = self._caches.get(allocation.cache_id)
+        if record is None:
+            return  # it went while its move could not be finished
         record.offset, record.pages = allocation.offset, allocation.pages
         record.generation += 1
 
@@ -444,6 +451,18 @@ class DeviceStore:
         return ended, freed, sizes
 
     def _free(self, cache_id: int) -> None:
-        if self._caches.pop(cache_id).void:
-            self.allocator.wipe(cache_id)
-        self.allocator.free(cache_id)
+        self._let_go(cache_id, self._caches.pop(cache_id).void)
+
+    def _let_go(self, cache_id: int, void: bool) -> None:
+        """Free the memory of a cache that is gone; if the system refuses what comes before that, in a later batch.
+
+        (Whoever told it to go has forgotten it, and would not say so twice.)
+        """
+        try:
+            if void:
+                self.allocator.wipe(cache_id)
+            self.allocator.free(cache_id)
+        except BackendError:
+            self._leaving[cache_id] = void
+            return
+        self._leaving.pop(cache_id, None)

@@ -461,7 +461,11 @@ class GPUMemoryAllocator:
         if cache_id > self._highest_id:
             self._highest_id = cache_id
         if self._scrubber.busy(tenant):
-            self.wipe(cache_id)
+            try:
+                self.wipe(cache_id)
+            except BaseException:  # it was told to nobody yet
+                self.free(cache_id)
+                raise
         return allocation
 
     def _change_extents(self, each: Allocation, extents: Extents) -> Allocation:
@@ -475,6 +479,7 @@ class GPUMemoryAllocator:
             )
         pages, first = each.pages, each.offset >> self._page_shift
         unwanted: set[int] = set()
+        wanted: tuple[int, ...] = ()
         if not each.shared:  # another one has all of its part of shared pages, always
             needed = {first + number for number in pages_touched(extents, self.page_size_bytes)}
             there = {index for index, _ in pages}
@@ -487,8 +492,13 @@ class GPUMemoryAllocator:
                 # Entered at once: what follows may be refused, too, and these pages are the cache's by now.
                 self._enter(each.cache_id, union(each.extents, extents), pages)
         if self._scrubber.busy(each.tenant):
-            for start, end in difference(extents, each.extents):
-                self._scrubber.zero(each.offset + start, end - start)
+            try:
+                for start, end in difference(extents, each.extents):
+                    self._scrubber.zero(each.offset + start, end - start)
+            except BaseException:
+                if wanted:
+                    self._enter(each.cache_id, each.extents, self._ranges.unback(first, set(wanted)).refs)
+                raise
         if unwanted:
             pages = self._ranges.unback(first, unwanted).refs
         return self._enter(each.cache_id, extents, pages)

@@ -16,7 +16,7 @@ The rules are those of the CUDA driver's virtual memory API, and every backend k
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 #: Destination and source, addresses of this process, and bytes. The two do not overlap.
@@ -123,15 +123,17 @@ class Backend(Protocol):
         """Take a descriptor made by :meth:`export` in another process; closes it in any case. Returns a handle."""
         ...
 
-    def copy(self, copies: Sequence[Copy]) -> None:
+    def copy(self, copies: Iterable[Copy]) -> None:
         """Copy bytes between accessible addresses of this device, in this order; all complete when it returns.
 
-        One copy may read what one before it has written, or write where one before it has read.
+        One copy may read what one before it has written, or write where one before it has read. Each is taken from the
+        iterable when those before it need nothing more to become complete: so if this raises, whatever it is, all that
+        were taken but the last are complete, and the last may be in part.
 
         Raises
         ------
         BackendError
-            If one is refused. ``details["copied"]`` says how many are complete; those behind are not begun.
+            If one is refused.
         """
         ...
 

@@ -15,7 +15,7 @@ import errno
 import fcntl
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from kvpool.errors import BackendError, DoubleReleaseError, ForkedHandleError, InvalidRequestError, InvalidSizeError
@@ -259,7 +259,7 @@ class HostBackend:
         with fork_guard:
             return self._add(_Page(descriptor, size_bytes, created=False))
 
-    def copy(self, copies: Sequence[Copy]) -> None:
+    def copy(self, copies: Iterable[Copy]) -> None:
         self._check_process()  # a system call: once for all
         memmove = ctypes.memmove
         for destination, source, size_bytes in copies:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from operator import length_hint
 
-from kvpool.errors import BackendError, ensure
+from kvpool.errors import ensure
 from kvpool.memory.allocation import Allocation, Compaction, Movable
 from kvpool.memory.backend import Backend, Copy
 from kvpool.memory.compaction import (
@@ -197,15 +198,17 @@ class Mover:
             move, done_bytes, owner = self.unfinished
             copies: list[Copy] = []
             self._add_copies(copies, move.source, move.destination, move.size_bytes, done_bytes)
+            under_way = iter(copies)
             try:
-                self._backend.copy(copies)
-            except BackendError as error:
-                done_bytes += sum(size_bytes for _, _, size_bytes in copies[: error.details["copied"]])
-                self.unfinished = move, done_bytes, owner
+                self._backend.copy(under_way)
+            except BaseException:
+                done = copies[: _complete(copies, under_way)]
+                self.unfinished = move, done_bytes + sum(size_bytes for _, _, size_bytes in done), owner
                 raise
             self.unfinished = None
             tenant = self._live[move.cache_id].tenant
             self._shared.put_empty(tenant, sorted(self._switch(tenant, [move], owner)))
+            self._clean(tenant, [move])
 
     def _plan(self, survey: Survey, budget_bytes: int, most_pages: int, looks: int | None = None) -> Plan:
         """Plan with the first snapshots, as many as ``looks`` of each kind, or as many as it takes."""
@@ -246,31 +249,35 @@ class Mover:
     def _carry_out(self, tenant: str, moves: Sequence[Move], freed: Sequence[int], owner: Movable) -> Compaction:
         """Move batch by batch, then give back the pages that are empty: not before, a later batch may go there."""
         emptied = set(freed)
-        moved_bytes = self.moved_bytes
+        done: list[Move] = []
         freed_pages = 0
         try:
             for start in range(0, len(moves), _BATCH_MOVES):
-                self._move(tenant, moves[start : start + _BATCH_MOVES], emptied, owner)
+                self._move(tenant, moves[start : start + _BATCH_MOVES], emptied, done, owner)
         finally:  # also what came free before an error
             if self.unfinished is not None:
                 move = self.unfinished[0]
                 emptied.difference_update(pages_under(move.destination, move.size_bytes, self._page_bytes))
             freed_pages = self._shared.put_empty(tenant, sorted(emptied))
+            moved_bytes = sum([size_bytes for _, _, _, size_bytes in done])
+            self.moved_bytes += moved_bytes
             self.freed_pages += freed_pages
-        return Compaction(self.moved_bytes - moved_bytes, freed_pages, True)
+            self._clean(tenant, done)
+        return Compaction(moved_bytes, freed_pages, True)
 
-    def _move(self, tenant: str, moves: Sequence[Move], left: set[int], owner: Movable) -> None:
-        """Copy, then switch, together; adds the pages that were left to ``left``."""
+    def _move(self, tenant: str, moves: Sequence[Move], left: set[int], done: list[Move], owner: Movable) -> None:
+        """Copy, then switch, together; adds the pages that were left, and the moves that are done."""
         copies = self._copies(moves)
+        under_way = iter(copies)
         try:
-            self._backend.copy(copies)
-        except BackendError as error:
-            moves, unfinished = self._copied(moves, copies[: error.details["copied"]])
+            self._backend.copy(under_way)
+        except BaseException:  # whatever it is, the bytes are where they are
+            moves, unfinished = self._copied(moves, copies[: _complete(copies, under_way)])
             self.unfinished = None if unfinished is None else (*unfinished, owner)
             raise
         finally:
             left |= self._switch(tenant, moves, owner)
-            self.moved_bytes += sum([size_bytes for _, _, _, size_bytes in moves])
+            done += moves
 
     def _copies(self, moves: Sequence[Move]) -> list[Copy]:
         """Return what is to be copied, in this order: one copy for caches that lie side by side, before and after."""
@@ -327,12 +334,19 @@ class Mover:
         for batch in _each_once(moves):
             ids, sources, destinations, sizes_bytes = zip(*batch, strict=True)
             left |= self._shared.move(tenant, sources, destinations)
-            if self._scrubber.busy(tenant):  # the holes may not have been reached, and now count as in use
-                for cache_id, destination, size_bytes in zip(ids, destinations, sizes_bytes, strict=True):
-                    end = self._live[cache_id].span_bytes
-                    self._scrubber.zero(destination + end, size_bytes - end)
             self._enter(zip(ids, destinations, sizes_bytes, strict=True), owner)
         return left
+
+    def _clean(self, tenant: str, moves: Sequence[Move]) -> None:
+        """Zero, while a scrub is under way, the holes that it may not have reached and that now count as in use.
+
+        For the end: it may be refused.
+        """
+        if self._scrubber.busy(tenant):
+            for cache_id, size_bytes in {move.cache_id: move.size_bytes for move in moves}.items():
+                allocation = self._live[cache_id]  # where it is now: it may have moved twice
+                end = allocation.span_bytes
+                self._scrubber.zero(allocation.offset + end, size_bytes - end)
 
     def _enter(self, places: Iterable[tuple[int, int, int]], owner: Movable) -> None:
         """Note where caches lie: (id, offset, bytes)."""
@@ -348,6 +362,14 @@ class Mover:
                 Allocation, (cache_id, tenant, offset, real_bytes, max_bytes, extents, pages, shared)
             )
             moved(allocation)
+
+
+def _complete(copies: Sequence[Copy], under_way: Iterator[Copy]) -> int:
+    """Return how many copies are complete after an error: all that the backend took, but the last.
+
+    That one may be in part, or whole. It can be made again: it does not write where it reads.
+    """
+    return max(len(copies) - length_hint(under_way) - 1, 0)
 
 
 def _each_once(moves: Sequence[Move]) -> Iterator[Sequence[Move]]:

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from kvpool.errors import BackendError, ConfigError, InvalidSizeError, StaleCacheError, UnknownCacheError, ensure
+from kvpool.errors import ConfigError, InvalidSizeError, StaleCacheError, UnknownCacheError, ensure
 from kvpool.memory.backend import Access, Backend
 from kvpool.memory.page import UNMAPPED, Page, PageRange, runs
 
@@ -100,7 +100,7 @@ class PageTable:
                 self._next_serial += 1
                 self._pages[page.serial] = page
                 fresh.append(page)
-        except BackendError:
+        except BaseException:
             self.release(fresh)
             raise
         return fresh
@@ -122,7 +122,7 @@ class PageTable:
                 self._backend.map(self._address(index + mapped), page.handle)
                 mapped += 1
             self._backend.set_access(self._address(index), mapped * self.page_size_bytes, Access.READ_WRITE)
-        except BackendError:
+        except BaseException:
             if mapped:
                 self._backend.unmap(self._address(index), mapped * self.page_size_bytes)
             self.release(pages)
@@ -147,7 +147,7 @@ class PageTable:
                 self._backend.map(self._address(index + mapped), page.handle)
                 mapped += 1
             self._backend.set_access(self._address(index), mapped * self.page_size_bytes, Access.READ_WRITE)
-        except BackendError:
+        except BaseException:
             if mapped:
                 self._backend.unmap(self._address(index), mapped * self.page_size_bytes)
             raise

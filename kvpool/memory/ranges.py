@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from kvpool.errors import AddressSpaceError, BackendError, ensure
+from kvpool.errors import AddressSpaceError, ensure
 from kvpool.memory.buddy import BuddyAllocator
 from kvpool.memory.idle import IdleMarks
 from kvpool.memory.page import UNMAPPED, Page, PageRange, runs
@@ -110,7 +110,7 @@ class RangeAllocator:
         for first, count in runs(wanted):
             try:
                 self.table.map(each.tenant, first, pages[placed : placed + count])
-            except BackendError:
+            except BaseException:
                 self.table.release(pages[:placed] + pages[placed + count :])
                 raise
             placed += count
@@ -148,7 +148,7 @@ class RangeAllocator:
         pages = [page for index in indexes for page in self.in_use[index][1].pages]
         try:
             self.table.relocate(pages, first)
-        except BackendError:
+        except BaseException:
             self._addresses.free(start)
             raise
         self._addresses.split(start)
@@ -273,7 +273,7 @@ class RangeAllocator:
             pages = self._collect(tenant, shape.pages)
             if pages is not None:
                 return self.table.map(tenant, start // self._page_bytes, pages)
-        except BackendError:
+        except BaseException:
             self._addresses.free(start)
             raise
         self._addresses.free(start)

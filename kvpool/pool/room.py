@@ -441,10 +441,10 @@ class Room:
         if not quotas.active:
             return "", {}
         account, host = quotas.account(request.model.space), request.client.host
-        if request.at_limit is not None:
-            return f"{quotas.why(request.at_limit)}. In all ", {
-                "limit_bytes": int(request.at_limit.limit_bytes), "held_bytes": request.at_limit.held_bytes,
-            }  # fmt: skip
+        owner = request.at_limit
+        if owner is not None and owner.limit_bytes < math.inf:  # else it was lifted since the request was last tried
+            details = {"limit_bytes": int(owner.limit_bytes), "held_bytes": owner.held_bytes}
+            return f"{quotas.why(owner)}. In all ", details
         leasable = quotas.leasable_bytes(account, host)
         if leasable >= request.size_bytes:
             return "", {}

@@ -26,13 +26,16 @@ SIZES = st.sampled_from([1, 5000, 16384, 40_000, PAGE - 1, PAGE, PAGE + 1, 2 * P
 
 
 class AllocatorMachine(RuleBasedStateMachine):
-    """Two tenants, two clients; memory is short, so that most requests need somebody else's."""
+    """Two tenants, two clients; memory is short, so that most requests need somebody else's.
+
+    What may be evicted may be moved before, to make room without an eviction.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.backend = HostBackend(budget_bytes=PAGES * PAGE)
         self.allocator = GPUMemoryAllocator(
-            self.backend, PAGES * PAGE, PAGE, arena_bytes=64 * PAGE, reserve_bytes=10 * PAGE, victims=self
+            self.backend, PAGES * PAGE, PAGE, arena_bytes=64 * PAGE, reserve_bytes=10 * PAGE, victims=self, owner=self
         )
         self.now = 0.0
         self.next_id = 0
@@ -55,6 +58,16 @@ class AllocatorMachine(RuleBasedStateMachine):
         victim = self.evictable.pop(0)
         del self.live[victim]
         return victim
+
+    def may_move(self, cache_id: int) -> bool:
+        return cache_id in self.evictable
+
+    def moved(self, allocation: Allocation) -> None:
+        before, byte = self.live[allocation.cache_id]
+        assert allocation.cache_id in self.evictable
+        assert allocation._replace(offset=0, pages=()) == before._replace(offset=0, pages=())
+        assert self.read(allocation) == bytes([byte]) * allocation.size_bytes
+        self.live[allocation.cache_id] = (allocation, byte)
 
     def read(self, where: Allocation, extents: Extents | None = None) -> bytes:
         address = self.allocator.address + where.offset
@@ -235,6 +248,10 @@ class AllocatorMachine(RuleBasedStateMachine):
                 if start < end:
                     content[start - index * PAGE : end - index * PAGE] = bytes(end - start)
             assert not any(content)
+
+    @rule(budget=st.sampled_from([1, PAGE, None]))
+    def compact(self, budget: int | None) -> None:
+        self.allocator.compact(budget)
 
     @rule(tenant=st.none() | TENANTS)
     def trim(self, tenant: str | None) -> None:

@@ -207,7 +207,7 @@ class Simulation:
             self.be_born()
 
 
-@pytest.mark.parametrize("seed", [0, 1, 35, 44, 55, 142])  # each has found something
+@pytest.mark.parametrize("seed", [0, 1, 18, 35, 44, 55, 142])  # each has found something
 def test_nothing_is_lost_or_mixed_up(seed: int) -> None:
     simulation = Simulation(seed)
     try:

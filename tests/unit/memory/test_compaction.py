@@ -2,7 +2,7 @@
 
 import ctypes
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 
@@ -96,10 +96,10 @@ class RefusingBackend(HostBackend):
 
     left = 1 << 30
 
-    def copy(self, copies: Sequence[Copy]) -> None:
-        for count, each in enumerate(copies):
+    def copy(self, copies: Iterable[Copy]) -> None:
+        for each in copies:
             if self.left <= 0:
-                raise BackendError("refused", errno=5, copied=count)
+                raise BackendError("refused", errno=5)
             self.left -= 1
             super().copy([each])
 

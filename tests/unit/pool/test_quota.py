@@ -189,6 +189,23 @@ def test_with_nothing_of_its_own_to_evict_it_waits_and_the_error_says_so(pool):
     assert [answer[0] for _, answer in pool.grants["c"]] == ["granted"]
 
 
+def test_who_waited_for_a_limit_that_is_lifted_is_told_what_it_lacks_now(pool):
+    """It waits behind one of a higher priority by then, and is not tried again before that one was."""
+    set_quota(pool, "a", 0, 3 * PAGE)
+    lease(pool, A, 3)
+    lease(pool, B, 7)
+    assert pool.request(PAGE, model=A, timeout_s=5.0)[0] == "queued"
+    assert pool.request(PAGE, model=A, timeout_s=9.0, priority=1)[0] == "queued"
+    set_quota(pool, "a", 0, None)
+    pool.now += 5.0
+    pool.tick()
+    ((_, answer),) = pool.grants["c"]
+    error = error_of(answer)
+    assert isinstance(error, CapacityError)
+    assert "limit_bytes" not in error.details
+    assert error.details["free_bytes"] == 0
+
+
 def test_blocks_are_stored_up_to_the_limit(pool):
     set_quota(pool, "a", 0, 3 * PAGE)
     answer = pool.blocks(range(1, 8), model=A)
