@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterator
+from functools import partial
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpool.cache.leaf_sets import LeafSets
-from kvpool.errors import ensure
 
 if TYPE_CHECKING:
     from kvpool.cache.index import CacheIndex
@@ -29,39 +29,41 @@ _REQUESTS_BETWEEN_SAMPLES = 1
 _LEAVES_FOR_A_REQUEST = 6
 """Where there are many leaves, a request changes less of what is worth least, and a sample serves longer."""
 _LARGER_THAN_GONE = 16
+_ROWS_AT_ONCE = 8
 _LEAST_BY = 16
 
 
 class Drawn:
-    """The victims of one device in the order in which they go, drawn as far as anybody asked.
+    """The victims of one device in the order in which they go, drawn as far as anybody asked, and somewhat further.
 
-    Mostly that is one, which costs no more than a look at the candidates; ``more`` begins with it once more.
+    Parameters
+    ----------
+    version
+        Of what they depend on.
+    rank
+        Appends to rows and worths, and pauses now and then.
     """
 
-    def __init__(self, version: int, first: tuple[float, int] | None, more: Iterator[tuple[float, int]]) -> None:
+    def __init__(self, version: int, rank: Callable[[list[int], list[float]], Iterator[None]]) -> None:
         self.version = version
-        self.first = first  # None: it is not known without a look for more
-        self._drawn = [] if first is None else [first]
-        self._more = more
-        self._begun = first is None
+        self.rows: list[int] = []
+        self.worths: list[float] = []
+        self._more = rank(self.rows, self.worths)
+
+    def more(self) -> None:
+        """Draw more, if there are any."""
+        next(self._more, None)
 
     def __iter__(self) -> Iterator[tuple[float, int]]:
-        drawn, more = self._drawn, self._more
+        """Yield worth and row of each."""
         place = 0
         while True:
-            if place < len(drawn):
-                entry = drawn[place]
-            else:
-                if not self._begun:
-                    self._begun = True
-                    ensure(next(more, None) == self.first, "two answers on what goes first", first=self.first)
-                following = next(more, None)
-                if following is None:
+            if place == len(self.rows):
+                self.more()
+                if place == len(self.rows):
                     return
-                drawn.append(following)
-                entry = following
+            yield self.worths[place], self.rows[place]
             place += 1
-            yield entry
 
 
 class SampledRanking:
@@ -100,14 +102,16 @@ class SampledRanking:
         self._worth_of, self._worths_of = worth_of, worths_of
         self._chance = np.random.default_rng(index.seed)
         self._leaves = LeafSets()
+        self.add = self._leaves.add
+        """Add a row that is a leaf from now on, by its device; it may be in."""
+        self.discard = self._leaves.discard
+        """Take a row out, which may not be in."""
         self._candidates: list[list[Candidate]] = []  # by device: of the last sample, in order
         self._begin: list[int] = []  # by device: where those begin that have not gone
         self._exposed: list[list[Candidate]] = []  # by device: heaps of leaves that were parents at the last sample
         self._resample_at: list[int] = []  # by device: count of blocks
         self._leaves_left: list[int] = []  # by device: candidates that may go before the next sample
         self._known: dict[int, Drawn] = {}
-        self.place = self._leaves.place
-        """Below 0 for rows that are not among the leaves."""
         self.version = 0
         """Of everything that an answer depends on."""
         self.requests = 0
@@ -117,18 +121,11 @@ class SampledRanking:
     @property
     def devices(self) -> range:
         """Devices that had leaves so far."""
-        return range(len(self._candidates))
+        return range(len(self._leaves))
 
     def grow(self, rows: int) -> None:
         """Make room for row numbers below ``rows``."""
         self._leaves.grow(rows)
-
-    def add(self, row: int) -> None:
-        """Add a leaf, which must not be in."""
-        device = self._device[row]
-        if device >= len(self._candidates):
-            self._add_devices(device)
-        self._leaves.add(row, device)
 
     def _add_devices(self, last: int) -> None:
         while last >= len(self._candidates):
@@ -140,13 +137,11 @@ class SampledRanking:
 
     def expose(self, row: int) -> None:
         """Add a leaf that was a parent until now: it may go right behind its last child."""
-        if self.place[row] < 0:
-            self.add(row)
-        heappush(self._exposed[self._device[row]], (self._worth_of(row), row, self._born[self._turn[row]]))
-
-    def discard(self, row: int) -> None:
-        """Take a row out, which must be in."""
-        self._leaves.discard(row, self._device[row])
+        device = self._device[row]
+        self._leaves.add(row, device)
+        if device >= len(self._exposed):
+            self._add_devices(device)
+        heappush(self._exposed[device], (self._worth_of(row), row, self._born[self._turn[row]]))
 
     def sift(self) -> None:
         """Put all out that are no leaves any more."""
@@ -154,27 +149,32 @@ class SampledRanking:
             self._leaves.keep(device, self._living(self._leaves.all(device)))
 
     def of(self, device: int) -> Drawn:
-        """Return worth and row of the victims of a device, the first to go first."""
+        """Return the victims of a device, the first to go first."""
         known = self._known.get(device)
         if known is None or known.version != self.version:
-            first = self._first(device)
-            known = self._known[device] = Drawn(self.version, None if first is None else first[:2], self._rank(device))
+            self.first(device)  # a look for new candidates, if it is time
+            known = self._known[device] = Drawn(self.version, partial(self._rank, device))
         return known
 
-    def _first(self, device: int) -> Candidate | None:
-        """Return the cheapest candidate, after a look for new ones if it is time."""
+    def first(self, device: int) -> Candidate | None:
+        """Return what goes first of a device, after a look for new candidates if it is time.
+
+        None: that takes a look for more, see :meth:`of`.
+        """
         leaves = self._leaves.count(device)
         if not leaves:
             return None
+        if device >= len(self._candidates):
+            self._add_devices(device)
         turns, born, idle, children = self._turn, self._born, self._idle, self._children
-        candidates, begin = self._candidates[device], self._begin[device]
-        place = begin
+        candidates, place = self._candidates[device], self._begin[device]
+        left = self._leaves_left[device] + place
         while place < len(candidates):
             _, row, since = candidates[place]
             if idle[row] and not children[row] and born[turns[row]] == since:
                 break
             place += 1
-        left = self._leaves_left[device] - (place - begin)
+        left -= place
         if self.requests >= self._resample_at[device] or left <= 0:
             drawn = min(max(_SAMPLE, leaves // _LEAVES_FOR_A_SAMPLED_ONE), _LARGEST_SAMPLE)
             self._candidates[device] = candidates = self._sample(device, [], drawn, _KEPT)
@@ -192,8 +192,11 @@ class SampledRanking:
             return None  # others may be cheaper than what is exposed
         return min(candidates[place], exposed[0]) if exposed else candidates[place]
 
-    def _rank(self, device: int) -> Iterator[tuple[float, int]]:
-        """Yield worth and row of the victims of a device: the cheapest candidate, then up its chain."""
+    def _rank(self, device: int, rows: list[int], worths: list[float]) -> Iterator[None]:
+        """Append row and worth of the victims of a device: the cheapest candidate, then up its chain.
+
+        Some go in at a time, since going on after a pause costs as much as the next one of them.
+        """
         leaves = self._leaves.count(device)
         if not leaves:
             return
@@ -205,6 +208,7 @@ class SampledRanking:
         all_seen = False
         gone: set[int] = set()
         gone_children: dict[int, int] = {}
+        pause_at = _ROWS_AT_ONCE
         while True:
             if (left <= 0 or place == len(candidates)) and not all_seen:
                 # The longer the list, the more are drawn at once. What is left of the last sample is forgotten.
@@ -229,7 +233,8 @@ class SampledRanking:
             left -= 1
             while True:
                 gone.add(row)
-                yield worth, row
+                rows.append(row)
+                worths.append(worth)
                 above = parent[row]
                 if above < 0 or not idle[above] or devices[above] != device:
                     break
@@ -242,6 +247,9 @@ class SampledRanking:
                         heappush(exposed, (worth, above, since))
                         break
                 row = above
+            if len(rows) >= pause_at:
+                yield
+                pause_at = len(rows) + max(_ROWS_AT_ONCE, len(rows) // 4)
 
     def _sample(self, device: int, gone: list[int], count: int, share: float) -> list[Candidate]:
         """Return the share worth least of so many leaves that are drawn and not gone, in order."""
@@ -252,8 +260,8 @@ class SampledRanking:
                 self._leaves.keep(device, self._living(self._leaves.all(device)))
                 rows = self._leaves.draw(device, count, self._chance)
             else:
-                for row in np.unique(rows[~living]).tolist():
-                    self._leaves.discard(row, device)
+                for row in rows[~living].tolist():
+                    self._leaves.discard(row)
                 rows = rows[living]
         if gone:
             remaining = np.ones(len(self._idle), bool)

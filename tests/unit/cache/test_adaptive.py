@@ -215,11 +215,10 @@ def test_turns_are_exposed_alone_as_together() -> None:
         for number in range(40):
             hashes = [encode_block_id(10 * number + place) for place in range(1 + number % 4)]
             table.add(0, hashes, float(number), number % 3, number % GAPS, min(number % 2, len(hashes) - 1), 3)
-        table.now = 900.0
     alone, together = tables
     for turn in range(40):
         alone.expose(turn, int(age_level(900.0 - alone.born[turn])))
-    together.count_fresh()
+    together.count_fresh(900.0)
     assert alone.counted == together.counted
     for column in ("entered", "gains", "expected"):
         first, second = (getattr(table.hazards, column) for table in tables)
