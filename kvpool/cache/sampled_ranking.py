@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from functools import partial
 from heapq import heappop, heappush
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,9 +28,17 @@ _KEPT, _GO = 1 / 4, 3 / 32
 _REQUESTS_BETWEEN_SAMPLES = 1
 _LEAVES_FOR_A_REQUEST = 6
 """Where there are many leaves, a request changes less of what is worth least, and a sample serves longer."""
-_LARGER_THAN_GONE = 16
+_LARGER_THAN_GONE = 32
 _ROWS_AT_ONCE = 8
 _LEAST_BY = 16
+
+
+class Sample(NamedTuple):
+    """Columns of :data:`Candidate`."""
+
+    worths: NDArray[np.float64]
+    rows: NDArray[np.int32]
+    born: NDArray[np.float64]
 
 
 class Drawn:
@@ -177,7 +185,7 @@ class SampledRanking:
         left -= place
         if self.requests >= self._resample_at[device] or left <= 0:
             drawn = min(max(_SAMPLE, leaves // _LEAVES_FOR_A_SAMPLED_ONE), _LARGEST_SAMPLE)
-            self._candidates[device] = candidates = self._sample(device, [], drawn, _KEPT)
+            self._candidates[device] = candidates = _listed(self._sample(device, drawn, _KEPT))
             self._exposed[device] = []
             self._resample_at[device] = self.requests + max(_REQUESTS_BETWEEN_SAMPLES, leaves // _LEAVES_FOR_A_REQUEST)
             left, place = int(drawn * _GO), 0
@@ -197,42 +205,53 @@ class SampledRanking:
 
         Some go in at a time, since going on after a pause costs as much as the next one of them.
         """
-        leaves = self._leaves.count(device)
-        if not leaves:
+        if not self._leaves.count(device):
             return
         turns, born, kinds, idle = self._turn, self._born, self._kind, self._idle
         parent, children, devices = self._parent, self._children, self._device
         candidates, place, left = self._candidates[device], self._begin[device], self._leaves_left[device]
         exposed = self._exposed[device][:]  # and parents whose children are all among those that went
-        ends: list[int] = []  # leaves that went
+        leaves_gone = 0
         all_seen = False
-        gone: set[int] = set()
+        gone = bytearray(len(idle))  # by row
         gone_children: dict[int, int] = {}
         pause_at = _ROWS_AT_ONCE
         while True:
             if (left <= 0 or place == len(candidates)) and not all_seen:
                 # The longer the list, the more are drawn at once. What is left of the last sample is forgotten.
-                drawn = max(_SAMPLE, _LARGER_THAN_GONE * len(ends))
-                candidates, place = self._sample(device, ends, drawn, _GO), 0
-                if not candidates:
-                    drawn = leaves
-                    candidates = self._sample(device, ends, drawn, _GO)
-                    all_seen = not candidates
-                left = len(candidates)
-            if place == len(candidates) and not exposed:
-                return
-            if exposed and (place == len(candidates) or exposed[0] < candidates[place]):
-                worth, row, since = heappop(exposed)
-            else:
+                drawn = max(_SAMPLE, _LARGER_THAN_GONE * leaves_gone)
+                sample = self._sample(device, drawn, _GO, gone)
+                if not len(sample.rows):
+                    sample = self._sample(device, self._leaves.count(device), _GO, gone)
+                    all_seen = not len(sample.rows)
+                candidates, place, left = [], 0, len(sample.rows)
+                if not exposed and self._alone(sample.rows):
+                    leaves_gone += left
+                    left = 0
+                    np.frombuffer(gone, np.uint8)[sample.rows] = 1
+                    rows += sample.rows.tolist()
+                    worths += sample.worths.tolist()
+                else:
+                    candidates = _listed(sample)
+            if place < len(candidates) and not (exposed and exposed[0] < candidates[place]):
                 worth, row, since = candidates[place]
                 place += 1
-            if row in gone or not idle[row] or children[row] > gone_children.get(row, 0) or born[turns[row]] != since:
+            elif exposed:
+                worth, row, since = heappop(exposed)
+            elif all_seen:
+                return
+            else:
+                if len(rows) >= pause_at:
+                    yield
+                    pause_at = len(rows) + max(_ROWS_AT_ONCE, len(rows) // 4)
+                continue
+            if gone[row] or not idle[row] or children[row] > gone_children.get(row, 0) or born[turns[row]] != since:
                 continue
             if not children[row]:
-                ends.append(row)
+                leaves_gone += 1
             left -= 1
             while True:
-                gone.add(row)
+                gone[row] = 1
                 rows.append(row)
                 worths.append(worth)
                 above = parent[row]
@@ -251,8 +270,10 @@ class SampledRanking:
                 yield
                 pause_at = len(rows) + max(_ROWS_AT_ONCE, len(rows) // 4)
 
-    def _sample(self, device: int, gone: list[int], count: int, share: float) -> list[Candidate]:
-        """Return the share worth least of so many leaves that are drawn and not gone, in order."""
+    def _sample(self, device: int, count: int, share: float, gone: bytearray | None = None) -> Sample:
+        """Return the share worth least of so many leaves that are drawn, in order: if it is told which are gone, none
+        of them, and each of the others once.
+        """
         rows = self._leaves.draw(device, count, self._chance)
         living = self._living(rows)
         if not living.all():
@@ -263,19 +284,28 @@ class SampledRanking:
                 for row in rows[~living].tolist():
                     self._leaves.discard(row)
                 rows = rows[living]
-        if gone:
-            remaining = np.ones(len(self._idle), bool)
-            remaining[gone] = False
-            rows = rows[remaining[rows]]
+        if gone is not None:
+            rows = np.unique(rows[np.frombuffer(gone, np.uint8)[rows] == 0])
+            if count > _LARGEST_SAMPLE and 2 * count >= self._leaves.count(device):
+                share = _KEPT  # of all that there are
         worths, born = self._worths_of(rows)
         order = _least(worths, int(count * share))
-        return list(zip(worths[order].tolist(), rows[order].tolist(), born[order].tolist(), strict=True))
+        return Sample(worths[order], rows[order], born[order])
+
+    def _alone(self, rows: NDArray[np.int32]) -> bool:
+        """Whether nothing goes behind any of these leaves: none has a parent that may go."""
+        above = np.frombuffer(self._parent, np.int32)[rows]
+        return not np.frombuffer(self._idle, np.uint8)[above[above >= 0]].any()
 
     def _living(self, rows: NDArray[np.int32]) -> NDArray[np.bool_]:
         """Return which of these are leaves that may go."""
         idle, children = np.frombuffer(self._idle, np.uint8), np.frombuffer(self._children, np.uint32)
         living: NDArray[np.bool_] = (idle[rows] != 0) & (children[rows] == 0)
         return living
+
+
+def _listed(sample: Sample) -> list[Candidate]:
+    return list(zip(sample.worths.tolist(), sample.rows.tolist(), sample.born.tolist(), strict=True))
 
 
 def _least(worths: NDArray[np.float64], count: int) -> NDArray[np.int64]:
