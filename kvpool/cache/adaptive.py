@@ -49,7 +49,7 @@ class Adaptive(CacheEvictionPolicy):
 
     def __init__(self, index: CacheIndex) -> None:
         self._index = index
-        self._parent, self._children = index.parent, index.children
+        self._parent, self._children, self._partition = index.parent, index.children, index.partition
         self._turn = array("i")  # by row, as are the next three
         self._kind = array("B")
         self._uses = array("I")
@@ -58,10 +58,11 @@ class Adaptive(CacheEvictionPolicy):
         self._turns = TurnTable(self._hazards)
         self._clock = RequestClock()
         self._ranking = SampledRanking(
-            index, self._turn, self._kind, self._idle, self._turns.born, self._worth_of, self._worths_of
+            index, self._clock, self._turn, self._kind, self._idle, self._turns.born, self._worth_of, self._worths_of
         )
         self._rebuilt_at = self._swept_at = (0, 0)  # requests and blocks
-        self._due_blocks = 0  # of all requests, before which neither is due
+        self._blocks = 0  # of all requests so far
+        self._due_blocks = 0  # of them, before which neither is due
         self._space = -1
         self._hashes: Sequence[BlockHash] = ()  # of the request whose turn was asked for last
         self._latest = NO_TURN
@@ -79,9 +80,7 @@ class Adaptive(CacheEvictionPolicy):
     def evictable(self, rows: Sequence[int], now: float) -> None:
         ranking = self._ranking
         ranking.version += 1
-        children, turns, idle, kinds, partitions = (
-            self._children, self._turn, self._idle, self._kind, self._index.partition,
-        )  # fmt: skip
+        children, turns, idle, kinds, partitions = self._children, self._turn, self._idle, self._kind, self._partition
         for row in rows:
             if turns[row] < 0:
                 self._adopt(rows, now)
@@ -226,24 +225,25 @@ class Adaptive(CacheEvictionPolicy):
         """Begin the turn of a request: find its session, learn from what it hits, and take that over."""
         if not hashes:
             return
-        ranking = self._ranking
-        ranking.version += 1
-        ranking.requests += 1
-        ranking.blocks = blocks = ranking.blocks + len(hashes)
+        self._ranking.version += 1
+        self._blocks += len(hashes)
         clock = self._clock.advance(now)
         if len(hashes) == 1:
             turn = self._begin_block(space, hashes, rows, clock)
         else:
             turn = self._begin_chain(space, hashes, rows, clock)
         self._space, self._hashes, self._latest = space, hashes, turn
-        if blocks >= self._due_blocks:
+        if self._blocks >= self._due_blocks:
             self._keep_up()
 
     def answered(
         self, space: int, hashes: Sequence[BlockHash], rows: Sequence[int], output_tokens: int, now: float
     ) -> None:
         self._ranking.version += 1
-        self._turns.set_output(self._turn_of(space, hashes, rows, now), output_tokens)
+        # Within one decision, here and below: the turn was found before.
+        known = hashes is self._hashes and space == self._space
+        turn = self._latest if known else self._turn_of(space, hashes, rows, now)
+        self._turns.set_output(turn, output_tokens)
 
     def admit(
         self,
@@ -256,7 +256,8 @@ class Adaptive(CacheEvictionPolicy):
         now: float,
     ) -> int:
         table, ranking, sizes = self._turns, self._ranking, self._index.size_bytes
-        turn = self._turn_of(space, hashes, rows, now)
+        known = hashes is self._hashes and space == self._space
+        turn = self._latest if known else self._turn_of(space, hashes, rows, now)
         missing = len(hashes) - len(rows)
         doubt = 1.0 if table.number[turn] else _DOUBT
         base, factors, worths = table.base[turn], self._hazards.factors, self._hazards.worths  # at age 0
@@ -280,18 +281,18 @@ class Adaptive(CacheEvictionPolicy):
         return missing
 
     def stored(self, space: int, hashes: Sequence[BlockHash], rows: Sequence[int], now: float) -> None:
-        turn = self._turn_of(space, hashes, (), now)
+        known = hashes is self._hashes and space == self._space
+        turn = self._latest if known else self._turn_of(space, hashes, (), now)
         turns, kinds, uses = self._turn, self._kind, self._uses
+        kind = BODY if len(hashes) > 1 else TAIL
         for row in rows:
             turns[row] = turn
-            kinds[row] = BODY
+            kinds[row] = kind
             uses[row] = 1
         self._turns.held[turn] += len(rows)
 
     def _turn_of(self, space: int, hashes: Sequence[BlockHash], rows: Sequence[int], now: float) -> int:
         """Return the turn of a request, begun if nobody looked its chain up."""
-        if hashes is self._hashes and space == self._space:  # within one decision: the turn was found before
-            return self._latest
         turn = self._turns.anchored(space, hashes[-1])
         if turn < 0 or self._turns.last[turn] != hashes[-1]:
             self.looked_up(space, hashes, rows, now)
@@ -419,7 +420,7 @@ class Adaptive(CacheEvictionPolicy):
 
     def _keep_up(self) -> None:
         """Do a part of what has to be done now and then."""
-        requests, blocks = self._clock.requests, self._ranking.blocks
+        requests, blocks = self._clock.requests, self._blocks
         # More often at first, when each request changes more of what is known.
         rebuild_requests = min(_REBUILD_REQUESTS, 4 + requests // 8)
         rebuild_blocks = min(_REBUILD_BLOCKS, 40 + blocks // 8)

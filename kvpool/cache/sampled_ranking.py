@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpool.cache.leaf_sets import LeafSets
+from kvpool.cache.request_clock import RequestClock
 
 if TYPE_CHECKING:
     from kvpool.cache.index import CacheIndex
@@ -74,6 +75,19 @@ class Drawn:
             place += 1
 
 
+class _Ranked:
+    """What is known of the order among the leaves of one device."""
+
+    __slots__ = ("begin", "candidates", "exposed", "left", "resample_at")
+
+    def __init__(self) -> None:
+        self.candidates: list[Candidate] = []  # of the last sample, in order
+        self.begin = 0  # where those begin that have not gone
+        self.left = 0  # candidates that may go before the next sample
+        self.resample_at = 0  # count of requests
+        self.exposed: list[Candidate] = []  # a heap of leaves that were parents at the last sample
+
+
 class SampledRanking:
     """Ranks the leaves of each device by worth, from samples of them.
 
@@ -87,6 +101,8 @@ class SampledRanking:
     ----------
     index
         For its chains and devices.
+    clock
+        Which counts requests.
     turns, kinds, idle
         By row: the turn and kind by which it is worth something; whether it may go.
     born
@@ -98,6 +114,7 @@ class SampledRanking:
     def __init__(
         self,
         index: CacheIndex,
+        clock: RequestClock,
         turns: array[int],
         kinds: array[int],
         idle: array[int],
@@ -108,23 +125,19 @@ class SampledRanking:
         self._parent, self._children, self._device = index.parent, index.children, index.partition
         self._turn, self._kind, self._idle, self._born = turns, kinds, idle, born
         self._worth_of, self._worths_of = worth_of, worths_of
+        self._clock = clock
         self._chance = np.random.default_rng(index.seed)
         self._leaves = LeafSets()
         self.add = self._leaves.add
         """Add a row that is a leaf from now on, by its device; it may be in."""
         self.discard = self._leaves.discard
         """Take a row out, which may not be in."""
-        self._candidates: list[list[Candidate]] = []  # by device: of the last sample, in order
-        self._begin: list[int] = []  # by device: where those begin that have not gone
-        self._exposed: list[list[Candidate]] = []  # by device: heaps of leaves that were parents at the last sample
-        self._resample_at: list[int] = []  # by device: count of blocks
-        self._leaves_left: list[int] = []  # by device: candidates that may go before the next sample
+        self._ranked: list[_Ranked] = []  # by device
         self._known: dict[int, Drawn] = {}
         self.version = 0
         """Of everything that an answer depends on."""
-        self.requests = 0
-        self.blocks = 0
-        """Blocks of all requests so far."""
+        self._asked: tuple[int, int] = (-1, -1)  # version and device that :meth:`first` was asked for last
+        self._answer: Candidate | None = None
 
     @property
     def devices(self) -> range:
@@ -135,21 +148,16 @@ class SampledRanking:
         """Make room for row numbers below ``rows``."""
         self._leaves.grow(rows)
 
-    def _add_devices(self, last: int) -> None:
-        while last >= len(self._candidates):
-            self._candidates.append([])
-            self._begin.append(0)
-            self._exposed.append([])
-            self._resample_at.append(0)
-            self._leaves_left.append(0)
+    def _ranked_of(self, device: int) -> _Ranked:
+        while device >= len(self._ranked):
+            self._ranked.append(_Ranked())
+        return self._ranked[device]
 
     def expose(self, row: int) -> None:
         """Add a leaf that was a parent until now: it may go right behind its last child."""
         device = self._device[row]
         self._leaves.add(row, device)
-        if device >= len(self._exposed):
-            self._add_devices(device)
-        heappush(self._exposed[device], (self._worth_of(row), row, self._born[self._turn[row]]))
+        heappush(self._ranked_of(device).exposed, (self._worth_of(row), row, self._born[self._turn[row]]))
 
     def sift(self) -> None:
         """Put all out that are no leaves any more."""
@@ -169,36 +177,39 @@ class SampledRanking:
 
         None: that takes a look for more, see :meth:`of`.
         """
-        leaves = self._leaves.count(device)
-        if not leaves:
-            return None
-        if device >= len(self._candidates):
-            self._add_devices(device)
+        asked = self.version, device
+        if asked == self._asked:
+            return self._answer
+        ranked = self._ranked[device] if device < len(self._ranked) else self._ranked_of(device)
         turns, born, idle, children = self._turn, self._born, self._idle, self._children
-        candidates, place = self._candidates[device], self._begin[device]
-        left = self._leaves_left[device] + place
+        candidates, place = ranked.candidates, ranked.begin
+        left = ranked.left + place
         while place < len(candidates):
             _, row, since = candidates[place]
             if idle[row] and not children[row] and born[turns[row]] == since:
                 break
             place += 1
         left -= place
-        if self.requests >= self._resample_at[device] or left <= 0:
+        if self._clock.requests >= ranked.resample_at or left <= 0:
+            leaves = self._leaves.count(device)
             drawn = min(max(_SAMPLE, leaves // _LEAVES_FOR_A_SAMPLED_ONE), _LARGEST_SAMPLE)
-            self._candidates[device] = candidates = _listed(self._sample(device, drawn, _KEPT))
-            self._exposed[device] = []
-            self._resample_at[device] = self.requests + max(_REQUESTS_BETWEEN_SAMPLES, leaves // _LEAVES_FOR_A_REQUEST)
+            ranked.candidates = candidates = _listed(self._sample(device, drawn, _KEPT)) if leaves else []
+            ranked.exposed = []
+            ranked.resample_at = self._clock.requests + max(_REQUESTS_BETWEEN_SAMPLES, leaves // _LEAVES_FOR_A_REQUEST)
             left, place = int(drawn * _GO), 0
-        self._begin[device], self._leaves_left[device] = place, left
-        exposed = self._exposed[device]
+        ranked.begin, ranked.left = place, left
+        exposed = ranked.exposed
         while exposed:
             _, row, since = exposed[0]
             if idle[row] and not children[row] and born[turns[row]] == since:
                 break
             heappop(exposed)
         if place == len(candidates):
-            return None  # others may be cheaper than what is exposed
-        return min(candidates[place], exposed[0]) if exposed else candidates[place]
+            found = None  # others may be cheaper than what is exposed
+        else:
+            found = min(candidates[place], exposed[0]) if exposed else candidates[place]
+        self._asked, self._answer = asked, found
+        return found
 
     def _rank(self, device: int, rows: list[int], worths: list[float]) -> Iterator[None]:
         """Append row and worth of the victims of a device: the cheapest candidate, then up its chain.
@@ -209,8 +220,9 @@ class SampledRanking:
             return
         turns, born, kinds, idle = self._turn, self._born, self._kind, self._idle
         parent, children, devices = self._parent, self._children, self._device
-        candidates, place, left = self._candidates[device], self._begin[device], self._leaves_left[device]
-        exposed = self._exposed[device][:]  # and parents whose children are all among those that went
+        ranked = self._ranked_of(device)
+        candidates, place, left = ranked.candidates, ranked.begin, ranked.left
+        exposed = ranked.exposed[:]  # and parents whose children are all among those that went
         leaves_gone = 0
         all_seen = False
         gone = bytearray(len(idle))  # by row

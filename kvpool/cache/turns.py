@@ -81,7 +81,8 @@ class TurnTable:
 
     def set_output(self, turn: int, tokens: int) -> None:
         """Say how long the answer was."""
-        self.level[turn] = self.level[turn] // LEVELS * LEVELS + min(tokens.bit_length(), LEVELS - 1)
+        digits = tokens.bit_length()
+        self.level[turn] = self.level[turn] // LEVELS * LEVELS + (digits if digits < LEVELS else LEVELS - 1)
 
     def deepest(self, space: int, hashes: Sequence[BlockHash], resident: int) -> tuple[int, int]:
         """Return the turn whose anchor lies deepest among the hashes behind the first ``resident``, and its depth."""
