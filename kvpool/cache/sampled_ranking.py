@@ -78,11 +78,10 @@ class Drawn:
 class _Ranked:
     """What is known of the order among the leaves of one device."""
 
-    __slots__ = ("begin", "candidates", "exposed", "left", "resample_at")
+    __slots__ = ("candidates", "exposed", "left", "resample_at")
 
     def __init__(self) -> None:
-        self.candidates: list[Candidate] = []  # of the last sample, in order
-        self.begin = 0  # where those begin that have not gone
+        self.candidates: list[Candidate] = []  # of the last sample, what goes first at the end
         self.left = 0  # candidates that may go before the next sample
         self.resample_at = 0  # count of requests
         self.exposed: list[Candidate] = []  # a heap of leaves that were parents at the last sample
@@ -136,7 +135,7 @@ class SampledRanking:
         self._known: dict[int, Drawn] = {}
         self.version = 0
         """Of everything that an answer depends on."""
-        self._asked: tuple[int, int] = (-1, -1)  # version and device that :meth:`first` was asked for last
+        self._asked = self._asked_device = -1  # version and device for which :meth:`first` was asked last
         self._answer: Candidate | None = None
 
     @property
@@ -177,39 +176,40 @@ class SampledRanking:
 
         None: that takes a look for more, see :meth:`of`.
         """
-        asked = self.version, device
-        if asked == self._asked:
+        if self._asked == self.version and self._asked_device == device:
             return self._answer
         ranked = self._ranked[device] if device < len(self._ranked) else self._ranked_of(device)
         turns, born, idle, children = self._turn, self._born, self._idle, self._children
-        candidates, place = ranked.candidates, ranked.begin
-        left = ranked.left + place
-        while place < len(candidates):
-            _, row, since = candidates[place]
+        candidates = ranked.candidates
+        while candidates:
+            _, row, since = candidates[-1]
             if idle[row] and not children[row] and born[turns[row]] == since:
                 break
-            place += 1
-        left -= place
-        if self._clock.requests >= ranked.resample_at or left <= 0:
-            leaves = self._leaves.count(device)
-            drawn = min(max(_SAMPLE, leaves // _LEAVES_FOR_A_SAMPLED_ONE), _LARGEST_SAMPLE)
-            ranked.candidates = candidates = _listed(self._sample(device, drawn, _KEPT)) if leaves else []
-            ranked.exposed = []
-            ranked.resample_at = self._clock.requests + max(_REQUESTS_BETWEEN_SAMPLES, leaves // _LEAVES_FOR_A_REQUEST)
-            left, place = int(drawn * _GO), 0
-        ranked.begin, ranked.left = place, left
+            candidates.pop()
+            ranked.left -= 1
+        if self._clock.requests >= ranked.resample_at or ranked.left <= 0:
+            self._look(device, ranked)
+            candidates = ranked.candidates
         exposed = ranked.exposed
         while exposed:
             _, row, since = exposed[0]
             if idle[row] and not children[row] and born[turns[row]] == since:
                 break
             heappop(exposed)
-        if place == len(candidates):
-            found = None  # others may be cheaper than what is exposed
-        else:
-            found = min(candidates[place], exposed[0]) if exposed else candidates[place]
-        self._asked, self._answer = asked, found
+        found = candidates[-1] if candidates else None  # others may be cheaper than what is exposed
+        if exposed and found is not None and exposed[0] < found:
+            found = exposed[0]
+        self._asked, self._asked_device, self._answer = self.version, device, found
         return found
+
+    def _look(self, device: int, ranked: _Ranked) -> None:
+        """Draw new candidates."""
+        leaves = self._leaves.count(device)
+        drawn = min(max(_SAMPLE, leaves // _LEAVES_FOR_A_SAMPLED_ONE), _LARGEST_SAMPLE)
+        ranked.candidates = _listed(self._sample(device, drawn, _KEPT)) if leaves else []
+        ranked.left = int(drawn * _GO)
+        ranked.resample_at = self._clock.requests + max(_REQUESTS_BETWEEN_SAMPLES, leaves // _LEAVES_FOR_A_REQUEST)
+        ranked.exposed = []
 
     def _rank(self, device: int, rows: list[int], worths: list[float]) -> Iterator[None]:
         """Append row and worth of the victims of a device: the cheapest candidate, then up its chain.
@@ -221,7 +221,7 @@ class SampledRanking:
         turns, born, kinds, idle = self._turn, self._born, self._kind, self._idle
         parent, children, devices = self._parent, self._children, self._device
         ranked = self._ranked_of(device)
-        candidates, place, left = ranked.candidates, ranked.begin, ranked.left
+        candidates, left = ranked.candidates[:], ranked.left
         exposed = ranked.exposed[:]  # and parents whose children are all among those that went
         leaves_gone = 0
         all_seen = False
@@ -229,14 +229,14 @@ class SampledRanking:
         gone_children: dict[int, int] = {}
         pause_at = _ROWS_AT_ONCE
         while True:
-            if (left <= 0 or place == len(candidates)) and not all_seen:
+            if (left <= 0 or not candidates) and not all_seen:
                 # The longer the list, the more are drawn at once. What is left of the last sample is forgotten.
                 drawn = max(_SAMPLE, _LARGER_THAN_GONE * leaves_gone)
                 sample = self._sample(device, drawn, _GO, gone)
                 if not len(sample.rows):
                     sample = self._sample(device, self._leaves.count(device), _GO, gone)
                     all_seen = not len(sample.rows)
-                candidates, place, left = [], 0, len(sample.rows)
+                candidates, left = [], len(sample.rows)
                 if not exposed and self._alone(sample.rows):
                     leaves_gone += left
                     left = 0
@@ -245,9 +245,8 @@ class SampledRanking:
                     worths += sample.worths.tolist()
                 else:
                     candidates = _listed(sample)
-            if place < len(candidates) and not (exposed and exposed[0] < candidates[place]):
-                worth, row, since = candidates[place]
-                place += 1
+            if candidates and not (exposed and exposed[0] < candidates[-1]):
+                worth, row, since = candidates.pop()
             elif exposed:
                 worth, row, since = heappop(exposed)
             elif all_seen:
@@ -274,7 +273,7 @@ class SampledRanking:
                     break
                 if turns[above] != turns[row] or kinds[above] != kinds[row]:
                     worth, since = self._worth_of(above), born[turns[above]]
-                    if place < len(candidates) and candidates[place][0] < worth:
+                    if candidates and candidates[-1][0] < worth:
                         heappush(exposed, (worth, above, since))
                         break
                 row = above
@@ -317,7 +316,8 @@ class SampledRanking:
 
 
 def _listed(sample: Sample) -> list[Candidate]:
-    return list(zip(sample.worths.tolist(), sample.rows.tolist(), sample.born.tolist(), strict=True))
+    """Return the candidates of a sample, what goes first at the end."""
+    return list(zip(*(column[::-1].tolist() for column in sample), strict=True))
 
 
 def _least(worths: NDArray[np.float64], count: int) -> NDArray[np.int64]:
