@@ -24,8 +24,9 @@ Worths = Callable[[NDArray[np.int32]], tuple[NDArray[np.float64], NDArray[np.flo
 
 _SAMPLE, _LARGEST_SAMPLE = 512, 1024
 _LEAVES_FOR_A_SAMPLED_ONE = 4
-_KEPT, _GO = 1 / 4, 3 / 32
-"""Shares of a sample that are remembered, and that go before the next one is drawn."""
+_KEPT, _GO, _GO_ALONE = 1 / 4, 3 / 32, 3 / 16
+"""Shares of a sample that are remembered, and that go before the next one is drawn: several at once, and one by one,
+where a sample costs more than what it is drawn for."""
 _REQUESTS_BETWEEN_SAMPLES = 1
 _LEAVES_FOR_A_REQUEST = 6
 """Where there are many leaves, a request changes less of what is worth least, and a sample serves longer."""
@@ -78,11 +79,12 @@ class Drawn:
 class _Ranked:
     """What is known of the order among the leaves of one device."""
 
-    __slots__ = ("candidates", "exposed", "left", "resample_at")
+    __slots__ = ("candidates", "exposed", "left", "resample_at", "spare")
 
     def __init__(self) -> None:
         self.candidates: list[Candidate] = []  # of the last sample, what goes first at the end
         self.left = 0  # candidates that may go before the next sample
+        self.spare = 0  # those of them that may go only if all go one by one
         self.resample_at = 0  # count of requests
         self.exposed: list[Candidate] = []  # a heap of leaves that were parents at the last sample
 
@@ -207,7 +209,8 @@ class SampledRanking:
         leaves = self._leaves.count(device)
         drawn = min(max(_SAMPLE, leaves // _LEAVES_FOR_A_SAMPLED_ONE), _LARGEST_SAMPLE)
         ranked.candidates = _listed(self._sample(device, drawn, _KEPT)) if leaves else []
-        ranked.left = int(drawn * _GO)
+        ranked.left = int(drawn * _GO_ALONE)
+        ranked.spare = ranked.left - int(drawn * _GO)
         ranked.resample_at = self._clock.requests + max(_REQUESTS_BETWEEN_SAMPLES, leaves // _LEAVES_FOR_A_REQUEST)
         ranked.exposed = []
 
@@ -221,6 +224,8 @@ class SampledRanking:
         turns, born, kinds, idle = self._turn, self._born, self._kind, self._idle
         parent, children, devices = self._parent, self._children, self._device
         ranked = self._ranked_of(device)
+        ranked.left -= ranked.spare
+        ranked.spare = 0
         candidates, left = ranked.candidates[:], ranked.left
         exposed = ranked.exposed[:]  # and parents whose children are all among those that went
         leaves_gone = 0
@@ -229,7 +234,7 @@ class SampledRanking:
         gone_children: dict[int, int] = {}
         pause_at = _ROWS_AT_ONCE
         while True:
-            if (left <= 0 or not candidates) and not all_seen:
+            if ((left <= 0 and rows) or not candidates) and not all_seen:  # what :meth:`first` found goes first here
                 # The longer the list, the more are drawn at once. What is left of the last sample is forgotten.
                 drawn = max(_SAMPLE, _LARGER_THAN_GONE * leaves_gone)
                 sample = self._sample(device, drawn, _GO, gone)
