@@ -44,8 +44,8 @@ class Adaptive(CacheEvictionPolicy):
     is the best rate of hits it promises. The victim is the leaf worth least among some hundred that are drawn; new
     blocks that are worth less than the victims they would need are not admitted.
 
-    Costs 14 bytes a row, and about 250 bytes for each turn with resident blocks or among the latest (as many of these
-    as there are resident blocks, at least 256, and up to an eighth more for a while).
+    Costs 18 bytes a row, and about 250 bytes for each turn with resident blocks or among the latest (as many of these
+    as there are resident blocks, at least 256, and some hundred more for a while, or as many as went at once).
     """
 
     def __init__(self, index: CacheIndex) -> None:
