@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Sequence
 from heapq import merge
-from operator import itemgetter
+from math import inf
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,13 +17,14 @@ from kvpool.cache.hazard import GAPS, KINDS, WIDTH, Floats, HazardTable, age_lev
 from kvpool.cache.key import BlockHash
 from kvpool.cache.request_clock import RequestClock
 from kvpool.cache.sampled_ranking import SampledRanking
+from kvpool.cache.table import NO_ROW
 from kvpool.cache.turns import BODY, CONTINUED, NO_TURN, OLD, SHARED, TAIL, TurnTable
+from kvpool.errors import ensure
 
 if TYPE_CHECKING:
     from kvpool.cache.index import CacheIndex
 
 _REBUILD_REQUESTS, _REBUILD_BLOCKS = 50, 2000
-_DROP_REQUESTS = 32
 _MANY = 512
 _DOUBT = 0.7
 """By what the worth of a session's first turn is multiplied when it is to be admitted: less is known of it than of what
@@ -43,13 +44,13 @@ class Adaptive(CacheEvictionPolicy):
     is the best rate of hits it promises. The victim is the leaf worth least among some hundred that are drawn; new
     blocks that are worth less than the victims they would need are not admitted.
 
-    Costs 14 bytes a row, and about 250 bytes for each turn with resident blocks or among the latest (as many of these
-    as there are resident blocks, at least 256, and up to an eighth more for a while).
+    Costs 18 bytes a row, and about 250 bytes for each turn with resident blocks or among the latest (as many of these
+    as there are resident blocks, at least 256, and some hundred more for a while, or as many as went at once).
     """
 
     def __init__(self, index: CacheIndex) -> None:
         self._index = index
-        self._parent, self._children = index.parent, index.children
+        self._parent, self._children, self._partition = index.parent, index.children, index.partition
         self._turn = array("i")  # by row, as are the next three
         self._kind = array("B")
         self._uses = array("I")
@@ -58,10 +59,11 @@ class Adaptive(CacheEvictionPolicy):
         self._turns = TurnTable(self._hazards)
         self._clock = RequestClock()
         self._ranking = SampledRanking(
-            index, self._turn, self._kind, self._idle, self._turns.born, self._worth_of, self._worths_of
+            index, self._clock, self._turn, self._kind, self._idle, self._turns.born, self._worth_of, self._worths_of
         )
         self._rebuilt_at = self._swept_at = (0, 0)  # requests and blocks
-        self._due_blocks = 0  # of all requests, before which neither is due
+        self._blocks = 0  # of all requests so far
+        self._due_blocks = 0  # of them, before which neither is due
         self._space = -1
         self._hashes: Sequence[BlockHash] = ()  # of the request whose turn was asked for last
         self._latest = NO_TURN
@@ -79,7 +81,7 @@ class Adaptive(CacheEvictionPolicy):
     def evictable(self, rows: Sequence[int], now: float) -> None:
         ranking = self._ranking
         ranking.version += 1
-        children, turns, idle, kinds, place = self._children, self._turn, self._idle, self._kind, ranking.place
+        children, turns, idle, kinds, partitions = self._children, self._turn, self._idle, self._kind, self._partition
         for row in rows:
             if turns[row] < 0:
                 self._adopt(rows, now)
@@ -87,8 +89,7 @@ class Adaptive(CacheEvictionPolicy):
             if not children[row]:
                 if kinds[row] == BODY and self._index.key_of(row) == self._turns.last[turns[row]]:
                     kinds[row] = TAIL
-                if place[row] < 0:
-                    ranking.add(row)
+                ranking.add(row, partitions[row])
 
     def taken(self, rows: Sequence[int], now: float) -> None:
         self._ranking.version += 1
@@ -105,20 +106,23 @@ class Adaptive(CacheEvictionPolicy):
         if len(rows) >= _MANY:
             self._removed_many(np.array(rows, np.int64))
             return
-        idle, turns, parent, children = self._idle, self._turn, self._parent, self._children
-        held, queued, place = table.held, table.queued, ranking.place
+        idle, turns, parent, children, held = self._idle, self._turn, self._parent, self._children, table.held
         for row in rows:
             idle[row] = 0
-            if place[row] >= 0:
-                ranking.discard(row)
             turn = turns[row]
             if turn >= 0:
                 turns[row] = NO_TURN
                 held[turn] = left = held[turn] - 1
-                if not left and not queued[turn]:
-                    table.forget_if_gone(turn)
-        for row in rows:  # once all are out, so that parents that went in the same batch do not become leaves
-            above = parent[row]
+                if not left:
+                    table.bereave(turn)
+        if len(rows) == 1:  # its row is the next to be given out, mostly for a leaf again: it stays in the set
+            above = parent[rows[0]]
+            if above >= 0 and idle[above] and not children[above]:
+                ranking.expose(above)
+            return
+        for row in rows:
+            ranking.discard(row)
+            above = parent[row]  # all are out by now, so that parents that went in the same batch do not become leaves
             if above >= 0 and idle[above] and not children[above]:
                 ranking.expose(above)
 
@@ -127,14 +131,13 @@ class Adaptive(CacheEvictionPolicy):
         idle, turns = np.frombuffer(self._idle, np.uint8), np.frombuffer(self._turn, np.int32)
         idle[rows] = 0
         self._ranking.sift()
-        touched, counts = np.unique(turns[rows], return_counts=True)
+        counts = np.bincount(turns[rows] + 1, minlength=1)
         turns[rows] = NO_TURN
-        if touched[0] < 0:
-            touched, counts = touched[1:], counts[1:]
-        np.frombuffer(self._turns.held, np.int32)[touched] -= counts.astype(np.int32)
-        self._turns.forget_those_gone(touched.astype(np.int64))
-        above = np.unique(np.frombuffer(self._parent, np.int32)[rows])
-        above = above[above >= 0]
+        touched = np.flatnonzero(counts[1:])
+        np.frombuffer(self._turns.held, np.int32)[touched] -= counts[touched + 1].astype(np.int32)
+        self._turns.bereave_all(touched)
+        above = np.frombuffer(self._parent, np.int32)[rows]
+        above = np.unique(above[above >= 0])
         bare = (idle[above] != 0) & (np.frombuffer(self._children, np.uint32)[above] == 0)
         for row in above[bare].tolist():
             self._ranking.expose(row)
@@ -148,7 +151,7 @@ class Adaptive(CacheEvictionPolicy):
                 run.reverse()
                 hashes = [self._index.key_of(one) or b"" for one in run]
                 space = self._index.space_of(run[0])
-                self._begin(space, hashes, (), now)
+                self.looked_up(space, hashes, (), now)
                 self.stored(space, hashes, run, now)
                 run = []
             if row >= 0 and turns[row] < 0:
@@ -157,11 +160,30 @@ class Adaptive(CacheEvictionPolicy):
     # -- victims --------------------------------------------------------------------------------------------------
 
     def victim(self) -> int:
-        firsts = [next(iter(self._ranking.of(device)), None) for device in self._ranking.devices]
-        return min((first for first in firsts if first is not None), default=(0.0, -1))[1]
+        best = (inf, NO_ROW)
+        for device in self._ranking.devices:
+            first = self._ranking.first(device)
+            best = min(best, first[:2] if first is not None else next(iter(self._ranking.of(device)), best))
+        return best[1]
 
     def victims(self, device: int) -> Iterator[int]:
-        return map(itemgetter(1), self._ranking.of(device))
+        ranking = self._ranking
+        first = ranking.first(device)
+        place = 0
+        if first is not None:  # mostly that is all that is asked for
+            yield first[1]
+            place = 1
+        drawn = ranking.of(device)
+        rows = drawn.rows
+        while True:
+            if place >= len(rows):
+                drawn.more()
+                if place >= len(rows):
+                    return
+            if first is not None and rows[0] != first[1]:
+                ensure(False, "two answers on what goes first", row=first[1], drawn=rows[0])
+            yield from rows[place:]
+            place = len(rows)
 
     def worth(self, row: int) -> float:
         return self._worth_of(row)
@@ -203,14 +225,28 @@ class Adaptive(CacheEvictionPolicy):
     # -- requests -------------------------------------------------------------------------------------------------
 
     def looked_up(self, space: int, hashes: Sequence[BlockHash], rows: Sequence[int], now: float) -> None:
-        if hashes:
-            self._begin(space, hashes, rows, now)
+        """Begin the turn of a request: find its session, learn from what it hits, and take that over."""
+        if not hashes:
+            return
+        self._ranking.version += 1
+        self._blocks += len(hashes)
+        clock = self._clock.advance(now)
+        if len(hashes) == 1:
+            turn = self._begin_block(space, hashes, rows, clock)
+        else:
+            turn = self._begin_chain(space, hashes, rows, clock)
+        self._space, self._hashes, self._latest = space, hashes, turn
+        if self._blocks >= self._due_blocks:
+            self._keep_up()
 
     def answered(
         self, space: int, hashes: Sequence[BlockHash], rows: Sequence[int], output_tokens: int, now: float
     ) -> None:
         self._ranking.version += 1
-        self._turns.set_output(self._turn_of(space, hashes, rows, now), output_tokens)
+        # Within one decision, here and below: the turn was found before.
+        known = hashes is self._hashes and space == self._space
+        turn = self._latest if known else self._turn_of(space, hashes, rows, now)
+        self._turns.set_output(turn, output_tokens)
 
     def admit(
         self,
@@ -222,20 +258,24 @@ class Adaptive(CacheEvictionPolicy):
         short: int,
         now: float,
     ) -> int:
-        turn = self._turn_of(space, hashes, rows, now)
+        table, ranking, sizes = self._turns, self._ranking, self._index.size_bytes
+        known = hashes is self._hashes and space == self._space
+        turn = self._latest if known else self._turn_of(space, hashes, rows, now)
         missing = len(hashes) - len(rows)
-        doubt = 1.0 if self._turns.number[turn] else _DOUBT
-        worth = doubt * self._worth(turn, TAIL, 0.0)
-        sizes = self._index.size_bytes
+        doubt = 1.0 if table.number[turn] else _DOUBT
+        base, factors, worths = table.base[turn], self._hazards.factors, self._hazards.worths  # at age 0
+        worth = doubt * worths[base + TAIL * WIDTH] * factors[table.level[turn]]
+        if missing == 1 == len(devices):
+            first = ranking.first(devices[0])
+            if first is not None and sizes[first[1]] >= short * size_bytes:
+                return int(worth >= first[0])
         left = float(short)
-        rankings = [self._ranking.of(device) for device in devices]
-        if missing == 1 == len(rankings) and (victim := rankings[0].first) and sizes[victim[1]] >= short * size_bytes:
-            return int(worth >= victim[0])
+        rankings = [ranking.of(device) for device in devices]
         for victim_worth, row in rankings[0] if len(rankings) == 1 else merge(*rankings):
             while left > 0 and missing and worth < victim_worth:  # tail first, as victims
                 left -= 1
                 missing -= 1
-                worth = doubt * self._worth(turn, BODY, 0.0)
+                worth = doubt * worths[base + BODY * WIDTH] * factors[table.level[turn]]
             if left <= 0 or not missing:
                 break
             left -= sizes[row] / size_bytes
@@ -244,58 +284,42 @@ class Adaptive(CacheEvictionPolicy):
         return missing
 
     def stored(self, space: int, hashes: Sequence[BlockHash], rows: Sequence[int], now: float) -> None:
-        turn = self._turn_of(space, hashes, (), now)
+        known = hashes is self._hashes and space == self._space
+        turn = self._latest if known else self._turn_of(space, hashes, (), now)
         turns, kinds, uses = self._turn, self._kind, self._uses
+        kind = BODY if len(hashes) > 1 else TAIL
         for row in rows:
             turns[row] = turn
-            kinds[row] = BODY
+            kinds[row] = kind
             uses[row] = 1
         self._turns.held[turn] += len(rows)
 
     def _turn_of(self, space: int, hashes: Sequence[BlockHash], rows: Sequence[int], now: float) -> int:
         """Return the turn of a request, begun if nobody looked its chain up."""
-        if hashes is self._hashes and space == self._space:  # within one decision: the turn was found before
-            return self._latest
         turn = self._turns.anchored(space, hashes[-1])
         if turn < 0 or self._turns.last[turn] != hashes[-1]:
-            return self._begin(space, hashes, rows, now)
+            self.looked_up(space, hashes, rows, now)
+            return self._latest
         self._space, self._hashes, self._latest = space, hashes, turn
         return turn
 
-    def _begin(self, space: int, hashes: Sequence[BlockHash], rows: Sequence[int], now: float) -> int:
-        """Begin the turn of a request: find its session, learn from what it hits, and take that over."""
-        ranking, table = self._ranking, self._turns
-        ranking.version += 1
-        ranking.blocks += len(hashes)
-        ranking.requests += 1
-        clock = self._clock.advance(now)
-        if len(hashes) > 1:
-            turn = self._begin_chain(space, hashes, rows, clock)
-        else:
-            turn = self._turn[rows[0]] if rows else table.anchored(space, hashes[0])
-            if turn < 0 and not rows:
-                turn = table.add(space, hashes, clock, 0, 0, 0, 1)
-            elif turn >= 0 and table.blocks[turn] == 1 and table.last[turn] == hashes[0]:
-                table.repeat(
-                    turn, clock, self._use_again(rows[0], table.number[turn] + 1) if rows else 0, 1 - len(rows)
-                )
-            else:
-                turn = self._begin_chain(space, hashes, rows, clock)
-        self._space, self._hashes, self._latest = space, hashes, turn
-        if ranking.blocks >= self._due_blocks:
-            self._keep_up()
-        if not self._clock.requests % _DROP_REQUESTS:  # some of them at once
-            table.drop_ghosts(len(self._index))
+    def _begin_block(self, space: int, hashes: Sequence[BlockHash], rows: Sequence[int], clock: float) -> int:
+        """:meth:`_begin_chain` for a prompt of one block."""
+        table = self._turns
+        block_hash = hashes[0]
+        turn = self._turn[rows[0]] if rows else table.anchored(space, block_hash)
+        if turn < 0:
+            return table.add_block(space, block_hash, clock)
+        if table.blocks[turn] > 1 or table.last[turn] != block_hash:
+            return self._begin_chain(space, hashes, rows, clock)
+        shared = 0
+        if rows:
+            row = rows[0]
+            self._uses[row] = used = self._uses[row] + 1
+            shared = int(used > table.number[turn] + 2)
+            self._kind[row] = SHARED if shared else TAIL
+        table.repeat(turn, clock, shared, 1 - len(rows))
         return turn
-
-    def _use_again(self, row: int, number: int) -> int:
-        """Count the use of a row that is the whole prompt of its turn; returns how many are shared now."""
-        self._uses[row] = used = self._uses[row] + 1
-        if used > number + 1:
-            self._kind[row] = SHARED
-            return 1
-        self._kind[row] = TAIL
-        return 0
 
     def _begin_chain(self, space: int, hashes: Sequence[BlockHash], rows: Sequence[int], clock: float) -> int:
         table = self._turns
@@ -336,7 +360,7 @@ class Adaptive(CacheEvictionPolicy):
                 self._kind[rows[-1]] = TAIL
             for turn_before in touched:
                 if not table.held[turn_before]:
-                    table.forget_if_gone(turn_before)
+                    table.bereave(turn_before)
         return turn
 
     def _touch(self, rows: Sequence[int], number: int) -> tuple[dict[int, list[int]], int]:
@@ -399,16 +423,16 @@ class Adaptive(CacheEvictionPolicy):
 
     def _keep_up(self) -> None:
         """Do a part of what has to be done now and then."""
-        requests, blocks = self._clock.requests, self._ranking.blocks
+        requests, blocks = self._clock.requests, self._blocks
         # More often at first, when each request changes more of what is known.
         rebuild_requests = min(_REBUILD_REQUESTS, 4 + requests // 8)
         rebuild_blocks = min(_REBUILD_BLOCKS, 40 + blocks // 8)
         if requests - self._rebuilt_at[0] >= rebuild_requests and blocks - self._rebuilt_at[1] >= rebuild_blocks:
-            self._turns.count_fresh()
+            self._turns.count_fresh(self._clock.now)
             self._hazards.rebuild(requests - self._rebuilt_at[0])
             self._rebuilt_at = requests, blocks
         elif requests - self._swept_at[0] >= _SWEEP_REQUESTS and blocks - self._swept_at[1] >= _SWEEP_BLOCKS:
-            self._turns.sweep()
+            self._turns.sweep(self._clock.now, len(self._index))
             self._swept_at = requests, blocks
         # The first bounds grow: too early is harmless.
         self._due_blocks = min(self._rebuilt_at[1] + rebuild_blocks, self._swept_at[1] + _SWEEP_BLOCKS)

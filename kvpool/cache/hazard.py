@@ -120,13 +120,18 @@ def gittins(hazard: Floats) -> Floats:
     That is the best rate of hits in time held that can be had by holding on to some age and giving up then. The hazard
     at the present age alone would throw out what will be used soon, but not at once.
     """
-    survival = np.cumprod(1 - hazard, axis=1)
-    before = np.concatenate([np.ones((len(hazard), 1)), survival[:, :-1]], axis=1) + 1e-12
-    reward, time = before * hazard, (before + survival) / 2 * _WIDTHS
-    rewards, times = np.cumsum(reward, axis=1), np.cumsum(time, axis=1)
+    hazard = np.ascontiguousarray(hazard.T)  # ages first: each step below goes through memory in order
+    survival = np.cumprod(1 - hazard, axis=0)
+    before = np.concatenate([np.ones((1, hazard.shape[1])), survival[:-1]]) + 1e-12
+    reward, time = before * hazard, (before + survival) / 2 * _WIDTHS[:, None]
+    rewards, times = np.cumsum(reward, axis=0), np.cumsum(time, axis=0)
     rewards_before, times_before = rewards - reward, times - time
     best = reward / time
+    rates, spans = np.empty_like(best), np.empty_like(best)
     for stop in range(1, AGES):
-        rate = (rewards[:, stop, None] - rewards_before[:, :stop]) / (times[:, stop, None] - times_before[:, :stop])
-        np.maximum(best[:, :stop], rate, out=best[:, :stop])
-    return best
+        rate, span = rates[:stop], spans[:stop]
+        np.subtract(rewards[stop], rewards_before[:stop], out=rate)
+        np.subtract(times[stop], times_before[:stop], out=span)
+        rate /= span
+        np.maximum(best[:stop], rate, out=best[:stop])
+    return best.T

@@ -281,14 +281,16 @@ class CacheIndex(CacheTable):
 
         ``chain`` is the request whose blocks they are, if they are known to be such.
         """
-        ensure(0 <= device < len(self.resident_bytes), "a device that was not added", device=device)
+        if not 0 <= device < len(self.resident_bytes):
+            ensure(False, "a device that was not added", device=device)
         if not count:
             return []
         parent, children, pins, flags = self.parent, self.children, self.pins, self.flags
         devices, sizes, spaces = self.device, self.size_bytes, self._space
         accessed, accesses, free = self.last_accessed, self.access_count, self._free
         if parent_row >= 0:
-            ensure(flags[parent_row], "a parent that is gone", row=parent_row)
+            if not flags[parent_row]:
+                ensure(False, "a parent that is gone", row=parent_row)
             if flags[parent_row] & KEYED and not pins[parent_row]:
                 self.policy.sheltered(parent_row)
         while len(free) < count:
@@ -430,6 +432,8 @@ class CacheIndex(CacheTable):
 
     def pin(self, rows: Sequence[int], *, now: float) -> None:
         """Add a lease to each; a chain in the order of the chain. Pinned caches never go."""
+        if not rows:
+            return
         pins, flags, accessed, accesses = self.pins, self.flags, self.last_accessed, self.access_count
         taken = []
         for row in rows:
@@ -493,6 +497,7 @@ class CacheIndex(CacheTable):
         parent, children, pins, flags, hashes = self.parent, self.children, self.pins, self.flags, self._hashes
         devices, sizes, stamps, spaces = self.device, self.size_bytes, self._stamps, self._space
         resident_bytes, evictable_bytes = self.resident_bytes, self.evictable_bytes
+        by_hash, free, orphans = self._rows_by_hash, self._free, self.orphans
         if self.meter is not None:
             for row in rows:
                 idle = flags[row] & KEYED and not pins[row]
@@ -501,7 +506,8 @@ class CacheIndex(CacheTable):
             if not flags[row]:
                 ensure(False, "removing a cache that is gone", row=row)
             flags[row] = 0
-            self.orphans.discard(row)
+            if orphans:
+                orphans.discard(row)
             if children[row]:
                 self._orphan(np.array([row]))
             above = parent[row]
@@ -513,12 +519,12 @@ class CacheIndex(CacheTable):
             if block_hash is not None:
                 if not pins[row]:
                     evictable_bytes[device] -= size_bytes
-                del self._rows_by_hash[spaces[row]][block_hash[-1] % SHARDS][block_hash]
+                del by_hash[spaces[row]][block_hash[-1] % SHARDS][block_hash]
                 hashes[row] = None
             stamp = stamps[row] + 1
             stamps[row] = stamp
             if stamp < MAX_STAMP:  # else the row is retired, so that no id ever comes back
-                self._free.append(row)
+                free.append(row)
 
     def _remove_many(self, rows: Rows) -> None:
         """Do as :meth:`_remove_few`, column by column: a third of the time where there are thousands."""
@@ -543,13 +549,17 @@ class CacheIndex(CacheTable):
                 )
                 self.meter.charge(partition, -held_bytes, -idle_bytes)
         hashes = self._hashes
-        for row, space in zip(keyed.tolist(), np.frombuffer(self._space, np.int32)[keyed].tolist(), strict=True):
-            block_hash = hashes[row]
-            if block_hash is not None:
-                del self._rows_by_hash[space][block_hash[-1] % SHARDS][block_hash]
-                hashes[row] = None
+        spaces = np.frombuffer(self._space, np.int32)[keyed]
+        for space in np.unique(spaces).tolist():
+            shards = self._rows_by_hash[space]
+            for row in keyed[spaces == space].tolist():
+                block_hash = hashes[row]
+                if block_hash is not None:
+                    del shards[block_hash[-1] % SHARDS][block_hash]
+                    hashes[row] = None
         flags[rows] = 0
-        self.orphans.difference_update(rows.tolist())
+        if self.orphans:
+            self.orphans.difference_update(rows.tolist())
         stamps[rows] += 1
         self._free.extend(rows[stamps[rows] < MAX_STAMP].tolist())
 

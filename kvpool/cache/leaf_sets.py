@@ -16,7 +16,8 @@ class LeafSets:
     def __init__(self) -> None:
         self._rows: list[array[int]] = []  # by device
         self.place = array("i")
-        """Where a row is among those of its device; negative: it is no leaf."""
+        """Where a row is among those of its device; negative: it is in no set."""
+        self._where = array("i")  # by row: the device in whose set it is, or was last
 
     def __len__(self) -> int:
         """Devices that had leaves so far."""
@@ -24,18 +25,25 @@ class LeafSets:
 
     def grow(self, rows: int) -> None:
         """Make room for row numbers below ``rows``."""
-        self.place.extend(array("i", [_NOWHERE]) * (rows - len(self.place)))
+        added = rows - len(self.place)
+        self.place.extend(array("i", [_NOWHERE]) * added)
+        self._where.frombytes(bytes(added * self._where.itemsize))
 
     def count(self, device: int) -> int:
         """Return how many leaves a device has."""
         return len(self._rows[device]) if device < len(self._rows) else 0
 
     def add(self, row: int, device: int) -> None:
-        """Add a row, which must not be in."""
+        """Add a row, which may be in a set already: in this one, or that of a device where it was before."""
+        if self.place[row] >= 0:
+            if self._where[row] == device:
+                return
+            self.discard(row)
         while device >= len(self._rows):
             self._rows.append(array("i"))
         there = self._rows[device]
         self.place[row] = len(there)
+        self._where[row] = device
         there.append(row)
 
     def keep(self, device: int, kept: NDArray[np.bool_]) -> None:
@@ -50,10 +58,12 @@ class LeafSets:
         """Return a copy of the rows of a device."""
         return np.array(self._rows[device], np.int32)
 
-    def discard(self, row: int, device: int) -> None:
-        """Take a row out, which must be in."""
+    def discard(self, row: int) -> None:
+        """Take a row out of the set in which it is, if any."""
         place = self.place[row]
-        there = self._rows[device]
+        if place < 0:
+            return
+        there = self._rows[self._where[row]]
         last = there.pop()
         if last != row:
             there[place] = last

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterator
+from functools import partial
 from heapq import heappop, heappush
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvpool.cache.leaf_sets import LeafSets
-from kvpool.errors import ensure
+from kvpool.cache.request_clock import RequestClock
 
 if TYPE_CHECKING:
     from kvpool.cache.index import CacheIndex
@@ -23,45 +24,69 @@ Worths = Callable[[NDArray[np.int32]], tuple[NDArray[np.float64], NDArray[np.flo
 
 _SAMPLE, _LARGEST_SAMPLE = 512, 1024
 _LEAVES_FOR_A_SAMPLED_ONE = 4
-_KEPT, _GO = 1 / 4, 3 / 32
-"""Shares of a sample that are remembered, and that go before the next one is drawn."""
+_KEPT, _GO, _GO_ALONE = 1 / 4, 3 / 32, 3 / 16
+"""Shares of a sample that are remembered, and that go before the next one is drawn: several at once, and one by one,
+where a sample costs more than what it is drawn for."""
 _REQUESTS_BETWEEN_SAMPLES = 1
 _LEAVES_FOR_A_REQUEST = 6
 """Where there are many leaves, a request changes less of what is worth least, and a sample serves longer."""
-_LARGER_THAN_GONE = 16
+_LARGER_THAN_GONE = 32
+_ROWS_AT_ONCE = 8
 _LEAST_BY = 16
 
 
-class Drawn:
-    """The victims of one device in the order in which they go, drawn as far as anybody asked.
+class Sample(NamedTuple):
+    """Columns of :data:`Candidate`."""
 
-    Mostly that is one, which costs no more than a look at the candidates; ``more`` begins with it once more.
+    worths: NDArray[np.float64]
+    rows: NDArray[np.int32]
+    born: NDArray[np.float64]
+
+
+class Drawn:
+    """The victims of one device in the order in which they go, drawn as far as anybody asked, and somewhat further.
+
+    Parameters
+    ----------
+    version
+        Of what they depend on.
+    rank
+        Appends to rows and worths, and pauses now and then.
     """
 
-    def __init__(self, version: int, first: tuple[float, int] | None, more: Iterator[tuple[float, int]]) -> None:
+    def __init__(self, version: int, rank: Callable[[list[int], list[float]], Iterator[None]]) -> None:
         self.version = version
-        self.first = first  # None: it is not known without a look for more
-        self._drawn = [] if first is None else [first]
-        self._more = more
-        self._begun = first is None
+        self.rows: list[int] = []
+        self.worths: list[float] = []
+        self._more = rank(self.rows, self.worths)
+
+    def more(self) -> None:
+        """Draw more, if there are any."""
+        next(self._more, None)
 
     def __iter__(self) -> Iterator[tuple[float, int]]:
-        drawn, more = self._drawn, self._more
+        """Yield worth and row of each."""
         place = 0
         while True:
-            if place < len(drawn):
-                entry = drawn[place]
-            else:
-                if not self._begun:
-                    self._begun = True
-                    ensure(next(more, None) == self.first, "two answers on what goes first", first=self.first)
-                following = next(more, None)
-                if following is None:
+            if place == len(self.rows):
+                self.more()
+                if place == len(self.rows):
                     return
-                drawn.append(following)
-                entry = following
+            yield self.worths[place], self.rows[place]
             place += 1
-            yield entry
+
+
+class _Ranked:
+    """What is known of the order among the leaves of one device."""
+
+    __slots__ = ("candidates", "exposed", "left", "resample_at", "spare")
+
+    def __init__(self) -> None:
+        self.candidates: list[Candidate] = []  # of the last sample, what goes first at the end
+        self.left = 0  # candidates that may go before the next sample
+        self.spare = 0  # those of them that may go only if all go one by one
+        self.resample_at = 0  # count of requests
+        self.exposed: list[Candidate] = []  # a heap of leaves that were parents at the last sample
 
 
 class SampledRanking:
@@ -77,6 +102,8 @@ class SampledRanking:
     ----------
     index
         For its chains and devices.
+    clock
+        Which counts requests.
     turns, kinds, idle
         By row: the turn and kind by which it is worth something; whether it may go.
     born
@@ -88,6 +115,7 @@ class SampledRanking:
     def __init__(
         self,
         index: CacheIndex,
+        clock: RequestClock,
         turns: array[int],
         kinds: array[int],
         idle: array[int],
@@ -98,55 +126,39 @@ class SampledRanking:
         self._parent, self._children, self._device = index.parent, index.children, index.partition
         self._turn, self._kind, self._idle, self._born = turns, kinds, idle, born
         self._worth_of, self._worths_of = worth_of, worths_of
+        self._clock = clock
         self._chance = np.random.default_rng(index.seed)
         self._leaves = LeafSets()
-        self._candidates: list[list[Candidate]] = []  # by device: of the last sample, in order
-        self._begin: list[int] = []  # by device: where those begin that have not gone
-        self._exposed: list[list[Candidate]] = []  # by device: heaps of leaves that were parents at the last sample
-        self._resample_at: list[int] = []  # by device: count of blocks
-        self._leaves_left: list[int] = []  # by device: candidates that may go before the next sample
+        self.add = self._leaves.add
+        """Add a row that is a leaf from now on, by its device; it may be in."""
+        self.discard = self._leaves.discard
+        """Take a row out, which may not be in."""
+        self._ranked: list[_Ranked] = []  # by device
         self._known: dict[int, Drawn] = {}
-        self.place = self._leaves.place
-        """Below 0 for rows that are not among the leaves."""
         self.version = 0
         """Of everything that an answer depends on."""
-        self.requests = 0
-        self.blocks = 0
-        """Blocks of all requests so far."""
+        self._asked = self._asked_device = -1  # version and device for which :meth:`first` was asked last
+        self._answer: Candidate | None = None
 
     @property
     def devices(self) -> range:
         """Devices that had leaves so far."""
-        return range(len(self._candidates))
+        return range(len(self._leaves))
 
     def grow(self, rows: int) -> None:
         """Make room for row numbers below ``rows``."""
         self._leaves.grow(rows)
 
-    def add(self, row: int) -> None:
-        """Add a leaf, which must not be in."""
-        device = self._device[row]
-        if device >= len(self._candidates):
-            self._add_devices(device)
-        self._leaves.add(row, device)
-
-    def _add_devices(self, last: int) -> None:
-        while last >= len(self._candidates):
-            self._candidates.append([])
-            self._begin.append(0)
-            self._exposed.append([])
-            self._resample_at.append(0)
-            self._leaves_left.append(0)
+    def _ranked_of(self, device: int) -> _Ranked:
+        while device >= len(self._ranked):
+            self._ranked.append(_Ranked())
+        return self._ranked[device]
 
     def expose(self, row: int) -> None:
         """Add a leaf that was a parent until now: it may go right behind its last child."""
-        if self.place[row] < 0:
-            self.add(row)
-        heappush(self._exposed[self._device[row]], (self._worth_of(row), row, self._born[self._turn[row]]))
-
-    def discard(self, row: int) -> None:
-        """Take a row out, which must be in."""
-        self._leaves.discard(row, self._device[row])
+        device = self._device[row]
+        self._leaves.add(row, device)
+        heappush(self._ranked_of(device).exposed, (self._worth_of(row), row, self._born[self._turn[row]]))
 
     def sift(self) -> None:
         """Put all out that are no leaves any more."""
@@ -154,82 +166,110 @@ class SampledRanking:
             self._leaves.keep(device, self._living(self._leaves.all(device)))
 
     def of(self, device: int) -> Drawn:
-        """Return worth and row of the victims of a device, the first to go first."""
+        """Return the victims of a device, the first to go first."""
         known = self._known.get(device)
         if known is None or known.version != self.version:
-            first = self._first(device)
-            known = self._known[device] = Drawn(self.version, None if first is None else first[:2], self._rank(device))
+            self.first(device)  # a look for new candidates, if it is time
+            known = self._known[device] = Drawn(self.version, partial(self._rank, device))
         return known
 
-    def _first(self, device: int) -> Candidate | None:
-        """Return the cheapest candidate, after a look for new ones if it is time."""
-        leaves = self._leaves.count(device)
-        if not leaves:
-            return None
+    def first(self, device: int) -> Candidate | None:
+        """Return what goes first of a device, after a look for new candidates if it is time.
+
+        None: that takes a look for more, see :meth:`of`.
+        """
+        if self._asked == self.version and self._asked_device == device:
+            return self._answer
+        ranked = self._ranked[device] if device < len(self._ranked) else self._ranked_of(device)
         turns, born, idle, children = self._turn, self._born, self._idle, self._children
-        candidates, begin = self._candidates[device], self._begin[device]
-        place = begin
-        while place < len(candidates):
-            _, row, since = candidates[place]
+        candidates = ranked.candidates
+        while candidates:
+            _, row, since = candidates[-1]
             if idle[row] and not children[row] and born[turns[row]] == since:
                 break
-            place += 1
-        left = self._leaves_left[device] - (place - begin)
-        if self.requests >= self._resample_at[device] or left <= 0:
-            drawn = min(max(_SAMPLE, leaves // _LEAVES_FOR_A_SAMPLED_ONE), _LARGEST_SAMPLE)
-            self._candidates[device] = candidates = self._sample(device, [], drawn, _KEPT)
-            self._exposed[device] = []
-            self._resample_at[device] = self.requests + max(_REQUESTS_BETWEEN_SAMPLES, leaves // _LEAVES_FOR_A_REQUEST)
-            left, place = int(drawn * _GO), 0
-        self._begin[device], self._leaves_left[device] = place, left
-        exposed = self._exposed[device]
+            candidates.pop()
+            ranked.left -= 1
+        if self._clock.requests >= ranked.resample_at or ranked.left <= 0:
+            self._look(device, ranked)
+            candidates = ranked.candidates
+        exposed = ranked.exposed
         while exposed:
             _, row, since = exposed[0]
             if idle[row] and not children[row] and born[turns[row]] == since:
                 break
             heappop(exposed)
-        if place == len(candidates):
-            return None  # others may be cheaper than what is exposed
-        return min(candidates[place], exposed[0]) if exposed else candidates[place]
+        found = candidates[-1] if candidates else None  # others may be cheaper than what is exposed
+        if exposed and found is not None and exposed[0] < found:
+            found = exposed[0]
+        self._asked, self._asked_device, self._answer = self.version, device, found
+        return found
 
-    def _rank(self, device: int) -> Iterator[tuple[float, int]]:
-        """Yield worth and row of the victims of a device: the cheapest candidate, then up its chain."""
+    def _look(self, device: int, ranked: _Ranked) -> None:
+        """Draw new candidates."""
         leaves = self._leaves.count(device)
-        if not leaves:
+        drawn = min(max(_SAMPLE, leaves // _LEAVES_FOR_A_SAMPLED_ONE), _LARGEST_SAMPLE)
+        ranked.candidates = _listed(self._sample(device, drawn, _KEPT)) if leaves else []
+        ranked.left = int(drawn * _GO_ALONE)
+        ranked.spare = ranked.left - int(drawn * _GO)
+        ranked.resample_at = self._clock.requests + max(_REQUESTS_BETWEEN_SAMPLES, leaves // _LEAVES_FOR_A_REQUEST)
+        ranked.exposed = []
+
+    def _rank(self, device: int, rows: list[int], worths: list[float]) -> Iterator[None]:
+        """Append row and worth of the victims of a device: the cheapest candidate, then up its chain.
+
+        Some go in at a time, since going on after a pause costs as much as the next one of them.
+        """
+        if not self._leaves.count(device):
             return
         turns, born, kinds, idle = self._turn, self._born, self._kind, self._idle
         parent, children, devices = self._parent, self._children, self._device
-        candidates, place, left = self._candidates[device], self._begin[device], self._leaves_left[device]
-        exposed = self._exposed[device][:]  # and parents whose children are all among those that went
-        ends: list[int] = []  # leaves that went
+        ranked = self._ranked_of(device)
+        ranked.left -= ranked.spare
+        ranked.spare = 0
+        candidates, left = ranked.candidates[:], ranked.left
+        exposed = ranked.exposed[:]  # and parents whose children are all among those that went
+        leaves_gone = 0
         all_seen = False
-        gone: set[int] = set()
+        gone = bytearray(len(idle))  # by row
         gone_children: dict[int, int] = {}
+        pause_at = _ROWS_AT_ONCE
         while True:
-            if (left <= 0 or place == len(candidates)) and not all_seen:
+            if ((left <= 0 and rows) or not candidates) and not all_seen:  # what :meth:`first` found goes first here
                 # The longer the list, the more are drawn at once. What is left of the last sample is forgotten.
-                drawn = max(_SAMPLE, _LARGER_THAN_GONE * len(ends))
-                candidates, place = self._sample(device, ends, drawn, _GO), 0
-                if not candidates:
-                    drawn = leaves
-                    candidates = self._sample(device, ends, drawn, _GO)
-                    all_seen = not candidates
-                left = len(candidates)
-            if place == len(candidates) and not exposed:
-                return
-            if exposed and (place == len(candidates) or exposed[0] < candidates[place]):
+                drawn = max(_SAMPLE, _LARGER_THAN_GONE * leaves_gone)
+                sample = self._sample(device, drawn, _GO, gone)
+                if not len(sample.rows):
+                    sample = self._sample(device, self._leaves.count(device), _GO, gone)
+                    all_seen = not len(sample.rows)
+                candidates, left = [], len(sample.rows)
+                if not exposed and self._alone(sample.rows):
+                    leaves_gone += left
+                    left = 0
+                    np.frombuffer(gone, np.uint8)[sample.rows] = 1
+                    rows += sample.rows.tolist()
+                    worths += sample.worths.tolist()
+                else:
+                    candidates = _listed(sample)
+            if candidates and not (exposed and exposed[0] < candidates[-1]):
+                worth, row, since = candidates.pop()
+            elif exposed:
                 worth, row, since = heappop(exposed)
+            elif all_seen:
+                return
             else:
-                worth, row, since = candidates[place]
-                place += 1
-            if row in gone or not idle[row] or children[row] > gone_children.get(row, 0) or born[turns[row]] != since:
+                if len(rows) >= pause_at:
+                    yield
+                    pause_at = len(rows) + max(_ROWS_AT_ONCE, len(rows) // 4)
+                continue
+            if gone[row] or not idle[row] or children[row] > gone_children.get(row, 0) or born[turns[row]] != since:
                 continue
             if not children[row]:
-                ends.append(row)
+                leaves_gone += 1
             left -= 1
             while True:
-                gone.add(row)
-                yield worth, row
+                gone[row] = 1
+                rows.append(row)
+                worths.append(worth)
                 above = parent[row]
                 if above < 0 or not idle[above] or devices[above] != device:
                     break
@@ -238,13 +278,18 @@ class SampledRanking:
                     break
                 if turns[above] != turns[row] or kinds[above] != kinds[row]:
                     worth, since = self._worth_of(above), born[turns[above]]
-                    if place < len(candidates) and candidates[place][0] < worth:
+                    if candidates and candidates[-1][0] < worth:
                         heappush(exposed, (worth, above, since))
                         break
                 row = above
+            if len(rows) >= pause_at:
+                yield
+                pause_at = len(rows) + max(_ROWS_AT_ONCE, len(rows) // 4)
 
-    def _sample(self, device: int, gone: list[int], count: int, share: float) -> list[Candidate]:
-        """Return the share worth least of so many leaves that are drawn and not gone, in order."""
+    def _sample(self, device: int, count: int, share: float, gone: bytearray | None = None) -> Sample:
+        """Return the share worth least of so many leaves that are drawn, in order: if it is told which are gone, none
+        of them, and each of the others once.
+        """
         rows = self._leaves.draw(device, count, self._chance)
         living = self._living(rows)
         if not living.all():
@@ -252,22 +297,32 @@ class SampledRanking:
                 self._leaves.keep(device, self._living(self._leaves.all(device)))
                 rows = self._leaves.draw(device, count, self._chance)
             else:
-                for row in np.unique(rows[~living]).tolist():
-                    self._leaves.discard(row, device)
+                for row in rows[~living].tolist():
+                    self._leaves.discard(row)
                 rows = rows[living]
-        if gone:
-            remaining = np.ones(len(self._idle), bool)
-            remaining[gone] = False
-            rows = rows[remaining[rows]]
+        if gone is not None:
+            rows = np.unique(rows[np.frombuffer(gone, np.uint8)[rows] == 0])
+            if count > _LARGEST_SAMPLE and 2 * count >= self._leaves.count(device):
+                share = _KEPT  # of all that there are
         worths, born = self._worths_of(rows)
         order = _least(worths, int(count * share))
-        return list(zip(worths[order].tolist(), rows[order].tolist(), born[order].tolist(), strict=True))
+        return Sample(worths[order], rows[order], born[order])
+
+    def _alone(self, rows: NDArray[np.int32]) -> bool:
+        """Whether nothing goes behind any of these leaves: none has a parent that may go."""
+        above = np.frombuffer(self._parent, np.int32)[rows]
+        return not np.frombuffer(self._idle, np.uint8)[above[above >= 0]].any()
 
     def _living(self, rows: NDArray[np.int32]) -> NDArray[np.bool_]:
         """Return which of these are leaves that may go."""
         idle, children = np.frombuffer(self._idle, np.uint8), np.frombuffer(self._children, np.uint32)
         living: NDArray[np.bool_] = (idle[rows] != 0) & (children[rows] == 0)
         return living
+
+
+def _listed(sample: Sample) -> list[Candidate]:
+    """Return the candidates of a sample, what goes first at the end."""
+    return list(zip(*(column[::-1].tolist() for column in sample), strict=True))
 
 
 def _least(worths: NDArray[np.float64], count: int) -> NDArray[np.int64]:

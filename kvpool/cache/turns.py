@@ -7,8 +7,8 @@ from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
+from kvpool.cache.chains import Rows
 from kvpool.cache.hazard import GAPS, KINDS, LEVELS, WIDTH, HazardTable, age_level, age_levels
 from kvpool.cache.key import SHARDS, BlockHash, KeyShards, key_shards
 
@@ -28,7 +28,7 @@ _PLACES = [[kind * WIDTH for kind in range(KINDS) if flags & 1 << kind] for flag
 """By flags: where the kinds that are watched lie behind the first class of a group."""
 _GHOSTS_AT_LEAST = 256
 _SWEPT_AT_ONCE = 1024
-_DROPPED_AT_ONCE = 256
+_LOOKED_AT_ONCE = 512
 _ADDED = 256
 
 
@@ -57,13 +57,12 @@ class TurnTable:
         self.last: list[BlockHash | None] = []
         self._last_but_one: list[BlockHash | None] = []
         self._space = array("i")
-        self.queued = array("B")  # in the line; 2: and renewed since
+        self._queued = array("B")  # in the line; 2: and renewed since
         self._order: deque[int] = deque()
-        self._fresh: list[int] = []  # begun since exposures were last counted
-        self._free: list[int] = []
+        self._fresh = array("i")  # begun since exposures were last counted
+        self._free: list[int] = []  # their columns are as _extend leaves them
         self._anchors: list[KeyShards] = []  # by space
         self._cursor = 0
-        self.now = 0.0  # of the latest request
 
     def __len__(self) -> int:
         """Records in use."""
@@ -82,7 +81,8 @@ class TurnTable:
 
     def set_output(self, turn: int, tokens: int) -> None:
         """Say how long the answer was."""
-        self.level[turn] = self.level[turn] // LEVELS * LEVELS + min(tokens.bit_length(), LEVELS - 1)
+        digits = tokens.bit_length()
+        self.level[turn] = self.level[turn] // LEVELS * LEVELS + (digits if digits < LEVELS else LEVELS - 1)
 
     def deepest(self, space: int, hashes: Sequence[BlockHash], resident: int) -> tuple[int, int]:
         """Return the turn whose anchor lies deepest among the hashes behind the first ``resident``, and its depth."""
@@ -100,34 +100,49 @@ class TurnTable:
     ) -> int:
         """Return a new record for a prompt with ``shared`` blocks of that kind and ``new`` ones behind what was known.
 
-        It stands in the line for :meth:`drop_ghosts`.
+        It stands in the line for :meth:`sweep`.
         """
         turn = self._free.pop() if self._free else self._extend()
         self._space[turn] = space
-        self.held[turn] = 0
-        self.last[turn] = last = hashes[-1]
         while space >= len(self._anchors):
             self._anchors.append(key_shards())
         shards = self._anchors[space]
+        self.last[turn] = last = hashes[-1]
         shards[last[-1] % SHARDS][last] = turn
         self.blocks[turn] = blocks = len(hashes)
         if blocks > 1:
             self._last_but_one[turn] = last = hashes[-2]
             shards[last[-1] % SHARDS][last] = turn
-        self.queued[turn] = 1
+        self._queued[turn] = 1
         self._order.append(turn)
         self._begin(turn, born, number, gap_bucket, shared, new)
         return turn
 
+    def add_block(self, space: int, block_hash: BlockHash, born: float) -> int:
+        """:meth:`add` for a prompt of one block of which nothing is known."""
+        turn = self._free.pop() if self._free else self._extend()
+        self._space[turn] = space
+        while space >= len(self._anchors):
+            self._anchors.append(key_shards())
+        self.last[turn] = block_hash
+        self._anchors[space][block_hash[-1] % SHARDS][block_hash] = turn
+        self._queued[turn] = 1
+        self._order.append(turn)
+        self.born[turn] = born
+        self.level[turn] = LEVELS
+        self.flags[turn] = 1 << TAIL
+        self._fresh.append(turn)
+        return turn
+
     def renew(self, turn: int, born: float, number: int, gap_bucket: int, shared: int, new: int) -> None:
         """Write over the record of an equal prompt that has no blocks left; see :meth:`add`."""
-        if not self.queued[turn]:
+        if not self._queued[turn]:
             self._order.append(turn)
-        self.queued[turn] = 2
+        self._queued[turn] = 2
         self._begin(turn, born, number, gap_bucket, shared, new)
 
     def _begin(self, turn: int, born: float, number: int, gap_bucket: int, shared: int, new: int) -> None:
-        self.now = self.born[turn] = born
+        self.born[turn] = born
         self.number[turn] = number
         self.base[turn] = _GROUP * (GAPS + gap_bucket if number else gap_bucket)
         self.counted[turn] = -1
@@ -161,7 +176,7 @@ class TurnTable:
             if self.flags[turn] & 1 << SHARED:
                 self.hit(turn, SHARED, bucket, 1.0)
         gap_bucket = int(level / 2) + 1
-        self.now = self.born[turn] = born
+        self.born[turn] = born
         self.number[turn] += 1
         self.base[turn] = _GROUP * (GAPS + gap_bucket if gap_bucket < GAPS else 2 * GAPS - 1)
         self.counted[turn] = -1
@@ -169,62 +184,61 @@ class TurnTable:
         self.shared_blocks[turn] = shared
         self.flags[turn] = 1 << TAIL | shared << SHARED
         self._fresh.append(turn)
-        if not self.queued[turn]:
+        if not self._queued[turn]:
             self._order.append(turn)
-        self.queued[turn] = 2
+        self._queued[turn] = 2
 
-    def drop_ghosts(self, most: int) -> None:
-        """Forget the oldest records without resident blocks once there are an eighth too many of them.
+    def bereave(self, turn: int) -> None:
+        """Note that a turn has no resident block any more: it is forgotten soon, unless it is among the latest."""
+        if not self._queued[turn]:
+            self._queued[turn] = 1
+            self._order.appendleft(turn)
 
-        ``most`` and at least 256 of the latest records stay.
-        """
-        order, queued, held = self._order, self.queued, self.held
-        most = max(most, _GHOSTS_AT_LEAST)
-        surplus = len(order) - most
-        if surplus < min(most // 8, _DROPPED_AT_ONCE):
-            return
+    def bereave_all(self, turns: Rows) -> None:
+        """:meth:`bereave` those of different turns that have no resident block."""
+        queued = np.frombuffer(self._queued, np.uint8)
+        gone = turns[(np.frombuffer(self.held, np.int32)[turns] == 0) & (queued[turns] == 0)]
+        queued[gone] = 1
+        self._order.extendleft(gone.tolist())
+
+    def _oldest(self, most: int) -> list[int]:
+        """Take the oldest records of more than ``most`` out of the line, some at once; return those without blocks."""
+        order, queued, held = self._order, self._queued, self.held
         oldest: list[int] = []
-        for _ in range(min(surplus, _DROPPED_AT_ONCE)):
+        for _ in range(min(len(order), _LOOKED_AT_ONCE)):
+            if len(order) <= most:
+                break
             turn = order.popleft()
-            queued[turn] -= 1
-            if queued[turn]:  # renewed since it was put there
+            queued[turn] = left = queued[turn] - 1
+            if left:  # renewed since it was put there
                 order.append(turn)
             elif not held[turn]:
                 oldest.append(turn)
-        if oldest:
-            self._forget_all(np.array(oldest, np.int64))
+        return oldest
 
-    def forget_if_gone(self, turn: int) -> None:
-        """Drop the record unless it has resident blocks or is among the latest ones."""
-        if not self.held[turn] and not self.queued[turn] and self.last[turn] is not None:
-            self.expose(turn, int(age_level(self.now - self.born[turn])))
-            self._forget(turn)
-
-    def forget_those_gone(self, turns: NDArray[np.int64]) -> None:
-        """:meth:`forget_if_gone` for many."""
-        gone = (np.frombuffer(self.held, np.int32)[turns] == 0) & (np.frombuffer(self.queued, np.uint8)[turns] == 0)
-        self._forget_all(turns[gone])
-
-    def _forget_all(self, turns: NDArray[np.int64]) -> None:
-        self._count(turns)
-        for turn in turns.tolist():
-            self._forget(turn)
-
-    def _forget(self, turn: int) -> None:
-        shards = self._anchors[self._space[turn]]
-        last, last_but_one = self.last[turn], self._last_but_one[turn]
-        if last is not None:
-            shard = shards[last[-1] % SHARDS]
-            if shard.get(last) == turn:
-                del shard[last]
-            self.last[turn] = None
-        if last_but_one is not None:
-            shard = shards[last_but_one[-1] % SHARDS]
-            if shard.get(last_but_one) == turn:
-                del shard[last_but_one]
-            self._last_but_one[turn] = None
-        self.flags[turn] = 0
-        self._free.append(turn)
+    def _forget_all(self, forgotten: Rows) -> None:
+        anchors, spaces, last, last_but_one = self._anchors, self._space, self.last, self._last_but_one
+        turns = forgotten.tolist()
+        for turn in turns:
+            shards = anchors[spaces[turn]]
+            block_hash = last[turn]
+            if block_hash is not None:
+                shard = shards[block_hash[-1] % SHARDS]
+                if shard.get(block_hash) == turn:
+                    del shard[block_hash]
+                last[turn] = None
+            block_hash = last_but_one[turn]
+            if block_hash is not None:
+                shard = shards[block_hash[-1] % SHARDS]
+                if shard.get(block_hash) == turn:
+                    del shard[block_hash]
+                last_but_one[turn] = None
+        for column in (self.number, self.base, self.body_blocks, self.shared_blocks):
+            np.frombuffer(column, np.int32)[forgotten] = 0
+        np.frombuffer(self.flags, np.uint8)[forgotten] = 0
+        np.frombuffer(self.blocks, np.int32)[forgotten] = 1
+        np.frombuffer(self.counted, np.int8)[forgotten] = -1
+        self._free.extend(turns)
 
     # -- learning -------------------------------------------------------------------------------------------------
 
@@ -257,36 +271,45 @@ class TurnTable:
         if kind <= BODY:
             self.hazards.gains[self.level[turn]] += share
 
-    def sweep(self) -> None:
-        """:meth:`expose` the new records, and some of the others, so that those that nobody asks for count too."""
+    def sweep(self, now: float, resident: int) -> None:
+        """:meth:`expose` the new records, and some of the others, so that those that nobody asks for count too.
+
+        Then the oldest without resident blocks are forgotten. As many of the latest records stay as there are blocks
+        ``resident``, at least 256. Takes 0.1 to 0.4 ms.
+        """
         start = self._cursor
         stop = min(start + _SWEPT_AT_ONCE, len(self.born))
         self._cursor = 0 if stop == len(self.born) else stop
-        self.count_fresh(start, stop)
+        forgotten = np.array(self._oldest(max(resident, _GHOSTS_AT_LEAST)), np.int64)
+        self._count(_different(np.concatenate([self._take_fresh(), np.arange(start, stop), forgotten])), now)
+        self._forget_all(forgotten)
 
-    def count_fresh(self, start: int = 0, stop: int = 0) -> None:
-        """:meth:`expose` the records that are new since the last time, and a range of others. Takes 0.1 to 0.3 ms."""
-        turns = np.unique(np.concatenate([np.array(self._fresh, np.int64), np.arange(start, stop)]))
-        self._fresh.clear()
-        self._count(turns)
+    def count_fresh(self, now: float) -> None:
+        """:meth:`expose` the records that are new since the last time."""
+        self._count(_different(self._take_fresh()), now)
 
-    def _count(self, turns: NDArray[np.int64]) -> None:
+    def _take_fresh(self) -> Rows:
+        fresh = np.array(self._fresh, np.int64)
+        self._fresh = array("i")
+        return fresh
+
+    def _count(self, turns: Rows, now: float) -> None:
         """:meth:`expose` different records up to now."""
-        counted = np.frombuffer(self.counted, np.int8)
-        buckets = age_levels(self.now - np.frombuffer(self.born)[turns]).astype(np.int8)
+        all_counted = np.frombuffer(self.counted, np.int8)
+        buckets = age_levels(now - np.frombuffer(self.born)[turns]).astype(np.int8)
         flags = np.frombuffer(self.flags, np.uint8)[turns] & _WATCHED
-        flags[buckets <= counted[turns]] = 0
-        watched, kinds = np.nonzero(flags[:, None] & _FLAGS)
-        records = turns[watched]
-        starts = np.frombuffer(self.base, np.int32)[records] + kinds * WIDTH + counted[records] + 1
-        stops = starts + (buckets[watched] - counted[records])
-        late = flags != 0
-        counted[turns[late]] = buckets[late]
+        (late,) = np.nonzero((buckets > all_counted[turns]) & (flags != 0))  # most of those that are not new are not
+        turns, buckets = turns[late], buckets[late]
+        watched, kinds = np.nonzero(flags[late, None] & _FLAGS)
+        counted = all_counted[turns]
+        all_counted[turns] = buckets
+        starts = (np.frombuffer(self.base, np.int32)[turns] + counted + 1)[watched] + kinds * WIDTH
+        stops = starts + (buckets - counted)[watched]
         hazards = self.hazards
         entered, risen = np.frombuffer(hazards.entered), np.frombuffer(hazards.risen)
         entered += np.bincount(starts, minlength=len(entered))
         entered -= np.bincount(stops, minlength=len(entered))
-        level = np.frombuffer(self.level, np.uint8)[records]
+        level = np.frombuffer(self.level, np.uint8)[turns][watched]
         expected = (risen[stops] - risen[starts]) * np.frombuffer(hazards.factors)[level] * (kinds <= BODY)
         sums = np.bincount(level, expected, len(hazards.gains))
         gains, all_expected = np.frombuffer(hazards.gains), np.frombuffer(hazards.expected)
@@ -296,10 +319,20 @@ class TurnTable:
     def _extend(self) -> int:
         """Add free records, and return one of them."""
         columns = (self.number, self.base, self.blocks, self.body_blocks, self.shared_blocks, self.old_blocks)
-        for column in (*columns, self.flags, self.counted, self.held, self.level, self._space, self.queued, self.born):
+        for column in (*columns, self.flags, self.counted, self.held, self.level, self._space, self._queued, self.born):
             column.frombytes(bytes(_ADDED * column.itemsize))
+        self.blocks[-_ADDED:] = array("i", [1]) * _ADDED
+        self.counted[-_ADDED:] = array("b", [-1]) * _ADDED
         self.last.extend([None] * _ADDED)
         self._last_but_one.extend([None] * _ADDED)
         records = len(self.born)
         self._free.extend(range(records - 1, records - _ADDED, -1))
         return records - _ADDED
+
+
+def _different(turns: Rows) -> Rows:
+    """Return each once; half the time of :func:`numpy.unique`."""
+    turns.sort()
+    new = np.ones(len(turns), bool)
+    np.not_equal(turns[1:], turns[:-1], out=new[1:])
+    return turns[new]

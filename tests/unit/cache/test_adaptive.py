@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kvpool.cache.adaptive import Adaptive
-from kvpool.cache.hazard import AGES, GAPS, WIDTH, HazardTable, age_level
+from kvpool.cache.hazard import AGES, GAPS, WIDTH, HazardTable, age_level, gittins
 from kvpool.cache.index import CacheIndex
 from kvpool.cache.key import encode_block_id
 from kvpool.cache.sampled_ranking import _least
@@ -215,11 +215,10 @@ def test_turns_are_exposed_alone_as_together() -> None:
         for number in range(40):
             hashes = [encode_block_id(10 * number + place) for place in range(1 + number % 4)]
             table.add(0, hashes, float(number), number % 3, number % GAPS, min(number % 2, len(hashes) - 1), 3)
-        table.now = 900.0
     alone, together = tables
     for turn in range(40):
         alone.expose(turn, int(age_level(900.0 - alone.born[turn])))
-    together.count_fresh()
+    together.count_fresh(900.0)
     assert alone.counted == together.counted
     for column in ("entered", "gains", "expected"):
         first, second = (getattr(table.hazards, column) for table in tables)
@@ -303,3 +302,60 @@ def test_each_goes_once_whatever_was_exposed_before() -> None:
         assert len(set(victims)) == len(victims) == len(pool.index)
         assert pool.policy.victim() == victims[0]
         pool.index.remove(victims[0])
+
+
+def test_what_goes_first_is_the_same_alone_and_before_others() -> None:
+    """One by one, more of a sample may go than where several are asked for."""
+    pool = Pool()
+    for number in range(3000):
+        pool.request([number], capacity=3000)
+    for _ in range(90):  # of the 140 for which a sample serves; 70 where several are asked for
+        pool.index.remove(pool.policy.victim())
+    first = pool.policy.victim()
+    victims = list(pool.index.policy.victims(0))
+    assert victims[0] == first
+    assert len(set(victims)) == len(victims) == len(pool.index)
+
+
+def test_turns_whose_blocks_went_at_once_are_forgotten_by_and_by() -> None:
+    pool = Pool()
+    for number in range(4000):
+        pool.request([number], capacity=4000)
+    pool.index.remove_all(list(pool.policy.victims(0)))
+    turns = pool.policy._turns
+    assert len(turns) == 4000, "not at once"
+    for number in range(10_000, 14_000):
+        pool.request([number % 300], capacity=4000)
+    assert len(pool.index) == 300
+    assert len(turns) <= 2 * 300
+    assert sum(len(shard) for shards in turns._anchors for shard in shards) == len(turns)
+
+
+def test_a_row_given_out_on_another_device_is_a_leaf_there() -> None:
+    pool = Pool()
+    index = pool.index
+    index.add_device(1)
+    for device in (0, 1, 0):
+        row = index.add(pool.space, 1, device, now=1.0)
+        index.publish(row, encode_block_id(1))
+        index.unpin([row], now=1.0)
+        assert list(index.policy.victims(device)) == [row]
+        assert list(index.policy.victims(1 - device)) == []
+        index.remove(row)
+
+
+def test_the_index_of_an_age_is_the_best_rate_of_all_ages_to_stop_at() -> None:
+    hazard = np.random.default_rng(2).random((3, AGES)) / 3
+    found = gittins(hazard)
+    starts = np.concatenate([[0.0], 2.0 ** (1 + np.arange(AGES) / 2)])
+    widths = np.diff(starts)
+    for row in range(3):
+        for start in range(AGES):
+            alive, hits, held = 1.0, 0.0, 0.0
+            rates = []
+            for age in range(start, AGES):
+                hits += alive * hazard[row, age]
+                held += alive * (1 - hazard[row, age] / 2) * widths[age]
+                alive *= 1 - hazard[row, age]
+                rates.append(hits / held)
+            assert found[row, start] == pytest.approx(max(rates), rel=1e-4)
