@@ -72,6 +72,10 @@ class Snapshot(NamedTuple):
     pages: tuple[int, ...]
     #: All that lie at least in part in these pages, ascending. Those that lie elsewhere too are unmovable.
     parts: tuple[Part, ...]
+    #: Where pages could be added: those of the addresses near these pages that are free, as offsets.
+    room: frozenset[int] = frozenset()
+    #: How many pages could be added.
+    spare_pages: int = 0
 
 
 class Plan(NamedTuple):
@@ -209,15 +213,23 @@ def plan_regrouping(snapshot: Snapshot, most_pages: int) -> Plan:
 
     This is what helps where unmovable caches lie scattered: no window comes free there by itself.
     """
-    plans = list(_slides(snapshot))
-    places = {move.cache_id: move.destination for plan in plans for move in plan.moves}
-    parts = [part._replace(offset=places.get(part.cache_id, part.offset)) for part in snapshot.parts]
-    then = plan_evacuation(
-        snapshot._replace(parts=tuple(sorted(parts))), len(snapshot.pages) * snapshot.page_bytes, most_pages
-    )
+    moves = regrouping(snapshot)
+    then = plan_evacuation(moved(snapshot, moves), len(snapshot.pages) * snapshot.page_bytes, most_pages)
     if not then.freed:
         return NOTHING
-    return Plan((*(move for plan in plans for move in plan.moves), *then.moves), then.freed)
+    return Plan((*moves, *then.moves), then.freed)
+
+
+def regrouping(snapshot: Snapshot) -> tuple[Move, ...]:
+    """Return how all slide everywhere."""
+    return tuple(move for plan in _slides(snapshot) for move in plan.moves)
+
+
+def moved(snapshot: Snapshot, moves: Iterable[Move]) -> Snapshot:
+    """Return what is in these pages when the moves are done."""
+    places = {move.cache_id: move.destination for move in moves}
+    parts = [part._replace(offset=places.get(part.cache_id, part.offset)) for part in snapshot.parts]
+    return snapshot._replace(parts=tuple(sorted(parts)))
 
 
 def _slides(snapshot: Snapshot) -> Iterator[Plan]:
@@ -268,7 +280,7 @@ def choose_join(snapshot: Snapshot, budget_bytes: int, most_pages: int) -> tuple
 
     The emptiest are taken, and come last, so that least is copied. Pages that a cache lies across stay together.
     """
-    used = _used_bytes(snapshot)
+    used = bytes_in_use(snapshot)
     groups = sorted(_groups(snapshot), key=lambda group: sum(used[page] for page in group) / len(group))
     chosen: list[list[int]] = []
     pages = used_bytes = best = most = 0
@@ -359,7 +371,7 @@ class _Holes:
         return -1
 
 
-def _used_bytes(snapshot: Snapshot) -> dict[int, int]:
+def bytes_in_use(snapshot: Snapshot) -> dict[int, int]:
     """Return the bytes in use of each page."""
     used = dict.fromkeys(snapshot.pages, 0)
     for part in snapshot.parts:

@@ -21,6 +21,7 @@ from kvpool.memory.compaction import (
     runs,
     slide,
 )
+from kvpool.memory.filling import plan_filling
 from kvpool.memory.ranges import RangeAllocator
 from kvpool.memory.scrub import Scrubber
 from kvpool.memory.shared import SharedPages
@@ -105,7 +106,7 @@ class Mover:
         if self._shared.free_bytes(tenant) < self._page_bytes:
             return Compaction(0, 0, False)
         plan = self._plan(Survey(self._shared, tenant, self._page_bytes, owner), budget_bytes, most_pages)
-        if not plan.freed:
+        if not plan.moves:
             self._futile[tenant] = self._shared.free_bytes(tenant)
             return Compaction(0, 0, False)
         self._futile.pop(tenant, None)
@@ -127,7 +128,7 @@ class Mover:
             if self._shared.free_bytes(tenant) < self._page_bytes:
                 return Compaction(0, 0, False)
             plan = self._plan(Survey(self._shared, tenant, self._page_bytes, owner), self._page_bytes, 1, looks)
-            if not plan.freed:
+            if not plan.moves:
                 self._futile[tenant] = self._shared.free_bytes(tenant)
                 return Compaction(0, 0, False)
             self._futile.pop(tenant, None)
@@ -185,7 +186,10 @@ class Mover:
             pages = choose_join(snapshot, budget_bytes, most_pages)
             if pages:
                 return self._join(survey, snapshot, pages)
-        return plan_regrouping(survey.whole(), most_pages) if looks is None else NOTHING
+        if looks is not None:
+            return NOTHING
+        plan = plan_regrouping(survey.whole(), most_pages)
+        return plan if plan.freed else plan_filling(survey.for_filling())
 
     def _join(self, survey: Survey, snapshot: Snapshot, pages: Sequence[int]) -> Plan:
         """Map pages side by side; returns how to slide what is in them."""
@@ -201,8 +205,13 @@ class Mover:
         return slide(sorted(joined), list(places.values()), self._page_bytes)
 
     def _carry_out(self, tenant: str, plan: Plan, owner: Movable) -> Compaction:
+        mask = -self._page_bytes
+        under = {page for move in plan.moves for page in (move.destination & mask, (move.destination + move.size_bytes - 1) & mask)}
+        added = self._shared.extend(tenant, sorted(under))
+        if added is None:
+            return Compaction(0, 0, False)
         done: list[Move] = []
-        emptied: set[int] = set(plan.freed)
+        emptied: set[int] = {*plan.freed, *added}
         freed_pages = 0
         try:
             for run in runs(plan.moves):
@@ -214,7 +223,7 @@ class Mover:
             if self.unfinished is not None:
                 move = self.unfinished[0]
                 emptied.difference_update(pages_under(move.destination, move.size_bytes, self._page_bytes))
-            freed_pages = self._shared.put_empty(tenant, sorted(emptied))
+            freed_pages = self._shared.put_empty(tenant, sorted(emptied)) - len(added)
             moved_bytes = sum(move.size_bytes for move in done)
             self.moved_bytes += moved_bytes
             self.freed_pages += freed_pages

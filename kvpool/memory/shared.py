@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import islice
 
-from kvpool.errors import AddressSpaceError, ensure
+from kvpool.errors import AddressSpaceError, BackendError, ensure
 from kvpool.memory.allocation import Place
 from kvpool.memory.buddy import BuddyAllocator
 from kvpool.memory.ranges import RangeAllocator
@@ -233,8 +233,47 @@ class SharedPages:
             residents.enter(destination, resident)
 
     def is_free(self, tenant: str, offset: int, size_bytes: int) -> bool:
-        """Whether nothing lies in a part of this tenant's pages."""
-        return self._parts[tenant].is_free(offset, size_bytes)
+        """Whether nothing lies in a part of this tenant's pages, or of those that could be added."""
+        parts, end = self._parts[tenant], offset + size_bytes
+        while offset < end:
+            page = offset & -self._page_bytes
+            stop = min(end, page + self._page_bytes)
+            if not (parts.is_free(offset, stop - offset) if parts.manages(page) else self.is_open(tenant, page)):
+                return False
+            offset = stop
+        return True
+
+    def is_open(self, tenant: str, page: int) -> bool:
+        """Whether a page could be added at this offset."""
+        return self._ranges.is_open_at(tenant, page // self._page_bytes)
+
+    def spare_pages(self, tenant: str) -> int:
+        """How many pages could be added."""
+        return self._ranges.pages_for(tenant)
+
+    def extend(self, tenant: str, pages: Iterable[int]) -> list[int] | None:
+        """Add those of these pages (offsets) that the tenant does not have; returns which. ``None``: it cannot be.
+
+        Raises
+        ------
+        BackendError
+            If the system refuses. None is added then.
+        """
+        parts = self._parts[tenant]
+        added: list[int] = []
+        try:
+            for page in pages:
+                if parts.manages(page):
+                    continue
+                if self._ranges.take_at(tenant, page // self._page_bytes) is None:
+                    self.put_empty(tenant, added)
+                    return None
+                parts.add(page)
+                added.append(page)
+        except BackendError:
+            self.put_empty(tenant, added)
+            raise
+        return added
 
     def is_withheld(self, offset: int, size_bytes: int) -> bool:
         """Whether one of the pages under a part is in quarantine."""

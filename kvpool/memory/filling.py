@@ -1,0 +1,315 @@
+"""What to move into the pages that stay, so that no hole is left beside what is leased.
+
+A page with something unmovable stays, and so do those that a cache lies across from it: together they are *anchored*.
+Their holes are as large as chance made them, and none goes on where a run of such pages ends. Two things make them
+useful: caches are chosen from the other pages so that their sizes add up to a hole, and where the addresses before or
+behind it are free, pages are added there, so that caches lie across the border.
+
+The caches come from the emptiest of the pages that are not anchored. What is left in these slides together in the next
+step, and more pages come free by that than are added here: else there is no plan.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from math import gcd
+from typing import NamedTuple
+
+from kvpool.memory.compaction import (
+    NOTHING,
+    WINDOW_PAGES,
+    Move,
+    Part,
+    Plan,
+    Snapshot,
+    bytes_in_use,
+    choose_join,
+    moved,
+    pages_under,
+    plan_slide,
+    regrouping,
+)
+from kvpool.memory.subset import SubsetSums
+
+MOST_ADDED = 4
+"""Most pages added at one border, but for those between two runs of anchored pages, which may be twice as many."""
+
+_WORTH = 16
+"""Most bytes that are moved for each byte that is wasted less."""
+
+_SURPLUS = 2
+"""Bytes of caches looked at for each byte of holes: the more there are to choose from, the better they fit."""
+
+_MOST_SITES = 256
+"""Holes that are filled in one plan, the largest."""
+
+
+class Gap(NamedTuple):
+    """A place for caches: a hole, with pages added to it. They lie from its start on, or (``flush``) up to its end."""
+
+    start: int
+    end: int
+    added: tuple[int, ...]
+    #: Starts of the holes in it.
+    holes: tuple[int, ...]
+    flush: bool
+
+
+#: The gaps that one hole may become, of which at most one is filled.
+Site = tuple[Gap, ...]
+
+
+class _Choice(NamedTuple):
+    gap: Gap
+    #: Bytes that fit it best.
+    fill_bytes: int
+    #: By which less is wasted.
+    saved_bytes: int
+
+    @property
+    def worth(self) -> float:
+        """What is saved, less what moving costs."""
+        return self.saved_bytes - self.fill_bytes / _WORTH
+
+
+class _Stock:
+    """Caches that may be taken, by size; of each size first those from the emptiest pages."""
+
+    def __init__(self, parts: Iterable[Part], unit_bytes: int) -> None:
+        self._unit_bytes = unit_bytes
+        self._by_size: dict[int, deque[Part]] = {}
+        for part in parts:
+            self._by_size.setdefault(part.size_bytes // unit_bytes, deque()).append(part)
+
+    def sums(self, most_bytes: int) -> SubsetSums:
+        stock = {size: len(parts) for size, parts in self._by_size.items()}
+        return SubsetSums(stock, most_bytes // self._unit_bytes)
+
+    def best(self, site: Site, sums: SubsetSums, page_bytes: int, spare_pages: int) -> _Choice | None:
+        """Return the gap of a site that is most worth filling, if one is."""
+        best = None
+        for gap in site:
+            if len(gap.added) > spare_pages:
+                continue
+            fill_bytes = sums.at_most((gap.end - gap.start) // self._unit_bytes) * self._unit_bytes
+            choice = _Choice(gap, fill_bytes, fill_bytes - len(gap.added) * page_bytes)
+            if choice.worth > (0 if best is None else best.worth):
+                best = choice
+        return best
+
+    def take(self, sums: SubsetSums, fill_bytes: int) -> list[Part]:
+        """Remove and return caches of this many bytes together."""
+        return [self._by_size[size].popleft() for size in sums.parts(fill_bytes // self._unit_bytes)]
+
+
+def plan_filling(snapshot: Snapshot) -> Plan:
+    """Fill the holes of anchored pages, as they are or when all has slid, if more pages come free than are added."""
+    filled = _plan(snapshot)
+    if filled:
+        return Plan(filled, ())
+    slid = regrouping(snapshot)
+    filled = _plan(moved(snapshot, slid)) if slid else ()
+    return Plan((*slid, *filled), ()) if filled else NOTHING
+
+
+def _plan(snapshot: Snapshot) -> tuple[Move, ...]:
+    anchored, groups = _anchored(snapshot)
+    sites = sorted(_sites(snapshot, anchored), key=_hole_bytes, reverse=True)[:_MOST_SITES]
+    if not sites or not groups:
+        return ()
+    wanted_bytes = sum(max(gap.end - gap.start for gap in site) for site in sites)
+    source_parts = _sources(snapshot, groups, _SURPLUS * wanted_bytes)
+    unit_bytes = gcd(snapshot.page_bytes, *(bound for part in snapshot.parts for bound in part[:2]))
+    moves, added = _fill(snapshot, sites, _Stock(source_parts, unit_bytes))
+    if not moves or _freed_after(snapshot, moves, added) <= len(added):
+        return ()
+    return tuple(moves)
+
+
+def _fill(snapshot: Snapshot, sites: Sequence[Site], stock: _Stock) -> tuple[list[Move], list[int]]:
+    """Return moves into the gaps that are most worth it, and the pages that they need."""
+    page_bytes, spare_pages = snapshot.page_bytes, snapshot.spare_pages
+    first_sums = stock.sums(max(gap.end - gap.start for site in sites for gap in site))
+    ranked = []
+    for site in sites:
+        choice = stock.best(site, first_sums, page_bytes, spare_pages)
+        if choice is not None:
+            ranked.append((choice.saved_bytes / choice.fill_bytes, site))
+    ranked.sort(key=lambda each: each[0], reverse=True)
+    moves: list[Move] = []
+    added: list[int] = []
+    taken: set[int] = set()
+    for _, site in ranked:
+        open_gaps = tuple(gap for gap in site if taken.isdisjoint(gap.added + gap.holes))
+        if not open_gaps:
+            continue
+        sums = stock.sums(max(gap.end - gap.start for gap in open_gaps))
+        choice = stock.best(open_gaps, sums, page_bytes, spare_pages - len(added))
+        if choice is None:
+            continue
+        gap = choice.gap
+        cursor = gap.end - choice.fill_bytes if gap.flush else gap.start
+        for part in stock.take(sums, choice.fill_bytes):
+            moves.append(Move(part.cache_id, part.offset, cursor, part.size_bytes))
+            cursor += part.size_bytes
+        added += gap.added
+        taken.update(gap.added + gap.holes)
+    return moves, added
+
+
+def _freed_after(snapshot: Snapshot, moves: Sequence[Move], added: Sequence[int]) -> int:
+    """Return how many pages are empty when these moves are done, or come free by the next step."""
+    after = moved(snapshot, moves)._replace(pages=tuple(sorted((*snapshot.pages, *added))))
+    used = bytes_in_use(after)
+    left = after._replace(pages=tuple(page for page in after.pages if used[page]))
+    empty = len(after.pages) - len(left.pages)
+    everything = len(left.pages) * left.page_bytes
+    joined = choose_join(left, everything, WINDOW_PAGES)
+    by_joining = len(joined) - -(-sum(used[page] for page in joined) // left.page_bytes)
+    return empty + max(by_joining, len(plan_slide(left, everything, WINDOW_PAGES).freed))
+
+
+def _anchored(snapshot: Snapshot) -> tuple[set[int], list[list[int]]]:
+    """Return the pages that are anchored, and the others, those that a cache lies across in one list."""
+    fixed: set[int] = set()
+    linked: set[int] = set()  # with the page before
+    for part in snapshot.parts:
+        under = pages_under(part.offset, part.size_bytes, snapshot.page_bytes)
+        if not part.movable:
+            fixed.update(under)
+        linked.update(under[1:])
+    runs: list[list[int]] = []
+    for page in snapshot.pages:
+        if page in linked and runs and runs[-1][-1] == page - snapshot.page_bytes:
+            runs[-1].append(page)
+        else:
+            runs.append([page])
+    anchored: set[int] = set()
+    groups = []
+    for run in runs:
+        if fixed.isdisjoint(run):
+            groups.append(run)
+        else:
+            anchored.update(run)
+    return anchored, groups
+
+
+def _sources(snapshot: Snapshot, groups: Iterable[Sequence[int]], wanted_bytes: float) -> list[Part]:
+    """Return the caches of the emptiest groups of pages, of a group those in the last pages first."""
+    used = bytes_in_use(snapshot)
+    chosen: dict[int, int] = {}  # page: how early it was chosen
+    for group in sorted(groups, key=lambda group: sum(used[page] for page in group) / len(group)):
+        for page in reversed(group):
+            if wanted_bytes <= 0:
+                break
+            chosen[page] = len(chosen)
+            wanted_bytes -= used[page]
+    ranked = []
+    for part in snapshot.parts:
+        under = pages_under(part.offset, part.size_bytes, snapshot.page_bytes)
+        ranks = [chosen[page] for page in under if page in chosen]
+        if ranks and part.movable:
+            ranked.append((min(ranks), part))
+    return [part for _, part in sorted(ranked)]
+
+
+def _hole_bytes(site: Site) -> int:
+    return min(gap.end - gap.start for gap in site)
+
+
+def _sites(snapshot: Snapshot, anchored: set[int]) -> Iterator[Site]:
+    """Yield what each hole of the anchored pages may become, alone or with the one behind the free pages after it."""
+    regions = list(_regions(anchored, snapshot.page_bytes))
+    holes = list(_holes(snapshot, regions))
+    for (start, end), inside in zip(regions, holes, strict=True):
+        for hole in inside:
+            if hole[0] != start and hole[1] != end:
+                yield (Gap(*hole, (), (hole[0],), False),)
+    for number in range(-1, len(regions)):
+        yield from _between(
+            snapshot,
+            (regions[number], holes[number]) if number >= 0 else None,
+            (regions[number + 1], holes[number + 1]) if number + 1 < len(regions) else None,
+        )
+
+
+_Bounds = tuple[int, int]
+
+
+def _between(
+    snapshot: Snapshot,
+    before: tuple[_Bounds, Sequence[_Bounds]] | None,
+    behind: tuple[_Bounds, Sequence[_Bounds]] | None,
+) -> Iterator[Site]:
+    """Yield what the last hole of a run of pages and the first one of the next may become."""
+    page_bytes = snapshot.page_bytes
+    tail: list[Gap] = []
+    head: list[Gap] = []
+    across: list[Gap] = []
+    if before is not None:
+        (_, end), inside = before
+        start = inside[-1][0] if inside and inside[-1][1] == end else end
+        if start < end:
+            added = _free_pages(snapshot.room, end, page_bytes, MOST_ADDED)
+            tail = [Gap(start, end + k * page_bytes, added[:k], (start,), False) for k in range(len(added) + 1)]
+    if behind is not None:
+        (start, _), inside = behind
+        end = inside[0][1] if inside and inside[0][0] == start else start
+        if start < end:
+            added = _free_pages(snapshot.room, start - page_bytes, -page_bytes, MOST_ADDED)
+            head = [Gap(start - k * page_bytes, end, added[:k], (start,), True) for k in range(len(added) + 1)]
+    if before is not None and behind is not None and (tail or head):
+        apart = (behind[0][0] - before[0][1]) // page_bytes
+        added = _free_pages(snapshot.room, before[0][1], page_bytes, 2 * MOST_ADDED)
+        if apart <= len(added):
+            start = tail[0].start if tail else before[0][1]
+            end = head[0].end if head else behind[0][0]
+            covered = tuple(gap.start for gap in (*tail[:1], *head[:1]))
+            across = [Gap(start, end, added[:apart], covered, False)]
+    if tail:
+        yield (*tail, *across)
+    if head:
+        yield (*head, *across)
+
+
+def _free_pages(room: frozenset[int], first: int, step: int, most: int) -> tuple[int, ...]:
+    """Return free addresses of pages from ``first`` on, side by side."""
+    found: list[int] = []
+    while len(found) < most and first in room:
+        found.append(first)
+        first += step
+    return tuple(found)
+
+
+def _regions(pages: Iterable[int], page_bytes: int) -> Iterator[_Bounds]:
+    """Yield (start, end) of pages that lie side by side, as many as do."""
+    start = end = -1
+    for page in sorted(pages):
+        if page != end:
+            if end >= 0:
+                yield start, end
+            start = page
+        end = page + page_bytes
+    if end >= 0:
+        yield start, end
+
+
+def _holes(snapshot: Snapshot, regions: Iterable[_Bounds]) -> Iterator[list[_Bounds]]:
+    """Yield for each region (ascending) what is free in it, as (start, end)."""
+    parts = iter(snapshot.parts)
+    part = next(parts, None)
+    for start, end in regions:
+        holes = []
+        cursor = start
+        while part is not None and part.offset < end:
+            if part.end > start:
+                if part.offset > cursor:
+                    holes.append((cursor, part.offset))
+                cursor = max(cursor, part.end)
+            if part.end > end:
+                break
+            part = next(parts, None)
+        if cursor < end:
+            holes.append((cursor, end))
+        yield holes
