@@ -73,6 +73,8 @@ class Mover:
         self.freed_pages = 0
         #: By tenant: the free bytes in its pages when no plan was found.
         self._futile: dict[str, int] = {}
+        #: By tenant: bytes of caches, and pages, when holes were filled last.
+        self._filled: dict[str, tuple[int, int]] = {}
 
     def promising(self, tenant: str) -> bool:
         """Whether a plan may be found: no page can come free of less, and much must have changed since none was."""
@@ -189,7 +191,19 @@ class Mover:
         if looks is not None:
             return NOTHING
         plan = plan_regrouping(survey.whole(), most_pages)
-        return plan if plan.freed else plan_filling(survey.for_filling())
+        return plan if plan.freed else self._fill(survey)
+
+    def _fill(self, survey: Survey) -> Plan:
+        """Plan to fill holes, but not twice without a page less: what frees pages after it may undo it."""
+        snapshot = survey.for_filling()
+        now = sum(part.size_bytes for part in snapshot.parts), len(snapshot.pages)
+        before = self._filled.get(survey.tenant)
+        if before is not None and before[0] == now[0] and before[1] <= now[1]:
+            return NOTHING
+        plan = plan_filling(snapshot)
+        if plan.moves:
+            self._filled[survey.tenant] = now
+        return plan
 
     def _join(self, survey: Survey, snapshot: Snapshot, pages: Sequence[int]) -> Plan:
         """Map pages side by side; returns how to slide what is in them."""
@@ -205,8 +219,9 @@ class Mover:
         return slide(sorted(joined), list(places.values()), self._page_bytes)
 
     def _carry_out(self, tenant: str, plan: Plan, owner: Movable) -> Compaction:
-        mask = -self._page_bytes
-        under = {page for move in plan.moves for page in (move.destination & mask, (move.destination + move.size_bytes - 1) & mask)}
+        under = {
+            page for move in plan.moves for page in pages_under(move.destination, move.size_bytes, self._page_bytes)
+        }
         added = self._shared.extend(tenant, sorted(under))
         if added is None:
             return Compaction(0, 0, False)

@@ -3,7 +3,7 @@
 A part whose size is a power of two comes to lie in a page, aligned as the buddy allocator does it. One of another size
 begins where the last such one ended, or where one was freed, if there is room, and lies across the border of its page
 if the one behind can be had: aligned, caches a little larger than half a page would fill half of each page, and while
-they are leased nothing can move them together. A part larger than a page begins at one. Compaction puts all anywhere.
+they are leased nothing can move them together. A part of many pages begins at one. Compaction puts all anywhere.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from kvpool.sizes import round_up
 
 _MOST_HOLES = 4
 """How many places where a part was freed are looked at for one of another size, the latest first."""
+
+_MOST_REACHED_PAGES = 8
+"""Caches of more pages begin at one: the pages of a range come at once, those behind a hole one by one."""
 
 _KEPT_HOLES = 4096
 """How many such places are remembered."""
@@ -159,31 +162,43 @@ class SharedPages:
         return None
 
     def _reach_over(self, tenant: str, parts: BuddyAllocator, holes: dict[int, None], part_bytes: int) -> int | None:
-        """Take the page behind one whose end is free, and return where that end begins."""
+        """Take the pages behind one whose end is free, and return where that end begins."""
         for offset in list(islice(reversed(holes), _MOST_HOLES)):
             border = (offset | (self._page_bytes - 1)) + 1
             if offset + part_bytes <= border or not parts.is_free(offset, border - offset):
                 continue
-            if self._ranges.take_at(tenant, border // self._page_bytes) is not None:
-                parts.add(border)
+            if not self.is_free(tenant, border, offset + part_bytes - border):
+                continue
+            if self.extend(tenant, range(border, offset + part_bytes, self._page_bytes)) is not None:
                 return offset
         return None
 
     def _allocate_pages(self, cache_id: int, tenant: str, size_bytes: int) -> Place | None:
-        """Return offset and pages of a part that begins a page, and leaves the end of its last one to others."""
+        """Return offset and pages of a part larger than a page, the end of whose last one is left to others.
+
+        One of few pages begins where another ended, as smaller ones do: else it would waste nearly a page.
+        """
+        parts, holes = self._parts[tenant], self._holes.get(tenant, {})
         pages = -(-size_bytes // self._page_bytes)
-        taken = self._ranges.take(tenant, Shape(pages * self._page_bytes, pages))
-        if taken is None:
-            return None
-        self._ranges.split(taken.index)
-        parts, offset = self._parts[tenant], taken.index * self._page_bytes
-        for page in range(pages):
-            parts.add(offset + page * self._page_bytes)
         part_bytes = round_up(size_bytes, self._min_block_bytes)
+        offset = None
+        if pages <= _MOST_REACHED_PAGES:
+            offset = self._find_hole(parts, holes, part_bytes)
+            if offset is None:
+                offset = self._reach_over(tenant, parts, holes, part_bytes)
+        if offset is None:
+            taken = self._ranges.take(tenant, Shape(pages * self._page_bytes, pages))
+            if taken is not None:
+                self._ranges.split(taken.index)
+                offset = taken.index * self._page_bytes
+                for page in range(offset, offset + pages * self._page_bytes, self._page_bytes):
+                    parts.add(page)
+            else:
+                offset = self._search(tenant, part_bytes)
+                if offset is None:
+                    return None
         self._carve(parts, offset, part_bytes)
-        self._note_hole(tenant, offset + part_bytes)
-        self._residents[tenant].enter(offset, (cache_id, part_bytes))
-        return offset, taken.refs
+        return self._entered(cache_id, tenant, offset, part_bytes)
 
     def free(self, tenant: str, offset: int) -> None:
         """Take the part at ``offset`` back, and give its page to the arena when nothing else lives in it."""
