@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import takewhile
 from math import gcd
 from typing import NamedTuple
 
@@ -32,10 +33,10 @@ from kvpool.memory.compaction import (
 )
 from kvpool.memory.subset import SubsetSums
 
-MOST_ADDED = 4
+MOST_ADDED = 8
 """Most pages added at one border, but for those between two runs of anchored pages, which may be twice as many."""
 
-_WORTH = 16
+_WORTH = 32
 """Most bytes that are moved for each byte that is wasted less."""
 
 _SURPLUS = 2
@@ -114,33 +115,85 @@ def plan_filling(snapshot: Snapshot) -> Plan:
 
 
 def _plan(snapshot: Snapshot) -> tuple[Move, ...]:
-    anchored, groups = _anchored(snapshot)
+    anchored, groups, ends = _anchored(snapshot)
     sites = sorted(_sites(snapshot, anchored), key=_hole_bytes, reverse=True)[:_MOST_SITES]
-    if not sites or not groups:
+    if not sites:
         return ()
-    wanted_bytes = sum(max(gap.end - gap.start for gap in site) for site in sites)
-    source_parts = _sources(snapshot, groups, _SURPLUS * wanted_bytes)
     unit_bytes = gcd(snapshot.page_bytes, *(bound for part in snapshot.parts for bound in part[:2]))
-    moves, added = _fill(snapshot, sites, _Stock(source_parts, unit_bytes))
-    if not moves or _freed_after(snapshot, moves, added) <= len(added):
-        return ()
-    return tuple(moves)
+    used = bytes_in_use(snapshot)
+    groups.sort(key=lambda group: sum(used[page] for page in group) / len(group))
+    sources = [page for group in groups for page in reversed(group)]
+    ranked = _rank(snapshot, sites, _Stock(_residents(snapshot, sources), unit_bytes))
+    filled = _fill(snapshot, [site for _, site in ranked], _Stock(_residents(snapshot, sources), unit_bytes))
+    if not filled and ends:
+        everything = [*sources, *(page for end in ends for page in end)]
+        ranked = _rank(snapshot, sites, _Stock(_residents(snapshot, everything), unit_bytes))
+        chosen, more = _match(snapshot, ranked, sum(used[page] for page in sources), ends)
+        filled = _fill(snapshot, chosen, _Stock(_residents(snapshot, [*sources, *more]), unit_bytes))
+    return filled
 
 
-def _fill(snapshot: Snapshot, sites: Sequence[Site], stock: _Stock) -> tuple[list[Move], list[int]]:
-    """Return moves into the gaps that are most worth it, and the pages that they need."""
-    page_bytes, spare_pages = snapshot.page_bytes, snapshot.spare_pages
-    first_sums = stock.sums(max(gap.end - gap.start for site in sites for gap in site))
+def _rank(snapshot: Snapshot, sites: Sequence[Site], stock: _Stock) -> list[tuple[_Choice, Site]]:
+    """Return the sites that are worth filling, with what would be put there, the best first."""
+    sums = stock.sums(max(gap.end - gap.start for site in sites for gap in site))
     ranked = []
     for site in sites:
-        choice = stock.best(site, first_sums, page_bytes, spare_pages)
+        choice = stock.best(site, sums, snapshot.page_bytes, snapshot.spare_pages)
         if choice is not None:
-            ranked.append((choice.saved_bytes / choice.fill_bytes, site))
-    ranked.sort(key=lambda each: each[0], reverse=True)
+            ranked.append((choice, site))
+    ranked.sort(key=lambda each: each[0].saved_bytes / each[0].fill_bytes, reverse=True)
+    return ranked
+
+
+def _match(
+    snapshot: Snapshot, ranked: Iterable[tuple[_Choice, Site]], supply_bytes: int, ends: Iterable[Sequence[int]]
+) -> tuple[list[Site], list[int]]:
+    """Return sites to fill, and pages at the ends of anchored runs that are emptied for it, which lose least by it."""
+    offers = deque(sorted((_loss_bytes(snapshot, end) / len(end), end) for end in ends))
+    sites: list[Site] = []
+    emptied: list[int] = []
+    filled: set[int] = set()  # pages
+    for choice, site in ranked:
+        at = _pages_of(choice.gap, snapshot.page_bytes)
+        if not at.isdisjoint(emptied):
+            continue
+        needed_bytes, loss_bytes = choice.fill_bytes - supply_bytes, 0.0
+        taken: list[Sequence[int]] = []
+        for loss, end in offers:
+            if needed_bytes <= 0:
+                break
+            if at.isdisjoint(end) and filled.isdisjoint(end):
+                taken.append(end)
+                loss_bytes += loss * len(end)
+                needed_bytes -= len(end) * snapshot.page_bytes
+        if needed_bytes > 0 or choice.worth <= loss_bytes:
+            continue
+        supply_bytes = -needed_bytes
+        for end in taken:
+            emptied += end
+        offers = deque(each for each in offers if each[1] not in taken)
+        sites.append(site)
+        filled |= at
+    return sites, emptied
+
+
+def _pages_of(gap: Gap, page_bytes: int) -> set[int]:
+    """Return the pages that lie in a gap, at least in part, or next to it."""
+    return set(range(gap.start // page_bytes * page_bytes - page_bytes, gap.end + page_bytes, page_bytes))
+
+
+def _loss_bytes(snapshot: Snapshot, end: Sequence[int]) -> int:
+    """Return by how much more is wasted in the page next to ``end`` than is in ``end``, when that is emptied."""
+    return sum(part.size_bytes for part in _residents(snapshot, end)) - len(end) * snapshot.page_bytes
+
+
+def _fill(snapshot: Snapshot, sites: Iterable[Site], stock: _Stock) -> tuple[Move, ...]:
+    """Return moves into the gaps that are most worth it; none if no more pages come free by it than they need."""
+    page_bytes, spare_pages = snapshot.page_bytes, snapshot.spare_pages
     moves: list[Move] = []
     added: list[int] = []
     taken: set[int] = set()
-    for _, site in ranked:
+    for site in sites:
         open_gaps = tuple(gap for gap in site if taken.isdisjoint(gap.added + gap.holes))
         if not open_gaps:
             continue
@@ -155,7 +208,9 @@ def _fill(snapshot: Snapshot, sites: Sequence[Site], stock: _Stock) -> tuple[lis
             cursor += part.size_bytes
         added += gap.added
         taken.update(gap.added + gap.holes)
-    return moves, added
+    if not moves or _freed_after(snapshot, moves, added) <= len(added):
+        return ()
+    return tuple(moves)
 
 
 def _freed_after(snapshot: Snapshot, moves: Sequence[Move], added: Sequence[int]) -> int:
@@ -170,8 +225,9 @@ def _freed_after(snapshot: Snapshot, moves: Sequence[Move], added: Sequence[int]
     return empty + max(by_joining, len(plan_slide(left, everything, WINDOW_PAGES).freed))
 
 
-def _anchored(snapshot: Snapshot) -> tuple[set[int], list[list[int]]]:
-    """Return the pages that are anchored, and the others, those that a cache lies across in one list."""
+def _anchored(snapshot: Snapshot) -> tuple[set[int], list[list[int]], list[list[int]]]:
+    """Return the pages that are anchored; the others, those that a cache lies across in one list; and of those that
+    are anchored the pages before the first and behind the last that is unmovable, each from the outermost on."""
     fixed: set[int] = set()
     linked: set[int] = set()  # with the page before
     for part in snapshot.parts:
@@ -186,31 +242,28 @@ def _anchored(snapshot: Snapshot) -> tuple[set[int], list[list[int]]]:
         else:
             runs.append([page])
     anchored: set[int] = set()
-    groups = []
+    groups: list[list[int]] = []
+    ends: list[list[int]] = []
     for run in runs:
         if fixed.isdisjoint(run):
             groups.append(run)
-        else:
-            anchored.update(run)
-    return anchored, groups
+            continue
+        anchored.update(run)
+        for end in (list(takewhile(lambda page: page not in fixed, each)) for each in (run, reversed(run))):
+            if end:
+                ends.append(end)
+    return anchored, groups, ends
 
 
-def _sources(snapshot: Snapshot, groups: Iterable[Sequence[int]], wanted_bytes: float) -> list[Part]:
-    """Return the caches of the emptiest groups of pages, of a group those in the last pages first."""
-    used = bytes_in_use(snapshot)
-    chosen: dict[int, int] = {}  # page: how early it was chosen
-    for group in sorted(groups, key=lambda group: sum(used[page] for page in group) / len(group)):
-        for page in reversed(group):
-            if wanted_bytes <= 0:
-                break
-            chosen[page] = len(chosen)
-            wanted_bytes -= used[page]
+def _residents(snapshot: Snapshot, pages: Iterable[int]) -> list[Part]:
+    """Return the movable caches in these pages, in that order."""
+    ranks = {page: rank for rank, page in enumerate(pages)}
     ranked = []
     for part in snapshot.parts:
         under = pages_under(part.offset, part.size_bytes, snapshot.page_bytes)
-        ranks = [chosen[page] for page in under if page in chosen]
-        if ranks and part.movable:
-            ranked.append((min(ranks), part))
+        found = [ranks[page] for page in under if page in ranks]
+        if found and part.movable:
+            ranked.append((min(found), part))
     return [part for _, part in sorted(ranked)]
 
 
