@@ -12,7 +12,7 @@ step, and more pages come free by that than are added here: else there is no pla
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import takewhile
 from math import gcd
 from typing import NamedTuple
@@ -38,9 +38,6 @@ MOST_ADDED = 8
 
 _WORTH = 32
 """Most bytes that are moved for each byte that is wasted less."""
-
-_SURPLUS = 2
-"""Bytes of caches looked at for each byte of holes: the more there are to choose from, the better they fit."""
 
 _MOST_SITES = 256
 """Holes that are filled in one plan, the largest."""
@@ -106,6 +103,8 @@ class _Stock:
 
 def plan_filling(snapshot: Snapshot) -> Plan:
     """Fill the holes of anchored pages, as they are or when all has slid, if more pages come free than are added."""
+    if all(part.movable for part in snapshot.parts):
+        return NOTHING
     filled = _plan(snapshot)
     if filled:
         return Plan(filled, ())
@@ -120,16 +119,16 @@ def _plan(snapshot: Snapshot) -> tuple[Move, ...]:
     if not sites:
         return ()
     unit_bytes = gcd(snapshot.page_bytes, *(bound for part in snapshot.parts for bound in part[:2]))
-    used = bytes_in_use(snapshot)
+    by_page, used = _by_page(snapshot), bytes_in_use(snapshot)
     groups.sort(key=lambda group: sum(used[page] for page in group) / len(group))
     sources = [page for group in groups for page in reversed(group)]
-    ranked = _rank(snapshot, sites, _Stock(_residents(snapshot, sources), unit_bytes))
-    filled = _fill(snapshot, [site for _, site in ranked], _Stock(_residents(snapshot, sources), unit_bytes))
+    ranked = _rank(snapshot, sites, _Stock(_in_pages(by_page, sources), unit_bytes))
+    filled = _fill(snapshot, [site for _, site in ranked], _Stock(_in_pages(by_page, sources), unit_bytes))
     if not filled and ends:
         everything = [*sources, *(page for end in ends for page in end)]
-        ranked = _rank(snapshot, sites, _Stock(_residents(snapshot, everything), unit_bytes))
-        chosen, more = _match(snapshot, ranked, sum(used[page] for page in sources), ends)
-        filled = _fill(snapshot, chosen, _Stock(_residents(snapshot, [*sources, *more]), unit_bytes))
+        ranked = _rank(snapshot, sites, _Stock(_in_pages(by_page, everything), unit_bytes))
+        chosen, more = _match(by_page, snapshot.page_bytes, ranked, sum(used[page] for page in sources), ends)
+        filled = _fill(snapshot, chosen, _Stock(_in_pages(by_page, [*sources, *more]), unit_bytes))
     return filled
 
 
@@ -146,32 +145,41 @@ def _rank(snapshot: Snapshot, sites: Sequence[Site], stock: _Stock) -> list[tupl
 
 
 def _match(
-    snapshot: Snapshot, ranked: Iterable[tuple[_Choice, Site]], supply_bytes: int, ends: Iterable[Sequence[int]]
+    by_page: Mapping[int, Sequence[Part]],
+    page_bytes: int,
+    ranked: Iterable[tuple[_Choice, Site]],
+    supply_bytes: int,
+    ends: Iterable[Sequence[int]],
 ) -> tuple[list[Site], list[int]]:
     """Return sites to fill, and pages at the ends of anchored runs that are emptied for it, which lose least by it."""
-    offers = deque(sorted((_loss_bytes(snapshot, end) / len(end), end) for end in ends))
+    offers: list[tuple[float, Sequence[int]]] = []
+    for end in ends:
+        # By so much more is wasted in the page next to an empty end than was in that.
+        held_bytes = sum(part.size_bytes for part in _in_pages(by_page, end))
+        offers.append((held_bytes / len(end) - page_bytes, end))
+    offers.sort()
     sites: list[Site] = []
     emptied: list[int] = []
     filled: set[int] = set()  # pages
     for choice, site in ranked:
-        at = _pages_of(choice.gap, snapshot.page_bytes)
+        at = _pages_of(choice.gap, page_bytes)
         if not at.isdisjoint(emptied):
             continue
-        needed_bytes, loss_bytes = choice.fill_bytes - supply_bytes, 0.0
-        taken: list[Sequence[int]] = []
-        for loss, end in offers:
+        needed_bytes, lost_bytes = choice.fill_bytes - supply_bytes, 0.0
+        taken = []
+        for offer in offers:
             if needed_bytes <= 0:
                 break
+            loss_bytes, end = offer
             if at.isdisjoint(end) and filled.isdisjoint(end):
-                taken.append(end)
-                loss_bytes += loss * len(end)
-                needed_bytes -= len(end) * snapshot.page_bytes
-        if needed_bytes > 0 or choice.worth <= loss_bytes:
+                taken.append(offer)
+                lost_bytes += loss_bytes * len(end)
+                needed_bytes -= len(end) * page_bytes
+        if needed_bytes > 0 or choice.worth <= lost_bytes:
             continue
         supply_bytes = -needed_bytes
-        for end in taken:
-            emptied += end
-        offers = deque(each for each in offers if each[1] not in taken)
+        emptied += (page for _, end in taken for page in end)
+        offers = [offer for offer in offers if offer not in taken]
         sites.append(site)
         filled |= at
     return sites, emptied
@@ -180,11 +188,6 @@ def _match(
 def _pages_of(gap: Gap, page_bytes: int) -> set[int]:
     """Return the pages that lie in a gap, at least in part, or next to it."""
     return set(range(gap.start // page_bytes * page_bytes - page_bytes, gap.end + page_bytes, page_bytes))
-
-
-def _loss_bytes(snapshot: Snapshot, end: Sequence[int]) -> int:
-    """Return by how much more is wasted in the page next to ``end`` than is in ``end``, when that is emptied."""
-    return sum(part.size_bytes for part in _residents(snapshot, end)) - len(end) * snapshot.page_bytes
 
 
 def _fill(snapshot: Snapshot, sites: Iterable[Site], stock: _Stock) -> tuple[Move, ...]:
@@ -255,16 +258,20 @@ def _anchored(snapshot: Snapshot) -> tuple[set[int], list[list[int]], list[list[
     return anchored, groups, ends
 
 
-def _residents(snapshot: Snapshot, pages: Iterable[int]) -> list[Part]:
-    """Return the movable caches in these pages, in that order."""
-    ranks = {page: rank for rank, page in enumerate(pages)}
-    ranked = []
+def _by_page(snapshot: Snapshot) -> dict[int, list[Part]]:
+    """Return the movable caches that lie in each page, at least in part."""
+    found: dict[int, list[Part]] = {page: [] for page in snapshot.pages}
     for part in snapshot.parts:
-        under = pages_under(part.offset, part.size_bytes, snapshot.page_bytes)
-        found = [ranks[page] for page in under if page in ranks]
-        if found and part.movable:
-            ranked.append((min(found), part))
-    return [part for _, part in sorted(ranked)]
+        if part.movable:
+            for page in pages_under(part.offset, part.size_bytes, snapshot.page_bytes):
+                if page in found:
+                    found[page].append(part)
+    return found
+
+
+def _in_pages(by_page: Mapping[int, Sequence[Part]], pages: Iterable[int]) -> Iterable[Part]:
+    """Return what lies in these pages, in that order, each once."""
+    return dict.fromkeys(part for page in pages for part in by_page[page])
 
 
 def _hole_bytes(site: Site) -> int:

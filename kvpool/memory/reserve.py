@@ -13,7 +13,6 @@ from typing import NamedTuple
 from kvpool.errors import ensure
 from kvpool.memory.page import PageRange
 
-
 _MOST_LOOKS = 64
 """How many pages from a range's first on are found by their index."""
 
