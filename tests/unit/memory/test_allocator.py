@@ -475,7 +475,7 @@ def fill_up(allocator, sizes, first_id=0):
     return None
 
 
-@pytest.mark.parametrize("blocks", [(5,), (9,), (15,), (17,), (5, 9, 17)])
+@pytest.mark.parametrize("blocks", [(5,), (9,), (15,), (17,), (5, 9, 17), (33,), (41, 5)])
 def test_leased_caches_of_any_size_fill_the_device(blocks):
     """Nothing can move them together, so where each begins must leave no gap."""
     with closing(GPUMemoryAllocator(HostBackend(), 32 * 32 * 4096, 32 * 4096)) as allocator:
