@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import takewhile
 from math import gcd
 from typing import NamedTuple
 
+from kvpool.memory.anchors import Bounds, anchored_pages, in_pages, movable_by_page, side_by_side
 from kvpool.memory.compaction import (
     NOTHING,
     WINDOW_PAGES,
@@ -27,7 +27,6 @@ from kvpool.memory.compaction import (
     bytes_in_use,
     choose_join,
     moved,
-    pages_under,
     plan_slide,
     regrouping,
 )
@@ -114,21 +113,21 @@ def plan_filling(snapshot: Snapshot) -> Plan:
 
 
 def _plan(snapshot: Snapshot) -> tuple[Move, ...]:
-    anchored, groups, ends = _anchored(snapshot)
+    anchored, groups, ends = anchored_pages(snapshot)
     sites = sorted(_sites(snapshot, anchored), key=_hole_bytes, reverse=True)[:_MOST_SITES]
     if not sites:
         return ()
     unit_bytes = gcd(snapshot.page_bytes, *(bound for part in snapshot.parts for bound in part[:2]))
-    by_page, used = _by_page(snapshot), bytes_in_use(snapshot)
+    by_page, used = movable_by_page(snapshot), bytes_in_use(snapshot)
     groups.sort(key=lambda group: sum(used[page] for page in group) / len(group))
     sources = [page for group in groups for page in reversed(group)]
-    ranked = _rank(snapshot, sites, _Stock(_in_pages(by_page, sources), unit_bytes))
-    filled = _fill(snapshot, [site for _, site in ranked], _Stock(_in_pages(by_page, sources), unit_bytes))
+    ranked = _rank(snapshot, sites, _Stock(in_pages(by_page, sources), unit_bytes))
+    filled = _fill(snapshot, [site for _, site in ranked], _Stock(in_pages(by_page, sources), unit_bytes))
     if not filled and ends:
         everything = [*sources, *(page for end in ends for page in end)]
-        ranked = _rank(snapshot, sites, _Stock(_in_pages(by_page, everything), unit_bytes))
+        ranked = _rank(snapshot, sites, _Stock(in_pages(by_page, everything), unit_bytes))
         chosen, more = _match(by_page, snapshot.page_bytes, ranked, sum(used[page] for page in sources), ends)
-        filled = _fill(snapshot, chosen, _Stock(_in_pages(by_page, [*sources, *more]), unit_bytes))
+        filled = _fill(snapshot, chosen, _Stock(in_pages(by_page, [*sources, *more]), unit_bytes))
     return filled
 
 
@@ -155,7 +154,7 @@ def _match(
     offers: list[tuple[float, Sequence[int]]] = []
     for end in ends:
         # By so much more is wasted in the page next to an empty end than was in that.
-        held_bytes = sum(part.size_bytes for part in _in_pages(by_page, end))
+        held_bytes = sum(part.size_bytes for part in in_pages(by_page, end))
         offers.append((held_bytes / len(end) - page_bytes, end))
     offers.sort()
     sites: list[Site] = []
@@ -228,59 +227,13 @@ def _freed_after(snapshot: Snapshot, moves: Sequence[Move], added: Sequence[int]
     return empty + max(by_joining, len(plan_slide(left, everything, WINDOW_PAGES).freed))
 
 
-def _anchored(snapshot: Snapshot) -> tuple[set[int], list[list[int]], list[list[int]]]:
-    """Return the pages that are anchored; the others, those that a cache lies across in one list; and of those that
-    are anchored the pages before the first and behind the last that is unmovable, each from the outermost on."""
-    fixed: set[int] = set()
-    linked: set[int] = set()  # with the page before
-    for part in snapshot.parts:
-        under = pages_under(part.offset, part.size_bytes, snapshot.page_bytes)
-        if not part.movable:
-            fixed.update(under)
-        linked.update(under[1:])
-    runs: list[list[int]] = []
-    for page in snapshot.pages:
-        if page in linked and runs and runs[-1][-1] == page - snapshot.page_bytes:
-            runs[-1].append(page)
-        else:
-            runs.append([page])
-    anchored: set[int] = set()
-    groups: list[list[int]] = []
-    ends: list[list[int]] = []
-    for run in runs:
-        if fixed.isdisjoint(run):
-            groups.append(run)
-            continue
-        anchored.update(run)
-        for end in (list(takewhile(lambda page: page not in fixed, each)) for each in (run, reversed(run))):
-            if end:
-                ends.append(end)
-    return anchored, groups, ends
-
-
-def _by_page(snapshot: Snapshot) -> dict[int, list[Part]]:
-    """Return the movable caches that lie in each page, at least in part."""
-    found: dict[int, list[Part]] = {page: [] for page in snapshot.pages}
-    for part in snapshot.parts:
-        if part.movable:
-            for page in pages_under(part.offset, part.size_bytes, snapshot.page_bytes):
-                if page in found:
-                    found[page].append(part)
-    return found
-
-
-def _in_pages(by_page: Mapping[int, Sequence[Part]], pages: Iterable[int]) -> Iterable[Part]:
-    """Return what lies in these pages, in that order, each once."""
-    return dict.fromkeys(part for page in pages for part in by_page[page])
-
-
 def _hole_bytes(site: Site) -> int:
     return min(gap.end - gap.start for gap in site)
 
 
 def _sites(snapshot: Snapshot, anchored: set[int]) -> Iterator[Site]:
     """Yield what each hole of the anchored pages may become, alone or with the one behind the free pages after it."""
-    regions = list(_regions(anchored, snapshot.page_bytes))
+    regions = list(side_by_side(anchored, snapshot.page_bytes))
     holes = list(_holes(snapshot, regions))
     for (start, end), inside in zip(regions, holes, strict=True):
         for hole in inside:
@@ -294,13 +247,10 @@ def _sites(snapshot: Snapshot, anchored: set[int]) -> Iterator[Site]:
         )
 
 
-_Bounds = tuple[int, int]
-
-
 def _between(
     snapshot: Snapshot,
-    before: tuple[_Bounds, Sequence[_Bounds]] | None,
-    behind: tuple[_Bounds, Sequence[_Bounds]] | None,
+    before: tuple[Bounds, Sequence[Bounds]] | None,
+    behind: tuple[Bounds, Sequence[Bounds]] | None,
 ) -> Iterator[Site]:
     """Yield what the last hole of a run of pages and the first one of the next may become."""
     page_bytes = snapshot.page_bytes
@@ -342,20 +292,7 @@ def _free_pages(room: frozenset[int], first: int, step: int, most: int) -> tuple
     return tuple(found)
 
 
-def _regions(pages: Iterable[int], page_bytes: int) -> Iterator[_Bounds]:
-    """Yield (start, end) of pages that lie side by side, as many as do."""
-    start = end = -1
-    for page in sorted(pages):
-        if page != end:
-            if end >= 0:
-                yield start, end
-            start = page
-        end = page + page_bytes
-    if end >= 0:
-        yield start, end
-
-
-def _holes(snapshot: Snapshot, regions: Iterable[_Bounds]) -> Iterator[list[_Bounds]]:
+def _holes(snapshot: Snapshot, regions: Iterable[Bounds]) -> Iterator[list[Bounds]]:
     """Yield for each region (ascending) what is free in it, as (start, end)."""
     parts = iter(snapshot.parts)
     part = next(parts, None)

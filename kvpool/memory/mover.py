@@ -21,6 +21,7 @@ from kvpool.memory.compaction import (
     runs,
     slide,
 )
+from kvpool.memory.exchange import plan_exchange
 from kvpool.memory.filling import plan_filling
 from kvpool.memory.ranges import RangeAllocator
 from kvpool.memory.scrub import Scrubber
@@ -191,7 +192,8 @@ class Mover:
         if looks is not None:
             return NOTHING
         plan = plan_regrouping(survey.whole(), most_pages)
-        return plan if plan.freed else self._fill(survey)
+        plan = plan if plan.freed else self._fill(survey)
+        return plan if plan.moves else plan_exchange(survey.whole())
 
     def _fill(self, survey: Survey) -> Plan:
         """Plan to fill holes, but not twice without a page less: what frees pages after it may undo it."""

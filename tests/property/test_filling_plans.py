@@ -1,9 +1,10 @@
-"""Plans that fill holes: whatever lies where, each move is possible when those before it are done, and pages come free."""
+"""Plans that fill holes: whatever lies where, each move is possible after those before it, and pages come free."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvpool.memory.compaction import Part, Snapshot, bytes_in_use, choose_join, moved, plan_slide
+from kvpool.memory.compaction import Part, Plan, Snapshot, bytes_in_use, choose_join, moved, plan_slide
+from kvpool.memory.exchange import plan_exchange
 from kvpool.memory.filling import plan_filling
 from kvpool.memory.subset import SubsetSums
 
@@ -33,13 +34,10 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
     return Snapshot(PAGE, tuple(pages), tuple(parts), frozenset(free - closed), draw(st.integers(0, 12)))
 
 
-@settings(max_examples=200, deadline=None)
-@given(snapshots())
-def test_a_plan_that_fills_holes_can_be_carried_out_and_frees_pages(snapshot: Snapshot) -> None:
-    plan = plan_filling(snapshot)
+def carried_out(snapshot: Snapshot, plan: Plan) -> set[int]:
+    """Return the pages in which something lies when a plan is carried out, each move of which must be possible."""
     places = {part.cache_id: part for part in snapshot.parts}
     owner = {byte: part.cache_id for part in snapshot.parts for byte in range(part.offset, part.end)}
-    allowed = {*snapshot.pages, *snapshot.room}
     for move in plan.moves:
         part = places[move.cache_id]
         assert part.movable
@@ -47,23 +45,40 @@ def test_a_plan_that_fills_holes_can_be_carried_out_and_frees_pages(snapshot: Sn
         there = range(move.destination, move.destination + move.size_bytes)
         assert all(owner.get(byte, move.cache_id) == move.cache_id for byte in there), "where it goes is free"
         assert not set(there) & set(range(part.offset, part.end)) or move.destination < move.source, "it slides down"
-        assert {byte // PAGE * PAGE for byte in there} <= allowed
         for byte in range(part.offset, part.end):
             del owner[byte]
         owner.update(dict.fromkeys(there, move.cache_id))
         places[move.cache_id] = part._replace(offset=move.destination)
+    return {byte // PAGE * PAGE for byte in owner}
+
+
+@settings(max_examples=200, deadline=None)
+@given(snapshots())
+def test_a_plan_that_fills_holes_can_be_carried_out_and_frees_pages(snapshot: Snapshot) -> None:
+    plan = plan_filling(snapshot)
     if not plan.moves:
         return
-    added = {byte // PAGE * PAGE for byte in owner} - set(snapshot.pages)
+    pages = carried_out(snapshot, plan)
+    added = pages - set(snapshot.pages)
+    assert added <= snapshot.room
     assert len(added) <= snapshot.spare_pages
-    after = moved(snapshot, plan.moves)
-    after = after._replace(pages=tuple(sorted({byte // PAGE * PAGE for byte in owner})))
+    after = moved(snapshot, plan.moves)._replace(pages=tuple(sorted(pages)))
     used = bytes_in_use(after)
     joined = choose_join(after, 1 << 40, 64)
     freed_next = max(
         len(plan_slide(after, 1 << 40, 64).freed), len(joined) - -(-sum(used[page] for page in joined) // PAGE)
     )
-    assert len(after.pages) - freed_next < len(snapshot.pages), "fewer pages than before"
+    assert len(pages) - freed_next < len(snapshot.pages), "fewer pages than before"
+
+
+@settings(max_examples=200, deadline=None)
+@given(snapshots())
+def test_a_plan_that_exchanges_caches_can_be_carried_out_and_frees_pages(snapshot: Snapshot) -> None:
+    plan = plan_exchange(snapshot)
+    pages = carried_out(snapshot, plan)
+    assert pages <= set(snapshot.pages)
+    assert pages.isdisjoint(plan.freed)
+    assert bool(plan.moves) == bool(plan.freed)
 
 
 @given(st.dictionaries(st.integers(1, 40), st.integers(0, 5), max_size=8), st.integers(0, 200))
