@@ -3,7 +3,7 @@
 Only caches smaller than a page are moved. A larger one owns its pages, which need not lie anywhere in particular: what
 it wastes is the end of its last page, and no move would change that.
 
-There are four ways, tried in this order:
+There are five ways, tried in this order:
 
 *Evacuate*: the emptiest pages that hold nothing unmovable are emptied into the holes of the others, the smallest hole
 that fits for each cache, the largest cache first. At most a page is copied for a page that comes free.
@@ -15,7 +15,8 @@ It needs no free memory: a cache may move over a part of its own place.
 *Join*: pages that lie scattered and hold nothing unmovable are mapped side by side, which copies nothing. Then they
 slide.
 
-*Regroup*: all slide although no page comes free by it, where then pages can be emptied into the holes.
+*Exchange* (:mod:`kvpool.memory.exchange`) and *fill* (:mod:`kvpool.memory.filling`), where leased caches are in the
+way: smaller ones make room for larger ones, and holes get caches that fit, across the borders of added pages if needed.
 
 What is unmovable stays where it is and the holes around it are used. A plan that frees no page is not made, so that
 compaction comes to an end.
@@ -206,18 +207,6 @@ def plan_slide(snapshot: Snapshot, budget_bytes: int, most_pages: int) -> Plan:
         freed += plan.freed
         moved_bytes += plan.moved_bytes
     return Plan(tuple(moves), tuple(freed))
-
-
-def plan_regrouping(snapshot: Snapshot, most_pages: int) -> Plan:
-    """Slide everywhere, so that small holes become large ones, if then pages can be emptied into these.
-
-    This is what helps where unmovable caches lie scattered: no window comes free there by itself.
-    """
-    moves = regrouping(snapshot)
-    then = plan_evacuation(moved(snapshot, moves), len(snapshot.pages) * snapshot.page_bytes, most_pages)
-    if not then.freed:
-        return NOTHING
-    return Plan((*moves, *then.moves), then.freed)
 
 
 def regrouping(snapshot: Snapshot) -> tuple[Move, ...]:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from math import gcd
 
 from kvpool.memory.anchors import anchored_pages, in_pages, movable_by_page, side_by_side
-from kvpool.memory.compaction import NOTHING, Move, Part, Plan, Snapshot, bytes_in_use, moved, regrouping
+from kvpool.memory.compaction import NOTHING, Move, Part, Plan, Snapshot, bytes_in_use
 from kvpool.memory.subset import SubsetSums
 
 _MOST_SOURCES = 16
@@ -112,26 +112,41 @@ class _Stretches:
         insort(self._free, (stretch.free_bytes, number))
 
 
-def plan_exchange(snapshot: Snapshot) -> Plan:
-    """Empty pages that nothing unmovable is in, at least one, or return no moves."""
+def plan_exchange(snapshot: Snapshot, most_pages: int) -> Plan:
+    """Empty pages that nothing unmovable is in: ``most_pages``, and the rest of a run of pages that was begun."""
     if all(part.movable for part in snapshot.parts):
         return NOTHING
-    slid = regrouping(snapshot)
-    snapshot = moved(snapshot, slid)
     anchored, groups, ends = anchored_pages(snapshot)
     used, by_page = bytes_in_use(snapshot), movable_by_page(snapshot)
     unit_bytes = gcd(snapshot.page_bytes, *(bound for part in snapshot.parts for bound in part[:2]))
-    sources = [*((page,) for group in groups for page in group), *groups, *ends]
+    sources: list[Sequence[int]] = [*([page] for group in groups for page in group), *groups, *ends]
     sources.sort(key=lambda source: sum(used[page] for page in source))
     free_bytes = len(anchored) * snapshot.page_bytes - sum(used[page] for page in anchored)
-    for source in sources[:_MOST_SOURCES]:
-        parts = list(in_pages(by_page, source))
+    for number, first in enumerate(sources[:_MOST_SOURCES]):
+        parts = _largest_first(in_pages(by_page, first))
         if sum(part.size_bytes for part in parts) > free_bytes:
             break
-        stretches = _Stretches(list(_stretches(snapshot, anchored.difference(source), parts)), unit_bytes)
-        if all(map(stretches.place, sorted(parts, key=lambda part: -part.size_bytes))):
-            return Plan((*slid, *stretches.moves), tuple(source))
+        stretches = _Stretches(list(_stretches(snapshot, anchored.difference(first), parts)), unit_bytes)
+        if not all(map(stretches.place, parts)):
+            continue
+        count, freed, gone = len(stretches.moves), [*first], set(parts)
+        for source in sources[number + 1 :]:  # more pages, into what is left of the same stretches
+            if len(freed) >= most_pages:
+                break
+            if not anchored.isdisjoint(source):
+                continue
+            parts = [part for part in _largest_first(in_pages(by_page, source)) if part not in gone]
+            if not all(map(stretches.place, parts)):
+                break
+            count = len(stretches.moves)
+            freed += (page for page in source if page not in freed)
+            gone.update(parts)
+        return Plan(tuple(stretches.moves[:count]), tuple(freed))
     return NOTHING
+
+
+def _largest_first(parts: Iterable[Part]) -> list[Part]:
+    return sorted(parts, key=lambda part: -part.size_bytes)
 
 
 def _stretches(snapshot: Snapshot, pages: set[int], sources: Sequence[Part]) -> Iterator[_Stretch]:

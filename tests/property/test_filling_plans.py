@@ -74,7 +74,7 @@ def test_a_plan_that_fills_holes_can_be_carried_out_and_frees_pages(snapshot: Sn
 @settings(max_examples=200, deadline=None)
 @given(snapshots())
 def test_a_plan_that_exchanges_caches_can_be_carried_out_and_frees_pages(snapshot: Snapshot) -> None:
-    plan = plan_exchange(snapshot)
+    plan = plan_exchange(snapshot, 3)
     pages = carried_out(snapshot, plan)
     assert pages <= set(snapshot.pages)
     assert pages.isdisjoint(plan.freed)
