@@ -15,10 +15,10 @@ from kvpool.memory.anchors import anchored_pages, in_pages, movable_by_page, sid
 from kvpool.memory.compaction import NOTHING, Move, Part, Plan, Snapshot, bytes_in_use
 from kvpool.memory.subset import SubsetSums
 
-_MOST_SOURCES = 16
+_MOST_SOURCES = 64
 """Runs of pages that are tried, the emptiest first."""
 
-_MOST_STRETCHES = 16
+_MOST_STRETCHES = 64
 """Stretches from which smaller caches are tried to be moved, for one cache; those with most free bytes first."""
 
 
