@@ -71,6 +71,8 @@ class Mover:
         #: Since it began.
         self.moved_bytes = 0
         self.freed_pages = 0
+        #: The same, but lower while pages are added that more will be freed by.
+        self._net_pages = 0
         #: By tenant: the free bytes in its pages when no plan was found.
         self._futile: dict[str, int] = {}
         #: By tenant: bytes of caches, and pages, when holes were filled last.
@@ -241,7 +243,8 @@ class Mover:
             freed_pages = self._shared.put_empty(tenant, sorted(emptied)) - len(added)
             moved_bytes = sum(move.size_bytes for move in done)
             self.moved_bytes += moved_bytes
-            self.freed_pages += freed_pages
+            self._net_pages += freed_pages
+            self.freed_pages = max(self.freed_pages, self._net_pages)
         return Compaction(moved_bytes, freed_pages, True)
 
     def _copy(self, run: list[Move], done_bytes: int, done: list[Move], owner: Movable) -> None:

@@ -184,7 +184,8 @@ class SharedPages:
         offset = None
         if pages <= _MOST_REACHED_PAGES:
             offset = self._find_hole(parts, holes, part_bytes)
-            if offset is None:
+            if offset is None and self._ranges.pages_for(tenant) >= pages:
+                # (Not with fewer pages: whether there is room would hang on which holes are looked at.)
                 offset = self._reach_over(tenant, parts, holes, part_bytes)
         if offset is None:
             taken = self._ranges.take(tenant, Shape(pages * self._page_bytes, pages))
