@@ -209,6 +209,13 @@ def plan_slide(snapshot: Snapshot, budget_bytes: int, most_pages: int) -> Plan:
     return Plan(tuple(moves), tuple(freed))
 
 
+def plan_regrouping(snapshot: Snapshot, most_pages: int) -> Plan:
+    """Slide everywhere, so that small holes become large ones, if then pages can be emptied into these."""
+    moves = regrouping(snapshot)
+    then = plan_evacuation(moved(snapshot, moves), len(snapshot.pages) * snapshot.page_bytes, most_pages)
+    return Plan((*moves, *then.moves), then.freed) if then.freed else NOTHING
+
+
 def regrouping(snapshot: Snapshot) -> tuple[Move, ...]:
     """Return how all slide everywhere."""
     return tuple(move for plan in _slides(snapshot) for move in plan.moves)

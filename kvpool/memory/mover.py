@@ -16,6 +16,7 @@ from kvpool.memory.compaction import (
     choose_join,
     pages_under,
     plan_evacuation,
+    plan_regrouping,
     plan_slide,
     runs,
     slide,
@@ -193,7 +194,8 @@ class Mover:
         if looks is not None:
             return NOTHING
         plan = plan_exchange(survey.whole(), most_pages)
-        return plan if plan.freed else self._fill(survey)
+        plan = plan if plan.freed else self._fill(survey)
+        return plan if plan.moves else plan_regrouping(survey.whole(), most_pages)
 
     def _fill(self, survey: Survey) -> Plan:
         """Plan to fill holes, but not twice without a page less: what frees pages after it may undo it."""

@@ -196,10 +196,25 @@ class SharedPages:
                     parts.add(page)
             else:
                 offset = self._search(tenant, part_bytes)
+                if offset is None and self._ranges.pages_for(tenant) == pages - 1 < _MOST_REACHED_PAGES:
+                    offset = self._reach_over_any(tenant, part_bytes)
                 if offset is None:
                     return None
         self._carve(parts, offset, part_bytes)
         return self._entered(cache_id, tenant, offset, part_bytes)
+
+    def _reach_over_any(self, tenant: str, part_bytes: int) -> int | None:
+        """As :meth:`_reach_over`, but look at all holes: it is one page that is missing."""
+        least_bytes = part_bytes % self._page_bytes
+        for offset, size_bytes in self._parts[tenant].free_runs():
+            end = offset + size_bytes
+            if end % self._page_bytes or size_bytes < least_bytes:
+                continue
+            start = max(offset, end - self._page_bytes)
+            if self.is_free(tenant, end, start + part_bytes - end):
+                behind = range(end, start + part_bytes, self._page_bytes)
+                return None if self.extend(tenant, behind) is None else start
+        return None
 
     def free(self, tenant: str, offset: int) -> None:
         """Take the part at ``offset`` back, and give its page to the arena when nothing else lives in it."""
