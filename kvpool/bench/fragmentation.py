@@ -99,6 +99,7 @@ def patterns(requests: Iterable[TraceRequest]) -> list[tuple[str, Sizes, float]]
         ("half a page and a block, 10 % leased", blocks(half + 1), 0.1),
         ("sawtooth", blocks(*range(1, _PAGE_BLOCKS, 7)), 0.0),
         ("large beside smallest", blocks(_PAGE_BLOCKS - 1, 1), 0.0),
+        ("just above a page, 10 % leased", blocks(_PAGE_BLOCKS + 25), 0.1),
         ("any below a page, 10 % leased", lambda number: uniform[number % len(uniform)], 0.1),
     ]
 

@@ -71,6 +71,7 @@ class Compaction(NamedTuple):
     """What steps of compaction did."""
 
     moved_bytes: int
+    #: Less those that were added to lie across their borders: a small step may have a negative number.
     freed_pages: int
     #: Whether another step would free more.
     more: bool

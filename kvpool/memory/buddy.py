@@ -384,6 +384,10 @@ class BuddyAllocator:
                     withheld.append(start)
         return withheld
 
+    def manages(self, offset: int) -> bool:
+        """Whether a block under management begins at ``offset``."""
+        return offset in self._roots
+
     def is_free_block(self, offset: int) -> bool:
         """Whether :meth:`take` would take the block at ``offset``."""
         return offset in self._free[self.max_block_bytes]

@@ -3,7 +3,7 @@
 Only caches smaller than a page are moved. A larger one owns its pages, which need not lie anywhere in particular: what
 it wastes is the end of its last page, and no move would change that.
 
-There are four ways, tried in this order where the blocks of :mod:`kvpool.memory.fitting` do not help:
+There are five ways, tried in this order where the blocks of :mod:`kvpool.memory.fitting` do not help:
 
 *Evacuate*: the emptiest pages that hold nothing unmovable are emptied into the holes of the others, the smallest hole
 that fits for each cache, the largest cache first. At most a page is copied for a page that comes free.
@@ -15,7 +15,8 @@ It needs no free memory: a cache may move over a part of its own place.
 *Join*: pages that lie scattered and hold nothing unmovable are mapped side by side, which copies nothing. Then they
 slide.
 
-*Regroup*: all slide although no page comes free by it, where then pages can be emptied into the holes.
+*Exchange* (:mod:`kvpool.memory.exchange`) and *fill* (:mod:`kvpool.memory.filling`), where leased caches are in the
+way: smaller ones make room for larger ones, and holes get caches that fit, across the borders of added pages if needed.
 
 What is unmovable stays where it is and the holes around it are used. A plan that frees no page is not made, so that
 compaction comes to an end.
@@ -72,6 +73,10 @@ class Snapshot(NamedTuple):
     pages: tuple[int, ...]
     #: All that lie at least in part in these pages, ascending. Those that lie elsewhere too are unmovable.
     parts: tuple[Part, ...]
+    #: Where pages could be added: those of the addresses near these pages that are free, as offsets.
+    room: frozenset[int] = frozenset()
+    #: How many pages could be added.
+    spare_pages: int = 0
 
 
 class Plan(NamedTuple):
@@ -205,19 +210,22 @@ def plan_slide(snapshot: Snapshot, budget_bytes: int, most_pages: int) -> Plan:
 
 
 def plan_regrouping(snapshot: Snapshot, most_pages: int) -> Plan:
-    """Slide everywhere, so that small holes become large ones, if then pages can be emptied into these.
+    """Slide everywhere, so that small holes become large ones, if then pages can be emptied into these."""
+    moves = regrouping(snapshot)
+    then = plan_evacuation(moved(snapshot, moves), len(snapshot.pages) * snapshot.page_bytes, most_pages)
+    return Plan((*moves, *then.moves), then.freed) if then.freed else NOTHING
 
-    This is what helps where unmovable caches lie scattered: no window comes free there by itself.
-    """
-    plans = list(_slides(snapshot))
-    places = {move.cache_id: move.destination for plan in plans for move in plan.moves}
+
+def regrouping(snapshot: Snapshot) -> tuple[Move, ...]:
+    """Return how all slide everywhere."""
+    return tuple(move for plan in _slides(snapshot) for move in plan.moves)
+
+
+def moved(snapshot: Snapshot, moves: Iterable[Move]) -> Snapshot:
+    """Return what is in these pages when the moves are done."""
+    places = {move.cache_id: move.destination for move in moves}
     parts = [part._replace(offset=places.get(part.cache_id, part.offset)) for part in snapshot.parts]
-    then = plan_evacuation(
-        snapshot._replace(parts=tuple(sorted(parts))), len(snapshot.pages) * snapshot.page_bytes, most_pages
-    )
-    if not then.freed:
-        return NOTHING
-    return Plan((*(move for plan in plans for move in plan.moves), *then.moves), then.freed)
+    return snapshot._replace(parts=tuple(sorted(parts)))
 
 
 def _slides(snapshot: Snapshot) -> Iterator[Plan]:
@@ -268,7 +276,7 @@ def choose_join(snapshot: Snapshot, budget_bytes: int, most_pages: int) -> tuple
 
     The emptiest are taken, and come last, so that least is copied. Pages that a cache lies across stay together.
     """
-    used = _used_bytes(snapshot)
+    used = bytes_in_use(snapshot)
     groups = sorted(_groups(snapshot), key=lambda group: sum(used[page] for page in group) / len(group))
     chosen: list[list[int]] = []
     pages = used_bytes = best = most = 0
@@ -359,7 +367,7 @@ class _Holes:
         return -1
 
 
-def _used_bytes(snapshot: Snapshot) -> dict[int, int]:
+def bytes_in_use(snapshot: Snapshot) -> dict[int, int]:
     """Return the bytes in use of each page."""
     used = dict.fromkeys(snapshot.pages, 0)
     page_bytes = snapshot.page_bytes

@@ -23,6 +23,8 @@ from kvpool.memory.compaction import (
     runs,
     slide,
 )
+from kvpool.memory.exchange import plan_exchange
+from kvpool.memory.filling import plan_filling
 from kvpool.memory.fitting import Blocks, plan_fit
 from kvpool.memory.ranges import RangeAllocator
 from kvpool.memory.scrub import Scrubber
@@ -76,8 +78,12 @@ class Mover:
         #: Since it began.
         self.moved_bytes = 0
         self.freed_pages = 0
+        #: The same, but lower while pages are added that more will be freed by.
+        self._net_pages = 0
         #: By tenant: the free bytes in its pages when no plan was found.
         self._futile: dict[str, int] = {}
+        #: By tenant: bytes of caches, and pages, when holes were filled last.
+        self._filled: dict[str, tuple[int, int]] = {}
 
     def promising(self, tenant: str) -> bool:
         """Whether a plan may be found: no page can come free of less, and much must have changed since none was."""
@@ -111,7 +117,7 @@ class Mover:
         if self._shared.free_bytes(tenant) < self._page_bytes:
             return Compaction(0, 0, False)
         plan = self._plan(Survey(self._shared, tenant, self._page_bytes, owner), budget_bytes, most_pages)
-        if not plan.freed:
+        if not plan.moves:
             self._futile[tenant] = self._shared.free_bytes(tenant)
             return Compaction(0, 0, False)
         self._futile.pop(tenant, None)
@@ -136,7 +142,7 @@ class Mover:
             if self._shared.free_bytes(tenant) < self._page_bytes:
                 return Compaction(0, 0, False)
             plan = self._plan(Survey(self._shared, tenant, self._page_bytes, owner), self._page_bytes, 1, looks)
-            if not plan.freed:
+            if not plan.moves:
                 self._futile[tenant] = self._shared.free_bytes(tenant)
                 return Compaction(0, 0, False)
             self._futile.pop(tenant, None)
@@ -231,7 +237,23 @@ class Mover:
             pages = choose_join(snapshot, budget_bytes, most_pages)
             if pages:
                 return self._join(survey, snapshot, pages)
-        return plan_regrouping(survey.whole(), most_pages) if looks is None else NOTHING
+        if looks is not None:
+            return NOTHING
+        plan = plan_exchange(survey.whole(), most_pages)
+        plan = plan if plan.freed else self._fill(survey)
+        return plan if plan.moves else plan_regrouping(survey.whole(), most_pages)
+
+    def _fill(self, survey: Survey) -> Plan:
+        """Plan to fill holes, but not twice without a page less: what frees pages after it may undo it."""
+        snapshot = survey.for_filling()
+        now = sum(part.size_bytes for part in snapshot.parts), len(snapshot.pages)
+        before = self._filled.get(survey.tenant)
+        if before is not None and before[0] == now[0] and before[1] <= now[1]:
+            return NOTHING
+        plan = plan_filling(snapshot)
+        if plan.moves:
+            self._filled[survey.tenant] = now
+        return plan
 
     def _join(self, survey: Survey, snapshot: Snapshot, pages: Sequence[int]) -> Plan:
         """Map pages side by side; returns how to slide what is in them."""
@@ -248,7 +270,10 @@ class Mover:
 
     def _carry_out(self, tenant: str, moves: Sequence[Move], freed: Sequence[int], owner: Movable) -> Compaction:
         """Move batch by batch, then give back the pages that are empty: not before, a later batch may go there."""
-        emptied = set(freed)
+        added = self._shared.extend(tenant, self._pages_of(moves))
+        if added is None:
+            return Compaction(0, 0, False)
+        emptied = {*freed, *added}
         done: list[Move] = []
         freed_pages = 0
         try:
@@ -258,12 +283,22 @@ class Mover:
             if self.unfinished is not None:
                 move = self.unfinished[0]
                 emptied.difference_update(pages_under(move.destination, move.size_bytes, self._page_bytes))
-            freed_pages = self._shared.put_empty(tenant, sorted(emptied))
+            freed_pages = self._shared.put_empty(tenant, sorted(emptied)) - len(added)
             moved_bytes = sum([size_bytes for _, _, _, size_bytes in done])
             self.moved_bytes += moved_bytes
-            self.freed_pages += freed_pages
+            self._net_pages += freed_pages
+            self.freed_pages = max(self.freed_pages, self._net_pages)
             self._clean(tenant, done)
         return Compaction(moved_bytes, freed_pages, True)
+
+    def _pages_of(self, moves: Sequence[Move]) -> list[int]:
+        """Return the pages to which moves go, ascending."""
+        page_bytes, pages = self._page_bytes, set()
+        for _, _, destination, size_bytes in moves:
+            pages.add(destination & -page_bytes)
+            if (destination & (page_bytes - 1)) + size_bytes > page_bytes:
+                pages.update(pages_under(destination, size_bytes, page_bytes))
+        return sorted(pages)
 
     def _move(self, tenant: str, moves: Sequence[Move], left: set[int], done: list[Move], owner: Movable) -> None:
         """Copy, then switch, together; adds the pages that were left, and the moves that are done."""

@@ -63,18 +63,50 @@ class RangeAllocator:
     def take_at(self, tenant: str, index: int) -> PageRange | None:
         """Return a range of one page at ``index``, in use by ``tenant`` from now on; ``None`` if it cannot be there.
 
+        If one of the tenant's warm pages is there, it is that one.
+
         Raises
         ------
         BackendError
             As :meth:`take`.
         """
         start, shape = index * self._page_bytes, Shape(self._page_bytes, 1)
-        if not self._addresses.is_free(start, self._page_bytes):
+        warm = self._warm_at(tenant, index)
+        if warm is not None:
+            taken: PageRange | None = self._take_out(warm, index)
+        elif self._addresses.is_free(start, self._page_bytes):
+            self._addresses.carve(start, self._page_bytes)
+            taken = self._back_new(tenant, start, shape)
+        else:
             return None
-        self._addresses.carve(start, self._page_bytes)
-        taken = self._back_new(tenant, start, shape)
         if taken is not None:
             self.in_use[index] = (shape, taken)
+        return taken
+
+    def is_open_at(self, tenant: str, index: int) -> bool:
+        """Whether :meth:`take_at` would find the addresses there; there may be no page for them."""
+        start = index * self._page_bytes
+        if not 0 <= index < self.table.arena_pages:
+            return False
+        return self._addresses.is_free(start, self._page_bytes) or self._warm_at(tenant, index) is not None
+
+    def _warm_at(self, tenant: str, index: int) -> PageRange | None:
+        """Return the tenant's warm range that has a page at ``index``, if it has no more addresses than pages."""
+        found = self._reserve.find(tenant, index)
+        return found[1] if found is not None and found[0].range_bytes == found[0].pages * self._page_bytes else None
+
+    def _take_out(self, warm: PageRange, index: int) -> PageRange:
+        """Take one page out of a warm range; what lies before and behind it stays warm."""
+        self._reserve.remove(warm)
+        self._addresses.split(warm.index * self._page_bytes)
+        middle = index - warm.index
+        for start, pages in ((warm.index, warm.pages[:middle]), (index + 1, warm.pages[middle + 1 :])):
+            if pages:
+                shape = Shape(len(pages) * self._page_bytes, len(pages))
+                self._addresses.unite(start * self._page_bytes, shape.range_bytes)
+                self._reserve.put(shape, PageRange(warm.tenant, start, pages))
+        taken = PageRange(warm.tenant, index, warm.pages[middle : middle + 1])
+        self.table.wake(taken.pages)
         return taken
 
     def put(self, index: int) -> None:

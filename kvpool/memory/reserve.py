@@ -13,6 +13,9 @@ from typing import NamedTuple
 from kvpool.errors import ensure
 from kvpool.memory.page import PageRange
 
+_MOST_LOOKS = 64
+"""How many pages from a range's first on are found by their index."""
+
 
 class Shape(NamedTuple):
     """What makes one range as good as another: its addresses and its pages."""
@@ -67,6 +70,20 @@ class WarmReserve:
         shelf.pages -= shape.pages
         self.pages -= shape.pages
         return warm
+
+    def find(self, tenant: str, index: int) -> tuple[Shape, PageRange] | None:
+        """Return the tenant's range that has a page at ``index``, if it is one of its first pages."""
+        shelf = self._shelves.get(tenant)
+        if shelf is not None:
+            for first in range(index, index - _MOST_LOOKS, -1):
+                if first in shelf.by_age:
+                    _, shape, warm = shelf.by_age[first]
+                    return (shape, warm) if first + shape.pages > index else None
+        return None
+
+    def remove(self, warm: PageRange) -> None:
+        """Remove a range that :meth:`find` returned."""
+        self._remove(self._shelves[warm.tenant].by_age[warm.index])
 
     def take_oldest(self, tenant: str | None = None, most: float = math.inf) -> tuple[Shape, PageRange] | None:
         """Remove and return the oldest range, of ``tenant`` or of all, if its number is ``most`` or lower."""

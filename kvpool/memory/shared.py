@@ -3,7 +3,7 @@
 A part whose size is a power of two comes to lie in a page, aligned as the buddy allocator does it. One of another size
 begins where the last such one ended, or where one was freed, if there is room, and lies across the border of its page
 if the one behind can be had: aligned, caches a little larger than half a page would fill half of each page, and while
-they are leased nothing can move them together. A part larger than a page begins at one. Compaction puts all anywhere.
+they are leased nothing can move them together. A part of many pages begins at one. Compaction puts all anywhere.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from kvpool.sizes import round_up
 
 _MOST_HOLES = 4
 """How many places where a part was freed are looked at for one of another size, the latest first."""
+
+_MOST_REACHED_PAGES = 8
+"""Caches of more pages begin at one: the pages of a range come at once, those behind a hole one by one."""
 
 _KEPT_HOLES = 4096
 """How many such places are remembered."""
@@ -161,31 +164,59 @@ class SharedPages:
         return None
 
     def _reach_over(self, tenant: str, parts: BuddyAllocator, holes: dict[int, None], part_bytes: int) -> int | None:
-        """Take the page behind one whose end is free, and return where that end begins."""
+        """Take the pages behind one whose end is free, and return where that end begins."""
         for offset in list(islice(reversed(holes), _MOST_HOLES)):
             border = (offset | (self._page_bytes - 1)) + 1
             if offset + part_bytes <= border or not parts.is_free(offset, border - offset):
                 continue
-            if self._ranges.take_at(tenant, border // self._page_bytes) is not None:
-                parts.add(border)
+            if not self.is_free(tenant, border, offset + part_bytes - border):
+                continue
+            if self.extend(tenant, range(border, offset + part_bytes, self._page_bytes)) is not None:
                 return offset
         return None
 
     def _allocate_pages(self, cache_id: int, tenant: str, size_bytes: int) -> Place | None:
-        """Return offset and pages of a part that begins a page, and leaves the end of its last one to others."""
+        """Return offset and pages of a part larger than a page, the end of whose last one is left to others.
+
+        One of few pages begins where another ended, as smaller ones do: else it would waste nearly a page.
+        """
+        parts, holes = self._parts[tenant], self._holes.get(tenant, {})
         pages = -(-size_bytes // self._page_bytes)
-        taken = self._ranges.take(tenant, Shape(pages * self._page_bytes, pages))
-        if taken is None:
-            return None
-        self._ranges.split(taken.index)
-        parts, offset = self._parts[tenant], taken.index * self._page_bytes
-        for page in range(pages):
-            parts.add(offset + page * self._page_bytes)
         part_bytes = round_up(size_bytes, self._min_block_bytes)
+        offset = None
+        if pages <= _MOST_REACHED_PAGES:
+            offset = self._find_hole(parts, holes, part_bytes)
+            if offset is None and self._ranges.pages_for(tenant) >= pages:
+                # (Not with fewer pages: whether there is room would hang on which holes are looked at.)
+                offset = self._reach_over(tenant, parts, holes, part_bytes)
+        if offset is None:
+            taken = self._ranges.take(tenant, Shape(pages * self._page_bytes, pages))
+            if taken is not None:
+                self._ranges.split(taken.index)
+                offset = taken.index * self._page_bytes
+                for page in range(offset, offset + pages * self._page_bytes, self._page_bytes):
+                    parts.add(page)
+            else:
+                offset = self._search(tenant, part_bytes)
+                if offset is None and self._ranges.pages_for(tenant) == pages - 1 < _MOST_REACHED_PAGES:
+                    offset = self._reach_over_any(tenant, part_bytes)
+                if offset is None:
+                    return None
         self._carve(parts, offset, part_bytes)
-        self._note_hole(tenant, offset + part_bytes)
-        self._residents[tenant].enter(offset, (cache_id, part_bytes))
-        return offset, taken.refs
+        return self._entered(cache_id, tenant, offset, part_bytes)
+
+    def _reach_over_any(self, tenant: str, part_bytes: int) -> int | None:
+        """As :meth:`_reach_over`, but look at all holes: it is one page that is missing."""
+        least_bytes = part_bytes % self._page_bytes
+        for offset, size_bytes in self._parts[tenant].free_runs():
+            end = offset + size_bytes
+            if end % self._page_bytes or size_bytes < least_bytes:
+                continue
+            start = max(offset, end - self._page_bytes)
+            if self.is_free(tenant, end, start + part_bytes - end):
+                behind = range(end, start + part_bytes, self._page_bytes)
+                return None if self.extend(tenant, behind) is None else start
+        return None
 
     def free(self, tenant: str, offset: int) -> None:
         """Take the part at ``offset`` back, and give its page to the arena when nothing else lives in it."""
@@ -262,8 +293,47 @@ class SharedPages:
         return list(map(gone.__getitem__, offsets)), pages
 
     def is_free(self, tenant: str, offset: int, size_bytes: int) -> bool:
-        """Whether nothing lies in a part of this tenant's pages."""
-        return self._parts[tenant].is_free(offset, size_bytes)
+        """Whether nothing lies in a part of this tenant's pages, or of those that could be added."""
+        parts, end = self._parts[tenant], offset + size_bytes
+        while offset < end:
+            page = offset & -self._page_bytes
+            stop = min(end, page + self._page_bytes)
+            if not (parts.is_free(offset, stop - offset) if parts.manages(page) else self.is_open(tenant, page)):
+                return False
+            offset = stop
+        return True
+
+    def is_open(self, tenant: str, page: int) -> bool:
+        """Whether a page could be added at this offset."""
+        return self._ranges.is_open_at(tenant, page // self._page_bytes)
+
+    def spare_pages(self, tenant: str) -> int:
+        """How many pages could be added."""
+        return self._ranges.pages_for(tenant)
+
+    def extend(self, tenant: str, pages: Iterable[int]) -> list[int] | None:
+        """Add those of these pages (offsets) that the tenant does not have; returns which. ``None``: it cannot be.
+
+        Raises
+        ------
+        BackendError
+            If the system refuses. None is added then.
+        """
+        parts = self._parts[tenant]
+        added: list[int] = []
+        try:
+            for page in pages:
+                if parts.manages(page):
+                    continue
+                if self._ranges.take_at(tenant, page // self._page_bytes) is None:
+                    self.put_empty(tenant, added)
+                    return None
+                parts.add(page)
+                added.append(page)
+        except BaseException:  # an interrupt, too: nobody would give them back
+            self.put_empty(tenant, added)
+            raise
+        return added
 
     def free_blocks(self, tenant: str) -> Mapping[int, Iterable[int]]:
         """Free blocks of this tenant's pages: their offsets by size, see :attr:`BuddyAllocator.free_blocks`."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from kvpool.memory.allocation import Movable
 from kvpool.memory.compaction import WINDOW_PAGES, Part, Snapshot
+from kvpool.memory.filling import MOST_ADDED
 from kvpool.memory.residents import Resident
 from kvpool.memory.shared import SharedPages
 
@@ -33,6 +34,7 @@ class Survey:
 
     def __init__(self, shared: SharedPages, tenant: str, page_bytes: int, owner: Movable) -> None:
         self.tenant = tenant
+        self._shared = shared
         self.owner = owner
         self._page_bytes = page_bytes
         self._residents = shared.residents(tenant)
@@ -110,6 +112,20 @@ class Survey:
 
     def _emptiest_first(self) -> list[int]:
         return sorted(self._pages, key=lambda page: (-self._free_bytes[page], -page))
+
+    def for_filling(self) -> Snapshot:
+        """Return all pages, and where some could be added near them."""
+        known = set(self._pages)
+        room: set[int] = set()
+        for page in self._pages:
+            for way, most in ((-self._page_bytes, MOST_ADDED), (self._page_bytes, 2 * MOST_ADDED)):
+                near = page + way
+                while near not in known and abs(near - page) <= most * self._page_bytes:
+                    if not self._shared.is_open(self.tenant, near):
+                        break
+                    room.add(near)
+                    near += way
+        return self.whole()._replace(room=frozenset(room), spare_pages=self._shared.spare_pages(self.tenant))
 
     def _snapshot(self, pages: Iterable[int]) -> Snapshot:
         pages = tuple(pages)

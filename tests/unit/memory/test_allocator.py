@@ -475,10 +475,13 @@ def fill_up(allocator, sizes, first_id=0):
     return None
 
 
-@pytest.mark.parametrize("blocks", [(5,), (9,), (15,), (17,), (5, 9, 17)])
-def test_leased_caches_of_any_size_fill_the_device(blocks):
+@pytest.mark.parametrize(
+    ("blocks", "pages"),
+    [((5,), 32), ((9,), 32), ((15,), 32), ((17,), 32), ((5, 9, 17), 32), ((33,), 64), ((41, 5), 64)],
+)
+def test_leased_caches_of_any_size_fill_the_device(blocks, pages):
     """Nothing can move them together, so where each begins must leave no gap."""
-    with closing(GPUMemoryAllocator(HostBackend(), 32 * 32 * 4096, 32 * 4096)) as allocator:
+    with closing(GPUMemoryAllocator(HostBackend(), pages * 32 * 4096, 32 * 4096)) as allocator:
         placed, full = fill_up(allocator, itertools.cycle([count * 4096 for count in blocks]))
         assert allocator.usage().live_bytes >= 0.95 * allocator.capacity_bytes
         allocator.check()

@@ -199,6 +199,8 @@ def test_who_waited_for_a_limit_that_is_lifted_is_told_what_it_lacks_now(pool):
     set_quota(pool, "a", 0, None)
     pool.now += 5.0
     pool.tick()
+    pool.now += 1.0  # devices have told who holds what
+    pool.tick()
     ((_, answer),) = pool.grants["c"]
     error = error_of(answer)
     assert isinstance(error, CapacityError)

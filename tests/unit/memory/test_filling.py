@@ -1,0 +1,145 @@
+"""Holes beside leased caches: what is planned for them, and what that gives on real memory."""
+
+import random
+from collections.abc import Callable
+from contextlib import closing
+
+import pytest
+
+from kvpool.errors import CapacityError
+from kvpool.memory.allocation import Allocation
+from kvpool.memory.allocator import GPUMemoryAllocator
+from kvpool.memory.compaction import Part, Snapshot, plan_evacuation
+from kvpool.memory.exchange import plan_exchange
+from kvpool.memory.filling import plan_filling
+from kvpool.memory.host import HostBackend
+from kvpool.memory.pages import PageTable
+from kvpool.memory.ranges import RangeAllocator
+from kvpool.memory.reserve import Shape
+
+MIN = 4096
+BLOCKS = 32
+PAGE = BLOCKS * MIN
+PAGES = 64
+EVERYTHING = 1 << 40
+
+
+def snapshot(*pages: tuple[int, str], room: tuple[int, ...] = (), spare_pages: int = 0) -> Snapshot:
+    """Pages by index; a letter is a block of a cache, a capital one of a cache that stays, a dot is free."""
+    blocks = {index * 8 + position: each for index, text in pages for position, each in enumerate(text)}
+    where = {name: sorted(block for block in blocks if blocks[block] == name) for name in set(blocks.values()) - {"."}}
+    parts = sorted(Part(each[0], len(each), ord(name), name.islower()) for name, each in where.items())
+    free = frozenset(index * 8 for index in room)
+    return Snapshot(8, tuple(index * 8 for index, _ in pages), tuple(parts), free, spare_pages)
+
+
+def test_a_hole_at_the_end_of_a_page_that_stays_goes_on_in_a_page_that_is_added() -> None:
+    """No cache of five blocks fits beside A; two lie behind it, across the border, in its page and one more."""
+    pages = [(0, "AAAAA..."), (9, "ccccc..."), (12, "ddddd..."), (15, "eeeee...")]
+    assert plan_filling(snapshot(*pages)).moves == (), "nothing may be added"
+    plan = plan_filling(snapshot(*pages, room=(1, 2), spare_pages=2))
+    assert {move.destination for move in plan.moves} == {5, 10}
+
+
+def test_a_gap_between_two_pages_that_stay_is_closed_where_sizes_add_up_to_it() -> None:
+    """From A to B are 20 blocks: four caches of five, which leave nothing free."""
+    pages = [
+        (0, "..AAAA.."),
+        (3, "..BBBB.."),
+        *((index, f"{name * 5}...") for index, name in zip((9, 12, 15, 18), "cdef", strict=True)),
+    ]
+    plan = plan_filling(snapshot(*pages, room=(1, 2), spare_pages=2))
+    assert {move.destination for move in plan.moves} == {6, 11, 16, 21}
+
+
+def test_a_smaller_cache_makes_room_for_a_larger_one() -> None:
+    """The three blocks of d fit nowhere, before c leaves the stretch behind A for the hole behind B."""
+    pages = [(0, "AAAAcc.."), (2, "BBBBBB.."), (4, "ddd.....")]
+    assert plan_evacuation(snapshot(*pages), EVERYTHING, 9).moves == ()
+    plan = plan_exchange(snapshot(*pages), 9)
+    assert plan.freed == (32,)
+    assert [(chr(move.cache_id), move.destination) for move in plan.moves] == [("c", 22), ("d", 4)]
+
+
+def test_a_page_is_taken_out_of_the_middle_of_a_warm_range() -> None:
+    backend = HostBackend()
+    table = PageTable(backend, 8, PAGE, 32)
+    ranges = RangeAllocator(table, 8)
+    with closing(table):
+        index = ranges.take("a", Shape(4 * PAGE, 4)).index
+        ranges.put(index)
+        serials = [page.serial for page in ranges.warm_pages("a")]
+        assert ranges.is_open_at("a", index + 1)
+        assert not ranges.is_open_at("b", index + 1), "another tenant's warm pages stay where they are"
+        assert ranges.take_at("b", index + 1) is None
+        taken = ranges.take_at("a", index + 1)
+        assert taken.refs == ((index + 1, serials[1]),)
+        ranges.check()
+        assert table.warm_pages == 3
+        assert ranges.take_at("a", index + 1) is None, "it is in use"
+        ranges.put(index + 1)
+        ranges.check()
+    backend.close()
+
+
+class Leases:
+    """Says which caches may move."""
+
+    def __init__(self) -> None:
+        self.leased: set[int] = set()
+
+    def may_move(self, cache_id: int) -> bool:
+        return cache_id not in self.leased
+
+    def moved(self, allocation: Allocation) -> None:
+        assert allocation.cache_id not in self.leased
+
+
+def any_size(number: int) -> int:
+    return random.Random(number).randint(1, BLOCKS - 1)
+
+
+@pytest.mark.parametrize(
+    ("size", "most_wasted"),
+    [
+        (lambda number: (2, 3, 5, 9, 17)[number % 5], 0.05),
+        (lambda _: 9, 0.05),
+        (lambda _: 23, 0.06),
+        (any_size, 0.05),
+        (lambda number: (BLOCKS + 2, 3, 7)[number % 3], 0.08),
+    ],
+    ids=["above each power of two", "a quarter and a block", "most of a page", "any", "just above a page, and small"],
+)
+def test_little_is_wasted_though_a_tenth_is_leased(size: Callable[[int], int], most_wasted: float) -> None:
+    leases, live, next_id, rng = Leases(), {}, 0, random.Random(2)
+    backend = HostBackend()
+    with closing(GPUMemoryAllocator(backend, PAGES * PAGE, PAGE, MIN, owner=leases)) as memory:
+        for _ in range(3):
+            while True:
+                try:
+                    memory.allocate(next_id, size(next_id) * MIN)
+                except CapacityError:
+                    break
+                live[next_id] = size(next_id)
+                next_id += 1
+            next_id += 1
+            assert memory.usage().utilization >= 0.95
+            memory.check()
+            leases.leased, left = set(), PAGES * BLOCKS // 10
+            for cache_id in rng.sample(sorted(live), len(live)):
+                left -= live[cache_id]
+                if left < 0:
+                    break
+                leases.leased.add(cache_id)
+            for cache_id in [each for number, each in enumerate(live) if number % 2 and each not in leases.leased]:
+                memory.free(cache_id)
+                del live[cache_id]
+        places = {cache_id: memory.allocation(cache_id) for cache_id in leases.leased}
+        usage = memory.usage()
+        done = memory.compact()
+        memory.check()
+        assert usage.backed_bytes - memory.usage().backed_bytes == done.freed_pages * PAGE
+        assert all(memory.allocation(cache_id) == place for cache_id, place in places.items())
+        assert memory.usage().fragmentation <= most_wasted
+        assert memory.compact() == (0, 0, False)
+    backend.close()
