@@ -88,6 +88,11 @@ class Connection:
         self.pins = Lane("pin", actor, client, self._abandoned)
         self.unpins = Lane("unpin", actor, client, self._abandoned)
         self.questions = Lane("contains", actor, tenant, self._abandoned)
+        self._lanes = (
+            self.caches, self.changes, self.prefixes, self.fetches, self.blocks, self.seals, self.finishes,
+            self.persists, self.pins, self.unpins, self.questions, self.releases,
+        )  # fmt: skip
+        """Releases come last: answers to the others may give something back."""
         self.arenas: dict[int, ClientArena] = {}
         self._probe()
         try:
@@ -392,18 +397,7 @@ class Connection:
             return
         self.check_loop()
         self.check_no_views()
-        for lane in (
-            self.caches,
-            self.changes,
-            self.prefixes,
-            self.blocks,
-            self.seals,
-            self.finishes,
-            self.pins,
-            self.unpins,
-            self.questions,
-            self.releases,
-        ):
+        for lane in self._lanes:
             await lane.drain()
         if self._closed:
             return  # by another close() meanwhile
