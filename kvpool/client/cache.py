@@ -37,8 +37,11 @@ if TYPE_CHECKING:
     import torch
 
 
-_MOST_ROUNDS = 3
-"""How often a key that another cache has is asked for before :meth:`VirtualKVCache.seal` gives up."""
+_MOST_ROUNDS = 16
+"""How often a key that another cache has is asked for before :meth:`VirtualKVCache.seal` gives up.
+
+The other one may be evicted before it is looked up, and another sealed before this one is again. Where memory is turned
+over as fast as it can be, that was seen three times in a row once in some thousand seals."""
 
 
 class VirtualKVCache:
@@ -412,7 +415,8 @@ class VirtualKVCache:
                 return
         raise CacheStateError(
             f"cache {self.id} could not be sealed: another cache has its key, and was not found {_MOST_ROUNDS} times "
-            "over. It lies where this process cannot map it, or keeps vanishing: seal it with another key, or with none"
+            "over. It lies where this process cannot map it, or quotas let its model lease no more, or it keeps "
+            "vanishing: seal it with another key, or with none"
         )
 
     async def _change_over(self, key: bytes) -> bool:
