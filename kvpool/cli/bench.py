@@ -167,6 +167,10 @@ def waiting(json_path: str | None) -> None:
     _report("memory that is waited for", lambda: asyncio.run(benchmark.measure()), json_path)
 
 
+def _shortened(value: object) -> object:
+    return round(value, 2) if isinstance(value, float) else value
+
+
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
     """Let SIGTERM end the block as an exception does, so that what it made is cleaned up."""
@@ -193,5 +197,5 @@ def _report(
     else:
         rows = result["rows"]
         if columns is not None:
-            rows = [{shown: row[key] for key, shown in columns.items()} for row in rows]
+            rows = [{shown: _shortened(row[key]) for key, shown in columns.items()} for row in rows]
         print_rows(title, rows)
