@@ -170,8 +170,8 @@ class Administration:
     ) -> dict[str, Any]:
         """Remove a model's content, or that under some keys and all that is chained behind it, so that nobody finds it.
 
-        Returns, once the memory is zeroed, ``{"caches", "bytes", "unsealed", "held": {client: (caches, bytes)}}``; see
-        :meth:`kvpool.pool.invalidation.Invalidations.invalidate` for what it guarantees.
+        Returns, once the memory is zeroed, ``{"caches", "bytes", "unsealed", "lower_keys", "held": {client: (caches,
+        bytes)}}``; see :meth:`kvpool.pool.invalidation.Invalidations.invalidate` for what it guarantees.
         """
         return dict(await self._decide(InvalidateRequested(Batch(1), tenant, model, keys)))
 

@@ -28,6 +28,9 @@ _MOST_CONCURRENT = 20_000
 _KNOCK_S = 5.0
 """How long a named address may take to accept a connection, seconds."""
 
+_ANY_CLUSTER = "auto"
+"""The address that means whatever cluster runs on this machine."""
+
 _END_S = 30.0
 """How long the end of a killed actor may take, seconds."""
 
@@ -48,12 +51,13 @@ def ensure_ray(*, start: Callable[[], Any] | None = None) -> None:
     Parameters
     ----------
     start
-        Called when no cluster is running, to start one (``ray.init`` of a notebook); by default that is an error.
+        Called when no cluster is running, to start one (``ray.init`` of a notebook); by default that is an error. It
+        is one always where ``RAY_ADDRESS`` names a cluster: a pool elsewhere would be found by nobody.
 
     Raises
     ------
     PoolNotFoundError
-        If no cluster is running and none may be started.
+        If no cluster is running and none may be started, or the one that is named cannot be connected to.
     ForkedHandleError
         In a child that was forked while Ray was connected: Ray does not survive that, and every call of it would hang.
     """
@@ -64,7 +68,7 @@ def ensure_ray(*, start: Callable[[], Any] | None = None) -> None:
         )
     if ray.is_initialized():
         return
-    address = os.environ.get("RAY_ADDRESS", "auto")
+    address = os.environ.get("RAY_ADDRESS", _ANY_CLUSTER)
     try:
         knock(address)
     except OSError as error:
@@ -75,6 +79,11 @@ def ensure_ray(*, start: Callable[[], Any] | None = None) -> None:
     try:
         _init(address=address)
     except ConnectionError as error:
+        if address != _ANY_CLUSTER:
+            raise PoolNotFoundError(
+                f"cannot connect to the Ray cluster at RAY_ADDRESS={address} ({error}). Does it want a token ('export "
+                "RAY_AUTH_MODE=token')? 'kvpool doctor' knows"
+            ) from error
         if start is None:
             raise PoolNotFoundError(
                 f"there is no Ray cluster to find a pool in ({error}); start one with 'ray start --head', or call "

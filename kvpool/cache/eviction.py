@@ -190,6 +190,13 @@ def find_policy(name: str) -> PolicyFactory:
     factory = _POLICIES.get(name_there.lower())
     if factory is None and callable(attribute):
         return cast(PolicyFactory, attribute)
+    if factory is None and module:
+        raise UnknownPolicyError(
+            f"no eviction policy is named {name!r}: module {module!r} registers none of that name, and has no such "
+            "attribute that could make one",
+            asked=name,
+            possible=names,
+        )
     if factory is None:
         near = get_close_matches(name_there.lower(), names, 1)
         raise UnknownPolicyError(

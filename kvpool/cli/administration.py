@@ -253,7 +253,7 @@ def invalidate(
         write_json(json_path, _plain(gone))
     else:
         _show_invalidated(gone)
-    if keys and not (gone["caches"] or gone["unsealed"] or gone["held"]):
+    if keys and not (gone["caches"] or gone["unsealed"] or gone["lower_keys"] or gone["held"]):
         click.echo("nothing is stored under these keys", err=True)
         click.get_current_context().exit(NOT_FOUND)
 
@@ -263,6 +263,8 @@ def _show_invalidated(gone: Mapping[str, Any]) -> None:
         f"{gone['caches']:,} caches invalidated, {format_size(gone['bytes'])}; {gone['unsealed']:,} that were being "
         "written cannot be sealed any more"
     )
+    if gone["lower_keys"]:
+        click.echo(f"{gone['lower_keys']:,} keys removed from the tiers below the devices")
     for client, (caches, size_bytes) in gone["held"].items():
         click.echo(f"{client} still holds {caches:,} of them, {format_size(size_bytes)}: zeroed when it lets go")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,6 +16,22 @@ import click
 from kvpool.cli.options import JSON
 from kvpool.cli.output import print_rows, write_json
 from kvpool.cli.spinner import working
+
+_FRAGMENTATION = {
+    "pattern": "pattern",
+    "utilization": "utilization",
+    "pages_utilization": "pages",
+    "buddy_utilization": "buddy",
+    "fragmentation_before": "fragmentation before",
+    "fragmentation_after": "after",
+    "fragmentation_bound": "bound",
+    "largest_of_free": "largest / free",
+    "pages_largest_of_free": "pages largest",
+    "buddy_largest_of_free": "buddy largest",
+    "moved_per_freed": "moved",
+    "of_memcpy": "of memcpy",
+}
+"""Columns of the table, as in docs/compaction.md: all would be wider than a screen."""
 
 
 @click.group()
@@ -69,7 +85,11 @@ def concurrency(json_path: str | None) -> None:
 )
 @JSON
 def disk(folder: Path, json_path: str | None) -> None:
-    """Time the disk tier: writing and reading back, beside dd of the same bytes in the same folder."""
+    """Time the disk tier: writing and reading back, beside dd of the same bytes in the same folder. Some minutes.
+
+    Each 'ratio' is the median of seven rounds', 'ratios' from the lowest to the highest (--json has all): each round is
+    compared with what was measured just before and after it.
+    """
     from kvpool.bench import disk as benchmark
 
     with _ended_by_sigterm(), TemporaryDirectory(prefix="kvpool-bench-", dir=folder) as inside:
@@ -94,7 +114,13 @@ def evict(json_path: str | None) -> None:
 )
 @JSON
 def fragmentation(trace: Path | None, json_path: str | None) -> None:
-    """Churn on 256 MiB, by a trace and against the allocator: what is wasted, and what compaction wins back."""
+    """Churn on 256 MiB, by a trace and against the allocator: what is wasted, and what compaction wins back.
+
+    Utilization: of a full memory, the lowest of four times. Fragmentation: 1 - live / backed pages; no compaction
+    could go below the bound, since pages with something leased stay. Largest / free: the largest cache that would fit,
+    of what is free. 'pages' is the same without compaction, 'buddy' one contiguous range in powers of two. Moved:
+    bytes copied for each byte that came free, and how fast, of memcpy. (--json has more figures.)
+    """
     from kvpool.bench import fragmentation as benchmark
     from kvpool.workload import generate, read_trace
 
@@ -102,7 +128,7 @@ def fragmentation(trace: Path | None, json_path: str | None) -> None:
     if trace is None and folder:
         trace = Path(folder) / "mooncake_conversation.jsonl.gz"
     requests = list(read_trace(trace) if trace else generate(1))
-    _report("churn on 256 MiB in pages of 2 MiB", lambda: benchmark.run(requests), json_path)
+    _report("churn on 256 MiB in pages of 2 MiB", lambda: benchmark.run(requests), json_path, _FRAGMENTATION)
 
 
 @bench.command("put-get")
@@ -141,6 +167,10 @@ def waiting(json_path: str | None) -> None:
     _report("memory that is waited for", lambda: asyncio.run(benchmark.measure()), json_path)
 
 
+def _shortened(value: object) -> object:
+    return round(value, 2) if isinstance(value, float) else value
+
+
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
     """Let SIGTERM end the block as an exception does, so that what it made is cleaned up."""
@@ -156,10 +186,16 @@ def _ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _report(title: str, run: Callable[[], dict[str, Any]], json_path: str | None) -> None:
+def _report(
+    title: str, run: Callable[[], dict[str, Any]], json_path: str | None, columns: Mapping[str, str] | None = None
+) -> None:
+    """Run a benchmark and print its rows, or those ``columns`` of them, by their key, under other names."""
     with _ended_by_sigterm(), working(f"measuring {title}"):
         result = run()
     if json_path is not None:
         write_json(json_path, result)
     else:
-        print_rows(title, result["rows"])
+        rows = result["rows"]
+        if columns is not None:
+            rows = [{shown: _shortened(row[key]) for key, shown in columns.items()} for row in rows]
+        print_rows(title, rows)

@@ -110,6 +110,8 @@ def _format_value(value: object) -> str:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, list):
+        return f"{_format_value(min(value))} to {_format_value(max(value))}" if value else "-"
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):

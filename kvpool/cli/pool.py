@@ -141,8 +141,9 @@ def _show(stats: Any, json_path: str | None) -> None:
         from kvpool.cli.quota import show_quotas
 
         show_quotas(stats.name, stats.quotas)
+    below = f" and {stats.lower_keys:,} below" if lower else ""
     click.echo(
-        f"{stats.clients} clients, {stats.keys:,} keys, {stats.waiting} requests waiting; "
+        f"{stats.clients} clients, {stats.keys:,} keys{below}, {stats.waiting} requests waiting; "
         f"{stats.blocks_hit:,} of {stats.blocks_looked_up:,} blocks hit ({stats.hit_ratio:.2%}), "
         f"{stats.evictions:,} evictions, {stats.refusals:,} refusals"
     )

@@ -11,7 +11,7 @@ from kvpool.cli.administration import ask
 from kvpool.cli.options import JSON, MODEL, NAME
 from kvpool.cli.output import print_rows, write_json
 from kvpool.errors import InvalidRequestError
-from kvpool.sizes import format_size
+from kvpool.sizes import format_size, parse_size
 
 
 @click.command()
@@ -43,6 +43,9 @@ def quota(
             write_json(json_path, {"quotas": shown})
         else:
             show_quotas(name, shown)
+            if not shown:
+                whose = " for that model" if model is not None else f" of tenant {tenant}" if tenant is not None else ""
+                click.echo(f"pool {name} has no quota{whose}; state one with --guaranteed or --limit")
         return
     if model is None and tenant is None:
         raise InvalidRequestError("a quota is a model's or a tenant's: give --model, or --tenant")
@@ -58,9 +61,8 @@ def quota(
 
 
 def show_quotas(name: str, quotas: Sequence[Mapping[str, Any]]) -> None:
-    """Print a row for each quota."""
+    """Print a row for each quota, if there is any."""
     if not quotas:
-        click.echo(f"pool {name} has no such quota")
         return
     rows = [
         {
@@ -79,4 +81,6 @@ def show_quotas(name: str, quotas: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _amount(given: str, size_bytes: int) -> str:
-    return f"{given}: {format_size(size_bytes)}" if given.endswith("%") else format_size(size_bytes)
+    now = format_size(size_bytes)
+    asked = given if given.endswith("%") else format_size(parse_size(given)) if size_bytes else now
+    return now if asked == now else f"{asked}: {now}"  # less than was asked, where all guarantees exceed the memory

@@ -15,9 +15,11 @@ from kvpool.cli.options import JSON
 from kvpool.cli.output import print_rows, progress, write_json
 from kvpool.comparison import Cell, as_json, compare, make_folder, printable, run_cells, write
 from kvpool.simulate import SimulationRow, capacity_in_blocks
-from kvpool.workload import read_trace, unique_blocks
+from kvpool.workload import generate, read_trace, unique_blocks
 
 _ALL = "all"
+_SEED = 1
+"""Of the generated workload: what ``kvpool replay`` takes by default."""
 _SHARES = (0.01, 0.05, 0.1, 0.25, 0.5)
 
 
@@ -44,7 +46,7 @@ def _printable(rows: Sequence[SimulationRow]) -> list[dict[str, object]]:
 
 
 @click.command()
-@click.argument("trace", type=click.Path(path_type=Path))
+@click.argument("trace", required=False, type=click.Path(path_type=Path))
 @click.option(
     "--policy",
     "policies",
@@ -77,7 +79,7 @@ def _printable(rows: Sequence[SimulationRow]) -> list[dict[str, object]]:
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for simulate.json, simulate.md and simulate.png.")
 @JSON
 def simulate(
-    trace: Path,
+    trace: Path | None,
     policies: tuple[str, ...],
     capacities: tuple[float, ...],
     host_capacity: float | None,
@@ -88,9 +90,10 @@ def simulate(
 ) -> None:
     """Say what eviction policies would hit on TRACE (.jsonl or .jsonl.gz with block ids).
 
-    The prefix hit ratio is that of a pool with so much memory: leading resident blocks / all blocks, looked up before
-    a request changes anything. Several policies, seeds, or --out give a comparison by capacity beside the offline
-    bound, which no policy can pass that does not know the future.
+    Without TRACE it is the multi-turn workload that 'kvpool replay' generates. The prefix hit ratio is that of a pool
+    with so much memory: leading resident blocks / all blocks, looked up before a request changes anything. Several
+    policies, seeds, or --out give a comparison by capacity beside the offline bound, which no policy can pass that does
+    not know the future.
     """
     given = [name.strip() for policy in policies for name in policy.split(",")]
     names = dict.fromkeys(
@@ -103,7 +106,8 @@ def simulate(
     comparing = len(names) > 1 or seeds > 1 or out is not None
     if not capacities:
         capacities = _SHARES if comparing else (0.05,)
-    requests = list(read_trace(trace))
+    workload = f"a generated workload, seed {_SEED}" if trace is None else trace.name
+    requests = generate(_SEED) if trace is None else list(read_trace(trace))
     unique = unique_blocks(requests)
     if unique:
         for capacity in (*capacities, *(() if host_capacity is None else (host_capacity,))):
@@ -114,9 +118,9 @@ def simulate(
         for capacity in capacities
         for seed in range(seeds)
     ]
-    with progress(f"simulating {trace.name}", total=len(cells) * len(requests)) as report:
+    with progress(f"simulating {workload}", total=len(cells) * len(requests)) as report:
         rows = run_cells(requests, cells, processes or len(os.sched_getaffinity(0)), report)
-    title = f"{trace.name}: {len(requests):,} requests, {unique:,} unique blocks"
+    title = f"{workload}: {len(requests):,} requests, {unique:,} unique blocks"
     if not comparing:
         if json_path is not None:
             write_json(json_path, {"rows": rows})

@@ -142,8 +142,9 @@ class Administration:
         Returns
         -------
         dict
-            ``caches`` and ``bytes`` that were published, how many were ``unsealed``, and what is still ``held``:
-            ``{client: (caches, bytes)}``.
+            ``caches`` and ``bytes`` that were published on devices, how many were ``unsealed``, ``lower_keys`` that lay
+            in lower tiers (of which a device may have had a copy), and what is still ``held``: ``{client: (caches,
+            bytes)}``.
 
         Raises
         ------

@@ -44,5 +44,8 @@ def parse_amount(amount: int | str) -> Amount:
         raise InvalidSizeError(f"cannot read the share {amount!r}: write 0% to 100%", asked=amount)
     if amount in (0, "0") and not isinstance(amount, bool):
         return NOTHING
-    size_bytes = parse_size(amount)
+    try:
+        size_bytes = parse_size(amount)
+    except InvalidSizeError as error:
+        raise InvalidSizeError(f"{error.message}; a share of the pool is text: '40%'", **error.details) from None
     return Amount(size_bytes, 0.0, str(amount))

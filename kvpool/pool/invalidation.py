@@ -42,6 +42,8 @@ class _Invalidation:
     answer: dict[str, Any]
     lower: int = 0
     """Devices that have not removed it from their lower tiers yet."""
+    lower_keys: int = 0
+    """How many keys of it were known to lie below the devices."""
     held: dict[str, list[int]] = field(default_factory=dict)
     waits: bool = False
     """For those before it to end."""
@@ -80,10 +82,11 @@ class Invalidations:
         From this decision on no look-up finds it, and what was asked for before cannot be sealed as such content any
         more (nor, if more than ``MOST_HASHES`` keys of a model are invalidated meanwhile, as any other of it). The
         answer comes when all devices have zeroed what nobody holds, what was free and what is left of earlier caches
-        between live ones: ``{"caches", "bytes", "unsealed", "held"}``: what was published; caches that were being
-        written and can no longer be sealed; and by client the ``(caches, bytes)`` that are still leased, to be zeroed
-        when their leases end. A look-up that was decided on before has been answered by then, too. What an earlier
-        invalidation declared void is counted by its answer only, also where it is still leased.
+        between live ones: ``{"caches", "bytes", "unsealed", "lower_keys", "held"}``: what was published; caches that
+        were being written and can no longer be sealed; how many keys lay in lower tiers; and by client the ``(caches,
+        bytes)`` that are still leased, to be zeroed when their leases end. A look-up that was decided on before has
+        been answered by then, too. What an earlier invalidation declared void is counted by its answer only, also where
+        it is still leased.
 
         Raises
         ------
@@ -168,11 +171,13 @@ class Invalidations:
     ) -> None:
         """Let the lower tiers remove what is void: told in order with what goes down, and waited for beside it."""
         ledger = self._ledger
+        known = len(self._below)
         if keys is None:
             self._below.forget_all(model)
             names = None
         else:
             names = sorted(self._below.forget(model, chained.union(keys)))
+        work.lower_keys += known - len(self._below)
         for device in ledger.devices:
             if device.has_lower and device.lost is None:
                 arguments = (work.number, model.tenant, model.fingerprint)
@@ -279,6 +284,7 @@ class Invalidations:
         if not work.scrubs and not work.lower and not work.ids and self._line[0] is work:
             self._line.popleft()
             held = {client: tuple(figures) for client, figures in sorted(work.held.items())}
-            self._ledger.answer(work.batch, 0, work.answer.get("error", work.answer | {"held": held}))
+            answer = work.answer | {"lower_keys": work.lower_keys, "held": held}
+            self._ledger.answer(work.batch, 0, work.answer.get("error", answer))
             if self._line and self._line[0].waits:
                 self._next_void(self._line[0], now)

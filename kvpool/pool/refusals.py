@@ -20,6 +20,9 @@ _FRESH_S = 1.0
 _PATIENCE_S = 0.25
 """How long an error waits for devices to tell, seconds: one that hangs must not keep it back."""
 
+_TOLD_AGE_S = 0.1
+"""From which age on an error says how old its figures are, seconds: they may not add up with the others then."""
+
 _NAMED = 3
 """Holders that an error names, those with most bytes."""
 
@@ -103,6 +106,8 @@ class Refusals:
             named = sorted(held.items(), key=lambda each: (-each[1], each[0]))[:_NAMED]
             who = ", ".join(f"{holder} ({format_size(held_bytes)})" for holder, held_bytes in named)
             more = f" and {len(held) - len(named)} more" if len(held) > len(named) else ""
+            age_s = now - min(self._told[number][0] for number in request.devices if number in self._told)
+            more += f", {age_s:.1f} s ago" if age_s >= _TOLD_AGE_S else ""
             error = CapacityError(
                 f"{error.message} ('kvpool leases' shows who holds what: {who}{more})",
                 **error.details,

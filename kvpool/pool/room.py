@@ -419,13 +419,13 @@ class Room:
         # Free bytes may lie in holes, each of them too small: then the device knows better.
         fitted = {number: min(free[number] + evictable[number], request.fits.get(number, math.inf)) for number in free}
         largest = int(max(fitted.values(), default=0))
-        by_quota, quota_details = self._by_quota(request)
+        by_quota, quota_details = self._by_quota(request, sum(free.values()) + sum(evictable.values()))
         return CapacityError(
             f"asked for {format_size(request.size_bytes)} and {why}: {by_quota}"
             f"{format_size(sum(free.values()))} free and {format_size(sum(evictable.values()))} evictable on "
-            f"{len(devices)} devices, "
+            f"{len(devices)} device{'' if len(devices) == 1 else 's'}, "
             f"{format_size(sum(pinned.values()))} pinned by leases, {format_size(zombie_bytes)} zombie; at most "
-            f"{format_size(largest)} would have fitted: release leases, wait longer (timeout), or add memory",
+            f"{format_size(largest)} would have fitted: release leases, wait longer (timeout_s), or add memory",
             asked_bytes=request.size_bytes,
             free_bytes=sum(free.values()),
             evictable_bytes=sum(evictable.values()),
@@ -435,8 +435,11 @@ class Room:
             **quota_details,
         )
 
-    def _by_quota(self, request: CacheRequest) -> tuple[str, dict[str, Any]]:
-        """Say what quotas have to do with a request that was not met, if anything, with the figures."""
+    def _by_quota(self, request: CacheRequest, at_hand_bytes: int) -> tuple[str, dict[str, Any]]:
+        """Say what quotas have to do with a request that was not met, if anything, with the figures.
+
+        ``at_hand_bytes``: what is free or evictable where it could have been met.
+        """
         quotas = self._ledger.quotas
         if not quotas.active:
             return "", {}
@@ -446,10 +449,10 @@ class Room:
             details = {"limit_bytes": int(owner.limit_bytes), "held_bytes": owner.held_bytes}
             return f"{quotas.why(owner)}. In all ", details
         leasable = quotas.leasable_bytes(account, host)
-        if leasable >= request.size_bytes:
-            return "", {}
+        if leasable >= min(request.size_bytes, at_hand_bytes):
+            return "", {}  # it is leases that are in the way
         return (
-            f"what others are guaranteed leaves {format_size(leasable)} to lease to model {request.model.name!r}, of "
-            f"which {format_size(quotas.entitled_bytes(account, host))} are its own guarantee (see 'kvpool quota'). In "
-            "all "
+            f"what others are guaranteed leaves {format_size(leasable)} more to lease to model "
+            f"{request.model.name!r}; of its own guarantee {format_size(quotas.entitled_bytes(account, host))} are "
+            "left (see 'kvpool quota'). In all "
         ), {"leasable_bytes": leasable}

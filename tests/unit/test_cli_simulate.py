@@ -96,6 +96,7 @@ def test_a_table_is_printed_by_default_and_json_goes_to_a_file(trace: Path, tmp_
             ("--policy", "some_policies:nothing"),
             "'some_policies:nothing' could not be made: None is no eviction",
         ),
+        (("--policy", "some_policies:newest"), "'some_policies:newest': module 'some_policies' registers none"),
         (("--policy", "some_policies:divides"), "failed in evictable(): ZeroDivisionError: division by zero"),
         (("--policy", "some_policies:divides,lru", "--processes", "2"), "failed in evictable(): ZeroDivisionError"),
         (("--policy", "some_policies:text"), "failed in evictable(): TypeError"),
@@ -114,6 +115,13 @@ def test_bad_input_is_one_clear_line(trace: Path, own_policies: None, arguments:
     assert message in result.stderr
     assert result.stderr.startswith("kvpool: ")
     assert result.stderr.count("\n") == 1
+
+
+def test_without_a_trace_a_workload_is_generated() -> None:
+    result = call("simulate", "--json", "-")
+    assert result.exit_code == 0, result.stderr
+    [row] = json.loads(result.stdout)["rows"]
+    assert row["prefix_hit_ratio"] == simulate(generate(1), "lru", 0.05)["prefix_hit_ratio"]
 
 
 def test_several_policies_are_compared_beside_the_bound(

@@ -79,6 +79,16 @@ def test_leases_never_eat_into_what_others_are_guaranteed(pool):
     assert len(lease(pool, A, PAGES)) == 4
 
 
+def test_no_guarantee_is_blamed_where_leases_alone_are_in_the_way(pool):
+    guarantee_both(pool)
+    assert (len(lease(pool, A, 4)), len(lease(pool, B, 6))) == (4, 6)
+    error = error_of(pool.request(PAGE, model=B))
+    assert isinstance(error, CapacityError)
+    assert "guaranteed" not in error.message
+    assert "on 1 device, " in error.message
+    assert "leasable_bytes" not in error.details
+
+
 def test_a_hit_ends_where_leasing_it_would_take_what_others_are_guaranteed(pool):
     guarantee_both(pool)
     chain = list(range(1, PAGES + 1))
@@ -337,6 +347,9 @@ def test_amounts_are_bytes_text_or_shares():
     assert parse_amount("1KiB").of(5) == 1024
     assert parse_amount(0).of(1000) == parse_amount("0").of(1000) == 0
     assert parse_amount(77).of(5) == 77
+    for unreadable in (0.4, "much"):
+        with pytest.raises(InvalidSizeError, match="a share of the pool is text: '40%'"):
+            parse_amount(unreadable)
 
 
 def test_quotas_set_before_or_after_content_count_the_same(pool):

@@ -144,6 +144,8 @@ def test_what_is_chained_behind_invalidated_content_goes_from_below_too(pool):
     batch = Batch(1)
     pool.handle(InvalidateRequested(batch, None, "m", keys_of(first[:1])))
     pool.settle_all()
+    (answer,) = pool.done[batch]
+    assert (answer["caches"], answer["lower_keys"]) == (0, BLOCKS), "nothing on the device is not nothing at all"
     assert pool.look_up(first)[5] == 0
     assert not [key for key in pool.shelves[0].content if key[2] in keys_of(first)]
 

@@ -54,7 +54,9 @@ def test_devices_are_asked_once_for_all_that_are_refused_at_once_and_not_again_s
     assert [ticket for ticket, _ in pool.grants["b"]] == tickets
     assert all(refused(answer).details["pinned_by"] == {"client a": 16 * PAGE} for _, answer in pool.grants["b"])
     pool.now = 5.5
-    assert refused(pool.request(PAGE, "c")).details["pinned_by"] == {"client a": 16 * PAGE}
+    error = refused(pool.request(PAGE, "c"))
+    assert error.details["pinned_by"] == {"client a": 16 * PAGE}
+    assert "client a (1 MiB), 0.5 s ago)" in str(error), "its figures are older than the others"
     assert not any(pool.outboxes)
 
 

@@ -148,7 +148,7 @@ def test_nothing_of_an_invalidated_model_is_found_or_left(pool):
     put(pool, [1, 2], NEW, model=other)
     assert pool.left(OLD) == 10 * BLOCK
     answer = pool.invalidate()
-    assert answer == {"caches": 9, "bytes": 9 * BLOCK, "unsealed": 0, "held": {}}
+    assert answer == {"caches": 9, "bytes": 9 * BLOCK, "unsealed": 0, "lower_keys": 0, "held": {}}
     assert pool.left(OLD) == 0
     assert found(pool, range(8)) == 0
     assert found(pool, [1, 2], model=other) == 2
@@ -411,8 +411,8 @@ def test_what_leads_to_content_that_is_void_already_can_be_invalidated_before_th
     pool.handle(second)
     pool.settle()
     assert [pool.done.pop(event.batch)[0] for event in (first, second)] == [
-        {"caches": 3, "bytes": 3 * BLOCK, "unsealed": 0, "held": {"c": (1, BLOCK)}},
-        {"caches": 2, "bytes": 2 * BLOCK, "unsealed": 0, "held": {"c": (2, 2 * BLOCK)}},
+        {"caches": 3, "bytes": 3 * BLOCK, "unsealed": 0, "lower_keys": 0, "held": {"c": (1, BLOCK)}},
+        {"caches": 2, "bytes": 2 * BLOCK, "unsealed": 0, "lower_keys": 0, "held": {"c": (2, 2 * BLOCK)}},
     ]
     pool.check()
     put(pool, [1, 2, 3], NEW)
@@ -428,7 +428,13 @@ def test_what_leads_to_content_that_is_void_and_still_leased_can_be_invalidated(
     leaf = put(pool, [1, 2], OLD)[1]
     pool.release([pool.look_up([1, 2])[1][0]])
     assert pool.invalidate(keys=keys_of([2]))["held"] == {"c": (1, BLOCK)}
-    assert pool.invalidate(keys=keys_of([1])) == {"caches": 1, "bytes": BLOCK, "unsealed": 0, "held": {}}
+    assert pool.invalidate(keys=keys_of([1])) == {
+        "caches": 1,
+        "bytes": BLOCK,
+        "unsealed": 0,
+        "lower_keys": 0,
+        "held": {},
+    }
     assert found(pool, [1]) == 0
     pool.release([leaf])
     assert (pool.left(OLD), pool.live_bytes()) == (0, 0)

@@ -1,0 +1,28 @@
+"""How ``kvpool quota`` shows what is promised."""
+
+import pytest
+
+from kvpool.cli.quota import show_quotas
+from kvpool.sizes import MIB
+
+
+@pytest.mark.parametrize(
+    ("given", "now_bytes", "shown"),
+    [
+        ("40%", 4 * MIB, "40%: 4 MiB"),
+        ("0", 0, "0 B"),
+        ("8 MiB", 8 * MIB, "8 MiB"),
+        ("16MiB", 8 * MIB, "16 MiB: 8 MiB"),
+    ],
+    ids=["a share", "nothing", "all of it", "less, where guarantees exceed the memory"],
+)
+def test_what_was_stated_is_told_beside_what_it_comes_to(
+    given: str, now_bytes: int, shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = {"held_bytes": 0, "leased_bytes": 0, "waiting": 0, "revision": 1}
+    show_quotas(
+        "p",
+        [{"tenant": "t", "model": "m", "guaranteed": given, "guaranteed_bytes": now_bytes, "limit": None} | figures],
+    )
+    *_, row, _ = capsys.readouterr().out.splitlines()
+    assert [cell.strip() for cell in row.strip("│").split("│")][2:4] == [shown, "none"]
