@@ -7,6 +7,7 @@ import ctypes
 import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from kvpool.cache.disk.folder import Found, PackRead
@@ -28,6 +29,7 @@ _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 _CHANGE = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2  # linux/falloc.h
 _STRIPES = 16
+_SYNCS_AT_ONCE = 4
 _BLOCK_COUNT_BYTES = 512  # what st_blocks counts in
 _SPARE_BYTES = 64 << 10  # what a file system may take for a file's own map
 
@@ -102,7 +104,10 @@ class LocalPacks:
             self._note_change(path, ())  # an earlier life may not have synced it
 
     def take_over(self, pack: str) -> None:
-        """Make good what an earlier life did by halves: zeros that it did not sync, or failed to, and holes."""
+        """Make good what an earlier life did by halves in a pack that was listed: zeros not synced, holes not made."""
+        with self._changed_lock:
+            if pack not in self._changed:
+                return
         with self._changing[hash(pack) % _STRIPES], self._opened(pack, _CHANGE) as file:
             table, status = parse_table(os.pread(file, MOST_TABLE_BYTES, 0)), os.fstat(file)
             if table is None or not table.removed_places:
@@ -149,14 +154,23 @@ class LocalPacks:
             with self._changed_lock:
                 packs = [pack for pack in self._changed if pack.startswith(f"{folder}/")]
                 changed = {pack: self._changed.pop(pack) for pack in packs}
-            try:
-                for pack in packs:
-                    self._sync(pack, changed[pack])
-                    del changed[pack]
-            finally:
-                with self._changed_lock:
-                    for pack, places in changed.items():
-                        self._changed.setdefault(pack, set()).update(places)
+            if not packs:
+                return
+            # At once: 2 ms each one by one, 0.2 by four threads, for which the journal commits together. After a start,
+            # or many evictions, there may be thousands.
+            with ThreadPoolExecutor(min(len(packs), _SYNCS_AT_ONCE), "kvpool-disk-pack") as threads:
+                errors = list(threads.map(self._sync_or_keep, packs, changed.values()))
+            for error in filter(None, errors):
+                raise error
+
+    def _sync_or_keep(self, pack: str, places: set[int]) -> Exception | None:
+        """Sync a pack; where that fails it is to be synced still."""
+        try:
+            self._sync(pack, places)
+        except Exception as error:  # noqa: BLE001  raised once all have been tried
+            self._note_change(pack, places)
+            return error
+        return None
 
     def _sync(self, pack: str, places: set[int]) -> None:
         try:

@@ -41,7 +41,7 @@ class Disk:
 
     def __init__(self, folder, monkeypatch):
         self._folder, self._real, self.broken = folder, os.fsync, False
-        self._contents = {}
+        self._contents, self.broken_pack = {}, None
         monkeypatch.setattr(os, "fsync", self._fsync)
 
     def _fsync(self, file):
@@ -49,7 +49,7 @@ class Disk:
         if ".kvpack" not in path:
             self._real(file)
             return
-        if self.broken:
+        if self.broken or path == self.broken_pack:
             raise BROKEN
         self._real(file)
         self._contents[path.removesuffix(".kvtmp")] = Path(path).read_bytes()
@@ -103,6 +103,35 @@ async def test_zeros_that_the_life_before_failed_to_sync_are_written_again(open_
     monkeypatch.setattr(os, "pwrite", lambda file, data, at: (written.add(at), real(file, data, at))[1])
     await open_tier(str(tmp_path))
     assert 2 * PLACE_BYTES in written
+
+
+async def test_packs_are_synced_by_several_threads_and_one_that_fails_is_synced_again_alone(
+    open_tier, tmp_path, disk, monkeypatch
+):
+    tier = await open_tier(str(tmp_path))
+    for first in range(0, 18, 3):
+        await write_together(tier, range(first, first + 3))
+    changed = local_packs.LocalPacks(tmp_path)
+    synced, real = [], os.fsync
+
+    def fsync(file):
+        synced.append(os.readlink(f"/proc/self/fd/{file}"))
+        real(file)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    paths = [f"{pack.parent.name}/{pack.name}" for pack in packs(tmp_path)]
+    for path in paths:
+        changed.remove(path, [next(iter(changed.list(*path.split("/"), 0.0))).name.partition(":")[2]])
+    bad = str(tmp_path / paths[2])
+    monkeypatch.setattr(disk, "broken_pack", bad)
+    with pytest.raises(OSError, match="Input/output"):
+        changed.sync("f@default.kvspace")
+    assert sorted(synced) == [str(tmp_path / path) for path in paths]
+    synced.clear()
+    disk.broken_pack = None
+    for _ in range(2):
+        changed.sync("f@default.kvspace")
+        assert synced == [bad]
 
 
 async def test_a_note_holds_for_all_packs_in_which_its_keys_ever_were(open_tier, tmp_path, disk):
