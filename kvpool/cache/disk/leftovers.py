@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 
 from kvpool.cache.disk.folder import folder_at
-from kvpool.cache.disk.names import parse_cache, parse_removal, space_name
+from kvpool.cache.disk.names import is_pack, parse_cache, parse_removal, space_name
 from kvpool.cache.disk.statistics import cause_of
 from kvpool.cache.disk.threads import uncancelled
 from kvpool.cache.disk.tier import DiskTier
@@ -99,7 +99,8 @@ def _list(pool_url: str, devices: int) -> list[str]:
 def _has(url: str, space: str) -> bool:
     """Whether a folder has caches of a space, or removals that may not be complete."""
     folder = folder_at(url)
-    there = [parse_cache(found.name) is not None for found in folder.list(space)]
+    # A pack whose table is no good may only have been looked at while another process changes it.
+    there = [parse_cache(found.name) is not None or is_pack(found.name) for found in folder.list(space)]
     folder.sync(space)  # what was evicted by then does not come back, also from packs that have been looked at
     return any(there) or any(parse_removal(found.name) is not None for found in folder.list(""))
 

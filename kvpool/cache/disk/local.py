@@ -78,6 +78,7 @@ class LocalFolder:
             if not path:
                 raise
             return
+        unread: OSError | None = None
         with listing:
             for entry in listing:
                 try:
@@ -86,10 +87,18 @@ class LocalFolder:
                 except FileNotFoundError:  # removed since it was listed
                     continue
                 if path and is_pack(entry.name) and stat.S_ISREG(status.st_mode):
-                    with contextlib.suppress(FileNotFoundError):  # removed since it was listed
+                    try:
                         yield from self._packs.list(path, entry.name, status.st_mtime)
+                        if self._lock is not None:  # else another process may be at it
+                            self._packs.take_over(f"{path}/{entry.name}")
+                    except FileNotFoundError:  # removed since it was listed
+                        continue
+                    except OSError as error:  # one that cannot be read does not hide the others
+                        unread = error
                 else:
                     yield Found(entry.name, is_folder, status.st_size, status.st_mtime)
+        if unread is not None:
+            raise unread
 
     def size(self, path: str) -> int | None:
         packed = split_pack(path)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from kvpool.cache.disk.folder import Found, PackRead
@@ -28,6 +29,7 @@ _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 _CHANGE = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2  # linux/falloc.h
 _STRIPES = 16
+_SYNCS_AT_ONCE = 4
 _BLOCK_COUNT_BYTES = 512  # what st_blocks counts in
 _SPARE_BYTES = 64 << 10  # what a file system may take for a file's own map
 
@@ -100,7 +102,22 @@ class LocalPacks:
             yield Found(name, False, _there_bytes(packed, size_bytes), table.written_ns / 1e9)
         if table.removed_places:
             self._note_change(path, ())  # an earlier life may not have synced it
-            self._make_holes(path)
+
+    def take_over(self, pack: str) -> None:
+        """Make good what an earlier life did by halves in a pack that was listed: zeros not synced, holes not made."""
+        with self._changed_lock:
+            if pack not in self._changed:
+                return
+        with self._changing[hash(pack) % _STRIPES], self._opened(pack, _CHANGE) as file:
+            table, status = parse_table(os.pread(file, MOST_TABLE_BYTES, 0)), os.fstat(file)
+            if table is None or not table.removed_places:
+                return
+            self._note_change(pack, table.removed_places)
+            needed_bytes = table.end + sum(packed.end - packed.start for packed in table.caches) + _SPARE_BYTES
+            if status.st_blocks * _BLOCK_COUNT_BYTES > needed_bytes:
+                with contextlib.suppress(OSError):  # the next start tries again
+                    for start, length in table.holes(status.st_size):
+                        punch_hole(file, start, length)
 
     def remove(self, pack: str, names: Sequence[str]) -> None:
         """Remove caches; the pack with them if no other is in it, or if nothing can be told from its table.
@@ -119,12 +136,13 @@ class LocalPacks:
                 with self._changed_lock:
                     self._changed.pop(pack, None)
                 return
-            for packed in gone:
-                os.pwrite(file, bytes(PLACE_BYTES), packed.place)
             try:
+                for packed in gone:
+                    os.pwrite(file, bytes(PLACE_BYTES), packed.place)
                 for start, length in _runs(gone):
                     punch_hole(file, start, length)
             except OSError:
+                self._note_change(pack, ())  # of what cannot be written back the zeros must come to the disk
                 for packed in gone:  # they take room still, so they are still there
                     os.pwrite(file, table[packed.place : packed.place + PLACE_BYTES], packed.place)
                 raise
@@ -136,14 +154,23 @@ class LocalPacks:
             with self._changed_lock:
                 packs = [pack for pack in self._changed if pack.startswith(f"{folder}/")]
                 changed = {pack: self._changed.pop(pack) for pack in packs}
-            try:
-                for pack in packs:
-                    self._sync(pack, changed[pack])
-                    del changed[pack]
-            finally:
-                with self._changed_lock:
-                    for pack, places in changed.items():
-                        self._changed.setdefault(pack, set()).update(places)
+            if not packs:
+                return
+            # At once: 2 ms each one by one, 0.2 by four threads, for which the journal commits together. After a start,
+            # or many evictions, there may be thousands.
+            with ThreadPoolExecutor(min(len(packs), _SYNCS_AT_ONCE), "kvpool-disk-pack") as threads:
+                errors = list(threads.map(self._sync_or_keep, packs, changed.values()))
+            for error in filter(None, errors):
+                raise error
+
+    def _sync_or_keep(self, pack: str, places: set[int]) -> Exception | None:
+        """Sync a pack; where that fails it is to be synced still."""
+        try:
+            self._sync(pack, places)
+        except Exception as error:  # noqa: BLE001  raised once all have been tried
+            self._note_change(pack, places)
+            return error
+        return None
 
     def _sync(self, pack: str, places: set[int]) -> None:
         try:
@@ -158,18 +185,7 @@ class LocalPacks:
         with self._changed_lock:
             self._changed.setdefault(pack, set()).update(places)
 
-    def _make_holes(self, pack: str) -> None:
-        """Give back the room of caches whose removal was killed before it did."""
-        with self._changing[hash(pack) % _STRIPES], self._opened(pack, _CHANGE) as file:
-            table, status = parse_table(os.pread(file, MOST_TABLE_BYTES, 0)), os.fstat(file)
-            if table is None:
-                return
-            needed_bytes = table.end + sum(packed.end - packed.start for packed in table.caches) + _SPARE_BYTES
-            if status.st_blocks * _BLOCK_COUNT_BYTES > needed_bytes:
-                for start, length in table.holes(status.st_size):
-                    punch_hole(file, start, length)
-
-    @contextmanager
+    @contextlib.contextmanager
     def _opened(self, pack: str, flags: int) -> Iterator[int]:
         file = os.open(self._root / pack, flags)
         try:
@@ -179,14 +195,20 @@ class LocalPacks:
 
 
 def gives_room_back(file: int) -> bool:
-    """Whether the file system of a file that is open for writing takes back the room of 4 KiB of it."""
+    """Whether the file system of a file that is empty and open for writing takes back the room of 4 KiB of it."""
     try:
         if os.fstatvfs(file).f_frsize > UNIT_BYTES:
             return False
-        punch_hole(file, 0, UNIT_BYTES)
+        try:
+            os.pwrite(file, b"\1" * 3 * UNIT_BYTES, 0)
+            os.fsync(file)  # before that none may have been given
+            before = os.fstat(file).st_blocks
+            punch_hole(file, UNIT_BYTES, UNIT_BYTES)
+            return (before - os.fstat(file).st_blocks) * _BLOCK_COUNT_BYTES >= UNIT_BYTES
+        finally:
+            os.ftruncate(file, 0)
     except OSError:
         return False
-    return True
 
 
 def punch_hole(file: int, start: int, length: int) -> None:

@@ -38,6 +38,10 @@ class Removal:
         self.completed = False
         """Nothing of it is left."""
 
+    def add(self, entries: Iterable[DiskEntry]) -> None:
+        """Let other files of its keys go, too. (What was written down names the keys: the next start finds these.)"""
+        self.entries = tuple(dict.fromkeys((*self.entries, *entries)))
+
     def decide(self, folder: Folder) -> None:
         """Write the removal down."""
         content = _MAGIC + "\n".join(entry.path for entry in self.entries).encode()

@@ -49,11 +49,15 @@ class Removals:
                 return False
         return True
 
-    async def note(self, entries: Iterable[DiskEntry]) -> Removal | None:
-        """Decide on the removal of files whose keys the caller does not hold yet; None if the store refuses that."""
+    async def note(self, entries: Iterable[DiskEntry]) -> Removal:
+        """Decide on the removal of files whose keys the caller does not hold yet, unless the store refuses that.
+
+        Also then it must go to :meth:`remove`: what was written down may be there, and would remove what is written
+        later.
+        """
         removal = self._new(entries)
         await self._decide(removal)
-        return removal if removal.decided else None
+        return removal
 
     async def remove(self, keys: Iterable[CacheKey], noted: Removal | None = None) -> int:
         """Remove caches for good; returns how many there were. ``noted``: what was decided for some of them before.
@@ -92,7 +96,7 @@ class Removals:
                 "hidden, but the next start would find them; call again",
                 cause="removal",
             )
-        there += len(entries)
+        there += len({entry.key for entry in entries})
         self._counters.removed_files += there
         if unsure_of_others is not None:
             raise unsure_of_others
@@ -157,6 +161,9 @@ class Removals:
     async def _try(self, removal: Removal) -> bool:
         await self._decide(removal)
         try:
+            # A key may have several files: each pack has a name of its own.
+            keys = {entry.key for entry in removal.entries}
+            removal.add(await self._threads.run(_find_strays, self._folder, keys, self._doubtful))
             await self._threads.run(removal.complete, self._folder)
         except Exception as error:  # noqa: BLE001  drivers raise what they like
             self._counters.count_error("completing a removal", error)
@@ -170,16 +177,16 @@ class Removals:
         return True
 
 
-def _find_strays(folder: Folder, keys: Sequence[CacheKey], doubtful: Collection[str]) -> list[DiskEntry]:
-    """Return files of these keys in doubtful folders."""
+def _find_strays(folder: Folder, keys: Collection[CacheKey], doubtful: Collection[str]) -> list[DiskEntry]:
+    """Return all files of these keys in doubtful folders."""
     wanted = set(keys)
-    strays: dict[CacheKey, DiskEntry] = {}
+    strays: list[DiskEntry] = []
     for space in sorted({space_name(key.tenant, key.fingerprint) for key in keys}.intersection(doubtful)):
         for found in folder.list(space):
             entry = DiskEntry.at(f"{space}/{found.name}")
             if entry is not None and entry.key in wanted:
-                strays[entry.key] = entry
-    return list(strays.values())
+                strays.append(entry)
+    return strays
 
 
 def _find_space(folder: Folder, name: str, doubtful: Collection[str]) -> set[CacheKey]:

@@ -17,6 +17,8 @@ class _Findings:
     entries: list[tuple[float, str, DiskEntry]] = field(default_factory=list)
     clear: list[str] = field(default_factory=list)
     unread: set[str] = field(default_factory=set)
+    doomed: dict[CacheKey, list[DiskEntry]] = field(default_factory=dict)
+    """What there is of keys whose removal was decided."""
 
 
 def scan(folder: Folder, index: DiskIndex, counters: DiskCounters) -> tuple[list[Removal], set[str]]:
@@ -34,14 +36,17 @@ def scan(folder: Folder, index: DiskIndex, counters: DiskCounters) -> tuple[list
     start, the order in which files were written stands for it (by name within a tick of the store's clock).
     """
     top = list(folder.list(""))
-    removals = _complete_removals(folder, top, counters)
-    doomed = {entry.path for removal in removals for entry in removal.entries}
-    findings = _Findings()
+    removals = _read_removals(folder, top, counters)
+    # By key: what it had before in another pack comes back where a failure of power undoes an eviction. (And nothing is
+    # written under it before the removal is complete.)
+    findings = _Findings(doomed={entry.key: [] for removal in removals for entry in removal.entries})
     for found in top:
         if found.is_folder and parse_space(found.name) is not None:
-            _read_space(folder, found.name, doomed, findings, counters)
+            _read_space(folder, found.name, findings, counters)
         elif not found.is_folder and is_ours(found.name) and parse_removal(found.name) is None:
             _clear(found.name, findings, counters)
+    # Not before the folders have been read: that finds what an earlier life has removed and not synced.
+    left = [removal for removal in removals if not _is_completed(removal, folder, findings, counters)]
     findings.entries.sort(key=lambda item: item[:2])  # what lies in one pack stays as it lies there
     for _, _, entry in findings.entries:
         # Evicted and written again, and a failure of power has undone the first; or a name that somebody made by hand:
@@ -51,13 +56,14 @@ def scan(folder: Folder, index: DiskIndex, counters: DiskCounters) -> tuple[list
             findings.clear.append(older.path)
         index.add(entry)
     for path in findings.clear:
-        _remove(folder, path, counters)
+        if not _remove(folder, path, counters) and "/" in path:
+            findings.unread.add(path.partition("/")[0])  # the next start may find it
     _fit(folder, index, counters)
-    return removals, findings.unread
+    return left, findings.unread
 
 
-def _complete_removals(folder: Folder, top: list[Found], counters: DiskCounters) -> list[Removal]:
-    left: list[Removal] = []
+def _read_removals(folder: Folder, top: list[Found], counters: DiskCounters) -> list[Removal]:
+    removals: list[Removal] = []
     for found in top:
         number = None if found.is_folder else parse_removal(found.name)
         if number is None:
@@ -68,27 +74,37 @@ def _complete_removals(folder: Folder, top: list[Found], counters: DiskCounters)
             counters.count_bad("removal", found.name)
             folder.remove(found.name)
             continue
-        try:
-            removal.complete(folder)
-        except Exception as error:  # noqa: BLE001  drivers raise what they like
-            counters.count_error(f"completing the removal {found.name}", error)
-            left.append(removal)
-    return left
+        removals.append(removal)
+    return removals
 
 
-def _read_space(folder: Folder, space: str, doomed: set[str], findings: _Findings, counters: DiskCounters) -> None:
+def _is_completed(removal: Removal, folder: Folder, findings: _Findings, counters: DiskCounters) -> bool:
+    removal.add(each for entry in removal.entries for each in findings.doomed[entry.key])
+    if not findings.unread.isdisjoint(entry.path.partition("/")[0] for entry in removal.entries):
+        return False  # there may be more of it
+    try:
+        removal.complete(folder)
+    except Exception as error:  # noqa: BLE001  drivers raise what they like
+        counters.count_error(f"completing removal {removal.number}", error)
+        return False
+    return True
+
+
+def _read_space(folder: Folder, space: str, findings: _Findings, counters: DiskCounters) -> None:
     names = parse_space(space) or ("", "")  # one pair of strings for all keys
     try:
         for found in folder.list(space):
             path = f"{space}/{found.name}"
-            if found.is_folder or not is_ours(found.name) or path in doomed:
+            if found.is_folder or not is_ours(found.name):
                 continue
             name = parse_cache(found.name)
             if name is None:
                 _clear(path, findings, counters)
                 continue
             entry = DiskEntry(CacheKey(*names, name.block_hash), name.parent, name.payload_bytes, name.pack)
-            if found.size_bytes == entry.file_bytes:
+            if (others := findings.doomed.get(entry.key)) is not None:
+                others.append(entry)
+            elif found.size_bytes == entry.file_bytes:
                 findings.entries.append((found.modified_s, entry.pack or found.name, entry))
             else:
                 counters.count_bad("size", path)

@@ -15,6 +15,7 @@ class DiskStatistics:
     """A disk tier at one moment; counts are since its start."""
 
     files: int
+    """Caches that can be found; those in packs, too, count one by one, here and in all that follows but ``pack``."""
     used_bytes: int
     """Headers included; also files being written and files that could not be removed."""
     budget_bytes: int

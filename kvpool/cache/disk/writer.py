@@ -67,6 +67,7 @@ class Writer:
         known = self._index.get(entry.key)
         try:
             if known is not None and await self._threads.run(self._folder.size, known.path) != known.file_bytes:
+                await self._threads.run(self._folder.remove, known.path)  # what comes may have another name
                 self._index.drop(known.key)
                 self._on_gone((known.key,))
         except Exception as error:

@@ -6,6 +6,7 @@ import os
 import threading
 
 import pytest
+import xxhash
 from disk_stores import DEADLINE_S, FaultyFolder, content_of, key_of, read
 
 from kvpool.cache.disk import local, local_packs
@@ -160,6 +161,20 @@ def test_a_change_of_any_byte_of_a_table_is_found():
         assert parse_table(bytes(changed)) is None, at
     assert parse_table(block[: 4 * PLACE_BYTES - 1]) is None
     assert parse_table(b"") is None
+
+
+async def test_a_pack_of_another_version_is_removed_and_counted(open_tier, tmp_path):
+    tier = await open_tier(str(tmp_path))
+    await write_together(tier, range(3))
+    (pack,) = packs(tmp_path)
+    await tier.close()
+    content = bytearray(pack.read_bytes())
+    content[8] += 1
+    content[48:64] = xxhash.xxh3_128_digest(content[:48])
+    pack.write_bytes(content)
+    tier = await open_tier(str(tmp_path))
+    assert (tier.statistics().files, tier.statistics().bad_files) == (0, {"pack": 1})
+    assert not pack.exists()
 
 
 # -- damage -----------------------------------------------------------------------------------------------------------
