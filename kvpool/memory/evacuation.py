@@ -74,7 +74,9 @@ def plan_evacuation(snapshot: Snapshot, budget_bytes: int, most_pages: int) -> P
         moved_bytes += cost
         moved_ids.update([part[2] for part in parts])
         for _, _, destination, size_bytes in placed:
-            received.update(pages_under(destination, size_bytes, page_bytes))
+            received.add(destination & mask)
+            if (destination & ~mask) + size_bytes > page_bytes:
+                received.update(pages_under(destination, size_bytes, page_bytes))
     return Plan(tuple(moves), tuple(freed))
 
 
@@ -97,22 +99,32 @@ class _Filling:
         self.fixed: set[int] = set()
         #: (Offset, bytes), ascending, each within a page.
         self.free: list[tuple[int, int]] = []
+        residents, used, free = self.residents, self.used, self.free
         page, cursor = -1, 0  # a page, and where the part before ends in it
         for part in snapshot.parts:
             offset, size_bytes, _, movable = part
+            if page <= offset and offset + size_bytes <= page + page_bytes and page in residents:  # as most do
+                if offset > cursor:
+                    free.append((cursor, offset - cursor))
+                cursor = offset + size_bytes
+                used[page] += size_bytes
+                residents[page].append(part)
+                if not movable:
+                    self.fixed.add(page)
+                continue
             end = offset + size_bytes
             for here in range(offset & mask, end, page_bytes):
                 if here != page:
                     self._close(page, cursor)
                     page = cursor = here
-                if here not in self.residents:
+                if here not in residents:
                     continue
                 begin = max(offset, here)
                 if begin > cursor:
-                    self.free.append((cursor, begin - cursor))
+                    free.append((cursor, begin - cursor))
                 cursor = min(end, here + page_bytes)
-                self.used[here] += cursor - begin
-                self.residents[here].append(part)
+                used[here] += cursor - begin
+                residents[here].append(part)
                 if not movable:
                     self.fixed.add(here)
         self._close(page, cursor)
@@ -200,14 +212,19 @@ class _Holes:
 
     def _take(self, size_bytes: int, undo: list[tuple[int, int, int]]) -> int:
         """Take the front of the smallest hole that fits, and return it; -1: there is none."""
-        sizes, emptied = self._sizes, self._emptied
+        sizes, emptied, page_bytes = self._sizes, self._emptied, self._page_bytes
         position = bisect_left(sizes, size_bytes)
         while position < len(sizes):
             hole_bytes = sizes[position]
             offsets = self._offsets[hole_bytes]
             while offsets:
                 offset = offsets.pop()
-                if not emptied.isdisjoint(pages_under(offset, hole_bytes, self._page_bytes)):  # nothing goes there
+                page = offset & -page_bytes
+                # Nothing goes to a page that is emptied.
+                if page in emptied or (
+                    offset + hole_bytes > page + page_bytes
+                    and not emptied.isdisjoint(pages_under(offset, hole_bytes, page_bytes))
+                ):
                     undo.append((offset, hole_bytes, 0))
                     continue
                 undo.append((offset, hole_bytes, size_bytes))
