@@ -4,6 +4,9 @@ Of two pages either may be emptied into the other, and a hole that goes on acros
 while both stay. So it is said first which pages are to be emptied: as many of the emptiest as could go into what is
 free in the others, by their sums. The holes of the others are known then, and each cache goes into the smallest that
 fits. Where holes do not fit, the last of the pages that were to be emptied are not, and their holes are used, too.
+
+Beside what is unmovable nothing is said first: holes are of any size there, and caches go into those of all pages, of
+which each that took one stays.
 """
 
 from __future__ import annotations
