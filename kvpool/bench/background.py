@@ -19,7 +19,7 @@ from kvpool.sizes import KIB, MIB, format_size
 _CAPACITY_BYTES = 256 * MIB
 _PAGE_BYTES = 2 * MIB
 _SIZE_BYTES = 64 * KIB
-_REQUESTS = 3000
+_REQUESTS = 1500
 _AT_ONCE = 64
 _BEGIN_S = 30.0
 """How long to wait for the first step."""

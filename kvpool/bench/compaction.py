@@ -6,6 +6,7 @@ All but the requests to a pool in time of this thread, which does not go on whil
 from __future__ import annotations
 
 import ctypes
+import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,12 +23,12 @@ from kvpool.sizes import KIB, MIB, format_size
 
 _CAPACITY_BYTES = 256 * MIB
 _PAGE_BYTES = 2 * MIB
-_SIZES = (4 * KIB, 64 * KIB, 96 * KIB, 256 * KIB, 1 * MIB)
+_SIZES = (4 * KIB, 64 * KIB, 96 * KIB, 256 * KIB, 640 * KIB, 1 * MIB)
 _FOREGROUND_SIZES = (64 * KIB, 256 * KIB, 1 * MIB)
-_REPEATS = 5
+_REPEATS = 3
 _INTERVAL_S = 0.0005
 """An allocation, and the end of the one before, so often."""
-_OPERATIONS = 4000
+_OPERATIONS = 2000
 
 
 class _Free:
@@ -47,6 +48,7 @@ async def measure() -> dict[str, Any]:
 
 def _rows() -> list[dict[str, Any]]:
     rows = []
+    gc.freeze()  # as a device does: else a collection of all that was imported is measured with one of the rounds
     memory = _Memcpy()
     for size_bytes in _SIZES:
         compacted, copied = [], [memory.gb_per_s()]

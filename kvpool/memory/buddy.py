@@ -228,8 +228,10 @@ class BuddyAllocator:
         for start, block_bytes in found:
             del self._free[block_bytes][start]
         self._live[offset] = -size_bytes
-        self._merge_range(found[0][0], offset)
-        self._merge_range(end, position)
+        if found[0][0] != offset:
+            self._merge_range(found[0][0], offset)
+        if position != end:
+            self._merge_range(end, position)
 
     def carve_all(self, offsets: Iterable[int], sizes_bytes: Iterable[int]) -> None:
         """Call :meth:`carve` for each; faster where what is carved is a free range as it is."""

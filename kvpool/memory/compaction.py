@@ -5,8 +5,8 @@ it wastes is the end of its last page, and no move would change that.
 
 There are five ways, tried in this order where the blocks of :mod:`kvpool.memory.fitting` do not help:
 
-*Evacuate*: the emptiest pages that hold nothing unmovable are emptied into the holes of the others, the smallest hole
-that fits for each cache, the largest cache first. At most a page is copied for a page that comes free.
+*Evacuate* (:mod:`kvpool.memory.evacuation`): the emptiest pages that hold nothing unmovable are emptied into the holes
+of the others. At most a page is copied for a page that comes free.
 
 *Slide*: within pages that lie side by side every cache moves down to where the one before it ends, or into an earlier
 hole between two that stay. Nothing is lost between caches then, whatever their sizes, not even at the borders of pages.
@@ -24,20 +24,16 @@ compaction comes to an end.
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 WINDOW_PAGES = 64
 """Most pages that slide together. The more, the less is lost at their end, and the more is copied for each page."""
 
-DENSE = 1 - 1 / 32
-"""Pages filled above this share are not joined: more than 32 would be copied for each that comes free."""
+DENSE = 1 - 1 / 64
+"""Pages filled above this share are not joined: more than 64 would be copied for each that comes free."""
 
 _LEAST_BYTES = 1 << 13
-
-_MOST_FAILURES = 32
-"""Pages in a row that cannot be evacuated before no fuller one is tried."""
 
 
 class Part(NamedTuple):
@@ -121,79 +117,11 @@ def runs(moves: Iterable[Move]) -> Iterator[list[Move]]:
 NOTHING = Plan((), ())
 
 
-def plan_evacuation(snapshot: Snapshot, budget_bytes: int, most_pages: int) -> Plan:
-    """Empty pages into the holes of others, the emptiest first.
-
-    Parameters
-    ----------
-    budget_bytes
-        Bytes to copy at most; what one page holds may be more, and is copied.
-    most_pages
-        Pages to free at most.
-    """
-    page_bytes = snapshot.page_bytes
-    mask = -page_bytes
-    residents: dict[int, list[Part]] = {page: [] for page in snapshot.pages}
-    used = dict.fromkeys(snapshot.pages, 0)
-    fixed: set[int] = set()
-    free: list[tuple[int, int]] = []
-    page, cursor = -1, 0  # a page, and where the part before ends in it
-
-    def close_page() -> None:
-        if page in residents and cursor < page + page_bytes:
-            free.append((cursor, page + page_bytes - cursor))
-
-    for part in snapshot.parts:
-        offset, size_bytes, _, movable = part
-        end = offset + size_bytes
-        for here in range(offset & mask, end, page_bytes):
-            if here != page:
-                close_page()
-                page = cursor = here
-            if here not in residents:
-                continue
-            begin = max(offset, here)
-            if begin > cursor:
-                free.append((cursor, begin - cursor))
-            cursor = min(end, here + page_bytes)
-            used[here] += cursor - begin
-            residents[here].append(part)
-            if not movable:
-                fixed.add(here)
-    close_page()
-    holes = _Holes(list(_joined(free, fixed, page_bytes)), page_bytes)
-    moves: list[Move] = []
-    freed: list[int] = []
-    moved_ids: set[int] = set()
-    received: set[int] = set()
-    moved_bytes = failures = 0
-    for page in sorted(used.keys() - fixed, key=lambda page: (used[page], -page)):
-        if failures == _MOST_FAILURES or len(freed) == most_pages:
-            break
-        if page in received:
-            continue
-        parts = [part for part in residents[page] if part.cache_id not in moved_ids]
-        cost = sum(part.size_bytes for part in parts)
-        if moves and moved_bytes + cost > budget_bytes:
-            break
-        placed = holes.place(page, parts)
-        if placed is None:
-            failures += 1
-            continue
-        failures = 0
-        moves += placed
-        freed.append(page)
-        moved_bytes += cost
-        moved_ids.update(part.cache_id for part in parts)
-        received.update(move.destination & mask for move in placed)
-    return Plan(tuple(moves), tuple(freed))
-
-
 def plan_slide(snapshot: Snapshot, budget_bytes: int, most_pages: int) -> Plan:
     """Slide caches together within windows of pages that lie side by side, the cheapest windows first.
 
     Windows are slid as far as a page comes free by it. ``budget_bytes`` and ``most_pages`` as in
-    :func:`plan_evacuation`; what one window holds may be more, and is copied.
+    :func:`~kvpool.memory.evacuation.plan_evacuation`; what one window holds may be more, and is copied.
     """
     plans = [plan for plan in _slides(snapshot) if plan.freed]
     plans.sort(key=lambda plan: plan.moved_bytes / len(plan.freed))
@@ -207,13 +135,6 @@ def plan_slide(snapshot: Snapshot, budget_bytes: int, most_pages: int) -> Plan:
         freed += plan.freed
         moved_bytes += plan.moved_bytes
     return Plan(tuple(moves), tuple(freed))
-
-
-def plan_regrouping(snapshot: Snapshot, most_pages: int) -> Plan:
-    """Slide everywhere, so that small holes become large ones, if then pages can be emptied into these."""
-    moves = regrouping(snapshot)
-    then = plan_evacuation(moved(snapshot, moves), len(snapshot.pages) * snapshot.page_bytes, most_pages)
-    return Plan((*moves, *then.moves), then.freed) if then.freed else NOTHING
 
 
 def regrouping(snapshot: Snapshot) -> tuple[Move, ...]:
@@ -298,73 +219,6 @@ def choose_join(snapshot: Snapshot, budget_bytes: int, most_pages: int) -> tuple
 def pages_under(offset: int, size_bytes: int, page_bytes: int) -> range:
     """Return the offsets of the pages that a part lies in."""
     return range(offset - offset % page_bytes, offset + size_bytes, page_bytes)
-
-
-def _joined(holes: Iterable[tuple[int, int]], fixed: set[int], page_bytes: int) -> Iterator[tuple[int, int]]:
-    """Yield holes, those that go on in the next page in one piece, if neither page can be emptied."""
-    start = end = -1
-    for offset, size_bytes in holes:
-        if offset == end and offset in fixed and end - page_bytes in fixed:
-            end += size_bytes
-            continue
-        if start != end:
-            yield start, end - start
-        start, end = offset, offset + size_bytes
-    if start != end:
-        yield start, end - start
-
-
-class _Holes:
-    """Holes by size, so that the smallest that fits is found. None goes on in a page that may be emptied."""
-
-    def __init__(self, holes: Sequence[tuple[int, int]], page_bytes: int) -> None:
-        self._mask = -page_bytes
-        #: Offsets by size, the lowest last.
-        self._offsets: dict[int, list[int]] = {}
-        for offset, size_bytes in reversed(holes):
-            self._offsets.setdefault(size_bytes, []).append(offset)
-        self._sizes = sorted(self._offsets)
-        self._emptied: set[int] = set()
-
-    def place(self, page: int, parts: Sequence[Part]) -> list[Move] | None:
-        """Place all parts of a page in holes of others, the largest first; or none, and the holes are as they were."""
-        self._emptied.add(page)
-        moves: list[Move] = []
-        undo: list[tuple[int, int, int]] = []  # holes taken: offset, bytes, bytes of them that are used
-        for offset, size_bytes, cache_id, _ in sorted(parts, key=lambda part: (-part[1], part[0])):
-            hole = self._take(size_bytes, undo)
-            if hole < 0:
-                for start, hole_bytes, used_bytes in reversed(undo):
-                    if 0 < used_bytes < hole_bytes:
-                        self._offsets[hole_bytes - used_bytes].pop()
-                    self._offsets[hole_bytes].append(start)
-                self._emptied.remove(page)
-                return None
-            moves.append(Move(cache_id, offset, hole, size_bytes))
-        return moves
-
-    def _take(self, size_bytes: int, undo: list[tuple[int, int, int]]) -> int:
-        """Take the front of the smallest hole that fits, and return it; -1: there is none."""
-        sizes, mask, emptied = self._sizes, self._mask, self._emptied
-        position = bisect_left(sizes, size_bytes)
-        while position < len(sizes):
-            hole_bytes = sizes[position]
-            offsets = self._offsets[hole_bytes]
-            while offsets:
-                offset = offsets.pop()
-                if offset & mask in emptied:  # nothing goes there any more
-                    undo.append((offset, hole_bytes, 0))
-                    continue
-                undo.append((offset, hole_bytes, size_bytes))
-                rest_bytes = hole_bytes - size_bytes
-                if rest_bytes:
-                    if rest_bytes not in self._offsets:
-                        self._offsets[rest_bytes] = []
-                        insort(sizes, rest_bytes)
-                    self._offsets[rest_bytes].append(offset + size_bytes)
-                return offset
-            position += 1
-        return -1
 
 
 def bytes_in_use(snapshot: Snapshot) -> dict[int, int]:

@@ -17,12 +17,11 @@ from kvpool.memory.compaction import (
     choose_join,
     count_within,
     pages_under,
-    plan_evacuation,
-    plan_regrouping,
     plan_slide,
     runs,
     slide,
 )
+from kvpool.memory.evacuation import plan_evacuation, plan_regrouping
 from kvpool.memory.exchange import plan_exchange
 from kvpool.memory.filling import plan_filling
 from kvpool.memory.fitting import Blocks, plan_fit

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice
+from itertools import compress, islice
 from operator import add
 
 from kvpool.errors import AddressSpaceError, ensure
@@ -262,11 +262,15 @@ class SharedPages:
         moved, left = self._leave(tenant, sources)
         sizes_bytes = [size_bytes for _, size_bytes in moved]
         ends = map(add, map((page_bytes - 1).__and__, destinations), sizes_bytes)
-        if max(ends, default=0) <= page_bytes:
+        across = {offset for offset, end in zip(destinations, ends, strict=True) if end > page_bytes}
+        if not across:
             parts.carve_all(destinations, sizes_bytes)
         else:
+            inside = [offset not in across for offset in destinations]
+            parts.carve_all(compress(destinations, inside), compress(sizes_bytes, inside))
             for offset, size_bytes in zip(destinations, sizes_bytes, strict=True):
-                self._carve(parts, offset, size_bytes)
+                if offset in across:
+                    self._carve(parts, offset, size_bytes)
         residents.enter_all(destinations, moved)
         return left
 
@@ -284,12 +288,19 @@ class SharedPages:
                 residents.leave_page(page)
                 gone.update(inside)
         if len(gone) < len(offsets):
+            left: dict[int, list[int]] = {}  # pieces by page
             for offset in offsets:
                 if offset not in gone:
                     gone[offset] = residents.leave(offset)
                     for piece in pieces.pop(offset, (offset,)):
-                        parts.free(piece)
-                        pages.add(piece & mask)
+                        left.setdefault(piece & mask, []).append(piece)
+            for page, starts in left.items():
+                if residents.used_bytes(page) or page in self._withheld:
+                    for start in starts:
+                        parts.free(start)
+                else:
+                    parts.clear(page, sorted(starts))
+            pages.update(left)
         return list(map(gone.__getitem__, offsets)), pages
 
     def is_free(self, tenant: str, offset: int, size_bytes: int) -> bool:

@@ -11,7 +11,8 @@ from kvpool.memory import mover
 from kvpool.memory.allocation import Allocation
 from kvpool.memory.allocator import GPUMemoryAllocator
 from kvpool.memory.backend import Copy
-from kvpool.memory.compaction import Move, Part, Snapshot, choose_join, plan_evacuation, plan_slide
+from kvpool.memory.compaction import Move, Part, Snapshot, choose_join, plan_slide
+from kvpool.memory.evacuation import plan_evacuation
 from kvpool.memory.host import HostBackend
 
 MIN = 4096
@@ -47,6 +48,22 @@ def test_a_page_with_something_unmovable_stays_and_its_holes_are_used() -> None:
 def test_a_page_that_does_not_fit_elsewhere_as_a_whole_stays_whole() -> None:
     plan = plan_evacuation(snapshot((0, "aaa..bbb"), (3, "ccc..d.."), (5, "eee..fff")), EVERYTHING, 9)
     assert plan.moves == ()
+
+
+def test_holes_across_borders_of_pages_are_used_so_that_one_odd_size_takes_the_fewest_pages() -> None:
+    size, pages, page = 3, 16, 64
+    parts = tuple(Part(start, size, start, True) for start in range(0, pages * page - size + 1, 2 * size))
+    plan = plan_evacuation(Snapshot(page, tuple(range(0, pages * page, page)), parts), EVERYTHING, pages)
+    assert pages - len(plan.freed) == -(-len(parts) * size // page)
+    places = {part.cache_id: part.offset for part in parts} | {move.cache_id: move.destination for move in plan.moves}
+    used = [block for offset in places.values() for block in range(offset, offset + size)]
+    assert len(set(used)) == len(used) == len(parts) * size
+    assert {block & -page for block in used}.isdisjoint(plan.freed)
+
+
+def test_where_holes_do_not_fit_fewer_pages_are_emptied_than_the_sums_allow() -> None:
+    plan = plan_evacuation(snapshot((0, "a.b.c.d."), (2, "ee......"), (4, "ff......")), EVERYTHING, 9)
+    assert (plan.freed, [move.destination for move in plan.moves]) == ((32, 0), [18, 20, 21, 22, 23])
 
 
 def test_evacuation_keeps_to_its_budget_but_for_one_page() -> None:

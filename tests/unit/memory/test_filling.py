@@ -9,7 +9,8 @@ import pytest
 from kvpool.errors import CapacityError
 from kvpool.memory.allocation import Allocation
 from kvpool.memory.allocator import GPUMemoryAllocator
-from kvpool.memory.compaction import Part, Snapshot, plan_evacuation
+from kvpool.memory.compaction import Part, Snapshot
+from kvpool.memory.evacuation import plan_evacuation
 from kvpool.memory.exchange import plan_exchange
 from kvpool.memory.filling import plan_filling
 from kvpool.memory.host import HostBackend
