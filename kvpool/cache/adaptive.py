@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpool.cache.chains import Rows
+from kvpool.cache.chains import Rows, unique
 from kvpool.cache.eviction import CacheEvictionPolicy, register_policy
 from kvpool.cache.hazard import GAPS, KINDS, WIDTH, Floats, HazardTable, age_level, age_levels
 from kvpool.cache.key import BlockHash
@@ -137,7 +137,7 @@ class Adaptive(CacheEvictionPolicy):
         np.frombuffer(self._turns.held, np.int32)[touched] -= counts[touched + 1].astype(np.int32)
         self._turns.bereave_all(touched)
         above = np.frombuffer(self._parent, np.int32)[rows]
-        above = np.unique(above[above >= 0])
+        above = unique(above[above >= 0])
         bare = (idle[above] != 0) & (np.frombuffer(self._children, np.uint32)[above] == 0)
         for row in above[bare].tolist():
             self._ranking.expose(row)

@@ -1,5 +1,7 @@
 """ADAPTIVE: what it learns, what it does not admit, what it keeps of the past, and what it survives."""
 
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -73,6 +75,26 @@ def test_it_is_no_worse_than_lru_on_workloads_without_sessions(name: str) -> Non
     for capacity in (0.05, 0.25):
         lru, adaptive = (simulate(requests, policy, capacity)["prefix_hit_ratio"] for policy in ("lru", "adaptive"))
         assert adaptive >= lru - 0.005, capacity
+
+
+def test_a_decision_imports_nothing() -> None:
+    """numpy.unique did in its first call, for 7 ms in the middle of a decision."""
+    program = """
+import sys
+from kvpool.cache.index import CacheIndex
+from kvpool.simulate import simulate
+from kvpool.workload import TraceRequest
+chains = [tuple(range(start, start + 25)) for start in range(0, 25 * 200, 25)]
+requests = [TraceRequest(float(number), 1, 1, chain) for number, chain in enumerate(chains * 2)]
+CacheIndex("adaptive")
+before = set(sys.modules)
+assert simulate(requests, "adaptive", 2000)["evictions"]
+many = [TraceRequest(float(number), 1, 1, tuple(range(number * 600, number * 600 + 600))) for number in range(9)]
+assert simulate(many, "adaptive", 1200)["evictions"]
+print(*sorted(set(sys.modules) - before))
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (ran.returncode, ran.stdout.split(), ran.stderr) == (0, [], "")
 
 
 def test_the_same_seed_gives_the_same_outcome() -> None:
