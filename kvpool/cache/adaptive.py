@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpool.cache.chains import Rows
+from kvpool.cache.chains import Rows, unique
 from kvpool.cache.eviction import CacheEvictionPolicy, register_policy
 from kvpool.cache.hazard import GAPS, KINDS, WIDTH, Floats, HazardTable, age_level, age_levels
 from kvpool.cache.key import BlockHash
@@ -30,6 +30,9 @@ _DOUBT = 0.7
 """By what the worth of a session's first turn is multiplied when it is to be admitted: less is known of it than of what
 would have to go."""
 _SWEEP_REQUESTS, _SWEEP_BLOCKS = 8, 256
+_FORGOTTEN_REQUESTS = 7000
+"""By how many requests what is known is older after a surprise: it leaves a quarter of it."""
+_BETWEEN_SURPRISES_REQUESTS, _BETWEEN_SURPRISES_BLOCKS = 50, 1000
 _NONE = (0,) * KINDS
 _PLACES = np.array([TAIL, BODY, SHARED, OLD, OLD, OLD, SHARED, OLD], np.int32) * WIDTH
 """Where the class of a block lies in its group, by its kind; then the same for turns whose session went on."""
@@ -61,7 +64,7 @@ class Adaptive(CacheEvictionPolicy):
         self._ranking = SampledRanking(
             index, self._clock, self._turn, self._kind, self._idle, self._turns.born, self._worth_of, self._worths_of
         )
-        self._rebuilt_at = self._swept_at = (0, 0)  # requests and blocks
+        self._rebuilt_at = self._swept_at = self._surprised_at = (0, 0)  # requests and blocks
         self._blocks = 0  # of all requests so far
         self._due_blocks = 0  # of them, before which neither is due
         self._space = -1
@@ -137,7 +140,7 @@ class Adaptive(CacheEvictionPolicy):
         np.frombuffer(self._turns.held, np.int32)[touched] -= counts[touched + 1].astype(np.int32)
         self._turns.bereave_all(touched)
         above = np.frombuffer(self._parent, np.int32)[rows]
-        above = np.unique(above[above >= 0])
+        above = unique(above[above >= 0])
         bare = (idle[above] != 0) & (np.frombuffer(self._children, np.uint32)[above] == 0)
         for row in above[bare].tolist():
             self._ranking.expose(row)
@@ -424,9 +427,10 @@ class Adaptive(CacheEvictionPolicy):
     def _keep_up(self) -> None:
         """Do a part of what has to be done now and then."""
         requests, blocks = self._clock.requests, self._blocks
-        # More often at first, when each request changes more of what is known.
-        rebuild_requests = min(_REBUILD_REQUESTS, 4 + requests // 8)
-        rebuild_blocks = min(_REBUILD_BLOCKS, 40 + blocks // 8)
+        # More often at first, and after a surprise: each request changes more of what is known then.
+        since_requests, since_blocks = requests - self._surprised_at[0], blocks - self._surprised_at[1]
+        rebuild_requests = min(_REBUILD_REQUESTS, 4 + since_requests // 8)
+        rebuild_blocks = min(_REBUILD_BLOCKS, 40 + since_blocks // 8)
         if requests - self._rebuilt_at[0] >= rebuild_requests and blocks - self._rebuilt_at[1] >= rebuild_blocks:
             self._turns.count_fresh(self._clock.now)
             self._hazards.rebuild(requests - self._rebuilt_at[0])
@@ -434,5 +438,13 @@ class Adaptive(CacheEvictionPolicy):
         elif requests - self._swept_at[0] >= _SWEEP_REQUESTS and blocks - self._swept_at[1] >= _SWEEP_BLOCKS:
             self._turns.sweep(self._clock.now, len(self._index))
             self._swept_at = requests, blocks
+            if (
+                requests - self._rebuilt_at[0] >= _BETWEEN_SURPRISES_REQUESTS
+                and since_blocks >= _BETWEEN_SURPRISES_BLOCKS
+                and self._hazards.surprised()
+            ):
+                self._hazards.rebuild(requests - self._rebuilt_at[0] + _FORGOTTEN_REQUESTS)
+                self._rebuilt_at = self._surprised_at = requests, blocks
+                rebuild_blocks = 40
         # The first bounds grow: too early is harmless.
         self._due_blocks = min(self._rebuilt_at[1] + rebuild_blocks, self._swept_at[1] + _SWEEP_BLOCKS)

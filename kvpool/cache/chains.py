@@ -15,6 +15,18 @@ from kvpool.cache.table import CacheTable
 
 Rows = npt.NDArray[np.int64]
 Key = TypeVar("Key", bound=Hashable)
+_Integer = TypeVar("_Integer", bound=np.integer)
+
+
+def unique(numbers: npt.NDArray[_Integer]) -> npt.NDArray[_Integer]:
+    """Return each once, in order: half the time of :func:`numpy.unique`.
+
+    That one also imports ``numpy.ma`` when a process first calls it, 7 to 10 ms in the middle of a decision.
+    """
+    ordered = np.sort(numbers)
+    new = np.ones(len(ordered), bool)
+    np.not_equal(ordered[1:], ordered[:-1], out=new[1:])
+    return ordered[new]
 
 
 def with_descendants(table: CacheTable, rows: Rows) -> Rows:
@@ -36,7 +48,7 @@ def with_ancestors(table: CacheTable, rows: Rows) -> Rows:
     above = _above(table)
     marked = np.zeros(len(above), bool)
     marked[-1] = True  # the end of every chain
-    while len(rows := np.unique(rows[~marked[rows]])):
+    while len(rows := unique(rows[~marked[rows]])):
         marked[rows] = True
         rows = above[rows]
     found: Rows = np.flatnonzero(marked[:-1])

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from kvpool.cache.chains import Rows, depths
+from kvpool.cache.chains import Rows, depths, unique
 from kvpool.cache.eviction import CacheEvictionPolicy
 from kvpool.cache.guarded_policy import make_policy
 from kvpool.cache.heads import Heads
@@ -530,7 +530,7 @@ class CacheIndex(CacheTable):
         """Do as :meth:`_remove_few`, column by column: a third of the time where there are thousands."""
         flags, stamps = np.frombuffer(self.flags, np.uint8), np.frombuffer(self._stamps, np.uint32)
         parent, children = np.frombuffer(self.parent, np.int32), np.frombuffer(self.children, np.uint32)
-        ensure(bool(flags[rows].all()) and len(np.unique(rows)) == len(rows), "removing a cache that is gone")
+        ensure(bool(flags[rows].all()) and len(unique(rows)) == len(rows), "removing a cache that is gone")
         above = parent[rows]
         np.subtract.at(children, above[above >= 0], np.uint32(1))
         if len(left_behind := rows[children[rows] != 0]):
@@ -539,18 +539,18 @@ class CacheIndex(CacheTable):
         idle = keyed[np.frombuffer(self.pins, np.uint32)[keyed] == 0]
         devices, sizes = np.frombuffer(self.device, np.int32), np.frombuffer(self.size_bytes, np.int64)
         for gone, bytes_left in ((rows, self.resident_bytes), (idle, self.evictable_bytes)):
-            for device in np.unique(devices[gone]).tolist():
+            for device in unique(devices[gone]).tolist():
                 bytes_left[device] -= int(sizes[gone[devices[gone] == device]].sum())
         if self.meter is not None:
             partitions = np.frombuffer(self.partition, np.int32)
-            for partition in np.unique(partitions[rows]).tolist():
+            for partition in unique(partitions[rows]).tolist():
                 held_bytes, idle_bytes = (
                     int(sizes[gone[partitions[gone] == partition]].sum()) for gone in (rows, idle)
                 )
                 self.meter.charge(partition, -held_bytes, -idle_bytes)
         hashes = self._hashes
         spaces = np.frombuffer(self._space, np.int32)[keyed]
-        for space in np.unique(spaces).tolist():
+        for space in unique(spaces).tolist():
             shards = self._rows_by_hash[space]
             for row in keyed[spaces == space].tolist():
                 block_hash = hashes[row]

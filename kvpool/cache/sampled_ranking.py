@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from kvpool.cache.chains import unique
 from kvpool.cache.leaf_sets import LeafSets
 from kvpool.cache.request_clock import RequestClock
 
@@ -301,7 +302,7 @@ class SampledRanking:
                     self._leaves.discard(row)
                 rows = rows[living]
         if gone is not None:
-            rows = np.unique(rows[np.frombuffer(gone, np.uint8)[rows] == 0])
+            rows = unique(rows[np.frombuffer(gone, np.uint8)[rows] == 0])
             if count > _LARGEST_SAMPLE and 2 * count >= self._leaves.count(device):
                 share = _KEPT  # of all that there are
         worths, born = self._worths_of(rows)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kvpool.cache.chains import Rows
+from kvpool.cache.chains import Rows, unique
 from kvpool.cache.hazard import GAPS, KINDS, LEVELS, WIDTH, HazardTable, age_level, age_levels
 from kvpool.cache.key import SHARDS, BlockHash, KeyShards, key_shards
 
@@ -281,12 +281,12 @@ class TurnTable:
         stop = min(start + _SWEPT_AT_ONCE, len(self.born))
         self._cursor = 0 if stop == len(self.born) else stop
         forgotten = np.array(self._oldest(max(resident, _GHOSTS_AT_LEAST)), np.int64)
-        self._count(_different(np.concatenate([self._take_fresh(), np.arange(start, stop), forgotten])), now)
+        self._count(unique(np.concatenate([self._take_fresh(), np.arange(start, stop), forgotten])), now)
         self._forget_all(forgotten)
 
     def count_fresh(self, now: float) -> None:
         """:meth:`expose` the records that are new since the last time."""
-        self._count(_different(self._take_fresh()), now)
+        self._count(unique(self._take_fresh()), now)
 
     def _take_fresh(self) -> Rows:
         fresh = np.array(self._fresh, np.int64)
@@ -328,11 +328,3 @@ class TurnTable:
         records = len(self.born)
         self._free.extend(range(records - 1, records - _ADDED, -1))
         return records - _ADDED
-
-
-def _different(turns: Rows) -> Rows:
-    """Return each once; half the time of :func:`numpy.unique`."""
-    turns.sort()
-    new = np.ones(len(turns), bool)
-    np.not_equal(turns[1:], turns[:-1], out=new[1:])
-    return turns[new]
