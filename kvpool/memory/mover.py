@@ -79,7 +79,7 @@ class Mover:
         self.moved_bytes = 0
         self.freed_pages = 0
         #: The same, but lower while pages are added that more will be freed by.
-        self._net_pages = 0
+        self.net_pages = 0
         #: By tenant: the free bytes in its pages when no plan was found.
         self._futile: dict[str, int] = {}
         #: By tenant: bytes of caches, and pages, when holes were filled last.
@@ -213,7 +213,8 @@ class Mover:
                 raise
             self.unfinished = None
             tenant = self._live[move.cache_id].tenant
-            self._shared.put_empty(tenant, sorted(self._switch(tenant, [move], owner)))
+            left = self._switch(tenant, [move], owner)
+            self._count([move], self._shared.put_empty(tenant, sorted(left)))
             self._clean(tenant, [move])
 
     def _plan(self, survey: Survey, budget_bytes: int, most_pages: int, looks: int | None = None) -> Plan:
@@ -283,13 +284,19 @@ class Mover:
             if self.unfinished is not None:
                 move = self.unfinished[0]
                 emptied.difference_update(pages_under(move.destination, move.size_bytes, self._page_bytes))
+            self._revisit(tenant, moves, done)
             freed_pages = self._shared.put_empty(tenant, sorted(emptied)) - len(added)
-            moved_bytes = sum([size_bytes for _, _, _, size_bytes in done])
-            self.moved_bytes += moved_bytes
-            self._net_pages += freed_pages
-            self.freed_pages = max(self.freed_pages, self._net_pages)
+            moved_bytes = self._count(done, freed_pages)
             self._clean(tenant, done)
         return Compaction(moved_bytes, freed_pages, True)
+
+    def _count(self, done: Sequence[Move], freed_pages: int) -> int:
+        """Count what was done; returns the bytes moved."""
+        moved_bytes = sum([size_bytes for _, _, _, size_bytes in done])
+        self.moved_bytes += moved_bytes
+        self.net_pages += freed_pages
+        self.freed_pages = max(self.freed_pages, self.net_pages)
+        return moved_bytes
 
     def _pages_of(self, moves: Sequence[Move]) -> list[int]:
         """Return the pages to which moves go, ascending."""
@@ -377,11 +384,28 @@ class Mover:
 
         For the end: it may be refused.
         """
-        if self._scrubber.busy(tenant):
+        if not self._scrubber.busy(tenant):
+            return
+        try:
             for cache_id, size_bytes in {move.cache_id: move.size_bytes for move in moves}.items():
                 allocation = self._live[cache_id]  # where it is now: it may have moved twice
                 end = allocation.span_bytes
                 self._scrubber.zero(allocation.offset + end, size_bytes - end)
+        except BaseException:
+            for move in moves:
+                self._scrubber.revisit(self._live[move.cache_id].offset, move.size_bytes)
+            raise
+
+    def _revisit(self, tenant: str, moves: Sequence[Move], done: Sequence[Move]) -> None:
+        """Let a scrub that is under way come again to places that caches have left since, or were copied to in part.
+
+        The hole at the end of what was copied there may have come from a page that the scrub had not reached.
+        """
+        if self._scrubber.busy(tenant):
+            last = {move.cache_id: move for move in done}
+            for move in moves:
+                if last.get(move.cache_id) != move:
+                    self._scrubber.revisit(move.destination, move.size_bytes)
 
     def _enter(self, places: Iterable[tuple[int, int, int]], owner: Movable) -> None:
         """Note where caches lie: (id, offset, bytes)."""
