@@ -427,7 +427,7 @@ class GPUMemoryAllocator:
         self._queue.check()
         ensure(len(self._waiting) == len(self._queue), "who waits is in the queue")
         ensure(self._live_bytes == sum(each.size_bytes for each in self._live.values()), "live bytes are counted")
-        homes = set()
+        homes: set[int] = set()
         if self._mover.unfinished is not None:  # pages were added for it
             move = self._mover.unfinished[0]
             under = pages_under(move.destination, move.size_bytes, self.page_size_bytes)

@@ -314,7 +314,7 @@ class Mover:
         try:
             self._backend.copy(under_way)
         except BaseException:  # whatever it is, the bytes are where they are
-            moves, unfinished = self._copied(moves, copies[: _complete(copies, under_way)])
+            moves, unfinished = self._copied(moves, _complete(copies, under_way))
             self.unfinished = None if unfinished is None else (*unfinished, owner)
             raise
         finally:
@@ -351,23 +351,22 @@ class Mover:
             copies.append((destination + done_bytes, source + done_bytes, piece_bytes))
             done_bytes += piece_bytes
 
-    def _copied(self, moves: Sequence[Move], copies: Sequence[Copy]) -> tuple[list[Move], tuple[Move, int] | None]:
-        """Return the moves of which ``copies`` are all, and the one that must be finished, with the bytes copied."""
+    def _copied(self, moves: Sequence[Move], complete: int) -> tuple[list[Move], tuple[Move, int] | None]:
+        """Return the moves of which all copies are complete, and the one that must be finished, with the bytes copied.
+
+        The piece after those that are complete may have been written over what they were copied from.
+        """
         done: list[Move] = []
-        number = 0
-        for move in moves:
-            start = self._address + move.source
-            end = start + move.size_bytes
-            while number < len(copies) and not copies[number][1] < end <= copies[number][1] + copies[number][2]:
-                number += 1
-            if number < len(copies):
+        for run in runs(moves):
+            run_bytes = sum(move.size_bytes for move in run)
+            piece_bytes = min(abs(run[0].source - run[0].destination), run_bytes)
+            copied_bytes = complete * piece_bytes
+            complete -= -(-run_bytes // piece_bytes)
+            for move in run:
+                if copied_bytes < move.size_bytes:
+                    return done, (move, copied_bytes) if copied_bytes else None
                 done.append(move)
-                continue
-            _, source, size_bytes = copies[-1] if copies else (0, 0, 0)
-            done_bytes = source + size_bytes - start
-            if 0 < done_bytes < end - start and abs(move.source - move.destination) < end - start:
-                return done, (move, done_bytes)
-            break
+                copied_bytes -= move.size_bytes
         return done, None
 
     def _switch(self, tenant: str, moves: Sequence[Move], owner: Movable) -> set[int]:

@@ -107,6 +107,31 @@ def test_a_move_whose_end_is_not_zeroed_during_a_scrub_is_made_all_the_same(
     assert refused
 
 
+@pytest.mark.parametrize("size", [3, 4, 5, 6])
+@pytest.mark.parametrize("after", range(4))
+def test_caches_that_slide_together_are_whole_wherever_it_ends(
+    memory: GPUMemoryAllocator, backend: CutMemory, after: int, size: int
+) -> None:
+    """One that does not slide over its own place lost its first bytes to the piece of the copy that was under way."""
+    sizes = [5 * MIN, 3 * MIN, size * MIN, 7 * MIN - 100, 3 * MIN]
+    live = {}
+    for cache_id, size_bytes in enumerate(sizes):
+        where = memory.allocate(cache_id, size_bytes)
+        write(memory.address + where.offset, filled(cache_id, "a", size_bytes))
+        live[cache_id] = size_bytes
+    memory.free(0)
+    del live[0]
+    moves = []
+    for cache_id in sorted(live, key=lambda each: memory.allocation(each).offset):
+        offset = memory.allocation(cache_id).offset
+        moves.append(Move(cache_id, offset, offset - 5 * MIN, -(-live[cache_id] // MIN) * MIN))
+    backend.cut, backend.calls = Cut(after, Interrupted, 0.7), 0
+    with pytest.raises(Interrupted):
+        memory._mover._carry_out("default", moves, (), Owner())
+    backend.cut = None
+    assert intact(memory, live)
+
+
 def halves(memory: GPUMemoryAllocator, backend: CutMemory) -> Iterator[dict[int, int]]:
     """Interrupt compaction at each of its calls; yields what lives when a cache is half here and half there."""
     for after in itertools.count():
