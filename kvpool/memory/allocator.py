@@ -388,7 +388,10 @@ class GPUMemoryAllocator:
                         done = self._mover.go_on(tenant, left_bytes, owner, None)
                     moved_bytes += done.moved_bytes
                     freed_pages += done.freed_pages
-                    left_bytes -= done.moved_bytes if budget_bytes is not None else 0
+                    if budget_bytes is not None:
+                        left_bytes -= done.moved_bytes
+                        if done.more and not done.moved_bytes:  # it was looked for long enough
+                            return Compaction(moved_bytes, freed_pages, True)
         return Compaction(moved_bytes, freed_pages, False)
 
     def compact_a_little(self, budget_bytes: int) -> Compaction:
@@ -557,7 +560,9 @@ class GPUMemoryAllocator:
                 # Pages of another tenant that its clients map come free only later: what counts can be used now.
                 missing = max(1, needed - self._ranges.pages_for(request.tenant))
                 done = self._mover.step(tenant, self.capacity_bytes, missing, self.owner)
-                place = self._place(request) if done.more else None
+                if not done.moved_bytes:  # perhaps there is more elsewhere, but it was looked for long enough
+                    break
+                place = self._place(request)
                 if place is not None:
                     return place
         return None

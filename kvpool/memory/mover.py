@@ -35,6 +35,10 @@ _BATCH_MOVES = 512
 """Moves of a plan that are copied and switched together: what is known of them stays in the processor's cache."""
 
 
+_MOST_CACHES = 4096
+"""Caches that one plan looks at where all would take longer than others can wait."""
+
+
 class Mover:
     """Plans and moves. Nothing is kept from one step to the next, so a step that fails leaves nothing to repair.
 
@@ -84,6 +88,8 @@ class Mover:
         self._futile: dict[str, int] = {}
         #: By tenant: bytes of caches, and pages, when holes were filled last.
         self._filled: dict[str, tuple[int, int]] = {}
+        #: By tenant: in how many parcels of its pages no plan was found, one after the other.
+        self._searched: dict[str, int] = {}
 
     def promising(self, tenant: str) -> bool:
         """Whether a plan may be found: no page can come free of less, and much must have changed since none was."""
@@ -118,11 +124,9 @@ class Mover:
             return Compaction(0, 0, False)
         plan = self._plan(Survey(self._shared, tenant, self._page_bytes, owner), budget_bytes, most_pages)
         if not plan.moves:
-            self._futile[tenant] = self._shared.free_bytes(tenant)
-            return Compaction(0, 0, False)
-        self._futile.pop(tenant, None)
-        count = count_within(plan.moves, budget_bytes)
-        return self._carry_out(tenant, plan.moves[:count], plan.freed if count == len(plan.moves) else (), owner)
+            return Compaction(0, 0, tenant in self._searched)
+        # (All of it: a plan that is left half-way might undo by turns what another one did.)
+        return self._carry_out(tenant, plan.moves, plan.freed, owner)
 
     def go_on(self, tenant: str, budget_bytes: int, owner: Movable, looks: int | None) -> Compaction:
         """Take a small step: copy ``budget_bytes``, or a cache, of a plan for one page that lasts for several steps.
@@ -143,9 +147,7 @@ class Mover:
                 return Compaction(0, 0, False)
             plan = self._plan(Survey(self._shared, tenant, self._page_bytes, owner), self._page_bytes, 1, looks)
             if not plan.moves:
-                self._futile[tenant] = self._shared.free_bytes(tenant)
-                return Compaction(0, 0, False)
-            self._futile.pop(tenant, None)
+                return Compaction(0, 0, looks is None and tenant in self._searched)
             moves = plan.moves
             count = count_within(moves, budget_bytes)
             batches = (moves[:count],)  # nothing has changed since they were planned
@@ -219,6 +221,17 @@ class Mover:
 
     def _plan(self, survey: Survey, budget_bytes: int, most_pages: int, looks: int | None = None) -> Plan:
         """Plan with the first snapshots, as many as ``looks`` of each kind, or as many as it takes."""
+        plan = self._plan_emptying(survey, budget_bytes, most_pages, looks)
+        tenant = survey.tenant
+        if plan.moves:
+            self._futile.pop(tenant, None)
+            self._searched.pop(tenant, None)
+        else:
+            self._futile[tenant] = self._shared.free_bytes(tenant)
+        return plan
+
+    def _plan_emptying(self, survey: Survey, budget_bytes: int, most_pages: int, looks: int | None) -> Plan:
+        """Plan to empty the emptiest of all pages; else what is possible where there are not too many caches."""
         sources = survey.emptiest(budget_bytes, most_pages)
         # No more pages than could come free: the others are those that these are emptied into.
         fitting = sources[: self.possible(survey.tenant)]
@@ -226,34 +239,48 @@ class Mover:
         plan = plan_fit(((page, survey.enclosed(page)) for page in fitting), blocks)
         if plan.freed:
             return plan
-        for snapshot in islice(survey.for_evacuation(sources), looks):
+        parcel = survey if looks is not None else self._next_parcel(survey)
+        for snapshot in islice(survey.for_evacuation(sources), looks if parcel is survey else 1):
             plan = plan_evacuation(snapshot, budget_bytes, most_pages)
             if plan.freed:
                 return plan
-        for snapshot in islice(survey.for_slides(most_pages), looks):
+        if parcel is not survey:
+            plan = plan_evacuation(survey.emptier(8 * _MOST_CACHES), budget_bytes, most_pages)
+            if plan.freed:
+                return plan
+        for snapshot in islice(parcel.for_slides(most_pages), looks):
             plan = plan_slide(snapshot, budget_bytes, most_pages)
             if plan.freed:
                 return plan
-        for snapshot in islice(survey.for_join(), looks):
+        for snapshot in islice(survey.for_join(), looks if parcel is survey else 1):
             pages = choose_join(snapshot, budget_bytes, most_pages)
             if pages:
                 return self._join(survey, snapshot, pages)
         if looks is not None:
             return NOTHING
-        plan = plan_exchange(survey.whole(), most_pages)
-        plan = plan if plan.freed else self._fill(survey)
-        return plan if plan.moves else plan_regrouping(survey.whole(), most_pages)
+        plan = plan_exchange(parcel.whole(), most_pages)
+        plan = plan if plan.freed else self._fill(survey, parcel)
+        return plan if plan.moves else plan_regrouping(parcel.whole(), most_pages)
 
-    def _fill(self, survey: Survey) -> Plan:
+    def _next_parcel(self, survey: Survey) -> Survey:
+        """Return where to look this time: the pages that come after those that were looked at last in vain.
+
+        Nobody is served while a plan is made, and with 100,000 caches it takes seconds to look at all.
+        """
+        parcels = survey.parcels(_MOST_CACHES)
+        number = self._searched.pop(survey.tenant, 0)
+        if number + 1 < len(parcels):
+            self._searched[survey.tenant] = number + 1
+        return parcels[min(number, len(parcels) - 1)] if len(parcels) > 1 else survey
+
+    def _fill(self, survey: Survey, parcel: Survey) -> Plan:
         """Plan to fill holes, but not twice without a page less: what frees pages after it may undo it."""
-        snapshot = survey.for_filling()
-        now = sum(part.size_bytes for part in snapshot.parts), len(snapshot.pages)
         before = self._filled.get(survey.tenant)
-        if before is not None and before[0] == now[0] and before[1] <= now[1]:
+        if before is not None and before[0] == survey.held[0] and before[1] <= survey.held[1]:
             return NOTHING
-        plan = plan_filling(snapshot)
+        plan = plan_filling(parcel.for_filling())
         if plan.moves:
-            self._filled[survey.tenant] = now
+            self._filled[survey.tenant] = survey.held
         return plan
 
     def _join(self, survey: Survey, snapshot: Snapshot, pages: Sequence[int]) -> Plan:
