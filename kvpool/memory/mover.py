@@ -239,12 +239,13 @@ class Mover:
         plan = plan_fit(((page, survey.enclosed(page)) for page in fitting), blocks)
         if plan.freed:
             return plan
+        again = survey.tenant in self._searched
         parcel = survey if looks is not None else self._next_parcel(survey)
         for snapshot in islice(survey.for_evacuation(sources), looks if parcel is survey else 1):
             plan = plan_evacuation(snapshot, budget_bytes, most_pages)
             if plan.freed:
                 return plan
-        if parcel is not survey:
+        if parcel is not survey and not again:
             plan = plan_evacuation(survey.emptier(8 * _MOST_CACHES), budget_bytes, most_pages)
             if plan.freed:
                 return plan
