@@ -73,7 +73,7 @@ class Compaction(NamedTuple):
     moved_bytes: int
     #: Less those that were added to lie across their borders: a small step may have a negative number.
     freed_pages: int
-    #: Whether another step would free more.
+    #: Whether another step may free more; perhaps nothing was found yet, and it looks elsewhere.
     more: bool
 
 

@@ -26,7 +26,7 @@ from kvpool.memory.allocation import (
     no_room,
 )
 from kvpool.memory.backend import Backend
-from kvpool.memory.compaction import WINDOW_PAGES
+from kvpool.memory.compaction import WINDOW_PAGES, pages_under
 from kvpool.memory.extents import Extents, checked, difference, front, pages_touched, total_bytes, union
 from kvpool.memory.mover import Mover
 from kvpool.memory.packing import shares_pages
@@ -106,11 +106,9 @@ class GPUMemoryAllocator:
             self._table.close()
             raise
         self._mover = Mover(backend, self._ranges, self._shared, self._live, self._scrubber)
-        self.finish_move = self._mover.finish
         self.export = self._table.export
         self.take_drops = self._table.take_drops
         self.held_bytes = self._table.held_bytes
-        self.scrub = self._scrubber.scrub
 
     @property
     def address(self) -> int:
@@ -208,8 +206,7 @@ class GPUMemoryAllocator:
         DoubleReleaseError, UnknownCacheError
             As :meth:`free`.
         """
-        if self._mover.unfinished:
-            self._mover.finish()
+        self.finish_move()
         try:
             return self._live[cache_id]
         except KeyError:
@@ -225,8 +222,7 @@ class GPUMemoryAllocator:
         UnknownCacheError
             If it never lived here.
         """
-        if self._mover.unfinished:
-            self._mover.finish()
+        self.finish_move()
         try:
             allocation = self._live.pop(cache_id)
         except KeyError:
@@ -290,6 +286,17 @@ class GPUMemoryAllocator:
             return
         for first, count in runs(index for index, _ in each.pages):
             self._scrubber.zero(first << self._page_shift, count << self._page_shift)
+
+    def scrub(self, tenant: str, number: int, most_bytes: int) -> bool:
+        """Zero a part of what is left of caches that are gone; see :meth:`Scrubber.scrub`.
+
+        Raises
+        ------
+        BackendError
+            If the system refuses. The step may be taken again.
+        """
+        self.finish_move()  # of one that is under way the scrub would zero what is copied already
+        return self._scrubber.scrub(tenant, number, most_bytes)
 
     def quarantine(self, client_id: str, cache_id: int) -> None:
         """Keep what is free, or comes free, under a live cache from everybody until ``client_id`` has unmapped it."""
@@ -381,7 +388,10 @@ class GPUMemoryAllocator:
                         done = self._mover.go_on(tenant, left_bytes, owner, None)
                     moved_bytes += done.moved_bytes
                     freed_pages += done.freed_pages
-                    left_bytes -= done.moved_bytes if budget_bytes is not None else 0
+                    if budget_bytes is not None:
+                        left_bytes -= done.moved_bytes
+                        if done.more and not done.moved_bytes:  # it was looked for long enough
+                            return Compaction(moved_bytes, freed_pages, True)
         return Compaction(moved_bytes, freed_pages, False)
 
     def compact_a_little(self, budget_bytes: int) -> Compaction:
@@ -392,6 +402,18 @@ class GPUMemoryAllocator:
             return Compaction(0, 0, False)
         with self.change():
             return self._mover.go_on(tenant, budget_bytes, owner, 1)
+
+    def finish_move(self) -> None:
+        """Finish the move that an error of the backend interrupted, if there is one; see :meth:`Mover.finish`.
+
+        Raises
+        ------
+        BackendError
+            If the system refuses again.
+        """
+        if self._mover.unfinished is not None:
+            with self.change():
+                self._mover.finish()
 
     @property
     def compacted(self) -> tuple[int, int]:
@@ -408,7 +430,11 @@ class GPUMemoryAllocator:
         self._queue.check()
         ensure(len(self._waiting) == len(self._queue), "who waits is in the queue")
         ensure(self._live_bytes == sum(each.size_bytes for each in self._live.values()), "live bytes are counted")
-        homes = set()
+        homes: set[int] = set()
+        if self._mover.unfinished is not None:  # pages were added for it
+            move = self._mover.unfinished[0]
+            under = pages_under(move.destination, move.size_bytes, self.page_size_bytes)
+            homes.update(page >> self._page_shift for page in under)
         parts: dict[str, int] = {}
         for each in self._live.values():
             index = each.offset >> self._page_shift
@@ -512,8 +538,7 @@ class GPUMemoryAllocator:
         return changed
 
     def _find_place(self, request: Request) -> Place:
-        if self._mover.unfinished:
-            self._mover.finish()
+        self.finish_move()
         place = self._place(request)
         if place is None:
             with self.change():
@@ -535,7 +560,9 @@ class GPUMemoryAllocator:
                 # Pages of another tenant that its clients map come free only later: what counts can be used now.
                 missing = max(1, needed - self._ranges.pages_for(request.tenant))
                 done = self._mover.step(tenant, self.capacity_bytes, missing, self.owner)
-                place = self._place(request) if done.more else None
+                if not done.moved_bytes:  # perhaps there is more elsewhere, but it was looked for long enough
+                    break
+                place = self._place(request)
                 if place is not None:
                     return place
         return None

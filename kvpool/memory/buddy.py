@@ -451,13 +451,16 @@ class BuddyAllocator:
         for (_, end), (start, _) in pairwise(ranges):
             ensure(end <= start, "ranges do not overlap", end=end, start=start)
         covered = iter(ranges)
+        end = 0
         for root, root_bytes in sorted(self._roots.items()):
-            end = root
+            end = max(end, root)  # what :meth:`carve` or :meth:`unite` made may go on from the block before
             while end < root + root_bytes:
                 start, stop = next(covered, (-1, -1))
                 ensure(start == end, "each managed address is free or allocated", address=end, found=start)
+                carved = self._live.get(start, 0) < 0
+                ensure(carved or stop <= root + root_bytes, "a range ends inside its block", end=stop, root=root)
                 end = stop
-            ensure(end == root + root_bytes, "a range ends inside its block", end=end, root=root)
+        ensure(end <= max((sum(root) for root in self._roots.items()), default=0), "a range ends inside", end=end)
         ensure(next(covered, None) is None, "no range lies outside what is managed")
         ensure(sum(self._roots.values()) == self.total_bytes, "the total is the sum of the blocks")
 

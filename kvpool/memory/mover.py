@@ -34,6 +34,10 @@ _BATCH_MOVES = 512
 """Moves of a plan that are copied and switched together: what is known of them stays in the processor's cache."""
 
 
+_MOST_CACHES = 4096
+"""Caches that one plan looks at where all would take longer than others can wait."""
+
+
 class Mover:
     """Plans and moves. Nothing is kept from one step to the next, so a step that fails leaves nothing to repair.
 
@@ -78,11 +82,13 @@ class Mover:
         self.moved_bytes = 0
         self.freed_pages = 0
         #: The same, but lower while pages are added that more will be freed by.
-        self._net_pages = 0
+        self.net_pages = 0
         #: By tenant: the free bytes in its pages when no plan was found.
         self._futile: dict[str, int] = {}
         #: By tenant: bytes of caches, and pages, when holes were filled last.
         self._filled: dict[str, tuple[int, int]] = {}
+        #: By tenant: in how many parcels of its pages no plan was found, one after the other.
+        self._searched: dict[str, int] = {}
 
     def promising(self, tenant: str) -> bool:
         """Whether a plan may be found: no page can come free of less, and much must have changed since none was."""
@@ -117,11 +123,9 @@ class Mover:
             return Compaction(0, 0, False)
         plan = self._plan(Survey(self._shared, tenant, self._page_bytes, owner), budget_bytes, most_pages)
         if not plan.moves:
-            self._futile[tenant] = self._shared.free_bytes(tenant)
-            return Compaction(0, 0, False)
-        self._futile.pop(tenant, None)
-        count = count_within(plan.moves, budget_bytes)
-        return self._carry_out(tenant, plan.moves[:count], plan.freed if count == len(plan.moves) else (), owner)
+            return Compaction(0, 0, tenant in self._searched)
+        # (All of it: a plan that is left half-way might undo by turns what another one did.)
+        return self._carry_out(tenant, plan.moves, plan.freed, owner)
 
     def go_on(self, tenant: str, budget_bytes: int, owner: Movable, looks: int | None) -> Compaction:
         """Take a small step: copy ``budget_bytes``, or a cache, of a plan for one page that lasts for several steps.
@@ -142,9 +146,7 @@ class Mover:
                 return Compaction(0, 0, False)
             plan = self._plan(Survey(self._shared, tenant, self._page_bytes, owner), self._page_bytes, 1, looks)
             if not plan.moves:
-                self._futile[tenant] = self._shared.free_bytes(tenant)
-                return Compaction(0, 0, False)
-            self._futile.pop(tenant, None)
+                return Compaction(0, 0, looks is None and tenant in self._searched)
             moves = plan.moves
             count = count_within(moves, budget_bytes)
             batches = (moves[:count],)  # nothing has changed since they were planned
@@ -212,11 +214,23 @@ class Mover:
                 raise
             self.unfinished = None
             tenant = self._live[move.cache_id].tenant
-            self._shared.put_empty(tenant, sorted(self._switch(tenant, [move], owner)))
+            left = self._switch(tenant, [move], owner)
+            self._count([move], self._shared.put_empty(tenant, sorted(left)))
             self._clean(tenant, [move])
 
     def _plan(self, survey: Survey, budget_bytes: int, most_pages: int, looks: int | None = None) -> Plan:
         """Plan with the first snapshots, as many as ``looks`` of each kind, or as many as it takes."""
+        plan = self._plan_emptying(survey, budget_bytes, most_pages, looks)
+        tenant = survey.tenant
+        if plan.moves:
+            self._futile.pop(tenant, None)
+            self._searched.pop(tenant, None)
+        else:
+            self._futile[tenant] = self._shared.free_bytes(tenant)
+        return plan
+
+    def _plan_emptying(self, survey: Survey, budget_bytes: int, most_pages: int, looks: int | None) -> Plan:
+        """Plan to empty the emptiest of all pages; else what is possible where there are not too many caches."""
         sources = survey.emptiest(budget_bytes, most_pages)
         # No more pages than could come free: the others are those that these are emptied into.
         fitting = sources[: self.possible(survey.tenant)]
@@ -224,34 +238,49 @@ class Mover:
         plan = plan_fit(((page, survey.enclosed(page)) for page in fitting), blocks)
         if plan.freed:
             return plan
-        for snapshot in islice(survey.for_evacuation(sources), looks):
+        again = survey.tenant in self._searched
+        parcel = survey if looks is not None else self._next_parcel(survey)
+        for snapshot in islice(survey.for_evacuation(sources), looks if parcel is survey else 1):
             plan = plan_evacuation(snapshot, budget_bytes, most_pages)
             if plan.freed:
                 return plan
-        for snapshot in islice(survey.for_slides(most_pages), looks):
+        if parcel is not survey and not again:
+            plan = plan_evacuation(survey.emptier(8 * _MOST_CACHES), budget_bytes, most_pages)
+            if plan.freed:
+                return plan
+        for snapshot in islice(parcel.for_slides(most_pages), looks):
             plan = plan_slide(snapshot, budget_bytes, most_pages)
             if plan.freed:
                 return plan
-        for snapshot in islice(survey.for_join(), looks):
+        for snapshot in islice(survey.for_join(), looks if parcel is survey else 1):
             pages = choose_join(snapshot, budget_bytes, most_pages)
             if pages:
                 return self._join(survey, snapshot, pages)
         if looks is not None:
             return NOTHING
-        plan = plan_exchange(survey.whole(), most_pages)
-        plan = plan if plan.freed else self._fill(survey)
-        return plan if plan.moves else plan_regrouping(survey.whole(), most_pages)
+        plan = plan_exchange(parcel.whole(), most_pages)
+        plan = plan if plan.freed else self._fill(survey, parcel)
+        return plan if plan.moves else plan_regrouping(parcel.whole(), most_pages)
 
-    def _fill(self, survey: Survey) -> Plan:
+    def _next_parcel(self, survey: Survey) -> Survey:
+        """Return where to look this time: the pages that come after those that were looked at last in vain.
+
+        Nobody is served while a plan is made, and with 100,000 caches it takes seconds to look at all.
+        """
+        parcels = survey.parcels(_MOST_CACHES)
+        number = self._searched.pop(survey.tenant, 0)
+        if number + 1 < len(parcels):
+            self._searched[survey.tenant] = number + 1
+        return parcels[min(number, len(parcels) - 1)] if len(parcels) > 1 else survey
+
+    def _fill(self, survey: Survey, parcel: Survey) -> Plan:
         """Plan to fill holes, but not twice without a page less: what frees pages after it may undo it."""
-        snapshot = survey.for_filling()
-        now = sum(part.size_bytes for part in snapshot.parts), len(snapshot.pages)
         before = self._filled.get(survey.tenant)
-        if before is not None and before[0] == now[0] and before[1] <= now[1]:
+        if before is not None and before[0] == survey.held[0] and before[1] <= survey.held[1]:
             return NOTHING
-        plan = plan_filling(snapshot)
+        plan = plan_filling(parcel.for_filling())
         if plan.moves:
-            self._filled[survey.tenant] = now
+            self._filled[survey.tenant] = survey.held
         return plan
 
     def _join(self, survey: Survey, snapshot: Snapshot, pages: Sequence[int]) -> Plan:
@@ -282,13 +311,19 @@ class Mover:
             if self.unfinished is not None:
                 move = self.unfinished[0]
                 emptied.difference_update(pages_under(move.destination, move.size_bytes, self._page_bytes))
+            self._revisit(tenant, moves, done)
             freed_pages = self._shared.put_empty(tenant, sorted(emptied)) - len(added)
-            moved_bytes = sum([size_bytes for _, _, _, size_bytes in done])
-            self.moved_bytes += moved_bytes
-            self._net_pages += freed_pages
-            self.freed_pages = max(self.freed_pages, self._net_pages)
+            moved_bytes = self._count(done, freed_pages)
             self._clean(tenant, done)
         return Compaction(moved_bytes, freed_pages, True)
+
+    def _count(self, done: Sequence[Move], freed_pages: int) -> int:
+        """Count what was done; returns the bytes moved."""
+        moved_bytes = sum([size_bytes for _, _, _, size_bytes in done])
+        self.moved_bytes += moved_bytes
+        self.net_pages += freed_pages
+        self.freed_pages = max(self.freed_pages, self.net_pages)
+        return moved_bytes
 
     def _pages_of(self, moves: Sequence[Move]) -> list[int]:
         """Return the pages to which moves go, ascending."""
@@ -306,7 +341,7 @@ class Mover:
         try:
             self._backend.copy(under_way)
         except BaseException:  # whatever it is, the bytes are where they are
-            moves, unfinished = self._copied(moves, copies[: _complete(copies, under_way)])
+            moves, unfinished = self._copied(moves, _complete(copies, under_way))
             self.unfinished = None if unfinished is None else (*unfinished, owner)
             raise
         finally:
@@ -343,23 +378,22 @@ class Mover:
             copies.append((destination + done_bytes, source + done_bytes, piece_bytes))
             done_bytes += piece_bytes
 
-    def _copied(self, moves: Sequence[Move], copies: Sequence[Copy]) -> tuple[list[Move], tuple[Move, int] | None]:
-        """Return the moves of which ``copies`` are all, and the one that must be finished, with the bytes copied."""
+    def _copied(self, moves: Sequence[Move], complete: int) -> tuple[list[Move], tuple[Move, int] | None]:
+        """Return the moves of which all copies are complete, and the one that must be finished, with the bytes copied.
+
+        The piece after those that are complete may have been written over what they were copied from.
+        """
         done: list[Move] = []
-        number = 0
-        for move in moves:
-            start = self._address + move.source
-            end = start + move.size_bytes
-            while number < len(copies) and not copies[number][1] < end <= copies[number][1] + copies[number][2]:
-                number += 1
-            if number < len(copies):
+        for run in runs(moves):
+            run_bytes = sum(move.size_bytes for move in run)
+            piece_bytes = min(abs(run[0].source - run[0].destination), run_bytes)
+            copied_bytes = complete * piece_bytes
+            complete -= -(-run_bytes // piece_bytes)
+            for move in run:
+                if copied_bytes < move.size_bytes:
+                    return done, (move, copied_bytes) if copied_bytes else None
                 done.append(move)
-                continue
-            _, source, size_bytes = copies[-1] if copies else (0, 0, 0)
-            done_bytes = source + size_bytes - start
-            if 0 < done_bytes < end - start and abs(move.source - move.destination) < end - start:
-                return done, (move, done_bytes)
-            break
+                copied_bytes -= move.size_bytes
         return done, None
 
     def _switch(self, tenant: str, moves: Sequence[Move], owner: Movable) -> set[int]:
@@ -376,11 +410,28 @@ class Mover:
 
         For the end: it may be refused.
         """
-        if self._scrubber.busy(tenant):
+        if not self._scrubber.busy(tenant):
+            return
+        try:
             for cache_id, size_bytes in {move.cache_id: move.size_bytes for move in moves}.items():
                 allocation = self._live[cache_id]  # where it is now: it may have moved twice
                 end = allocation.span_bytes
                 self._scrubber.zero(allocation.offset + end, size_bytes - end)
+        except BaseException:
+            for move in moves:
+                self._scrubber.revisit(self._live[move.cache_id].offset, move.size_bytes)
+            raise
+
+    def _revisit(self, tenant: str, moves: Sequence[Move], done: Sequence[Move]) -> None:
+        """Let a scrub that is under way come again to places that caches have left since, or were copied to in part.
+
+        The hole at the end of what was copied there may have come from a page that the scrub had not reached.
+        """
+        if self._scrubber.busy(tenant):
+            last = {move.cache_id: move for move in done}
+            for move in moves:
+                if last.get(move.cache_id) != move:
+                    self._scrubber.revisit(move.destination, move.size_bytes)
 
     def _enter(self, places: Iterable[tuple[int, int, int]], owner: Movable) -> None:
         """Note where caches lie: (id, offset, bytes)."""

@@ -110,6 +110,11 @@ class Residents:
         here = self._pages.get(page)
         return 0 if here is None else here.used_bytes
 
+    def count(self, page: int) -> int:
+        """How many parts begin in a page."""
+        here = self._pages.get(page)
+        return 0 if here is None else len(here.parts)
+
     def ids(self, page: int) -> Iterator[int]:
         """Yield the ids of the caches that lie in a page, at least in part."""
         here = self._pages.get(page)

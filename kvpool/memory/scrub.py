@@ -49,6 +49,12 @@ class Scrubber:
         """Set bytes of the arena to zero."""
         self._backend.zero(self._ranges.table.address + offset, size_bytes)
 
+    def revisit(self, offset: int, size_bytes: int) -> None:
+        """Let the scrub that is under way go through the pages in use under these bytes once more."""
+        for index in range(offset // self._page_bytes, -(-(offset + size_bytes) // self._page_bytes)):
+            for page in self._ranges.in_use[index][1].pages:
+                page.scrubbed = 0
+
     def scrub(self, tenant: str, number: int, most_bytes: int) -> bool:
         """Take one step; returns whether it was the last.
 

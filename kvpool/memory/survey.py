@@ -30,18 +30,48 @@ class Survey:
         Size of a page.
     owner
         Asked which caches may move.
+    pages
+        Those that are looked at, ascending. Default: all of the tenant's.
     """
 
-    def __init__(self, shared: SharedPages, tenant: str, page_bytes: int, owner: Movable) -> None:
+    def __init__(
+        self,
+        shared: SharedPages,
+        tenant: str,
+        page_bytes: int,
+        owner: Movable,
+        pages: Sequence[int] | None = None,
+    ) -> None:
         self.tenant = tenant
         self._shared = shared
         self.owner = owner
         self._page_bytes = page_bytes
         self._residents = shared.residents(tenant)
-        self._pages = shared.pages(tenant)
+        self._pages = shared.pages(tenant) if pages is None else pages
         #: Several ways look at all pages, one after the other.
         self._latest: Snapshot | None = None
         self._free_bytes = {page: page_bytes - self._residents.used_bytes(page) for page in self._pages}
+
+    @property
+    def held(self) -> tuple[int, int]:
+        """Bytes of caches, and pages, that are looked at."""
+        return len(self._pages) * self._page_bytes - sum(self._free_bytes.values()), len(self._pages)
+
+    def parcels(self, most_caches: int) -> list[Survey]:
+        """Return surveys of pages side by side with so many caches, or a few more; first where most is free.
+
+        What a cache lies across is in one of them, but where a parcel would become twice as large.
+        """
+        found: list[list[int]] = [[]]
+        count = 0
+        for page in self._pages:
+            if count >= (2 * most_caches if self._residents.linked(page) else most_caches):
+                found.append([])
+                count = 0
+            found[-1].append(page)
+            count += self._residents.count(page) + 1
+        found.sort(key=self._free, reverse=True)
+        return [Survey(self._shared, self.tenant, self._page_bytes, self.owner, pages) for pages in found]
 
     def emptiest(self, budget_bytes: int, most_pages: int) -> list[int]:
         """Return the emptiest pages in which all may move, with ``budget_bytes`` in them at most, or one."""
@@ -105,6 +135,16 @@ class Survey:
         yield self._snapshot(sorted(chosen))
         if len(chosen) < len(self._pages):
             yield self.whole()
+
+    def emptier(self, most_caches: int) -> Snapshot:
+        """Return the emptiest pages, with so many caches or a few more."""
+        chosen = []
+        for page in self._emptiest_first():
+            if most_caches <= 0:
+                break
+            chosen.append(page)
+            most_caches -= self._residents.count(page)
+        return self._snapshot(sorted(chosen))
 
     def whole(self) -> Snapshot:
         """Return all pages."""

@@ -263,3 +263,17 @@ def test_free_ranges_are_carved_as_allocate_hands_them_out_and_others_anywhere()
         buddy.free(offset)
     buddy.check()
     assert buddy.largest_free_bytes == 16 * MIN
+
+
+def test_ranges_go_on_from_one_block_to_the_next() -> None:
+    """Where an arena is no power of two it has several; what lay on both sides of the border was called unsound."""
+    addresses = BuddyAllocator(24 * MIN, MIN)
+    addresses.carve(15 * MIN, MIN)
+    addresses.carve(16 * MIN, MIN)
+    addresses.unite(15 * MIN, 2 * MIN)
+    addresses.carve(22 * MIN, 2 * MIN)
+    addresses.check()
+    addresses.free(15 * MIN)
+    addresses.free(22 * MIN)
+    addresses.check()
+    assert addresses.largest_free_bytes == 16 * MIN
