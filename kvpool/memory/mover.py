@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from operator import length_hint
 
-from kvpool.errors import ensure
 from kvpool.memory.allocation import Allocation, Compaction, Movable
-from kvpool.memory.backend import Backend, Copy
+from kvpool.memory.backend import Backend
 from kvpool.memory.compaction import (
     NOTHING,
     Move,
@@ -25,6 +23,7 @@ from kvpool.memory.evacuation import plan_evacuation, plan_regrouping
 from kvpool.memory.exchange import plan_exchange
 from kvpool.memory.filling import plan_filling
 from kvpool.memory.fitting import Blocks, plan_fit
+from kvpool.memory.move_copies import copied, copies_of, count_complete, rest_of
 from kvpool.memory.ranges import RangeAllocator
 from kvpool.memory.scrub import Scrubber
 from kvpool.memory.shared import SharedPages
@@ -32,7 +31,6 @@ from kvpool.memory.survey import Survey
 
 _BATCH_MOVES = 512
 """Moves of a plan that are copied and switched together: what is known of them stays in the processor's cache."""
-
 
 _MOST_CACHES = 4096
 """Caches that one plan looks at where all would take longer than others can wait."""
@@ -203,13 +201,12 @@ class Mover:
         """
         if self.unfinished is not None:
             move, done_bytes, owner = self.unfinished
-            copies: list[Copy] = []
-            self._add_copies(copies, move.source, move.destination, move.size_bytes, done_bytes)
+            copies = rest_of(move, done_bytes, self._address)
             under_way = iter(copies)
             try:
                 self._backend.copy(under_way)
             except BaseException:
-                done = copies[: _complete(copies, under_way)]
+                done = copies[: count_complete(copies, under_way)]
                 self.unfinished = move, done_bytes + sum(size_bytes for _, _, size_bytes in done), owner
                 raise
             self.unfinished = None
@@ -336,65 +333,17 @@ class Mover:
 
     def _move(self, tenant: str, moves: Sequence[Move], left: set[int], done: list[Move], owner: Movable) -> None:
         """Copy, then switch, together; adds the pages that were left, and the moves that are done."""
-        copies = self._copies(moves)
+        copies = copies_of(moves, self._address)
         under_way = iter(copies)
         try:
             self._backend.copy(under_way)
         except BaseException:  # whatever it is, the bytes are where they are
-            moves, unfinished = self._copied(moves, _complete(copies, under_way))
+            moves, unfinished = copied(moves, count_complete(copies, under_way))
             self.unfinished = None if unfinished is None else (*unfinished, owner)
             raise
         finally:
             left |= self._switch(tenant, moves, owner)
             done += moves
-
-    def _copies(self, moves: Sequence[Move]) -> list[Copy]:
-        """Return what is to be copied, in this order: one copy for caches that lie side by side, before and after."""
-        copies: list[Copy] = []
-        # Of caches side by side: where the first one lies and goes, and the end of the last.
-        start = target = end = -1
-        for _, source, destination, size_bytes in moves:
-            if source != end or destination - source != target - start:
-                self._add_copies(copies, start, target, end - start, 0)
-                start, target = source, destination
-            end = source + size_bytes
-        self._add_copies(copies, start, target, end - start, 0)
-        return copies
-
-    def _add_copies(self, copies: list[Copy], source: int, destination: int, size_bytes: int, done_bytes: int) -> None:
-        """Add the copy of ``size_bytes``, of which ``done_bytes`` are copied already.
-
-        What slides over a part of its own place is copied in pieces as long as the way it goes, so that each piece is
-        whole until the next one is begun.
-        """
-        source, destination = self._address + source, self._address + destination
-        way_bytes = abs(source - destination)
-        if way_bytes >= size_bytes > 0:
-            copies.append((destination + done_bytes, source + done_bytes, size_bytes - done_bytes))
-            return
-        ensure(destination < source or not size_bytes, "what slides over itself slides down", source=source)
-        while done_bytes < size_bytes:
-            piece_bytes = min(way_bytes, size_bytes - done_bytes)
-            copies.append((destination + done_bytes, source + done_bytes, piece_bytes))
-            done_bytes += piece_bytes
-
-    def _copied(self, moves: Sequence[Move], complete: int) -> tuple[list[Move], tuple[Move, int] | None]:
-        """Return the moves of which all copies are complete, and the one that must be finished, with the bytes copied.
-
-        The piece after those that are complete may have been written over what they were copied from.
-        """
-        done: list[Move] = []
-        for run in runs(moves):
-            run_bytes = sum(move.size_bytes for move in run)
-            piece_bytes = min(abs(run[0].source - run[0].destination), run_bytes)
-            copied_bytes = complete * piece_bytes
-            complete -= -(-run_bytes // piece_bytes)
-            for move in run:
-                if copied_bytes < move.size_bytes:
-                    return done, (move, copied_bytes) if copied_bytes else None
-                done.append(move)
-                copied_bytes -= move.size_bytes
-        return done, None
 
     def _switch(self, tenant: str, moves: Sequence[Move], owner: Movable) -> set[int]:
         """Enter the new places of caches that are copied, and free the old ones; returns the pages they left."""
@@ -447,14 +396,6 @@ class Mover:
                 Allocation, (cache_id, tenant, offset, real_bytes, max_bytes, extents, pages, shared)
             )
             moved(allocation)
-
-
-def _complete(copies: Sequence[Copy], under_way: Iterator[Copy]) -> int:
-    """Return how many copies are complete after an error: all that the backend took, but the last.
-
-    That one may be in part, or whole. It can be made again: it does not write where it reads.
-    """
-    return max(len(copies) - length_hint(under_way) - 1, 0)
 
 
 def _each_once(moves: Sequence[Move]) -> Iterator[Sequence[Move]]:
