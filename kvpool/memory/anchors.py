@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import takewhile
 
-from kvpool.memory.compaction import Part, Snapshot, pages_under
+from kvpool.memory.compaction import Part, Snapshot, linked_pages, pages_under
 
 #: Where something starts and ends.
 Bounds = tuple[int, int]
@@ -14,19 +14,7 @@ Bounds = tuple[int, int]
 def anchored_pages(snapshot: Snapshot) -> tuple[set[int], list[list[int]], list[list[int]]]:
     """Return the pages that are anchored; the others, those that a cache lies across in one list; and of those that
     are anchored the pages before the first and behind the last that is unmovable, each from the outermost on."""
-    fixed: set[int] = set()
-    linked: set[int] = set()  # with the page before
-    for part in snapshot.parts:
-        under = pages_under(part.offset, part.size_bytes, snapshot.page_bytes)
-        if not part.movable:
-            fixed.update(under)
-        linked.update(under[1:])
-    runs: list[list[int]] = []
-    for page in snapshot.pages:
-        if page in linked and runs and runs[-1][-1] == page - snapshot.page_bytes:
-            runs[-1].append(page)
-        else:
-            runs.append([page])
+    fixed, runs = linked_pages(snapshot)
     anchored: set[int] = set()
     groups: list[list[int]] = []
     ends: list[list[int]] = []

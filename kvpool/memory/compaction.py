@@ -255,6 +255,12 @@ def _windows(snapshot: Snapshot) -> Iterator[range]:
 
 def _groups(snapshot: Snapshot) -> Iterator[list[int]]:
     """Yield pages without anything unmovable; those that a cache lies across in one group."""
+    fixed, together = linked_pages(snapshot)
+    return filter(fixed.isdisjoint, together)
+
+
+def linked_pages(snapshot: Snapshot) -> tuple[set[int], list[list[int]]]:
+    """Return the pages under what is unmovable, and all pages, those that a cache lies across in one list."""
     fixed: set[int] = set()
     linked: set[int] = set()  # with the page before
     for part in snapshot.parts:
@@ -262,13 +268,10 @@ def _groups(snapshot: Snapshot) -> Iterator[list[int]]:
         if not part.movable:
             fixed.update(under)
         linked.update(under[1:])
-    group: list[int] = []
+    together: list[list[int]] = []
     for page in snapshot.pages:
-        if page in linked and group:
-            group.append(page)
-            continue
-        if group and fixed.isdisjoint(group):
-            yield group
-        group = [page]
-    if group and fixed.isdisjoint(group):
-        yield group
+        if page in linked and together and together[-1][-1] == page - snapshot.page_bytes:
+            together[-1].append(page)
+        else:
+            together.append([page])
+    return fixed, together

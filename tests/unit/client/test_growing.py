@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import weakref
 from typing import Any
 
 import pytest
+from lease_connection import LeaseConnection
 
 from kvpool.client.cache import VirtualKVCache
 from kvpool.errors import CacheStateError
@@ -44,29 +44,14 @@ class Arena:
         self.withdrawn += pages
 
 
-class Connection:
+class Connection(LeaseConnection):
     """As much of a connection as a cache sees."""
 
-    closed = False
-
     def __init__(self) -> None:
-        self.leases: weakref.WeakSet[Any] = weakref.WeakSet()
+        super().__init__()
         self.arenas = {0: Arena()}
         self.devices = {0: {"page_bytes": PAGE, "name": "host:0", "epoch": 1, "min_block_bytes": PAGE}}
         self.mapped: list[Any] = []
-        self.released: list[int] = []
-
-    def check_usable(self) -> None:
-        """It always is."""
-
-    def check_not_revoked(self) -> None:
-        """It never is."""
-
-    def lease_unused(self) -> None:
-        """Nobody waits for that."""
-
-    def release_soon(self, ids: list[int]) -> None:
-        self.released += ids
 
     async def map_pages(self, device: int, pages: Any, access: Access) -> None:
         self.mapped.append((tuple(pages), access))

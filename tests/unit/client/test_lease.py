@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
+from lease_connection import LeaseConnection
 
 from kvpool.client.lease import Lease
 from kvpool.client.view import open_view
@@ -12,31 +11,9 @@ from kvpool.errors import CacheStateError
 from kvpool.memory.backend import Access
 
 
-class Connection:
-    """As much of a connection as a lease sees."""
-
-    closed = False
-
-    def __init__(self) -> None:
-        self.leases: set[Any] = set()
-        self.released: list[int] = []
-
-    def check_usable(self) -> None:
-        """It always is."""
-
-    def check_not_revoked(self) -> None:
-        """It never is."""
-
-    def lease_unused(self) -> None:
-        """Nobody waits for that."""
-
-    def release_soon(self, ids: list[int]) -> None:
-        self.released += ids
-
-
 def test_no_view_is_opened_over_a_lease_that_ended_since_it_was_checked() -> None:
     # As when a request is cancelled while its thread is about to open tensors.
-    lease = Lease(Connection(), [7], 4096)  # type: ignore[arg-type]
+    lease = Lease(LeaseConnection(), [7], 4096)  # type: ignore[arg-type]
     lease.check_held()
     assert lease.release_by_word(), "nothing hangs on it: it ends at once, and its memory may be given to others"
     with pytest.raises(CacheStateError, match="was released"):
@@ -45,7 +22,7 @@ def test_no_view_is_opened_over_a_lease_that_ended_since_it_was_checked() -> Non
 
 
 def test_a_view_that_was_opened_in_time_keeps_the_lease_and_a_later_one_is_refused() -> None:
-    connection = Connection()
+    connection = LeaseConnection()
     lease = Lease(connection, [7], 4096)  # type: ignore[arg-type]
     view = open_view(lease, 0x1000, (1024,), "float32", Access.READ)
     assert not lease.release_by_word()

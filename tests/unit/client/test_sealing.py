@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import pytest
+from lease_connection import LeaseConnection
 
 from kvpool.client.cache import VirtualKVCache
 from kvpool.client.spec import content_hash
@@ -15,33 +15,18 @@ PAGE = 65536
 PLACE = (0, ((0, 1),), 0)
 
 
-class Connection:
+class Connection(LeaseConnection):
     """As much of a connection as a seal needs: the pool's answers to it come from ``elders``.
 
     Each is how often a look-up, made after the seal was told of it, still finds the other cache: 0 or 1.
     """
 
-    closed = False
-
     def __init__(self, elders: list[int]) -> None:
+        super().__init__()
         self.elders = elders
         self.seals, self.prefixes = "seals", "prefixes"
         self.config = {"write_policy": "write_back"}
-        self.leases: weakref.WeakSet[Any] = weakref.WeakSet()
         self.devices = {0: {"page_bytes": PAGE, "name": "host:0", "epoch": 1, "min_block_bytes": PAGE}}
-        self.released: list[int] = []
-
-    def check_usable(self) -> None:
-        """It always is."""
-
-    def check_not_revoked(self) -> None:
-        """It never is."""
-
-    def lease_unused(self) -> None:
-        """Nobody waits for that."""
-
-    def release_soon(self, ids: list[int]) -> None:
-        self.released += ids
 
     async def ask(self, lane: str, *_: Any) -> Any:
         if lane == "seals":
