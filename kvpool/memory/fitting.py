@@ -2,7 +2,7 @@
 
 The buddy allocator knows its free blocks by size. So a cache whose size is a power of two finds the smallest block that
 holds it without a look at what else lies in the pages, and a plan costs what is moved, not what is looked at. Caches of
-other sizes would leave holes that no block shows: :mod:`kvpool.memory.compaction` plans for these.
+other sizes would leave holes that no block shows: :mod:`kvpool.memory.evacuation` plans for these.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ _MOST_CACHES = 4096
 
 
 class Mover:
-    """Plans and moves. Nothing is kept from one step to the next, so a step that fails leaves nothing to repair.
+    """Plans and moves. Kept from one step to the next is only where to look, so a failure leaves nothing to repair.
 
     A move is: copy, then enter the new place, tell the owner, and free the old one. Up to the switch the old place is
     whole and the cache is there. Only where a cache slides over a part of its own place this cannot be: such a move,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
 from kvpool.cache.disk.threads import Threads, uncancelled
@@ -85,15 +86,20 @@ class Batches(ABC, Generic[_Request, Result]):
             if not batch:
                 return
             try:
-                await self.do(batch)
-            except BaseException as error:
-                for request in batch:
-                    request.fail(error)
-                if not isinstance(error, KvpoolError):
-                    raise
+                await self._answer(batch, self.do)
             finally:
                 left.set()
-        await self.finish(batch)
+        await self._answer(batch, self.finish)
+
+    async def _answer(self, batch: list[_Request], do: Callable[[list[_Request]], Awaitable[None]]) -> None:
+        """Take a step of a batch; if it fails, whatever it is, nobody waits on."""
+        try:
+            await do(batch)
+        except BaseException as error:
+            for request in batch:
+                request.fail(error)
+            if not isinstance(error, KvpoolError):
+                raise
 
     @abstractmethod
     def take(self, waiting: deque[_Request]) -> list[_Request]:
