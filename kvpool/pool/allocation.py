@@ -23,6 +23,7 @@ from kvpool.errors import (
 )
 from kvpool.memory.packing import shares_pages
 from kvpool.memory.tickets import Rank, Ticket, TicketQueue
+from kvpool.pool.capacity_report import capacity_error
 from kvpool.pool.device import Device
 from kvpool.pool.instructions import Answer, Batch, Failed, Grant, Waited, distinct
 from kvpool.pool.ledger import Ledger
@@ -188,8 +189,8 @@ class Allocations:
         if len(first.client.devices) == 1:
             found = self._room.find_run(*asked)
             return [] if found is None else [found]
-        # Without quotas a closer look takes as long; and so does leaving devices to those who wait to grow there.
-        return self._room.find_spread(*asked) if self._ledger.quotas.active and not first.avoided else []
+        # To leave devices to those who wait to grow there takes a closer look.
+        return self._room.find_spread(*asked) if not first.avoided else []
 
     def _place(self, run: Sequence[CacheRequest], device: Device, evict: list[int], orders: Orders, now: float) -> None:
         first, ledger = run[0], self._ledger
@@ -198,7 +199,7 @@ class Allocations:
             first.priority,
         )  # fmt: skip
         for request in run:
-            request.news = self._room.news
+            request.news = self._room.clearance.news
         orders.put(device.number, evict, [ledger.index.id_of(row) for row in rows], run)
 
     def _plan(self, request: CacheRequest, orders: Orders, now: float) -> bool:
@@ -221,7 +222,7 @@ class Allocations:
 
     def _find_room(self, request: CacheRequest, orders: Orders, now: float) -> bool:
         if not request.shortages:
-            request.news = self._room.news
+            request.news = self._room.clearance.news
         if request.change is not None:
             return self.changes.plan(request, request.change, orders, now)
         found = self._room.find(
@@ -274,7 +275,7 @@ class Allocations:
         if shortage.get("class") == AddressSpaceError.__name__:  # evicting would free memory, which is not short
             for request in requests[len(places) :]:
                 self.deliver_error(request, AddressSpaceError(shortage["message"], **shortage["details"]), now)
-            self._room.changed = True
+            self._room.clearance.changed = True
             return
         for request in requests[len(places) :]:
             request.fits[device] = shortage["details"]["largest_bytes"]
@@ -296,7 +297,7 @@ class Allocations:
             ticket = request.ticket
             if ticket is not None and self.queue.get(ticket) is request and self._plan(request, orders, now):
                 self.queue.pop(ticket)
-                self._room.changed = True  # others stood behind it
+                self._room.clearance.changed = True  # others stood behind it
         self._send(orders)
 
     def plan_again(
@@ -345,19 +346,19 @@ class Allocations:
     def _wait(self, request: CacheRequest, now: float) -> None:
         request.shortages.clear()
         if request.ticket is not None:
-            request.refused, request.short_of = self._room.news, request.place
+            request.refused, request.short_of = self._room.clearance.news, request.place
         if self._ledger.clients.get(request.client.id) is not request.client:
             # It ended while the device looked for room. Nobody would take what comes, and others stand behind.
             self.deliver(request, ("error", *self._ledger.not_connected(request.client.id).to_wire()), now)
-            self._room.changed = True
+            self._room.clearance.changed = True
             return
         if request.ticket is not None:  # it waited before: its place in the line is kept
             self.queue.put_back(request.ticket, request, request.deadline, request.priority, self._line_of(request))
-            self._room.changed |= request.news != self._room.news  # perhaps where it had been short
+            self._room.clearance.changed |= request.news != self._room.clearance.news  # perhaps where it had been short
             return
-        self._room.changed = True
+        self._room.clearance.changed = True
         if request.deadline <= now:
-            self._refusals.refuse(request, self._room.capacity_error(request, "there is no room now"), now)
+            self._refusals.refuse(request, capacity_error(self._ledger, request, "there is no room now"), now)
             return
         try:
             request.ticket = self.queue.put(request, request.deadline, request.priority, self._line_of(request))
@@ -391,7 +392,7 @@ class Allocations:
         Who waits for its own quota holds up only those who wait for the same, and who waits to grow holds up no new
         cache that has room on another device.
         """
-        self._room.news += 1
+        self._room.clearance.news += 1
         self._try_waiting(now)
 
     def _try_waiting(self, now: float) -> None:
@@ -432,7 +433,7 @@ class Allocations:
             request = self.queue.get(rank[1])
             if request is None or self._lacks(request, short) is not None:
                 continue
-            may_try = rank < before or request.refused != self._room.news
+            may_try = rank < before or request.refused != self._room.clearance.news
             if may_try and self._plan(request, orders, now):
                 self.queue.pop(rank[1])
             elif request.short_of is not None:
@@ -441,9 +442,9 @@ class Allocations:
 
     def follow_up(self, now: float) -> None:
         """Try who waits again if a decision on somebody else made room on the way. For the end of each event."""
-        while self._room.changed or self._retry_before is not None:
-            changed, before = self._room.changed, self._retry_before
-            self._room.changed, self._retry_before = False, None
+        while self._room.clearance.changed or self._retry_before is not None:
+            changed, before = self._room.clearance.changed, self._retry_before
+            self._room.clearance.changed, self._retry_before = False, None
             if changed:
                 self._try_waiting(now)
             elif before is not None:
@@ -454,7 +455,7 @@ class Allocations:
         """Answer the requests whose deadline has passed."""
         self._refusals.expire(now)
         for _, request in self.queue.expired(now):
-            error = self._room.capacity_error(request, f"there was no room within {request.timeout_s:g} s")
+            error = capacity_error(self._ledger, request, f"there was no room within {request.timeout_s:g} s")
             self._refusals.refuse(request, error, now)
 
     def next_deadline(self) -> float | None:

@@ -90,7 +90,7 @@ class BackingChanges:
             if left != earlier.asked or change.kind == "resize":
                 # What a resize would give back, too, is no longer for it to say.
                 request.change = earlier._replace(kind="back", asked=left)
-                self._room.changed = True  # it may fit now
+                self._room.clearance.changed = True  # it may fit now
 
     def _hasten(self, cache_id: int, now: float) -> None:
         """Decide at once on changes of a cache that wait, and need no memory any more, or cannot be any more."""

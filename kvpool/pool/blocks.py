@@ -194,13 +194,13 @@ class BlockAllocations:
             self._drop_block(request, position)
         if not kept and request.failure is not None:  # not for want of room, and nobody should take it for that
             self._ledger.answer(request.batch, request.item, request.failure)
-            self._room.changed = True
+            self._room.clearance.changed = True
             return
         self._ledger.counters.blocks_stored += kept
         request.model.caches += kept
         answered = ("blocks", request.resident, request.ids[:kept], request.devices[:kept], request.places[:kept])
         self._ledger.answer(request.batch, request.item, answered)
-        self._room.changed |= kept < len(request.ids)
+        self._room.clearance.changed |= kept < len(request.ids)
 
     def _drop_block(self, request: BlocksRequest, position: int) -> None:
         """Give up a block behind one that found no room: it could never be hit."""

@@ -170,7 +170,7 @@ class Raising:
             unheld = ("unhold", work.model.tenant, work.model.fingerprint, work.hashes[placed:])
             self._ledger.send(work.device, unheld, nothing_more)
             work.ids, work.hashes = work.ids[:placed], work.hashes[:placed]
-            self._room.changed = True
+            self._room.clearance.changed = True
         if not placed:
             self._end(work, now)
             return
