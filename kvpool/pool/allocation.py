@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Any
@@ -27,11 +27,12 @@ from kvpool.pool.capacity_report import capacity_error
 from kvpool.pool.device import Device
 from kvpool.pool.instructions import Answer, Batch, Failed, Grant, Waited, distinct
 from kvpool.pool.ledger import Ledger
+from kvpool.pool.precedence import Precedence
 from kvpool.pool.quota import Owner
 from kvpool.pool.refusals import Refusals
 from kvpool.pool.requests import CacheRequest, Orders, Shortage
 from kvpool.pool.room import Room
-from kvpool.pool.validation import check_request, footprint_bytes
+from kvpool.pool.validation import check_request
 from kvpool.sizes import format_size
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class Allocations:
         self._room = room
         self.queue: TicketQueue[CacheRequest] = TicketQueue(queue_limit)
         self._queue_limit = queue_limit
+        self.precedence = Precedence(ledger, self.queue)
         self._departures: deque[float] = deque(maxlen=_DEPARTURES)
         self._retry_before: Rank | None = None
         self._refusals = Refusals(ledger, self.deliver_error)
@@ -101,69 +103,11 @@ class Allocations:
         position = 0
         while position < len(run):
             request = run[position]
-            most = self.may_pass(request, len(run) - position)
+            most = self.precedence.may_pass(request, len(run) - position)
             decided = self._plan_run(run[position : position + most], orders, now) if most else 0
             if not decided:
                 self._wait(request, now)
             position += decided or 1
-
-    def may_pass(self, request: CacheRequest, count: int, half_over: float = math.inf) -> int:
-        """Return how many of ``count`` requests like this one are decided on now, whoever waits.
-
-        Those behind them, if there are any left, are to be asked about again. Given a time, it passes those as well who
-        will not have waited half of what they are willing to by then.
-        """
-        if not self.queue:
-            return count
-        if self._must_wait(request, half_over):
-            return 0
-        quotas = self._ledger.quotas
-        if quotas.active:  # what lets it pass may be what is kept for it, and that is so much and no more
-            account = quotas.account(request.model.space)
-            entitled = quotas.entitled_bytes(account, request.client.host) // footprint_bytes(self._ledger, request)
-            return min(count, entitled) if entitled else count
-        return count
-
-    def _must_wait(self, request: CacheRequest, half_over: float = math.inf) -> bool:
-        """Whether somebody before it waits for what it needs, too: small requests do not pass a large one."""
-        here = self._rank_of(request)
-        before: set[Shortage] = set()
-        for rank, line in self.queue.heads():
-            if rank > here:
-                break
-            first = self.queue.get(rank[1])
-            if first is not None and first.asked + first.timeout_s / 2 > half_over:
-                continue
-            if line == self._line_of(request):
-                return True
-            if first is not None:
-                before.add(first.place if first.short_of is None else first.short_of)
-        return self._lacks(request, before) is not None
-
-    def _lacks(self, request: CacheRequest, short: set[Shortage]) -> Shortage | None:
-        """Return which of what others lack a request needs, too; note which devices it leaves to them."""
-        quotas, host = self._ledger.quotas, request.client.host
-        request.avoided = frozenset()
-        if not short:
-            return None
-        if quotas.active:
-            account = quotas.account(request.model.space)
-            for owner in account.owners:
-                if owner in short:
-                    return owner
-            if quotas.entitled_bytes(account, host) >= footprint_bytes(self._ledger, request):
-                return None  # it is kept free, or evictable, for such as this
-        if host in short:
-            return host
-        if request.change is not None:
-            return request.change.device if request.change.device in short else None
-        request.avoided = frozenset(number for number in request.devices if number in short)
-        usable = (number for number in request.devices if self._ledger.devices[number].lost is None)
-        return host if request.avoided and request.avoided.issuperset(usable) else None
-
-    def _line_of(self, request: CacheRequest) -> Hashable:
-        """Return where it waits: with all who need memory of the same host, or device, and have the same account."""
-        return request.place, self._ledger.index.account_of(request.model.space)
 
     def _plan_run(self, run: Sequence[CacheRequest], orders: Orders, now: float) -> int:
         """Find room for the first of some requests for the same; returns for how many, none if there is none now.
@@ -285,7 +229,7 @@ class Allocations:
         """Decide on requests that came: those that need memory wait behind those that wait."""
         orders = Orders()
         for request in requests:
-            must_wait = self.queue and request.size_bytes and self._must_wait(request)
+            must_wait = self.queue and request.size_bytes and self.precedence.must_wait(request)
             if must_wait or not self._plan(request, orders, now):
                 self._wait(request, now)
         self._send(orders)
@@ -317,7 +261,7 @@ class Allocations:
         self._send(orders)
         if self.queue:
             # Who is first in a line may have passed this device over, because the books gave it to others.
-            ranks = [self._rank_of(request) for request in requests]
+            ranks = [self.precedence.rank_of(request) for request in requests]
             self._retry_before = max(ranks if self._retry_before is None else [self._retry_before, *ranks])
 
     def deliver(self, request: CacheRequest, answer: Answer, now: float) -> None:
@@ -353,7 +297,9 @@ class Allocations:
             self._room.clearance.changed = True
             return
         if request.ticket is not None:  # it waited before: its place in the line is kept
-            self.queue.put_back(request.ticket, request, request.deadline, request.priority, self._line_of(request))
+            self.queue.put_back(
+                request.ticket, request, request.deadline, request.priority, self.precedence.line_of(request)
+            )
             self._room.clearance.changed |= request.news != self._room.clearance.news  # perhaps where it had been short
             return
         self._room.clearance.changed = True
@@ -361,7 +307,9 @@ class Allocations:
             self._refusals.refuse(request, capacity_error(self._ledger, request, "there is no room now"), now)
             return
         try:
-            request.ticket = self.queue.put(request, request.deadline, request.priority, self._line_of(request))
+            request.ticket = self.queue.put(
+                request, request.deadline, request.priority, self.precedence.line_of(request)
+            )
         except QueueFullError:
             retry_after_s = self.retry_after_s(now)
             error = QueueFullError(
@@ -406,7 +354,7 @@ class Allocations:
             request = self.queue.get(ticket)
             if request is None:
                 continue
-            lacks = self._lacks(request, short)
+            lacks = self.precedence.lacks(request, short)
             if lacks is not None:
                 request.short_of = lacks
             elif self._plan(request, orders, now):
@@ -418,9 +366,6 @@ class Allocations:
                 short.add(request.short_of)
         self._send(orders)
 
-    def _rank_of(self, request: CacheRequest) -> Rank:
-        return self.queue.next_rank(request.priority) if request.ticket is None else (-request.priority, request.ticket)
-
     def _try_heads(self, before: Rank, now: float) -> None:
         """Try the first of each line once a device had no room for one that stands at ``before``.
 
@@ -431,7 +376,7 @@ class Allocations:
         short: set[Shortage] = set()
         for rank, _ in self.queue.heads():
             request = self.queue.get(rank[1])
-            if request is None or self._lacks(request, short) is not None:
+            if request is None or self.precedence.lacks(request, short) is not None:
                 continue
             may_try = rank < before or request.refused != self._room.clearance.news
             if may_try and self._plan(request, orders, now):
@@ -484,7 +429,7 @@ class Allocations:
         """Let everyone wait where it belongs once accounts have changed; each keeps its place."""
         for ticket, request in list(self.queue.items()):
             self.queue.pop(ticket)
-            self.queue.put_back(ticket, request, request.deadline, request.priority, self._line_of(request))
+            self.queue.put_back(ticket, request, request.deadline, request.priority, self.precedence.line_of(request))
 
     def waiting_of(self, owner: Owner) -> int:
         """Return how many requests wait whose caches an owner's quota would count. O(waiting)."""

@@ -109,7 +109,7 @@ class BlockAllocations:
                 # Blocks go again when others need room, so those who wait gain little by blocks that were not stored.
                 # But each is held while it is written, and with many writers some would be in the way of a large
                 # request at all times: so for the second half of its time it has none in its way.
-                most = self._allocations.may_pass(behind, wanted - first, now)
+                most = self._allocations.precedence.may_pass(behind, wanted - first, now)
                 if not most:
                     break
                 try:
