@@ -7,6 +7,7 @@ import pytest
 from disk_stores import DEADLINE_S, Faults, FaultyFileSystem, FaultyFolder, key_of
 
 from kvpool.cache.disk.folder import folder_at
+from kvpool.cache.disk.index import DiskEntry
 from kvpool.cache.disk.tier import DEFAULT_THREADS, DiskTier
 from kvpool.errors import TierError
 
@@ -23,6 +24,10 @@ async def arrived(faults, count=1):
 async def in_time(call):
     async with asyncio.timeout(DEADLINE_S / 2):  # a gate itself opens by an error after all of it
         return await call
+
+
+def file_bytes():
+    return DiskEntry(key_of(0), None, 64 << 10).file_bytes
 
 
 def files():
@@ -127,6 +132,48 @@ async def test_what_was_removed_behind_a_pack_that_hangs_is_not_found_by_the_nex
     assert [entry.key for entry in await again.start()] == [key_of(1), key_of(3)]
     await again.close()
     gate.set()
+
+
+async def test_what_was_removed_behind_its_own_eviction_that_hangs_is_not_found_by_the_next_start(
+    open_device, tmp_path
+):
+    """What was going for others was in no list of what lies on disk, and so its removal was not noted."""
+    faults = Faults()
+    folder = FaultyFolder(str(tmp_path / "tier"), faults)
+    device = await open_device(0, folder, budget_bytes=file_bytes(), deadline_s=SOON_S)
+    await device.tiers.write_through([device.written(1)])
+    gate = faults.gates["remove"] = threading.Event()
+    (error,) = await in_time(device.tiers.write_through([device.written(2)]))
+    assert error.details["cause"] == "timeout"
+    with pytest.raises(TierError, match="call again"):
+        await in_time(device.tiers.remove([key_of(1)]))
+    assert len(list((tmp_path / "tier").glob("*.kvremoved"))) == 1
+    assert len(list((tmp_path / "tier").glob("*/*.kvcache"))) == 1
+    folder._folder.close()  # as the end of the process does: it lets go of the lock
+    again = DiskTier(folder_at(str(tmp_path / "tier")), 1 << 30)
+    assert await again.start() == []
+    await again.close()
+    gate.set()
+
+
+async def test_what_was_removed_behind_its_own_eviction_that_hangs_is_gone_when_the_store_answers(open_device, faults):
+    device = await open_device(0, URL, budget_bytes=file_bytes(), deadline_s=SOON_S)
+    await device.tiers.write_through([device.written(1)])
+    gate = faults.gates["delete"] = threading.Event()
+    await in_time(device.tiers.write_through([device.written(2)]))
+    with pytest.raises(TierError, match="call again"):
+        await in_time(device.tiers.remove([key_of(1)]))
+    assert device.found(1) == [None]
+    faults.errors["delete"] = OSError("not now")  # the eviction fails in the end, and what it was of is found again
+    gate.set()
+    await in_time(device.saved())
+    while device.tiers._removal._going:
+        await in_time(asyncio.wait(device.tiers._removal._going))
+    assert device.found(1) == [None]
+    faults.errors.clear()
+    await in_time(device.tiers.remove([key_of(1)]))
+    assert (device.found(1), files()) == ([None], 0)
+    device.disk._index.check()
 
 
 @pytest.mark.parametrize("operation", ["read", "write"])
