@@ -2,8 +2,9 @@
 
 A part whose size is a power of two comes to lie in a page, aligned as the buddy allocator does it. One of another size
 begins where another such one ended, or one was freed, in the smallest hole that is large enough, and lies across the
-border of its page if the one behind can be had: aligned, caches a little larger than half a page would fill half of each page, and while
-they are leased nothing can move them together. A part of many pages begins at one. Compaction puts all anywhere.
+border of its page if the one behind can be had: aligned, caches a little larger than half a page would fill half of
+each page, and while they are leased nothing can move them together. A part of many pages begins at one. Compaction puts
+all anywhere.
 """
 
 from __future__ import annotations
