@@ -30,6 +30,12 @@ def file_bytes():
     return DiskEntry(key_of(0), None, 64 << 10).file_bytes
 
 
+async def stored(device, number):
+    """Write a cache to the disk, however long that takes."""
+    source = device.written(number)
+    await device.disk.write_through(source.key, None, source.view())
+
+
 def files():
     return sum(name.endswith(".kvcache") for name in FaultyFileSystem.store)
 
@@ -75,7 +81,7 @@ async def test_a_removal_that_must_wait_fails_in_time_and_is_remembered(open_dev
         gate = faults.gates["put"] = threading.Event()
         await in_time(device.tiers.write_through([device.written(1)]))
     else:
-        await device.tiers.write_through([device.written(1)])
+        await stored(device, 1)
         gate = faults.gates[operation] = threading.Event()
     if operation == "get":
         await in_time(device.fill(1))
@@ -141,7 +147,7 @@ async def test_what_was_removed_behind_its_own_eviction_that_hangs_is_not_found_
     faults = Faults()
     folder = FaultyFolder(str(tmp_path / "tier"), faults)
     device = await open_device(0, folder, budget_bytes=file_bytes(), deadline_s=SOON_S)
-    await device.tiers.write_through([device.written(1)])
+    await stored(device, 1)
     gate = faults.gates["remove"] = threading.Event()
     (error,) = await in_time(device.tiers.write_through([device.written(2)]))
     assert error.details["cause"] == "timeout"
@@ -158,7 +164,7 @@ async def test_what_was_removed_behind_its_own_eviction_that_hangs_is_not_found_
 
 async def test_what_was_removed_behind_its_own_eviction_that_hangs_is_gone_when_the_store_answers(open_device, faults):
     device = await open_device(0, URL, budget_bytes=file_bytes(), deadline_s=SOON_S)
-    await device.tiers.write_through([device.written(1)])
+    await stored(device, 1)
     gate = faults.gates["delete"] = threading.Event()
     await in_time(device.tiers.write_through([device.written(2)]))
     with pytest.raises(TierError, match="call again"):
@@ -186,7 +192,7 @@ async def test_what_was_removed_behind_a_call_that_hangs_is_not_found_by_the_nex
     device = await open_device(0, folder, deadline_s=SOON_S)
     gate = threading.Event()
     if operation == "read":
-        await device.tiers.write_through([device.written(1)])
+        await stored(device, 1)
         faults.gates["read"] = gate
         assert await in_time(device.fill(1)) == [False]
     else:
@@ -230,7 +236,7 @@ async def test_two_removals_of_one_key_behind_a_call_that_hangs_leave_nothing(op
 
 async def test_a_start_that_hangs_is_done_without_the_disk(open_device, faults, caplog):
     gate = faults.gates["list"] = threading.Event()
-    device = await in_time(open_device(4, URL, deadline_s=SOON_S / 10))
+    device = await in_time(open_device(4, URL, start_deadline_s=SOON_S))
     assert "no answer within" in device.tiers.statistics()["disk_problem"]
     assert await device.demote(1) == [True]
     with pytest.raises(TierError, match="may be left"):
