@@ -107,7 +107,7 @@ class CapacityError(KvpoolError, MemoryError):
     """A valid request for which there is no room, or was none before its deadline.
 
     ``details``: ``asked_bytes``, ``free_bytes``, ``pinned_bytes``, ``zombie_bytes``, ``largest_bytes`` (the largest
-    size that would have fitted) and ``pinned_by`` (holder to bytes), as far as known.
+    size that would have fitted), ``pinned_by`` (model to bytes) and ``held_by`` (client to bytes), as far as known.
     """
 
 

@@ -324,6 +324,8 @@ class PoolActor(Administration):
             )
         for quota in self._config.quotas:
             await self.set_quota(quota.tenant, quota.model, quota.guaranteed, quota.limit)
+        if (warning := self._state.ledger.quotas.warning) is not None:
+            logger.warning("pool %s: %s", self._config.name, warning)
         # Before the first client: what is invalidated meanwhile could be entered by an answer that is on its way.
         for number, described in enumerate(self._described):
             if described["has_lower"]:

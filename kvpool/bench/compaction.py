@@ -8,13 +8,15 @@ from __future__ import annotations
 import ctypes
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from random import Random
 from typing import Any
 
 from kvpool.bench import background
-from kvpool.bench.rows import quantile, row
+from kvpool.bench.rows import median, quantile, row
 from kvpool.config import PoolConfig
+from kvpool.errors import ensure
 from kvpool.memory.allocation import Allocation
 from kvpool.memory.allocator import GPUMemoryAllocator
 from kvpool.memory.host import HostBackend
@@ -26,9 +28,14 @@ _PAGE_BYTES = 2 * MIB
 _SIZES = (4 * KIB, 64 * KIB, 96 * KIB, 256 * KIB, 640 * KIB, 1 * MIB)
 _FOREGROUND_SIZES = (64 * KIB, 256 * KIB, 1 * MIB)
 _REPEATS = 3
-_INTERVAL_S = 0.0005
-"""An allocation, and the end of the one before, so often."""
+_LEAST_INTERVAL_S, _MOST_INTERVAL_S = 0.00025, 0.00075
+"""An allocation, and the end of the one before, so often. By chance: intervals all alike that the clock's tick (4 ms)
+is a multiple of would let each tick fall into an allocation for a whole round, or none."""
+_ROUNDS = 5
 _OPERATIONS = 2000
+"""Of a round."""
+_TURN = 50
+"""After so many it is the other's turn, so that whatever the machine does meets both."""
 
 
 class _Free:
@@ -59,15 +66,7 @@ def _rows() -> list[dict[str, Any]]:
         rows.append(row(name, max(compacted), "GB/s", max(copied)))
     del memory
     for size_bytes in _FOREGROUND_SIZES:
-        alone, _ = _foreground(size_bytes, None)
-        config = PoolConfig()
-        pacer = CompactionPacer(0.0, config.compaction_share)
-        beside, steps = _foreground(size_bytes, pacer)
-        of = format_size(size_bytes)
-        for share in (0.5, 0.99):
-            name = f"allocation of {of}, p{share * 100:g}, with compaction in the background, beside without"
-            rows.append(row(name, quantile(beside, share) * 1e6, "us", quantile(alone, share) * 1e6))
-        rows.append(row(f"longest of {len(steps) - 1} steps of it, caches of {of}", max(steps) * 1e3, "ms"))
+        rows += _foreground_rows(size_bytes)
     return rows
 
 
@@ -96,29 +95,81 @@ def _compact_gb_per_s(size_bytes: int) -> float:
         return done.moved_bytes / (time.thread_time() - start) / 1e9
 
 
-def _foreground(size_bytes: int, pacer: CompactionPacer | None) -> tuple[list[float], list[float]]:
-    """Return how long allocations took from the moment they were due, and how long steps took, seconds."""
-    latencies, steps = [], [0.0]
-    with _holes(size_bytes) as (memory, first):
-        clock: Callable[[], float] = time.thread_time
-        start = next_step = clock()
-        for number in range(_OPERATIONS):
-            due = start + number * _INTERVAL_S
-            while (now := clock()) < due:  # no sleep: it would take longer than what is measured
-                if pacer is None or now < next_step or not pacer.due(memory.usage().fragmentation):
+def _foreground_rows(size_bytes: int) -> list[dict[str, Any]]:
+    of = format_size(size_bytes)
+    with _holes(size_bytes) as holes, _holes(size_bytes) as others:
+        beside = _Foreground(size_bytes, *holes, CompactionPacer(0.0, PoolConfig().compaction_share))
+        alone = _Foreground(size_bytes, *others, None)
+        rounds = [_round(beside, alone) for _ in range(_ROUNDS)]
+    rows = []
+    for share in (0.5, 0.99):
+        pairs = [(quantile(latencies, share) * 1e6, quantile(base, share) * 1e6) for latencies, base in rounds]
+        name = f"allocation of {of}, p{share * 100:g}, with compaction in the background, beside without"
+        rows.append(row(f"{name}, median of {_ROUNDS} rounds", *_both_medians(pairs)))
+        worst, base = max(pairs, key=lambda pair: pair[0] / pair[1])
+        rows.append(row(f"{name}, worst round", worst, "us", base))
+    ensure(beside.steps[-1] > 0.0, "compaction goes on to the last round", caches=of)
+    operations = _ROUNDS * _OPERATIONS
+    rows.append(row(f"allocations of {of} that waited for a step", 100 * beside.waited / operations, "%"))
+    rows.append(row(f"longest of {len(beside.steps)} steps of it, caches of {of}", max(beside.steps) * 1e3, "ms"))
+    return rows
+
+
+def _both_medians(pairs: list[tuple[float, float]]) -> tuple[float, str, float]:
+    values, baselines = zip(*pairs, strict=True)
+    return median(list(values)), "us", median(list(baselines))
+
+
+def _round(beside: _Foreground, alone: _Foreground) -> tuple[list[float], list[float]]:
+    """Return how long the operations of a round took with compaction and without, seconds."""
+    latencies: tuple[list[float], list[float]] = [], []
+    for _ in range(_OPERATIONS // _TURN):
+        latencies[0].extend(beside.take_turn())
+        latencies[1].extend(alone.take_turn())
+    return latencies
+
+
+class _Foreground:
+    """Allocations that are due at times of a clock, which stands still in the other's turns; and steps between them."""
+
+    def __init__(
+        self, size_bytes: int, memory: GPUMemoryAllocator, first_id: int, pacer: CompactionPacer | None
+    ) -> None:
+        self._size_bytes = size_bytes
+        self._memory = memory
+        self._pacer = pacer
+        self._first_id = self._next_id = first_id
+        self._random = Random(size_bytes)
+        self._now = self._due = self._next_step = 0.0
+        #: What steps took, seconds.
+        self.steps: list[float] = []
+        #: Allocations that were due before a step had ended.
+        self.waited = 0
+
+    def take_turn(self) -> list[float]:
+        """Return how long allocations took from the moment they were due, seconds."""
+        memory, size_bytes, pacer, latencies = self._memory, self._size_bytes, self._pacer, []
+        began = time.thread_time() - self._now
+        stepped = self._now
+        for _ in range(_TURN):
+            self._due += self._random.uniform(_LEAST_INTERVAL_S, _MOST_INTERVAL_S)
+            while (now := time.thread_time() - began) < self._due:  # no sleep: it takes longer than what is measured
+                if pacer is None or now < self._next_step or not pacer.due(memory.usage().fragmentation):
                     continue
                 done = memory.compact_a_little(pacer.step_bytes)
-                ended = clock()
-                steps.append(ended - now)
-                next_step = ended + pacer.stepped(now, ended, memory.usage().fragmentation, done)
-            memory.allocate(first + number, size_bytes)
-            if number:
-                memory.free(first + number - 1)
-            ended = clock()
-            latencies.append(ended - due)
+                stepped = time.thread_time() - began
+                self.steps.append(stepped - now)
+                self._next_step = stepped + pacer.stepped(now, stepped, memory.usage().fragmentation, done)
+            self.waited += stepped > self._due
+            memory.allocate(self._next_id, size_bytes)
+            if self._next_id > self._first_id:
+                memory.free(self._next_id - 1)
+            self._next_id += 1
+            self._now = time.thread_time() - began
+            latencies.append(self._now - self._due)
             if pacer is not None:
-                pacer.operated(ended)
-    return latencies, steps
+                pacer.operated(self._now)
+        return latencies
 
 
 class _Memcpy:

@@ -78,6 +78,9 @@ def show_quotas(name: str, quotas: Sequence[Mapping[str, Any]]) -> None:
         for each in quotas
     ]
     print_rows(f"quotas of pool {name}", rows)
+    warning = quotas[0]["warning"]  # of all together, so the same with each
+    if warning is not None:
+        click.echo(f"warning: {warning}")
 
 
 def _amount(given: str, size_bytes: int) -> str:

@@ -226,7 +226,8 @@ class Administration:
         Returns
         -------
         dict
-            What holds now, as in :meth:`quotas`, and ``applied``: whether it was changed by this.
+            What holds now, as in :meth:`quotas`, and ``applied``: whether it was changed by this. Guarantees above
+            the pool's memory are accepted, for devices may come back, and ``warning`` says so.
 
         Raises
         ------
@@ -253,8 +254,9 @@ class Administration:
         """Return the quotas of this tenant and its models.
 
         Each is ``{"tenant", "model", "guaranteed", "limit", "guaranteed_bytes", "limit_bytes", "held_bytes",
-        "leased_bytes", "waiting", "revision"}``: model None for the tenant as a whole; as it was set; what that comes
-        to now; what is held, and held by leases or pins; how many requests wait.
+        "leased_bytes", "waiting", "revision", "warning"}``: model None for the tenant as a whole; as it was set; what
+        that comes to now; what is held, and held by leases or pins; how many requests wait; a text with each where all
+        guarantees of the pool together exceed its memory, else None.
         """
         return list(await self._connection.call(self._connection.actor.quotas, self._connection.tenant))
 

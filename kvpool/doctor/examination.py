@@ -123,7 +123,7 @@ def check_pool(pool: Pool) -> Finding:
 
 
 def check_working(pool: Pool) -> list[Finding]:
-    """Judge what a pool that answers does without: a disk tier that cannot be used, a policy that failed."""
+    """Judge what a pool that answers does without: a disk tier that cannot be used, a policy that failed, memory."""
     findings = []
     for device in pool.statistics.get("devices", ()):
         where = f"pool {pool.name}, {device['name']}"
@@ -153,6 +153,12 @@ def check_working(pool: Pool) -> list[Finding]:
         mend = f"mend it, and {command('kvpool', 'set-policy', '--name', pool.name, 'NAME')}"
         found = f"{pool.statistics['policy']} decides: {failure}"
         findings.append(Finding("policy", f"pool {pool.name}", WARNING, found, "the policy that was asked for", mend))
+    quotas = pool.statistics.get("quotas", ())
+    if quotas and quotas[0].get("warning") is not None:
+        mend = f"guarantee less ({command('kvpool', 'quota', '--name', pool.name)} shows what), or add devices"
+        findings.append(
+            Finding("quotas", f"pool {pool.name}", WARNING, quotas[0]["warning"], "guarantees within the memory", mend)
+        )
     return findings
 
 

@@ -301,14 +301,15 @@ class BuddyAllocator:
 
     def free_run_bytes(self, offset: int) -> int:
         """Return how many bytes from ``offset`` on are free, across the borders of blocks."""
-        end = offset
-        while True:
+        end, live = offset, self._live
+        while end not in live:  # as a rule what is free goes on until a range begins
             for block_bytes, blocks in self._free.items():
                 if end & -block_bytes in blocks:
                     end = (end & -block_bytes) + block_bytes
                     break
             else:
-                return end - offset
+                break
+        return end - offset
 
     def free_runs(self) -> list[tuple[int, int]]:
         """Return offset and bytes of all that is free, ascending, neighbours as one. O(n log n) of the free ranges."""

@@ -157,6 +157,11 @@ class Mover:
         for batch in batches:
             done = self._carry_out(tenant, batch, (), owner)
             moved_bytes, freed_pages = moved_bytes + done.moved_bytes, freed_pages + done.freed_pages
+            if done.more:
+                count -= len(batch)
+        if count:  # moves were left out, perhaps those that pages were added for: these are not to stay for them
+            self._filled.pop(tenant, None)
+            self._futile.pop(tenant, None)
         return Compaction(moved_bytes, freed_pages, True)
 
     def _possible(self, tenant: str, moves: Sequence[Move], owner: Movable) -> Iterator[list[Move]]:

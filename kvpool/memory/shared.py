@@ -1,34 +1,33 @@
 """Caches that do not fill pages: several of one tenant share its pages.
 
 A part whose size is a power of two comes to lie in a page, aligned as the buddy allocator does it. One of another size
-begins where the last such one ended, or where one was freed, if there is room, and lies across the border of its page
-if the one behind can be had: aligned, caches a little larger than half a page would fill half of each page, and while
-they are leased nothing can move them together. A part of many pages begins at one. Compaction puts all anywhere.
+begins where another such one ended, or one was freed, in the smallest hole that is large enough, and lies across the
+border of its page if the one behind can be had: aligned, caches a little larger than half a page would fill half of
+each page, and while they are leased nothing can move them together. A part of many pages begins at one. Compaction puts
+all anywhere.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import compress, islice
-from operator import add
+from itertools import compress
+from operator import add, itemgetter
 
 from kvpool.errors import AddressSpaceError, ensure
 from kvpool.memory.allocation import Place
 from kvpool.memory.buddy import BuddyAllocator
+from kvpool.memory.holes import Holes
 from kvpool.memory.ranges import RangeAllocator
 from kvpool.memory.reserve import Shape
 from kvpool.memory.residents import Resident, Residents
 from kvpool.sizes import round_up
 
-_MOST_HOLES = 4
-"""How many places where a part was freed are looked at for one of another size, the latest first."""
+_MOST_LOOKS = 16
+"""How many holes are looked at for one that is as it was noted: others are noted anew, or forgotten."""
 
 _MOST_REACHED_PAGES = 8
 """Caches of more pages begin at one: the pages of a range come at once, those behind a hole one by one."""
-
-_KEPT_HOLES = 4096
-"""How many such places are remembered."""
 
 _SEARCH_SHARE = 32
 """All holes are searched once more when this part of a tenant's pages was freed since there was none large enough."""
@@ -61,8 +60,8 @@ class SharedPages:
         self._residents = {"default": Residents(self._page_bytes)}
         #: By offset: the pieces of a part that lies across borders of pages.
         self._pieces: dict[int, tuple[int, ...]] = {}
-        #: By tenant: where parts of sizes that are no powers of two may begin, the latest last.
-        self._holes: dict[str, dict[int, None]] = {}
+        #: By tenant: where parts of sizes that are no powers of two may begin.
+        self._holes = {"default": Holes(min_block_bytes)}
         #: By tenant: bytes freed since a search found no hole that is large enough.
         self._freed_bytes: dict[str, int] = {}
         #: By offset of a page in quarantine: its tenant, and the parts of it that are free and yet for nobody.
@@ -76,6 +75,7 @@ class SharedPages:
         if parts is None:
             parts = self._parts[tenant] = BuddyAllocator(0, self._min_block_bytes, self._page_bytes)
             self._residents[tenant] = Residents(self._page_bytes)
+            self._holes[tenant] = Holes(self._min_block_bytes)
         if size_bytes > self._page_bytes:
             return self._allocate_pages(cache_id, tenant, size_bytes)
         if max_size_bytes is None and size_bytes & (size_bytes - 1):
@@ -95,10 +95,10 @@ class SharedPages:
 
     def _fill_hole(self, cache_id: int, tenant: str, part_bytes: int, max_size_bytes: int | None) -> Place | None:
         """Return offset and pages of a part that is not aligned, because there is no other room."""
-        parts, holes = self._parts[tenant], self._holes.get(tenant, {})
+        parts = self._parts[tenant]
         if max_size_bytes is not None:
             return None
-        offset = self._find_hole(parts, holes, part_bytes)
+        offset = self._find_hole(parts, self._holes[tenant], part_bytes)
         if offset is None:
             offset = self._search(tenant, part_bytes)
         if offset is None:
@@ -107,15 +107,14 @@ class SharedPages:
         return self._entered(cache_id, tenant, offset, part_bytes)
 
     def _entered(self, cache_id: int, tenant: str, offset: int, part_bytes: int) -> Place:
-        holes = self._holes.setdefault(tenant, {})
-        holes.pop(offset, None)
+        self._holes[tenant].forget(offset)
         self._note_hole(tenant, offset + part_bytes)
         self._residents[tenant].enter(offset, (cache_id, part_bytes))
         return offset, self.refs(offset, part_bytes)
 
     def _pack(self, cache_id: int, tenant: str, part_bytes: int) -> Place | None:
         """Return offset and pages of a part whose size is no power of two."""
-        parts, holes = self._parts[tenant], self._holes.setdefault(tenant, {})
+        parts, holes = self._parts[tenant], self._holes[tenant]
         offset = self._find_hole(parts, holes, part_bytes)
         if offset is None:
             try:
@@ -142,30 +141,37 @@ class SharedPages:
         freed_bytes = self._freed_bytes.get(tenant)
         if freed_bytes is not None and freed_bytes * _SEARCH_SHARE < parts.total_bytes:
             return None
-        found = [offset for offset, size_bytes in parts.free_runs() if size_bytes >= part_bytes]
-        for offset in reversed(found):
-            self._note_hole(tenant, offset)
+        found = [run for run in parts.free_runs() if run[1] >= part_bytes]
+        for run in reversed(found):
+            self._holes[tenant].note(*run)
         if found:
-            return found[0]
+            return min(found, key=itemgetter(1))[0]
         self._freed_bytes[tenant] = 0
         return None
 
-    def _find_hole(self, parts: BuddyAllocator, holes: dict[int, None], part_bytes: int) -> int | None:
-        for offset in list(islice(reversed(holes), _MOST_HOLES)):
-            if parts.is_free(offset, part_bytes):
+    def _find_hole(self, parts: BuddyAllocator, holes: Holes, part_bytes: int) -> int | None:
+        """Return where the smallest hole that is large enough begins, as far as is known."""
+        for _ in range(_MOST_LOOKS):
+            found = holes.smallest(part_bytes)
+            if found is None:
+                return None
+            offset, noted_bytes = found
+            free_bytes = parts.free_run_bytes(offset)
+            if free_bytes == noted_bytes:
                 return offset
-            if not parts.is_free(offset, self._min_block_bytes):
-                del holes[offset]
+            holes.forget(offset)
+            if not free_bytes:
                 end = parts.end_of(offset)  # of a small part that was put there since: the hole may go on behind it
-                if end is not None:
-                    holes[end] = None
-                    if parts.is_free(end, part_bytes):
-                        return end
-        return None
+                if end is None:
+                    continue
+                offset, free_bytes = end, parts.free_run_bytes(end)
+            if free_bytes:
+                holes.note(offset, free_bytes)
+        return next((offset for offset in holes.latest() if parts.is_free(offset, part_bytes)), None)
 
-    def _reach_over(self, tenant: str, parts: BuddyAllocator, holes: dict[int, None], part_bytes: int) -> int | None:
+    def _reach_over(self, tenant: str, parts: BuddyAllocator, holes: Holes, part_bytes: int) -> int | None:
         """Take the pages behind one whose end is free, and return where that end begins."""
-        for offset in list(islice(reversed(holes), _MOST_HOLES)):
+        for offset in holes.latest():
             border = (offset | (self._page_bytes - 1)) + 1
             if offset + part_bytes <= border or not parts.is_free(offset, border - offset):
                 continue
@@ -180,7 +186,7 @@ class SharedPages:
 
         One of few pages begins where another ended, as smaller ones do: else it would waste nearly a page.
         """
-        parts, holes = self._parts[tenant], self._holes.get(tenant, {})
+        parts, holes = self._parts[tenant], self._holes[tenant]
         pages = -(-size_bytes // self._page_bytes)
         part_bytes = round_up(size_bytes, self._min_block_bytes)
         offset = None
@@ -221,8 +227,6 @@ class SharedPages:
     def free(self, tenant: str, offset: int) -> None:
         """Take the part at ``offset`` back, and give its page to the arena when nothing else lives in it."""
         _, part_bytes = self._residents[tenant].leave(offset)
-        if part_bytes & (part_bytes - 1):
-            self._note_hole(tenant, offset)
         if tenant in self._freed_bytes:
             self._freed_bytes[tenant] += part_bytes
         pieces = self._pieces.pop(offset, None)
@@ -230,18 +234,19 @@ class SharedPages:
             self._free_piece(tenant, offset)
             if self._parts[tenant].is_free_block(offset & -self._page_bytes):
                 self.put_empty(tenant, (offset & -self._page_bytes,))
-            return
-        for piece in pieces:
-            self._free_piece(tenant, piece)
-        self.put_empty(tenant, [piece & -self._page_bytes for piece in pieces])
+        else:
+            for piece in pieces:
+                self._free_piece(tenant, piece)
+            self.put_empty(tenant, [piece & -self._page_bytes for piece in pieces])
+        if part_bytes & (part_bytes - 1):
+            self._holes[tenant].forget(offset + part_bytes)  # it is one with this one now
+            self._note_hole(tenant, offset)
 
     def _note_hole(self, tenant: str, offset: int) -> None:
-        holes = self._holes.setdefault(tenant, {})
-        holes.pop(offset, None)
-        holes[offset] = None
-        if len(holes) > _KEPT_HOLES:  # what lies deep is found by the search of all
-            for old in list(islice(holes, _KEPT_HOLES // 2)):
-                del holes[old]
+        """Note how much is free from there on, if anything is."""
+        free_bytes = self._parts[tenant].free_run_bytes(offset)
+        if free_bytes:
+            self._holes[tenant].note(offset, free_bytes)
 
     def _free_piece(self, tenant: str, offset: int) -> None:
         parts = self._parts[tenant]
@@ -456,7 +461,7 @@ class SharedPages:
         parts = self._parts.get(tenant)
         if parts is None:
             return 0
-        runs = map(parts.free_run_bytes, islice(reversed(self._holes.get(tenant, {})), _MOST_HOLES))
+        runs = map(parts.free_run_bytes, self._holes[tenant].latest())
         return max(parts.largest_free_bytes, min(max(runs, default=0), self._page_bytes))
 
     def check(self, used_bytes: dict[str, int]) -> None:
@@ -476,4 +481,5 @@ class SharedPages:
             known_bytes = used_bytes.get(tenant, 0) + withheld_bytes
             ensure(parts.used_bytes == known_bytes, "no part of a page is lost", tenant=tenant)
             self._residents[tenant].check(known_bytes - withheld_bytes)
+            self._holes[tenant].check()
         ensure(self.withheld_bytes == all_withheld_bytes, "withheld bytes are counted", counted=self.withheld_bytes)

@@ -288,6 +288,11 @@ class Ledger:
         """Return the model for which a cache was made; None once its content is void."""
         return self._by_space.get(self.index.space_of(row))
 
+    def name_in(self, space: int) -> str | None:
+        """Return the name of the model whose content a namespace has; None if that was declared void."""
+        model = self._by_space.get(space)
+        return None if model is None else model.name
+
     def model_in(self, space: int) -> Model:
         """Return the model whose content a namespace has."""
         return self._by_space[space]

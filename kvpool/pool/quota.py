@@ -109,6 +109,8 @@ class Quotas:
         """Whether anybody has a quota."""
         self.draining: set[Owner] = set()
         """Those that hold more than a limit that was lowered."""
+        self.warning: str | None = None
+        """What is to be told of all guarantees together, if they cannot all be met."""
 
     # -- to set ---------------------------------------------------------------------------------------------------
 
@@ -201,8 +203,9 @@ class Quotas:
             max(asked.get((tenant, None), 0), sum(n for (t, model), n in asked.items() if t == tenant and model))
             for tenant in self._by_tenant
         )
+        fits = together <= capacity_bytes
+        self.warning = None if fits else _exceeding(together, capacity_bytes)
         for key, owner in self._owners.items():
-            fits = together <= capacity_bytes
             owner.guaranteed_bytes = asked[key] if fits else asked[key] * capacity_bytes // together
             owner.guaranteed_at = {
                 host: owner.guaranteed_bytes * here_bytes // capacity_bytes if capacity_bytes else 0
@@ -328,6 +331,7 @@ class Quotas:
             "held_bytes": owner.held_bytes,
             "leased_bytes": self._leased(owner),
             "revision": owner.revision,
+            "warning": self.warning,
         }
 
     def why(self, owner: Owner) -> str:
@@ -357,3 +361,10 @@ class Quotas:
         ensure(leased == again, "bytes leased by accounts", kept=leased, counted=again)
         for owner in self._owners.values():
             ensure(owner.held_bytes <= owner.limit_bytes or owner in self.draining, "over its limit", owner=str(owner))
+
+
+def _exceeding(together_bytes: int, capacity_bytes: int) -> str:
+    return (
+        f"all guarantees together are {format_size(together_bytes)}, and the pool has {format_size(capacity_bytes)} of "
+        "memory: each counts for its share of that, and no more, until less is guaranteed or devices come back"
+    )

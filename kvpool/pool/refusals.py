@@ -1,8 +1,11 @@
-"""Errors for want of room, told with who holds what is missing. The devices know that, so they are asked first."""
+"""Errors for want of room, told with what is held where it is missing, and by whom.
+
+The books know of which model what is held is. Which clients hold it the devices know, so they are asked first.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from math import inf
 from typing import NamedTuple
@@ -24,7 +27,7 @@ _TOLD_AGE_S = 0.1
 """From which age on an error says how old its figures are, seconds: they may not add up with the others then."""
 
 _NAMED = 3
-"""Holders that an error names, those with most bytes."""
+"""Models, and holders, that an error names, those with most bytes."""
 
 
 class _Refused(NamedTuple):
@@ -55,6 +58,8 @@ class Refusals:
         """Devices that have not told yet."""
         self._told: dict[int, tuple[float, dict[str, int]]] = {}
         """By device, when it last told, and the bytes of each holder."""
+        self._counted: dict[int, tuple[float, dict[int, int]]] = {}
+        """By device, when it was last counted, and the held bytes of each namespace."""
 
     def refuse(self, request: CacheRequest, error: CapacityError, now: float) -> None:
         """Answer a request with an error, at the end of this event or when devices have told who holds what."""
@@ -69,6 +74,8 @@ class Refusals:
             return
         refused, self._fresh = self._fresh, []
         for number in sorted({number for each in refused for number in each.request.devices}):
+            if self._counted.get(number, (-inf,))[0] + _FRESH_S <= now:
+                self._counted[number] = now, self._ledger.index.pinned_bytes(number)
             stale = self._told.get(number, (-inf,))[0] + _FRESH_S <= now
             if stale and number not in self._asked and self._ledger.devices[number].lost is None:
                 self._asked.add(number)
@@ -101,21 +108,34 @@ class Refusals:
 
     def _answer(self, refused: _Refused, now: float) -> None:
         request, error, _ = refused
-        held = self._held(request)
-        if held:
-            named = sorted(held.items(), key=lambda each: (-each[1], each[0]))[:_NAMED]
-            who = ", ".join(f"{holder} ({format_size(held_bytes)})" for holder, held_bytes in named)
-            more = f" and {len(held) - len(named)} more" if len(held) > len(named) else ""
-            age_s = now - min(self._told[number][0] for number in request.devices if number in self._told)
-            more += f", {age_s:.1f} s ago" if age_s >= _TOLD_AGE_S else ""
+        models, holders = self._models(request), self._holders(request)
+        if models or holders:
+            who = ", by ".join(_listed(each) for each in (models, holders) if each)
+            seen = [at[number][0] for at in (self._counted, self._told) for number in request.devices if number in at]
+            age_s = now - min(seen)
+            who += f", {age_s:.1f} s ago" if age_s >= _TOLD_AGE_S else ""
             error = CapacityError(
-                f"{error.message} ('kvpool leases' shows who holds what: {who}{more})",
+                f"{error.message} (pinned are {who}: 'kvpool leases' shows who holds what)",
                 **error.details,
-                pinned_by=dict(named),
+                pinned_by=dict(_most(models)),
+                held_by=dict(_most(holders)),
             )
         self._deliver(request, error, now)
 
-    def _held(self, request: CacheRequest) -> dict[str, int]:
+    def _models(self, request: CacheRequest) -> dict[str, int]:
+        """Return by model what is held where a request could have been met; other tenants' models have no names."""
+        ledger, held = self._ledger, dict[str, int]()
+        own = set(ledger.index.spaces_of(request.client.tenant))
+        for number in request.devices:
+            if ledger.devices[number].lost is not None:
+                continue
+            for space, held_bytes in self._counted.get(number, (0.0, {}))[1].items():
+                name = ledger.name_in(space)
+                whose = "other tenants" if space not in own else f"model {name}" if name else "what was invalidated"
+                held[whose] = held.get(whose, 0) + held_bytes
+        return held
+
+    def _holders(self, request: CacheRequest) -> dict[str, int]:
         """Return by holder what is held where a request could have been met; other tenants' clients have no names."""
         held: dict[str, int] = {}
         tenant = request.client.tenant
@@ -132,3 +152,13 @@ class Refusals:
             return "on its way up from lower tiers"
         known = self._ledger.clients.get(name) or self._ledger.revoked.get(name)
         return f"client {name}" if known is not None and known.tenant == tenant else "other tenants"
+
+
+def _most(held: Mapping[str, int]) -> list[tuple[str, int]]:
+    return sorted(held.items(), key=lambda each: (-each[1], each[0]))[:_NAMED]
+
+
+def _listed(held: Mapping[str, int]) -> str:
+    named = _most(held)
+    more = f" and {len(held) - len(named)} more" if len(held) > len(named) else ""
+    return ", ".join(f"{who} ({format_size(held_bytes)})" for who, held_bytes in named) + more

@@ -19,10 +19,18 @@ from kvpool.sizes import MIB
 def test_what_was_stated_is_told_beside_what_it_comes_to(
     given: str, now_bytes: int, shown: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    figures = {"held_bytes": 0, "leased_bytes": 0, "waiting": 0, "revision": 1}
+    figures = {"held_bytes": 0, "leased_bytes": 0, "waiting": 0, "revision": 1, "warning": None}
     show_quotas(
         "p",
         [{"tenant": "t", "model": "m", "guaranteed": given, "guaranteed_bytes": now_bytes, "limit": None} | figures],
     )
     *_, row, _ = capsys.readouterr().out.splitlines()
     assert [cell.strip() for cell in row.strip("│").split("│")][2:4] == [shown, "none"]
+
+
+def test_that_guarantees_exceed_the_memory_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    figures = {"held_bytes": 0, "leased_bytes": 0, "waiting": 0, "revision": 1, "warning": "too much is guaranteed"}
+    quota = {"tenant": "t", "model": "m", "guaranteed": "80%", "guaranteed_bytes": 8 * MIB, "limit": None} | figures
+    show_quotas("p", [quota, quota | {"model": "n"}])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "too much" in line] == ["warning: too much is guaranteed"]

@@ -354,9 +354,8 @@ class DiskTier:
 
     async def _note(self, held: Sequence[CacheKey]) -> Removal | None:
         """Decide on the removal of files that are in use: nothing tells when that ends."""
-        entries = [
-            entry for key in held for entry in (self._index.get(key), self._writing.get(key)) if entry is not None
-        ]
+        places = (self._index, self._writing, self._writer.evicting)
+        entries = [entry for key in held for place in places if (entry := place.get(key)) is not None]
         if not entries or not self._open:
             return None
         async with self._removers.one():

@@ -61,6 +61,8 @@ class Writer:
         self._folder, self._index, self._locks, self._counters = folder, index, locks, counters
         self._removals, self._threads, self._syncs, self._on_gone = removals, threads, syncs, on_gone
         self._kept = kept
+        #: What is going for others, and may still be on disk.
+        self.evicting: dict[CacheKey, DiskEntry] = {}
 
     async def store_anew(self, entry: DiskEntry, payload: memoryview) -> None:
         """Write a file as :meth:`store`, also if somebody has removed it behind our back."""
@@ -181,6 +183,7 @@ class Writer:
         for entry in victims:
             self._locks.take(entry.key)
             self._index.drop(entry.key)
+            self.evicting[entry.key] = entry
 
     async def _evict(self, victims: Sequence[DiskEntry]) -> None:
         """Remove what was taken; raises the first error once all have been tried."""
@@ -190,6 +193,7 @@ class Writer:
             errors = await self._threads.run(remove_all, self._folder, [entry.path for entry in victims])
         finally:
             for entry in victims:
+                del self.evicting[entry.key]
                 self._locks.release(entry.key)
         self._index.restore([entry for entry in victims if entry.path in errors])
         gone = [entry.key for entry in victims if entry.path not in errors]

@@ -187,9 +187,9 @@ def test_pools(pool: Pool, result: str, mend: str) -> None:
     assert mend in finding.mend
 
 
-def working(policy_failure: str | None = None, **lower: Any) -> Pool:
+def working(policy_failure: str | None = None, quotas: tuple[dict[str, Any], ...] = (), **lower: Any) -> Pool:
     device = {"name": "host-0", "lost": None, "lower": {"disk": None, "disk_problem": None, "host": None} | lower}
-    statistics = {"policy": "lru", "policy_failure": policy_failure, "devices": [device]}
+    statistics = {"policy": "lru", "policy_failure": policy_failure, "devices": [device], "quotas": quotas}
     return Pool("p", DESCRIBED, statistics=statistics)
 
 
@@ -210,6 +210,8 @@ def working(policy_failure: str | None = None, **lower: Any) -> Pool:
             [("disk tier", OK, ""), ("disk tier", WARNING, "delete them, or start the pool with as many devices")],
         ),
         (working(policy_failure="policy 'own' failed"), [("policy", WARNING, "kvpool set-policy --name p NAME")]),
+        (working(quotas=({"warning": None},)), []),
+        (working(quotas=({"warning": "too much"},)), [("quotas", WARNING, "`kvpool quota --name p` shows what")]),
     ],
 )
 def test_what_a_running_pool_does_without(pool: Pool, findings: list[tuple[str, str, str]]) -> None:

@@ -3,6 +3,7 @@
 import ctypes
 import itertools
 import os
+import random
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -477,7 +478,7 @@ def fill_up(allocator, sizes, first_id=0):
 
 @pytest.mark.parametrize(
     ("blocks", "pages"),
-    [((5,), 32), ((9,), 32), ((15,), 32), ((17,), 32), ((5, 9, 17), 32), ((33,), 64), ((41, 5), 64)],
+    [((5,), 32), ((9,), 32), ((15,), 32), ((17,), 32), ((5, 9, 17), 32), ((5, 9, 17), 64), ((33,), 64), ((41, 5), 64)],
 )
 def test_leased_caches_of_any_size_fill_the_device(blocks, pages):
     """Nothing can move them together, so where each begins must leave no gap."""
@@ -491,5 +492,22 @@ def test_leased_caches_of_any_size_fill_the_device(blocks, pages):
             allocator.free(cache_id)
             allocator.check()
         again, _ = fill_up(allocator, itertools.cycle([count * 4096 for count in blocks]), first_id=1000)
-        assert again >= 0.3 * placed, "what was freed is found again"
+        assert again >= placed // 2 - 1, "what was freed is found again"
         allocator.check()
+
+
+def test_small_caches_do_not_lie_in_what_large_ones_left_while_there_is_a_hole_of_their_size():
+    """Holes were taken the latest first: leased caches of random sizes filled 0.79 of a device after four rounds."""
+    rng = random.Random(1)
+    with closing(GPUMemoryAllocator(HostBackend(), 64 * 32 * 4096, 32 * 4096)) as allocator:
+        first_id, live = 0, []
+        for _ in range(5):
+            placed, _ = fill_up(allocator, (rng.choice((5, 9, 17)) * 4096 for _ in itertools.count()), first_id)
+            live += range(first_id, first_id + placed)
+            first_id += placed + 1
+            assert allocator.usage().utilization >= 0.93
+            rng.shuffle(live)
+            for cache_id in live[len(live) // 2 :]:
+                allocator.free(cache_id)
+            del live[len(live) // 2 :]
+            allocator.check()

@@ -14,6 +14,7 @@ from kvpool.memory.backend import Copy
 from kvpool.memory.compaction import Move, Part, Plan, Snapshot, choose_join, plan_slide
 from kvpool.memory.evacuation import plan_evacuation
 from kvpool.memory.host import HostBackend
+from kvpool.memory.mover import Mover
 
 MIN = 4096
 BLOCKS = 32
@@ -407,6 +408,41 @@ def test_a_small_step_goes_on_when_what_it_had_planned_has_gone_or_is_leased(mem
         assert memory.allocation(planned[1]) == place
         assert intact(memory, live)
     assert memory.usage().backed_bytes == 2 * PAGE
+
+
+@pytest.mark.parametrize("blocks", [1, 4, 9, 16])
+def test_between_steps_in_the_background_an_allocation_waits_for_no_plan_no_move_and_no_mapping(
+    memory: GPUMemoryAllocator, monkeypatch: pytest.MonkeyPatch, blocks: int
+) -> None:
+    """What compaction costs others is the step that is under way, and never anything that it left to be done."""
+    live: dict[int, int] = {}
+    next_id = fill(memory, lambda _: blocks, live, 0)
+    for cache_id in list(live)[1::2]:
+        memory.free(cache_id)
+    calls: list[str] = []
+
+    def count(of: type, name: str) -> None:
+        real = getattr(of, name)
+        monkeypatch.setattr(of, name, lambda *args: (calls.append(name), real(*args))[1])
+
+    count(Mover, "_plan")
+    for name in ("create", "map", "set_access", "unmap", "release", "copy"):
+        count(HostBackend, name)
+    moved_bytes = 0
+    while True:
+        done = memory.compact_a_little(4 * MIN)
+        moved_bytes += done.moved_bytes
+        if not done.more:
+            break
+        assert "copy" in calls
+        calls.clear()
+        for _ in range(3):
+            memory.allocate(next_id, blocks * MIN)
+            memory.free(next_id)
+            next_id += 1
+        assert calls == []
+    assert moved_bytes >= (PAGES // 2 - 2) * PAGE // 2
+    memory.check()
 
 
 def test_a_scrub_finds_what_a_move_left_behind(memory: GPUMemoryAllocator) -> None:

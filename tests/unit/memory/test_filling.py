@@ -7,9 +7,10 @@ from contextlib import closing
 import pytest
 
 from kvpool.errors import CapacityError
+from kvpool.memory import mover
 from kvpool.memory.allocation import Allocation
 from kvpool.memory.allocator import GPUMemoryAllocator
-from kvpool.memory.compaction import Part, Snapshot
+from kvpool.memory.compaction import Move, Part, Plan, Snapshot
 from kvpool.memory.evacuation import plan_evacuation
 from kvpool.memory.exchange import plan_exchange
 from kvpool.memory.filling import plan_filling
@@ -100,6 +101,31 @@ def any_size(number: int) -> int:
     return random.Random(number).randint(1, BLOCKS - 1)
 
 
+def churn(memory: GPUMemoryAllocator, leases: Leases, size: Callable[[int], int], rounds: int) -> None:
+    """Fill memory, lease a tenth at random, and free every other cache of the rest, several times."""
+    live, next_id, rng = {}, 0, random.Random(2)
+    for _ in range(rounds):
+        while True:
+            try:
+                memory.allocate(next_id, size(next_id) * MIN)
+            except CapacityError:
+                break
+            live[next_id] = size(next_id)
+            next_id += 1
+        next_id += 1
+        assert memory.usage().utilization >= 0.95
+        memory.check()
+        leases.leased, left = set(), PAGES * BLOCKS // 10
+        for cache_id in rng.sample(sorted(live), len(live)):
+            left -= live[cache_id]
+            if left < 0:
+                break
+            leases.leased.add(cache_id)
+        for cache_id in [each for number, each in enumerate(live) if number % 2 and each not in leases.leased]:
+            memory.free(cache_id)
+            del live[cache_id]
+
+
 @pytest.mark.parametrize(
     ("size", "most_wasted"),
     [
@@ -112,29 +138,9 @@ def any_size(number: int) -> int:
     ids=["above each power of two", "a quarter and a block", "most of a page", "any", "just above a page, and small"],
 )
 def test_little_is_wasted_though_a_tenth_is_leased(size: Callable[[int], int], most_wasted: float) -> None:
-    leases, live, next_id, rng = Leases(), {}, 0, random.Random(2)
-    backend = HostBackend()
+    leases, backend = Leases(), HostBackend()
     with closing(GPUMemoryAllocator(backend, PAGES * PAGE, PAGE, MIN, owner=leases)) as memory:
-        for _ in range(3):
-            while True:
-                try:
-                    memory.allocate(next_id, size(next_id) * MIN)
-                except CapacityError:
-                    break
-                live[next_id] = size(next_id)
-                next_id += 1
-            next_id += 1
-            assert memory.usage().utilization >= 0.95
-            memory.check()
-            leases.leased, left = set(), PAGES * BLOCKS // 10
-            for cache_id in rng.sample(sorted(live), len(live)):
-                left -= live[cache_id]
-                if left < 0:
-                    break
-                leases.leased.add(cache_id)
-            for cache_id in [each for number, each in enumerate(live) if number % 2 and each not in leases.leased]:
-                memory.free(cache_id)
-                del live[cache_id]
+        churn(memory, leases, size, 3)
         places = {cache_id: memory.allocation(cache_id) for cache_id in leases.leased}
         usage = memory.usage()
         done = memory.compact()
@@ -144,3 +150,37 @@ def test_little_is_wasted_though_a_tenth_is_leased(size: Callable[[int], int], m
         assert memory.usage().fragmentation <= most_wasted
         assert memory.compact() == (0, 0, False)
     backend.close()
+
+
+def test_pages_added_for_a_fill_that_leases_stop_half_way_do_not_stay_when_the_leases_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Holes were not filled again until bytes changed, as if that fill had been carried out as a whole."""
+    filled: list[Move] = []
+
+    def plan(snapshot: Snapshot) -> Plan:
+        found = plan_filling(snapshot)
+        filled.extend(found.moves)
+        return found
+
+    monkeypatch.setattr(mover, "plan_filling", plan)
+    backed = []
+    for stop in (False, True):
+        leases, backend = Leases(), HostBackend()
+        with closing(GPUMemoryAllocator(backend, PAGES * PAGE, PAGE, MIN, owner=leases)) as memory:
+            churn(memory, leases, lambda _: 9, 2)
+            before = leases.leased
+            filled.clear()
+            while memory.compact(PAGE // 4).more:
+                if filled and stop:
+                    left = {move.cache_id for move in filled if memory.allocation(move.cache_id).offset == move.source}
+                    assert 0 < len(left) < len(filled), "half-way"
+                    leases.leased = before | left
+                    stop = False
+            assert filled
+            leases.leased = before
+            memory.compact()
+            memory.check()
+            backed.append(memory.usage().backed_bytes)
+        backend.close()
+    assert backed[1] == backed[0]

@@ -1,5 +1,7 @@
 """When compaction in the background takes its steps."""
 
+from random import Random
+
 import pytest
 
 from kvpool.memory.allocation import Compaction
@@ -37,3 +39,22 @@ def test_a_step_copies_what_the_last_one_would_have_in_its_time_within_bounds() 
         assert pacer.step_bytes == step_bytes
     pacer.stepped(0.0, 1.0, 0.3, NOTHING)
     assert pacer.step_bytes == 1 << 20
+
+
+@pytest.mark.parametrize("every_s", [0.0002, 0.001, 0.005, 0.025])
+@pytest.mark.parametrize("step_s", [0.0001, 0.0005, 0.002])
+def test_fewer_than_one_in_a_hundred_operations_waits_for_a_step_while_they_come(every_s: float, step_s: float) -> None:
+    """Counted in a time of its own: the percentile of times on a machine that others share says little."""
+    pacer, rng = CompactionPacer(threshold=0.2, share=0.1), Random(0)
+    operations, waited = 30_000, 0
+    due = next_step = free = 0.0
+    pacer.operated(0.0)
+    for _ in range(operations):
+        due += rng.uniform(0.0, 2.0) * every_s
+        while (began := max(next_step, free)) < due:
+            free = began + step_s
+            next_step = free + pacer.stepped(began, free, 0.3, MOVED)
+        waited += free > due
+        free = max(free, due) + every_s / 100
+        pacer.operated(free)
+    assert 0 < waited < operations / 100

@@ -9,6 +9,7 @@ from kvpool.errors import CapacityError, InvalidRequestError, InvalidSizeError, 
 from kvpool.pool.amount import parse_amount
 from kvpool.pool.instructions import Batch, CachesRequested, DeviceLost, QuotaSet
 from kvpool.pool.reclaim import Reclaim
+from kvpool.sizes import format_size
 
 PAGES = 10
 
@@ -161,6 +162,16 @@ def test_guarantees_that_exceed_the_memory_are_split_in_proportion(pool):
     assert [q["guaranteed_bytes"] for q in pool.state.quotas()] == [4 * PAGE, 6 * PAGE]
 
 
+def test_guarantees_that_exceed_the_memory_are_accepted_and_the_answer_says_so(pool):
+    assert set_quota(pool, "a", 8 * PAGE)["warning"] is None
+    holds = set_quota(pool, "b", 12 * PAGE)
+    assert holds["applied"]
+    assert f"{format_size(20 * PAGE)}, and the pool has {format_size(10 * PAGE)}" in holds["warning"]
+    assert [q["warning"] for q in pool.state.quotas()] == [holds["warning"]] * 2
+    assert set_quota(pool, "b", 2 * PAGE)["warning"] is None
+    assert [q["warning"] for q in pool.state.quotas()] == [None, None]
+
+
 def test_a_lost_device_shrinks_shares_and_splits_bytes():
     pool = LocalPool(devices=2, pages=PAGES)
     pool.connect()
@@ -170,6 +181,7 @@ def test_a_lost_device_shrinks_shares_and_splits_bytes():
     pool.handle(DeviceLost(1, "killed"))
     split = [5 * PAGE * 10 // 15, 10 * PAGE * 10 // 15]
     assert [q["guaranteed_bytes"] for q in pool.state.quotas()] == split
+    assert all(f"the pool has {format_size(10 * PAGE)} of memory" in q["warning"] for q in pool.state.quotas())
     pool.close()
 
 

@@ -9,6 +9,7 @@ from kvpool.errors import DeviceLostError
 from kvpool.pool.instructions import (
     Batch,
     DeviceLost,
+    EvictRequested,
     InvalidateRequested,
     LowerGone,
     Moved,
@@ -148,6 +149,21 @@ def test_what_is_chained_behind_invalidated_content_goes_from_below_too(pool):
     assert (answer["caches"], answer["lower_keys"]) == (0, BLOCKS), "nothing on the device is not nothing at all"
     assert pool.look_up(first)[5] == 0
     assert not [key for key in pool.shelves[0].content if key[2] in keys_of(first)]
+
+
+def test_what_is_invalidated_behind_an_eviction_that_hangs_stays_gone_when_that_completes(pool):
+    ids = full(pool)
+    evicted, invalidated = Batch(1), Batch(1)
+    pool.handle(EvictRequested(evicted, None, None, None, None))
+    pool.handle(InvalidateRequested(invalidated, None, "m", keys_of(ids[1:2])))  # the device has answered nothing yet
+    assert pool.outboxes[0]
+    assert len(pool.state.below) == 1
+    pool.settle_all()
+    assert pool.done[evicted][0]["caches"] == BLOCKS
+    assert pool.done[invalidated][0]["lower_keys"] == BLOCKS - 1
+    assert len(pool.state.below) == 1, "the answers of what went down before change nothing"
+    assert [key[2] for key in pool.shelves[0].content] == keys_of(ids[:1])
+    assert pool.read(ids) == ids[:1]
 
 
 def invalidation_with(pool, lose):

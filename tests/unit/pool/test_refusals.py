@@ -35,11 +35,44 @@ def test_an_error_names_the_largest_holders_and_no_client_of_another_tenant(pool
         assert pool.request(pages * PAGE, client)[0] == "granted"
     assert pool.request(4 * PAGE, "other", model=1)[0] == "granted"
     error = refused(pool.request(8 * PAGE, "b"))
-    assert error.details["pinned_by"] == {"client a": 9 * PAGE, "other tenants": 4 * PAGE, "client b": PAGE}
+    assert error.details["held_by"] == {"client a": 9 * PAGE, "other tenants": 4 * PAGE, "client b": PAGE}
     for part in ("client a (576 KiB)", "other tenants (256 KiB)", "and 1 more", "kvpool leases"):
         assert part in str(error)
-    seen = refused(pool.request(8 * PAGE, "other", model=1)).details["pinned_by"]
+    seen = refused(pool.request(8 * PAGE, "other", model=1)).details["held_by"]
     assert seen == {"other tenants": 10 * PAGE + 4096, "client other": 4 * PAGE}
+
+
+def test_an_error_names_the_models_that_hold_most_and_none_of_another_tenant(pool: LocalPool) -> None:
+    small, large = (pool.model("a", name=name) for name in ("small", "large"))
+    assert pool.request(2 * PAGE, "a", model=small)[0] == "granted"
+    assert pool.request(7 * PAGE, "b", model=large)[0] == "granted"
+    assert pool.request(PAGE, "b", model=small)[0] == "granted"
+    assert pool.request(4 * PAGE, "other", model=1)[0] == "granted"
+    error = refused(pool.request(8 * PAGE, "b"))
+    assert error.details["pinned_by"] == {"model large": 7 * PAGE, "other tenants": 4 * PAGE, "model small": 3 * PAGE}
+    assert error.details["held_by"] == {"client b": 8 * PAGE, "other tenants": 4 * PAGE, "client a": 2 * PAGE}
+    assert "(pinned are model large (448 KiB), other tenants (256 KiB), model small (192 KiB), by client b" in str(
+        error
+    )
+    seen = refused(pool.request(8 * PAGE, "other", model=1)).details["pinned_by"]
+    assert seen == {"other tenants": 10 * PAGE, "model m": 4 * PAGE}
+    pool.invalidate(large)
+    pool.now += 1.0
+    assert refused(pool.request(8 * PAGE, "b")).details["pinned_by"]["what was invalidated"] == 7 * PAGE
+
+
+def test_the_models_are_named_also_where_a_device_does_not_tell(pool: LocalPool) -> None:
+    pool.request(8 * PAGE, "a"), pool.request(8 * PAGE, "a")
+    pool.request(PAGE, "b", timeout_s=5.0)
+    pool.now = 5.0
+    pool.tick()
+    pool.now = 5.25
+    pool.tick()
+    ((_, answer),) = pool.grants.pop("b")
+    error = refused(answer)
+    assert (error.details["pinned_by"], error.details["held_by"]) == ({"model m": 16 * PAGE}, {})
+    assert "(pinned are model m (1 MiB), 0.2 s ago: 'kvpool leases'" in str(error)
+    pool.settle()
 
 
 def test_devices_are_asked_once_for_all_that_are_refused_at_once_and_not_again_soon(pool: LocalPool) -> None:
@@ -52,11 +85,11 @@ def test_devices_are_asked_once_for_all_that_are_refused_at_once_and_not_again_s
     assert asked == [("holders",)] * 2
     pool.settle()
     assert [ticket for ticket, _ in pool.grants["b"]] == tickets
-    assert all(refused(answer).details["pinned_by"] == {"client a": 16 * PAGE} for _, answer in pool.grants["b"])
+    assert all(refused(answer).details["held_by"] == {"client a": 16 * PAGE} for _, answer in pool.grants["b"])
     pool.now = 5.5
     error = refused(pool.request(PAGE, "c"))
-    assert error.details["pinned_by"] == {"client a": 16 * PAGE}
-    assert "client a (1 MiB), 0.5 s ago)" in str(error), "its figures are older than the others"
+    assert error.details["held_by"] == {"client a": 16 * PAGE}
+    assert "client a (1 MiB), 0.5 s ago: " in str(error), "its figures are older than the others"
     assert not any(pool.outboxes)
 
 
@@ -71,13 +104,13 @@ def test_an_error_does_not_wait_for_a_device_that_hangs(pool: LocalPool) -> None
     pool.now = 5.25
     pool.tick()
     ((told, answer),) = pool.grants.pop("b")
-    assert (told, refused(answer).details["pinned_by"]) == (ticket, {"client a": 8 * PAGE})
+    assert (told, refused(answer).details["held_by"]) == (ticket, {"client a": 8 * PAGE})
     assert pool.state.next_deadline() is None
     batch = Batch(1)
     pool.handle(CachesRequested(batch, "b", [(1, 0, PAGE, PAGE, 0.0, 0, None)]))
     assert len(pool.outboxes[0]) == 1, "it is not asked again before it has answered"
     pool.settle()
-    assert refused(pool.done.pop(batch)[0]).details["pinned_by"] == {"client a": 16 * PAGE}
+    assert refused(pool.done.pop(batch)[0]).details["held_by"] == {"client a": 16 * PAGE}
 
 
 def test_an_error_comes_also_if_a_device_is_lost_meanwhile(pool: LocalPool) -> None:
@@ -91,4 +124,4 @@ def test_an_error_comes_also_if_a_device_is_lost_meanwhile(pool: LocalPool) -> N
     pool.take(pool.state.fail_operations([lost], CapacityError("the device is lost"), pool.now))
     pool.settle()
     ((told, answer),) = pool.grants["b"]
-    assert (told, refused(answer).details["pinned_by"]) == (ticket, {"client a": 8 * PAGE})
+    assert (told, refused(answer).details["held_by"]) == (ticket, {"client a": 8 * PAGE})

@@ -148,7 +148,13 @@ async def open_device(faults: Faults) -> AsyncIterator[OpenDevice]:
     backends: list[HostBackend] = []
     before = len(os.listdir("/proc/self/fd"))
 
-    async def open_it(pages: int, where: Any = None, budget_bytes: int = 1 << 30, **options: Any) -> Device:
+    async def open_it(
+        pages: int,
+        where: Any = None,
+        budget_bytes: int = 1 << 30,
+        start_deadline_s: float = DEADLINE_S,
+        **options: Any,
+    ) -> Device:
         gone: list[CacheKey] = []
         host = disk = None
         if pages:
@@ -158,6 +164,7 @@ async def open_device(faults: Faults) -> AsyncIterator[OpenDevice]:
             disk = DiskTier(folder_at(where) if isinstance(where, str) else where, budget_bytes)
         device = Device(LowerTiers(host, disk, gone.extend, **options), host, disk, gone)
         devices.append(device)
+        device.tiers._start_deadline_s = start_deadline_s  # a busy machine is not a store that hangs
         device.restored = await device.tiers.start()
         return device
 

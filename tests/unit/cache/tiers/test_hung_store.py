@@ -7,6 +7,7 @@ import pytest
 from disk_stores import DEADLINE_S, Faults, FaultyFileSystem, FaultyFolder, key_of
 
 from kvpool.cache.disk.folder import folder_at
+from kvpool.cache.disk.index import DiskEntry
 from kvpool.cache.disk.tier import DEFAULT_THREADS, DiskTier
 from kvpool.errors import TierError
 
@@ -23,6 +24,16 @@ async def arrived(faults, count=1):
 async def in_time(call):
     async with asyncio.timeout(DEADLINE_S / 2):  # a gate itself opens by an error after all of it
         return await call
+
+
+def file_bytes():
+    return DiskEntry(key_of(0), None, 64 << 10).file_bytes
+
+
+async def stored(device, number):
+    """Write a cache to the disk, however long that takes."""
+    source = device.written(number)
+    await device.disk.write_through(source.key, None, source.view())
 
 
 def files():
@@ -70,7 +81,7 @@ async def test_a_removal_that_must_wait_fails_in_time_and_is_remembered(open_dev
         gate = faults.gates["put"] = threading.Event()
         await in_time(device.tiers.write_through([device.written(1)]))
     else:
-        await device.tiers.write_through([device.written(1)])
+        await stored(device, 1)
         gate = faults.gates[operation] = threading.Event()
     if operation == "get":
         await in_time(device.fill(1))
@@ -129,6 +140,48 @@ async def test_what_was_removed_behind_a_pack_that_hangs_is_not_found_by_the_nex
     gate.set()
 
 
+async def test_what_was_removed_behind_its_own_eviction_that_hangs_is_not_found_by_the_next_start(
+    open_device, tmp_path
+):
+    """What was going for others was in no list of what lies on disk, and so its removal was not noted."""
+    faults = Faults()
+    folder = FaultyFolder(str(tmp_path / "tier"), faults)
+    device = await open_device(0, folder, budget_bytes=file_bytes(), deadline_s=SOON_S)
+    await stored(device, 1)
+    gate = faults.gates["remove"] = threading.Event()
+    (error,) = await in_time(device.tiers.write_through([device.written(2)]))
+    assert error.details["cause"] == "timeout"
+    with pytest.raises(TierError, match="call again"):
+        await in_time(device.tiers.remove([key_of(1)]))
+    assert len(list((tmp_path / "tier").glob("*.kvremoved"))) == 1
+    assert len(list((tmp_path / "tier").glob("*/*.kvcache"))) == 1
+    folder._folder.close()  # as the end of the process does: it lets go of the lock
+    again = DiskTier(folder_at(str(tmp_path / "tier")), 1 << 30)
+    assert await again.start() == []
+    await again.close()
+    gate.set()
+
+
+async def test_what_was_removed_behind_its_own_eviction_that_hangs_is_gone_when_the_store_answers(open_device, faults):
+    device = await open_device(0, URL, budget_bytes=file_bytes(), deadline_s=SOON_S)
+    await stored(device, 1)
+    gate = faults.gates["delete"] = threading.Event()
+    await in_time(device.tiers.write_through([device.written(2)]))
+    with pytest.raises(TierError, match="call again"):
+        await in_time(device.tiers.remove([key_of(1)]))
+    assert device.found(1) == [None]
+    faults.errors["delete"] = OSError("not now")  # the eviction fails in the end, and what it was of is found again
+    gate.set()
+    await in_time(device.saved())
+    while device.tiers._removal._going:
+        await in_time(asyncio.wait(device.tiers._removal._going))
+    assert device.found(1) == [None]
+    faults.errors.clear()
+    await in_time(device.tiers.remove([key_of(1)]))
+    assert (device.found(1), files()) == ([None], 0)
+    device.disk._index.check()
+
+
 @pytest.mark.parametrize("operation", ["read", "write"])
 async def test_what_was_removed_behind_a_call_that_hangs_is_not_found_by_the_next_start(
     open_device, tmp_path, operation
@@ -139,7 +192,7 @@ async def test_what_was_removed_behind_a_call_that_hangs_is_not_found_by_the_nex
     device = await open_device(0, folder, deadline_s=SOON_S)
     gate = threading.Event()
     if operation == "read":
-        await device.tiers.write_through([device.written(1)])
+        await stored(device, 1)
         faults.gates["read"] = gate
         assert await in_time(device.fill(1)) == [False]
     else:
@@ -183,7 +236,7 @@ async def test_two_removals_of_one_key_behind_a_call_that_hangs_leave_nothing(op
 
 async def test_a_start_that_hangs_is_done_without_the_disk(open_device, faults, caplog):
     gate = faults.gates["list"] = threading.Event()
-    device = await in_time(open_device(4, URL, deadline_s=SOON_S / 10))
+    device = await in_time(open_device(4, URL, start_deadline_s=SOON_S))
     assert "no answer within" in device.tiers.statistics()["disk_problem"]
     assert await device.demote(1) == [True]
     with pytest.raises(TierError, match="may be left"):
