@@ -126,7 +126,7 @@ class LocalPool:
         self.done: dict[Batch, list[Any]] = {}
         for number in range(devices):
             allocator = GPUMemoryAllocator(HostBackend(), pages * page_bytes, page_bytes)
-            self.stores.append(DeviceStore(allocator))
+            self.stores.append(DeviceStore(allocator, compaction_step_bytes=page_bytes))
             self.outboxes.append(deque())
             self.state.add_device(
                 f"host-{number}", "here", pages * page_bytes, page_bytes, 4096, 8 * pages * page_bytes, lower,

@@ -10,13 +10,15 @@ import gc
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import inf
 from random import Random
 from typing import Any
 
 from kvpool.bench import background
 from kvpool.bench.rows import median, quantile, row
+from kvpool.cache.store import STEP_BYTES
 from kvpool.config import PoolConfig
-from kvpool.errors import ensure
+from kvpool.errors import CapacityError, ensure
 from kvpool.memory.allocation import Allocation
 from kvpool.memory.allocator import GPUMemoryAllocator
 from kvpool.memory.host import HostBackend
@@ -27,6 +29,8 @@ _CAPACITY_BYTES = 256 * MIB
 _PAGE_BYTES = 2 * MIB
 _SIZES = (4 * KIB, 64 * KIB, 96 * KIB, 256 * KIB, 640 * KIB, 1 * MIB)
 _FOREGROUND_SIZES = (64 * KIB, 256 * KIB, 1 * MIB)
+_STEPWISE_SIZE = 96 * KIB
+_ASKED_BYTES = 96 * MIB
 _REPEATS = 3
 _LEAST_INTERVAL_S, _MOST_INTERVAL_S = 0.00025, 0.00075
 """An allocation, and the end of the one before, so often. By chance: intervals all alike that the clock's tick (4 ms)
@@ -65,6 +69,7 @@ def _rows() -> list[dict[str, Any]]:
         name = f"compaction of caches of {format_size(size_bytes)}, beside memcpy"
         rows.append(row(name, max(compacted), "GB/s", max(copied)))
     del memory
+    rows.append(_stepwise_row())
     for size_bytes in _FOREGROUND_SIZES:
         rows += _foreground_rows(size_bytes)
     return rows
@@ -93,6 +98,29 @@ def _compact_gb_per_s(size_bytes: int) -> float:
         start = time.thread_time()
         done = memory.compact()
         return done.moved_bytes / (time.thread_time() - start) / 1e9
+
+
+def _stepwise_row() -> dict[str, Any]:
+    """Return how long a device serves nobody for an allocation that has to compact first, beside all of it at once."""
+    longest_ms = [1e3 * min(max(_steps_s(most_bytes)) for _ in range(_REPEATS)) for most_bytes in (STEP_BYTES, inf)]
+    of = f"{format_size(_ASKED_BYTES)} that have to be compacted for"
+    return row(f"allocation of {of}: longest step, beside all at once", longest_ms[0], "ms", longest_ms[1])
+
+
+def _steps_s(most_bytes: float) -> list[float]:
+    """Return the seconds of each step of such an allocation."""
+    steps: list[float] = []
+    with _holes(_STEPWISE_SIZE) as (memory, unused_id):
+        while True:
+            memory.compaction_allowance_bytes = most_bytes
+            start = time.thread_time()
+            try:
+                memory.allocate(unused_id, _ASKED_BYTES)
+            except CapacityError as error:
+                steps.append(time.thread_time() - start)
+                ensure(error.details.get("compaction_left"), "half of the memory lies in holes")
+            else:
+                return [*steps, time.thread_time() - start]
 
 
 def _foreground_rows(size_bytes: int) -> list[dict[str, Any]]:

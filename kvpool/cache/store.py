@@ -26,7 +26,9 @@ operation                                                           answer
 ``("holders",)``                                                    ``{client: (caches, bytes, age of the oldest)}``
 =================================================================== ================================================
 
-``compact`` moves caches that nobody has leased, and so does ``allocate`` where there is no room. A cache's next lease
+``compact`` moves caches that nobody has leased, and so do ``allocate``, ``resize`` and ``back`` where there is no room,
+in each batch for a few milliseconds. If there may be more to gain by it, the shortage has ``compaction_left`` in its
+details: asked again for what is missing, the device goes on, and others are served in between. A cache's next lease
 gives its new place, with a higher generation.
 
 A *place* is ``(offset, pages, generation)``, with pages as ``((index, serial), ...)``. ``allocate`` first evicts, then
@@ -65,8 +67,12 @@ from kvpool.errors import (
 from kvpool.memory.allocation import Allocation
 from kvpool.memory.allocator import GPUMemoryAllocator
 from kvpool.memory.extents import Extents
+from kvpool.sizes import MIB
 
 RELEASED, FREED = 0, 1
+
+STEP_BYTES = 16 * MIB
+"""What operations of a batch may copy by compaction before others are served: 2 to 6 ms."""
 
 Place = tuple[int, tuple[tuple[int, int], ...], int]
 Operation = tuple[Any, ...]
@@ -94,10 +100,13 @@ class DeviceStore:
     ----------
     allocator
         The device's memory. The store is its only user.
+    compaction_step_bytes
+        Bytes after which the operations of a batch begin no more compaction. (A page may be more.)
     """
 
-    def __init__(self, allocator: GPUMemoryAllocator) -> None:
+    def __init__(self, allocator: GPUMemoryAllocator, compaction_step_bytes: int = STEP_BYTES) -> None:
         self.allocator = allocator
+        self._compaction_step_bytes = compaction_step_bytes
         allocator.owner = self
         self._caches: dict[int, CacheRecord] = {}
         self._clients: dict[str, _Client] = {}
@@ -141,6 +150,7 @@ class DeviceStore:
             Told of each operation, with its answer, as soon as it is carried out.
         """
         self._now = now
+        self.allocator.compaction_allowance_bytes = self._compaction_step_bytes
         answers: list[Any] = []
         with self.allocator.change():
             for cache_id, void in list(self._leaving.items()):

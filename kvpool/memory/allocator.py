@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -95,6 +96,9 @@ class GPUMemoryAllocator:
         self._live: dict[int, Allocation] = {}
         self._live_bytes = 0
         self._changes = 0  # blocks of change() under way
+        #: Bytes that allocations may still copy by compaction; whoever sets it renews it. When they are used up, what
+        #: would take more of it raises :class:`CapacityError` with ``details["compaction_left"]``.
+        self.compaction_allowance_bytes = math.inf
         self._highest_id = -1
         self._page_shift = page_size_bytes.bit_length() - 1
         self._table = PageTable(backend, capacity_pages, page_size_bytes, arena_pages)
@@ -557,15 +561,30 @@ class GPUMemoryAllocator:
         for tenant in possible:
             done = Compaction(0, 0, True)
             while done.more:
+                if self.compaction_allowance_bytes <= 0:
+                    error = no_room(CapacityError, request, self.usage(), self._largest_bytes(request.tenant))
+                    error.details["compaction_left"] = True
+                    raise error
                 # Pages of another tenant that its clients map come free only later: what counts can be used now.
                 missing = max(1, needed - self._ranges.pages_for(request.tenant))
-                done = self._mover.step(tenant, self.capacity_bytes, missing, self.owner)
+                done = self._compact_for(tenant, missing, self.owner)
                 if not done.moved_bytes:  # perhaps there is more elsewhere, but it was looked for long enough
                     break
                 place = self._place(request)
                 if place is not None:
                     return place
         return None
+
+    def _compact_for(self, tenant: str, pages: int, owner: Movable) -> Compaction:
+        """Compact so that so many pages come free, or as far as is allowed."""
+        if self.compaction_allowance_bytes < self.capacity_bytes:
+            done = self._mover.go_on(tenant, int(self.compaction_allowance_bytes), owner, None, pages)
+            self.compaction_allowance_bytes -= done.moved_bytes
+            if done.moved_bytes:
+                return done
+        done = self._mover.step(tenant, self.capacity_bytes, pages, owner)
+        self.compaction_allowance_bytes -= done.moved_bytes
+        return done
 
     def _place_by_eviction(self, request: Request) -> Place:
         while self._victims is not None and (victim := self._victims.next_victim()) is not None:

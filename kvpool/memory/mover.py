@@ -125,8 +125,10 @@ class Mover:
         # (All of it: a plan that is left half-way might undo by turns what another one did.)
         return self._carry_out(tenant, plan.moves, plan.freed, owner)
 
-    def go_on(self, tenant: str, budget_bytes: int, owner: Movable, looks: int | None) -> Compaction:
-        """Take a small step: copy ``budget_bytes``, or a cache, of a plan for one page that lasts for several steps.
+    def go_on(
+        self, tenant: str, budget_bytes: int, owner: Movable, looks: int | None, most_pages: int = 1
+    ) -> Compaction:
+        """Take a small step: copy ``budget_bytes``, or a cache, of a plan for some pages that lasts for several steps.
 
         Between two of them caches come, go and are leased. Moves that are not possible any more are left out. A plan
         is made with ``looks`` snapshots of each kind at most; None: with as many as it takes.
@@ -142,7 +144,8 @@ class Mover:
         if self._begun is None:
             if self._shared.free_bytes(tenant) < self._page_bytes:
                 return Compaction(0, 0, False)
-            plan = self._plan(Survey(self._shared, tenant, self._page_bytes, owner), self._page_bytes, 1, looks)
+            survey = Survey(self._shared, tenant, self._page_bytes, owner)
+            plan = self._plan(survey, most_pages * self._page_bytes, most_pages, looks)
             if not plan.moves:
                 return Compaction(0, 0, looks is None and tenant in self._searched)
             moves = plan.moves

@@ -32,6 +32,7 @@ from kvpool.pool.quota import Owner
 from kvpool.pool.refusals import Refusals
 from kvpool.pool.requests import CacheRequest, Orders, Shortage
 from kvpool.pool.room import Room
+from kvpool.pool.stepwise import send_stepwise
 from kvpool.pool.validation import check_request
 from kvpool.sizes import format_size
 
@@ -193,7 +194,7 @@ class Allocations:
                 "allocate", client, first.sequence, first.client.tenant, ids, size_bytes, max_size_bytes, evict,
             )  # fmt: skip
             traces = distinct(request.trace for request in requests)
-            self._ledger.send(device, operation, partial(self._caches_placed, device, ids, requests), traces)
+            send_stepwise(self._ledger, device, operation, partial(self._caches_placed, device, ids, requests), traces)
         for change, request in orders.changes:
             self.changes.send(change, request, orders.evict.pop(change.device, []))
 

@@ -31,6 +31,7 @@ from kvpool.pool.instructions import Answer, Batch
 from kvpool.pool.ledger import Ledger
 from kvpool.pool.requests import CacheRequest, Change, Orders
 from kvpool.pool.room import Room
+from kvpool.pool.stepwise import send_stepwise
 from kvpool.pool.validation import check_timeout
 from kvpool.sizes import format_size
 
@@ -228,7 +229,7 @@ class BackingChanges:
         asked = total_bytes(change.asked) if change.kind == "resize" else change.asked
         operation = change.kind, request.client.id, request.sequence, change.cache_id, asked, evict
         traces = () if request.trace is None else (request.trace,)
-        self._ledger.send(change.device, operation, partial(self._answered, change, request), traces)
+        send_stepwise(self._ledger, change.device, operation, partial(self._answered, change, request), traces)
 
     def _answered(self, change: Change, request: CacheRequest, answer: Answer, now: float) -> None:
         extents = None if answer[0] == "error" else answer[0]

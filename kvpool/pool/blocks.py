@@ -23,6 +23,7 @@ from kvpool.pool.ledger import Ledger
 from kvpool.pool.model import Model
 from kvpool.pool.requests import BlocksRequest, CacheRequest
 from kvpool.pool.room import Room
+from kvpool.pool.stepwise import send_stepwise
 from kvpool.sizes import format_size
 
 _MOST_SHORTAGES = 3
@@ -162,7 +163,7 @@ class BlockAllocations:
         operation = ("allocate", client.id, request.sequence, client.tenant, ids, size_bytes, size_bytes, evict)
         request.open_operations += 1
         then = partial(self._blocks_placed, request, number, positions, attempts)
-        self._ledger.send(number, operation, then, distinct([request.trace]))
+        send_stepwise(self._ledger, number, operation, then, distinct([request.trace]))
 
     def _blocks_placed(
         self, request: BlocksRequest, number: int, positions: list[int], attempts: int, answer: Answer, now: float

@@ -24,6 +24,7 @@ from kvpool.pool.leases import RAISER, Leases
 from kvpool.pool.ledger import Ledger
 from kvpool.pool.model import Model
 from kvpool.pool.room import Room
+from kvpool.pool.stepwise import send_stepwise
 
 
 @dataclass(slots=True, eq=False)
@@ -150,7 +151,7 @@ class Raising:
         for block_hash in work.hashes:
             self._under_way[model.space, block_hash] = work
         operation = ("allocate", raiser.id, 0, model.tenant, work.ids, size_bytes, size_bytes, evicted)
-        ledger.send(device.number, operation, lambda answer, now: self._placed(work, answer, now))
+        send_stepwise(ledger, device.number, operation, lambda answer, now: self._placed(work, answer, now))
         return work
 
     def _raiser(self, tenant: str, device: int) -> Client:

@@ -139,7 +139,7 @@ class ElasticMachine(RuleBasedStateMachine):
         self.allocator = GPUMemoryAllocator(
             self.memory, pages * PAGE, PAGE, MIN, arena_bytes=64 * PAGES * PAGE, reserve_bytes=RESERVE
         )
-        self.store = DeviceStore(self.allocator)
+        self.store = DeviceStore(self.allocator, compaction_step_bytes=PAGE)
         self.index.add_device(self.epoch)
         self.clients = {}
         for tenant in TENANTS:
@@ -253,7 +253,9 @@ class ElasticMachine(RuleBasedStateMachine):
             if shortage is None:
                 assert not wanted
                 return
-            if shortage["class"] != "CapacityError" or (evict := self.victims(size_bytes)) == []:
+            if shortage["details"].get("compaction_left"):
+                evict = []
+            elif shortage["class"] != "CapacityError" or (evict := self.victims(size_bytes)) == []:
                 break
         for cache_id in wanted:
             self.index.remove(self.index.row_of(cache_id))
