@@ -54,6 +54,11 @@ class Write(Request[None]):
         self.victims: Sequence[DiskEntry] = ()
         """What goes for it."""
 
+    @property
+    def stored(self) -> bool:
+        """Whether it is done, and well."""
+        return self.done.done() and not self.done.cancelled() and self.done.exception() is None
+
 
 class Packing(Batches[Write, None]):
     """Packs what waits of one tenant and fingerprint; what is alone gets a file of its own.

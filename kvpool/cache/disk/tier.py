@@ -34,7 +34,7 @@ from kvpool.cache.key import BlockHash, CacheKey
 from kvpool.errors import InvalidSizeError, KvpoolError, TierError
 
 DEFAULT_THREADS = 4
-DEFAULT_QUEUE_LIMIT = 512
+DEFAULT_QUEUE_LIMIT = 1024
 
 
 class DiskTier:
@@ -132,6 +132,11 @@ class DiskTier:
         await self._removers.close()
         await self._syncs.close()
         self._folder.close()
+
+    @property
+    def takes_packs(self) -> bool:
+        """Whether small caches that come together lie together; else each is a call of the store by itself."""
+        return self._folder.takes_packs
 
     def find(self, key: CacheKey) -> DiskEntry | None:
         """Return what is known of a cache on disk, or None. No use, no hit, no miss."""
