@@ -60,15 +60,15 @@ async def test_a_store_that_takes_nothing(open_tier, faults, caplog, error, caus
 async def test_on_a_store_that_is_full_below_the_budget_old_files_go_for_new_ones(open_tier, tmp_path, monkeypatch):
     room_bytes, gone = 3 * FILE, []
     tier = await open_tier(str(tmp_path), on_gone=gone.extend)
-    real = os.pwritev
+    real = os.writev
 
-    def pwritev(file, parts, *where):
+    def writev(file, parts):
         used_bytes = sum(path.stat().st_size for path in tmp_path.rglob("*.kvcache"))
         if used_bytes + sum(map(len, parts)) > room_bytes:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return real(file, parts, *where)
+        return real(file, parts)
 
-    monkeypatch.setattr(os, "pwritev", pwritev)
+    monkeypatch.setattr(os, "writev", writev)
     for number in range(5):
         await tier.write_through(key_of(number), None, content_of(number))
     assert gone == [key_of(0), key_of(1)]

@@ -435,15 +435,15 @@ async def test_on_a_store_that_is_full_below_the_budget_old_ones_go_for_a_pack(o
     gone = []
     tier = await open_tier(str(tmp_path), on_gone=gone.extend)
     await write_together(tier, range(8))
-    real, fails = os.pwritev, [True]
+    real, fails = os.writev, [True]
 
-    def pwritev(*how):
+    def writev(file, parts):
         if fails:
             fails.clear()
             raise OSError(errno.ENOSPC, "No space left on device")
-        return real(*how)
+        return real(file, parts)
 
-    monkeypatch.setattr(os, "pwritev", pwritev)
+    monkeypatch.setattr(os, "writev", writev)
     assert all(await write_together(tier, range(10, 14)))
     assert gone == [key_of(number) for number in range(4)]
     assert await contents(tier, range(14)) == [False] * 4 + [True] * 4 + [False] * 2 + [True] * 4

@@ -1,7 +1,6 @@
 """What the disk tier does when the store does what it should: on local files and on an object store alike."""
 
 import asyncio
-import errno
 import os
 import random
 import stat
@@ -288,12 +287,12 @@ def test_bytes_are_on_disk_before_the_name_is_there(tmp_path, monkeypatch):
     folder = LocalFolder(tmp_path)
     folder.write("s/first", (b"x",))
     folder.sync("s")
-    for name in ("pwritev", "fsync", "replace"):
+    for name in ("writev", "fsync", "replace"):
         record(name)
     folder.write("s/a", (b"header", memoryview(b"payload")))
     folder.sync("s")
     temporary = "a.kvtmp"
-    assert steps == [("pwritev", temporary), ("fsync", temporary), ("replace", temporary), ("fsync", "s")]
+    assert steps == [("writev", temporary), ("fsync", temporary), ("replace", temporary), ("fsync", "s")]
 
 
 def test_the_first_sync_of_a_folder_puts_its_own_name_on_disk_too(tmp_path, monkeypatch):
@@ -318,30 +317,14 @@ def test_the_first_sync_of_a_folder_puts_its_own_name_on_disk_too(tmp_path, monk
 
 
 def test_interrupted_reads_and_writes_go_on(tmp_path, monkeypatch):
-    real_write, real_read = os.pwritev, os.preadv
-    monkeypatch.setattr(os, "pwritev", lambda file, parts, *where: real_write(file, [parts[0][:3]], *where))
+    real_write, real_read = os.writev, os.preadv
+    monkeypatch.setattr(os, "writev", lambda file, parts: real_write(file, [parts[0][:3]]))
     monkeypatch.setattr(os, "preadv", lambda file, parts, offset: real_read(file, [memoryview(parts[0])[:2]], offset))
     folder = LocalFolder(tmp_path)
     folder.write("s/a", (b"header", memoryview(b"payload")))
     parts = bytearray(6), bytearray(7)
     assert folder.read("s/a", parts) == 13
     assert parts == (b"header", b"payload")
-
-
-def test_a_system_that_cannot_write_out_at_once_writes_and_syncs(tmp_path, monkeypatch):
-    real, refused = os.pwritev, []
-
-    def pwritev(file, parts, offset, *flags):
-        if flags:
-            refused.append(flags)
-            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
-        return real(file, parts, offset)
-
-    monkeypatch.setattr(os, "pwritev", pwritev)
-    folder = LocalFolder(tmp_path)
-    folder.write("s/a", (b"header", memoryview(b"payload")))
-    assert (tmp_path / "s" / "a").read_bytes() == b"headerpayload"
-    assert len(refused) == 1
 
 
 def test_parts_that_cannot_be_made_leave_no_file(tmp_path):
