@@ -182,6 +182,12 @@ class PoolConfig(BaseSettings):
                 "folder by disk_url, or leave disk_budget out",
                 asked=self.disk_budget,
             )
+        if self.write_policy == "write_through" and self.disk_url is None:  # by word, too: no put could be answered
+            raise ConfigError(
+                "write_policy=write_through writes each put to disk before it is answered, and there is no disk: name "
+                "its folder by disk_url, or leave write_policy out (or set it to write_back)",
+                asked=self.write_policy,
+            )
 
     @classmethod
     def settings_customise_sources(

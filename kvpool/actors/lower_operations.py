@@ -31,7 +31,7 @@ from kvpool.cache.lower_tiers import LowerTiers
 from kvpool.cache.source import Source
 from kvpool.cache.store import DeviceStore
 from kvpool.config import TierPlan
-from kvpool.errors import InvalidatedError, InvariantError, KvpoolError, TierError, UnknownCacheError, ensure
+from kvpool.errors import InvalidatedError, InvariantError, KvpoolError, UnknownCacheError, ensure
 from kvpool.memory.host import HostBackend
 from kvpool.sizes import MIB
 
@@ -212,9 +212,12 @@ class LowerOperations:
         self._store.hold([entries[position][0] for position in wanted])
         # What this call has written must not go for what it writes next.
         with self._tiers.keeping_on_disk([source.key for source in sources]):
-            errors = await asyncio.gather(
-                *(self._write(entries[place][0], source) for place, source in zip(wanted, sources, strict=True))
-            )
+            try:
+                errors = await self._tiers.write_through(sources)
+            finally:
+                for place, source in zip(wanted, sources, strict=True):
+                    self._hold_while_late(entries[place][0], source)
+                    self._store.unhold([entries[place][0]])
         for position, failed in zip(wanted, errors, strict=True):
             outcomes[position] = True if failed is None else ("error", *failed.to_wire())
         return outcomes
@@ -240,14 +243,6 @@ class LowerOperations:
 
     def _evicted(self) -> int:
         return int((self._tiers.statistics()["disk"] or {}).get("evicted_files", 0))
-
-    async def _write(self, cache_id: int, source: Source) -> TierError | None:
-        try:
-            (error,) = await self._tiers.write_through([source])
-            return error
-        finally:
-            self._hold_while_late(cache_id, source)
-            self._store.unhold([cache_id])
 
     def _hold_while_late(self, cache_id: int, source: Source) -> None:
         """Keep a cache in its place for as long as a call that hangs in the store uses its memory."""

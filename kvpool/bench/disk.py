@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from kvpool.cache.disk.header import make_header
 from kvpool.cache.disk.index import DiskEntry, DiskIndex
 from kvpool.cache.disk.local import LocalFolder
 from kvpool.cache.disk.names import CACHE_SUFFIX, PACK_SUFFIX
+from kvpool.cache.disk.packing import Write
+from kvpool.cache.disk.reading import Read
 from kvpool.cache.disk.scan import scan
 from kvpool.cache.disk.statistics import DiskCounters
 from kvpool.cache.disk.tier import DiskTier
@@ -28,6 +30,7 @@ from kvpool.sizes import KIB, MIB
 TOTAL_BYTES = 256 * MIB
 SMALL_TOTAL_BYTES = 32 * MIB
 FILES_TO_FIND = 20_000
+_BUDGET_BYTES = 4 << 30  # nothing is evicted
 _ROUNDS = 7
 _HASH_ROUNDS = 7
 _HASHED_BYTES = 256 * MIB  # more than the processor's cache
@@ -55,6 +58,7 @@ async def _rows(folder: Path, size_bytes: int, total_bytes: int) -> list[dict[st
     keys = [CacheKey("bench", "bench", encode_block_id(number)) for number in range(count)]
     one_file = folder / "dd"
     pairs: dict[str, list[tuple[float, float]]] = {}
+    files: list[int] = []  # caches in each file that the tier has written
 
     async def time_it(work: Callable[[], Awaitable[object]]) -> float:
         await asyncio.to_thread(os.sync)
@@ -72,12 +76,22 @@ async def _rows(folder: Path, size_bytes: int, total_bytes: int) -> list[dict[st
         _unlink([folder / f"each-{written}" for written in range(count)])
         return spent_s
 
+    async def write_files(_number: int) -> float:
+        spent_s = await time_it(lambda: asyncio.to_thread(_write_files, folder, views, files))
+        _unlink([folder / f"each-{written}" for written in range(len(files))])
+        return spent_s
+
     async def write(kind: str, number: int) -> float:
         tier_folder = folder / f"{size_bytes}-{number}" / kind
-        tier = DiskTier(LocalFolder(tier_folder), 4 * total_bytes, queue_limit=count)
+        tier = DiskTier(LocalFolder(tier_folder), _BUDGET_BYTES, queue_limit=count)
         await tier.start()
-        write = tier.write_back if kind == "back" else tier.write_through
-        spent_s = await time_it(lambda: _all(write(k, None, v) for k, v in zip(keys, views, strict=True)))
+
+        async def write_all() -> None:
+            durable = kind == "through"
+            await tier.write([Write(k, None, v, durable=durable) for k, v in zip(keys, views, strict=True)])
+
+        spent_s = await time_it(write_all)
+        files[:] = [path.stat().st_size // size_bytes for path in _files_in(tier_folder)]
         ensure(tier.statistics().files == count, "all caches are on disk", **tier.statistics().errors)
         if kind == "back":
             await read(tier, tier_folder)
@@ -98,8 +112,9 @@ async def _rows(folder: Path, size_bytes: int, total_bytes: int) -> list[dict[st
             spent["each"].append(await time_it(lambda: asyncio.to_thread(_read_each, files, parts)))
             await asyncio.to_thread(_forget_all, _files_in(tier_folder))
             into[:] = 0
-            reads = (tier.read_into(k, p) for k, p in zip(keys, parts, strict=True))
-            spent["tier"].append(await time_it(partial(_all, reads)))
+            spent["tier"].append(
+                await time_it(lambda: tier.read([Read(k, p) for k, p in zip(keys, parts, strict=True)]))
+            )
             ensure(bool((into == source).all()), "what was read back is what is written")
         _unlink([one_file, *files])
         for kind, beside in (("read", "one"), ("read beside each", "each")):
@@ -109,19 +124,26 @@ async def _rows(folder: Path, size_bytes: int, total_bytes: int) -> list[dict[st
         before = await write_one()
         kinds: dict[str, Callable[[int], Awaitable[float]]] = {
             "back": partial(write, "back"),
+            "files": write_files,
             "each": write_each,
             "through": partial(write, "through"),
         }
+        spent: dict[str, float] = {}
         for kind, measured in kinds.items():
-            spent_s = await measured(number)
+            spent_s = spent[kind] = await measured(number)
             after = await write_one()
             pairs.setdefault(kind, []).append((spent_s, (before + after) / 2))
             before = after
+        for kind in ("back", "through"):
+            pairs.setdefault(f"{kind} beside files", []).append((spent[kind], spent["files"]))
+    each = "files as large as the tier's, by one thread, each synced"
     size = f"{size_bytes // KIB} KiB" if size_bytes < MIB else f"{size_bytes // MIB} MiB"
     return [
         _compared(f"{size}: write back, beside one file with one sync (dd conv=fsync)", pairs["back"], total_bytes),
         _compared(f"{size}: as many files, each synced, beside one file with one sync", pairs["each"], total_bytes),
         _compared(f"{size}: write through, beside one file with one sync", pairs["through"], total_bytes),
+        _compared(f"{size}: write back, beside {each}", pairs["back beside files"], total_bytes),
+        _compared(f"{size}: write through, beside {each}", pairs["through beside files"], total_bytes),
         _compared(f"{size}: read and verify, beside reading one file", pairs["read"], total_bytes),
         _compared(f"{size}: read and verify, beside reading as many files", pairs["read beside each"], total_bytes),
     ]
@@ -141,11 +163,6 @@ def _compared(name: str, pairs: list[tuple[float, float]], total_bytes: int) -> 
     return measured | {"ratio": median(ratios), "ratios": sorted(ratios)}
 
 
-async def _all(work: Any) -> None:
-    coroutines: list[Coroutine[Any, Any, Any]] = list(work)
-    await asyncio.gather(*coroutines)
-
-
 def _write_one(path: Path, views: list[memoryview]) -> None:
     """Do what ``dd conv=fsync`` does with a block size of one cache."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -160,6 +177,14 @@ def _write_one(path: Path, views: list[memoryview]) -> None:
 def _write_each(folder: Path, views: list[memoryview]) -> None:
     for number, view in enumerate(views):
         _write_one(folder / f"each-{number}", [view])
+
+
+def _write_files(folder: Path, views: list[memoryview], files: list[int]) -> None:
+    """Write as many files as the tier has written, each of as many caches, and synced."""
+    start = 0
+    for number, caches in enumerate(files):
+        _write_one(folder / f"each-{number}", views[start : start + caches])
+        start += caches
 
 
 def _unlink(paths: list[Path]) -> None:

@@ -9,7 +9,6 @@ from kvpool.cache.arrivals import Arrivals
 from kvpool.cache.contents import LowerContents
 from kvpool.cache.disk.tier import DiskTier
 from kvpool.cache.disk_calls import DiskCalls
-from kvpool.cache.gathering import all_of
 from kvpool.cache.host_index import Kind
 from kvpool.cache.key import CacheKey
 from kvpool.cache.mover import Mover
@@ -62,8 +61,7 @@ class Demotion:
         if new and self.arrivals is not None:
             kept |= await self._bring(self.arrivals, new, Kind.SOLE, deadline)
         elif new and self._staged is not None:
-            staged = self._staged
-            stored = await all_of([staged.write(source, deadline) for source in new])
+            stored = await self._staged.write(new, deadline)
             kept |= {source.key for source, there in zip(new, stored, strict=True) if there}
         if self._behind is not None:
             self._behind.wake(sum(source.size_bytes for source in unique.values()))
@@ -98,7 +96,7 @@ class Demotion:
             return [False] * len(sources)
         # Through a buffer, and in bounded time: what stands behind this in line must not wait for a store that hangs.
         deadline = asyncio.get_running_loop().time() + self.patience_s
-        stored = await all_of([staged.write(source, deadline) for source in sources])
+        stored = await staged.write(sources, deadline)
         self._contents.counters.copied_ahead += stored.count(True)
         return stored
 
@@ -106,21 +104,19 @@ class Demotion:
         """Write caches to the disk; None for each that is safe there."""
         if calls is None:
             return [self.no_disk()] * len(sources)
-        return await all_of([self._write_through(calls, source) for source in sources])
+        errors = await calls.write_through(sources)
+        contents = self._contents
+        for source, error in zip(sources, errors, strict=True):
+            entry = contents.host_entry(source.key)
+            if error is None and entry is not None and entry.kind is Kind.SOLE and contents.host is not None:
+                contents.host.index.use(entry, contents.kind_alone(source))
+        return errors
 
     def no_disk(self) -> TierError:
         """Return the error of what cannot be written for want of a disk."""
         problem = self._contents.disk_problem
         why = "set disk_url" if problem is None else problem
         return TierError(f"a cache cannot be stored durably without a disk tier: {why}", cause="no_disk")
-
-    async def _write_through(self, calls: DiskCalls, source: Source) -> TierError | None:
-        contents = self._contents
-        error = await calls.write_through(source)
-        entry = contents.host_entry(source.key)
-        if error is None and entry is not None and entry.kind is Kind.SOLE and contents.host is not None:
-            contents.host.index.use(entry, contents.kind_alone(source))
-        return error
 
     async def _in_turn(self, arrivals: Arrivals, sources: dict[CacheKey, Source]) -> dict[CacheKey, Source]:
         """Wait until none of these keys is on its way here by another call; leaves out what was removed meanwhile.

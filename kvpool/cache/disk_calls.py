@@ -3,145 +3,213 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
-from kvpool.cache.disk.packing import MOST_PACKED_BYTES
+from kvpool.cache.disk.batches import Request
+from kvpool.cache.disk.packing import MOST_PACKED_BYTES, Write
+from kvpool.cache.disk.reading import Read
 from kvpool.cache.disk.tier import DiskTier
-from kvpool.cache.gathering import settle
-from kvpool.cache.key import CacheKey
+from kvpool.cache.gathering import all_of, settle
 from kvpool.cache.source import Source
-from kvpool.cache.under_way import UnderWay
-from kvpool.errors import InvalidSizeError, TierError
+from kvpool.cache.under_way import UnderWay, Work
+from kvpool.errors import InvalidSizeError, KvpoolError, TierError
 
-_Result = TypeVar("_Result")
-
-_CALLS_AT_ONCE = 16
-"""Reads, and writes. All that are admitted must be done within a deadline."""
-_SMALL_READS_AT_ONCE, _SMALL_WRITES_AT_ONCE = 64, 256
-"""Of those that the tier does together: enough for all its threads, and below the bound of its queue, where more would
-be misses."""
+_LARGE_AT_ONCE = 16
+"""Reads, and writes, of large caches. All that are admitted must be done within a deadline."""
+_PARTIES_AT_ONCE = 4
+"""Of small caches, which the tier does together: as many as it has threads."""
+_PARTY_CACHES, _PARTY_BYTES = 128, 8 << 20
+"""All of them are well below the bound of the tier's queue, where more would be misses."""
+_LONE_PARTY_CACHES = 16
+"""Where each is a call of the store by itself, and all must be done within a deadline."""
 
 
 class _Lanes:
     """Calls of one kind."""
 
-    def __init__(self, small_at_once: int) -> None:
-        self._large, self._small = asyncio.Semaphore(_CALLS_AT_ONCE), asyncio.Semaphore(small_at_once)
-        self.late: set[asyncio.Task[Any]] = set()
+    def __init__(self) -> None:
+        self.large, self.small = asyncio.Semaphore(_LARGE_AT_ONCE), asyncio.Semaphore(_PARTIES_AT_ONCE)
+        self.late: set[asyncio.Future[Any]] = set()
         """Those that nobody waits for any more. Each still has a thread, or a part of one."""
 
-    def room(self, size_bytes: int) -> asyncio.Semaphore:
-        """Return what bounds the calls with caches of a size."""
-        return self._small if size_bytes <= MOST_PACKED_BYTES else self._large
+
+class _Call(NamedTuple):
+    """One cache of a party."""
+
+    source: Source
+    work: Work
+    request: Request[Any]
 
 
 class DiskCalls:
-    """Reads and writes a bounded number of caches at a time.
+    """Reads and writes a bounded number of caches at a time, small ones in parties.
 
-    A call that the store does not answer in time is given up: it returns, but its thread cannot be stopped and goes on
-    with the caller's memory until :meth:`late` ends. Once such calls have all threads, others are given up at once.
-    Any other call returns when no thread uses the memory any more.
+    What the store does not answer in time is given up: the call returns, but the thread cannot be stopped and goes on
+    with the caller's memory until :meth:`late` ends. Once caches that are late have all threads, others are given up
+    at once. Any other call returns when no thread uses the memory any more.
 
     Parameters
     ----------
     disk
         The tier.
     under_way
-        Where each call is entered: a removal cancels it.
+        Where each cache is entered: a removal gives it up.
     deadline_s
-        How long a call may take, from when its turn has come.
+        How long a party, or one large cache, may take, from when its turn has come.
     """
 
     def __init__(self, disk: DiskTier, under_way: UnderWay, deadline_s: float) -> None:
         self._disk, self._under_way, self._deadline_s = disk, under_way, deadline_s
-        self._reads, self._writes = _Lanes(_SMALL_READS_AT_ONCE), _Lanes(_SMALL_WRITES_AT_ONCE)
-        self._late: dict[int, asyncio.Task[Any]] = {}
+        self._reads, self._writes = _Lanes(), _Lanes()
+        self._late: dict[int, asyncio.Future[Any]] = {}
 
-    def late(self, address: int) -> asyncio.Task[Any] | None:
-        """Return the call that was given up and still uses the memory at an address, None if there is none."""
+    def late(self, address: int) -> asyncio.Future[Any] | None:
+        """Return what ends with the call that was given up and still uses the memory at an address, None if none is."""
         return self._late.get(address)
 
-    async def read(self, target: Source) -> bool:
-        """Fill memory with a cache's bytes; False is a miss."""
+    async def read(self, targets: Sequence[Source]) -> list[bool]:
+        """Fill memory with caches' bytes; False is a miss."""
 
-        async def read() -> bool:
-            try:
-                return await self._disk.read_into(target.key, target.view())
-            except InvalidSizeError:  # what is there is another cache than the caller thinks
-                return False
+        def made(target: Source) -> Read:
+            return Read(target.key, target.view())
 
-        try:
-            return await self._call(target, "reading", self._reads, read) is True
-        except TierError:  # it took too long
-            return False
+        def outcome(call: _Call | None, error: Exception | None) -> bool:
+            # Of an InvalidSizeError: what is there is another cache than the caller thinks.
+            if error is not None and not isinstance(error, TierError | InvalidSizeError):
+                raise error
+            return call is not None and error is None and call.request.done.result() is True
 
-    async def write_through(self, source: Source) -> TierError | None:
-        """Store a cache so that it survives a failure of power; returns why not, if not."""
+        async def read(party: Sequence[_Call]) -> None:
+            await self._disk.read([call.request for call in party if isinstance(call.request, Read)])
 
-        async def write() -> bool:
-            await self._disk.write_through(source.key, source.parent, source.view())
-            return True
+        return [outcome(*each) for each in await self._call(targets, "reading", self._reads, made, read)]
 
-        try:
-            written = await self._call(source, "writing", self._writes, write)
-        except TierError as error:
+    async def write_through(self, sources: Sequence[Source]) -> list[TierError | None]:
+        """Store caches so that they survive a failure of power; returns for each why not, if not."""
+
+        def made(source: Source) -> Write:
+            return Write(source.key, source.parent, source.view(), durable=True)
+
+        def outcome(call: _Call | None, error: Exception | None) -> TierError | None:
+            if call is None:
+                return TierError("a cache is not written to disk: it was removed meanwhile", cause="removed")
+            if error is not None and not isinstance(error, TierError):
+                raise error
             return error
-        return (
-            None if written else TierError("a cache is not written to disk: it was removed meanwhile", cause="removed")
-        )
+
+        async def write(party: Sequence[_Call]) -> None:
+            await self._disk.write([call.request for call in party if isinstance(call.request, Write)])
+
+        return [outcome(*each) for each in await self._call(sources, "writing", self._writes, made, write)]
 
     async def _call(
-        self, source: Source, what: str, lanes: _Lanes, call: Callable[[], Coroutine[Any, Any, _Result]]
-    ) -> _Result | None:
-        """Do a call when its turn has come; None if the key is being removed, or was meanwhile.
+        self,
+        sources: Sequence[Source],
+        what: str,
+        lanes: _Lanes,
+        made: Callable[[Source], Request[Any]],
+        do: Callable[[Sequence[_Call]], Any],
+    ) -> list[tuple[_Call | None, Exception | None]]:
+        """Do calls when their turn has come.
 
-        Raises
-        ------
-        TierError
-            If the store does not answer in time.
+        Returns
+        -------
+        list[tuple[_Call | None, Exception | None]]
+            For each the call, which is done and not cancelled, or else why not; None if the key is being removed, or
+            was meanwhile.
         """
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-        async def in_turn() -> _Result:
-            async with lanes.room(source.size_bytes):
-                if len(lanes.late) >= self._disk.threads:
-                    raise self._overdue(what, source.key)
-                turn.set_result(None)
-                return await call()
-
-        work = self._under_way.begin(source.key)
-        if work is None:
-            return None
-        task: asyncio.Task[_Result] = asyncio.ensure_future(in_turn())
-        work.task = task
-        task.add_done_callback(lambda _: self._under_way.end(work))
+        calls: list[_Call | None] = []
+        for source in sources:
+            request = made(source)
+            # Before anything is waited for: a removal that began and ended within that time must find it.
+            work = self._under_way.begin(source.key)
+            if work is None:
+                calls.append(None)
+                continue
+            work.task = request
+            request.done.add_done_callback(lambda _, work=work: self._under_way.end(work))  # type: ignore[misc]
+            calls.append(_Call(source, work, request))
+        begun = [call for call in calls if call is not None]
+        overdue: dict[int, TierError] = {}
         try:
-            await asyncio.wait((task, turn), return_when=asyncio.FIRST_COMPLETED)
-            await asyncio.wait((task,), timeout=self._deadline_s)
-            overdue = not task.done()
-            if overdue:
-                task.cancel()
-                await asyncio.sleep(0)  # now one that has no thread yet has ended
-        except asyncio.CancelledError:
-            await settle((task,))
-            raise
-        if not task.done():
-            lanes.late.add(task)
-            self._late[source.address] = task
-            task.add_done_callback(partial(self._ended, lanes, source.address))
-        if work.void:
-            return None
-        if overdue and (not task.done() or task.cancelled()):  # else it came at the last moment
-            raise self._overdue(what, source.key)
-        return task.result()
+            await all_of([self._in_turn(party, what, lanes, do, overdue) for party in self._parties(begun)])
+        finally:
+            for call in begun:  # one whose party was cancelled before its first step
+                call.request.cancel()
+        return [self._outcome(call, overdue) for call in calls]
 
-    def _ended(self, lanes: _Lanes, address: int, task: asyncio.Task[Any]) -> None:
-        lanes.late.discard(task)
+    def _outcome(self, call: _Call | None, overdue: dict[int, TierError]) -> tuple[_Call | None, Exception | None]:
+        if call is None or call.work.void:
+            return None, None
+        done = call.request.done
+        if done.done() and not done.cancelled():  # also one that came at the last moment
+            error = done.exception()
+            if error is not None and not isinstance(error, KvpoolError):
+                raise error
+            return call, error
+        return call, overdue[id(call)]
+
+    async def _in_turn(
+        self,
+        party: Sequence[_Call],
+        what: str,
+        lanes: _Lanes,
+        do: Callable[[Sequence[_Call]], Any],
+        overdue: dict[int, TierError],
+    ) -> None:
+        async with lanes.small if _is_small(party[0]) else lanes.large:
+            if len(lanes.late) >= self._disk.threads:
+                self._give_up(party, what, lanes, overdue)
+                return
+            doing = asyncio.ensure_future(do(party))
+            try:
+                await asyncio.wait((doing,), timeout=self._deadline_s)
+            except asyncio.CancelledError:
+                await settle((doing,))
+                raise
+            if doing.done():
+                doing.result()
+            else:
+                self._give_up(party, what, lanes, overdue)
+
+    def _give_up(self, party: Sequence[_Call], what: str, lanes: _Lanes, overdue: dict[int, TierError]) -> None:
+        """Wait no more for what is not done."""
+        for call in party:
+            done = call.request.done
+            if done.done():
+                continue
+            call.request.cancel()
+            if not call.work.void:
+                name = call.source.key.block_hash.hex()
+                overdue[id(call)] = self._disk.overdue(f"{what} cache {name}", self._deadline_s)
+            if not done.done():
+                lanes.late.add(done)
+                self._late[call.source.address] = done
+                done.add_done_callback(partial(self._ended, lanes, call.source.address))
+
+    def _parties(self, calls: Iterable[_Call]) -> Iterator[list[_Call]]:
+        """Yield small caches in parties, in order, and each large one by itself."""
+        most = _PARTY_CACHES if self._disk.takes_packs else _LONE_PARTY_CACHES
+        party: list[_Call] = []
+        size_bytes = 0
+        for call in calls:
+            if not _is_small(call):
+                yield [call]
+                continue
+            if party and (len(party) == most or size_bytes + call.source.size_bytes > _PARTY_BYTES):
+                yield party
+                party, size_bytes = [], 0
+            party.append(call)
+            size_bytes += call.source.size_bytes
+        if party:
+            yield party
+
+    def _ended(self, lanes: _Lanes, address: int, done: asyncio.Future[Any]) -> None:
+        lanes.late.discard(done)
         del self._late[address]
-        if not task.cancelled():
-            task.exception()  # else one that nobody waits for any more would be reported
 
-    def _overdue(self, what: str, key: CacheKey) -> TierError:
-        return self._disk.overdue(f"{what} cache {key.block_hash.hex()}", self._deadline_s)
+
+def _is_small(call: _Call) -> bool:
+    return call.source.size_bytes <= MOST_PACKED_BYTES

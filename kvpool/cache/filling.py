@@ -33,24 +33,28 @@ class Filling:
         contents = self._contents
         filled = [False] * len(targets)
         held: list[tuple[int, HostEntry, Work]] = []
-        reads: dict[int, asyncio.Task[bool]] = {}
+        below: list[int] = []
         for number, target in enumerate(targets):
             entry = contents.host_entry(target.key)
             if entry is None or entry.size_bytes != target.size_bytes:
-                if calls is not None:
-                    reads[number] = asyncio.ensure_future(calls.read(target))
+                below.append(number)
             elif contents.host is not None and (work := contents.under_way.begin(target.key)) is not None:
                 contents.host.index.hold(entry)
                 held.append((number, entry, work))
+        reading: asyncio.Task[list[bool]] | None = None
+        if below and calls is not None:
+            reading = asyncio.ensure_future(calls.read([targets[number] for number in below]))
+        reads = () if reading is None else (reading,)
         try:
             if held and contents.host is not None:
                 await self._copy_up(contents.host, targets, held, filled)
             if reads:
-                await asyncio.wait(reads.values())
+                await asyncio.wait(reads)
         finally:
-            await settle(reads.values())
-        for number, read in reads.items():
-            filled[number] = read.result()
+            await settle(reads)
+        if reading is not None:
+            for number, there in zip(below, reading.result(), strict=True):
+                filled[number] = there
         contents.counters.fills += filled.count(True)
         contents.counters.misses += filled.count(False)
         if contents.host is not None:

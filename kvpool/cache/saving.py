@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from functools import partial
+
 from kvpool.cache.contents import LowerContents
 from kvpool.cache.disk_calls import DiskCalls
-from kvpool.cache.gathering import all_of
 from kvpool.cache.host_index import HostEntry, Kind
 from kvpool.cache.host_tier import HostTier
 from kvpool.cache.source import Source
@@ -12,6 +14,9 @@ from kvpool.errors import TierError
 
 _HELD_AT_ONCE = 64
 """Entries that cannot make room for others while they are written: few, and enough for all threads."""
+_SMALL_HELD_AT_ONCE, _SMALL_HELD_BYTES = 384, 32 << 20
+"""As many if they are small, and take a quarter of the tier at most: what the disk tier writes together."""
+_HELD_SHARE = 4
 
 
 class Saving:
@@ -35,26 +40,47 @@ class Saving:
         entries += [entry for entry in host.index if entry.holds]
         wanted = [entry for entry in entries if tenant in (None, entry.key.tenant)]
         errors: list[TierError] = []
-        for start in range(0, len(wanted), _HELD_AT_ONCE):
-            part = wanted[start : start + _HELD_AT_ONCE]
-            outcomes = await all_of([self._save(host, calls, entry) for entry in part])
+        for part in _parts(wanted, min(_SMALL_HELD_BYTES, host.capacity_bytes // _HELD_SHARE)):
+            outcomes = await self._save(host, calls, [entry for entry in part if host.index.get(entry.key) is entry])
             # One that was removed meanwhile is not to be kept.
             errors += [error for error in outcomes if error is not None and error.details.get("cause") != "removed"]
         return errors
 
-    async def _save(self, host: HostTier, calls: DiskCalls, entry: HostEntry) -> TierError | None:
+    async def _save(self, host: HostTier, calls: DiskCalls, entries: Sequence[HostEntry]) -> list[TierError | None]:
         index = host.index
-        if index.get(entry.key) is not entry:  # dropped for room by now
-            return None
-        index.hold(entry)
+        for entry in entries:
+            index.hold(entry)
         try:
-            error = await calls.write_through(Source(entry.key, entry.parent, entry.address, entry.size_bytes))
+            errors = await calls.write_through(
+                [Source(entry.key, entry.parent, entry.address, entry.size_bytes) for entry in entries]
+            )
         finally:
-            late = calls.late(entry.address)
-            if late is None:
-                index.release(entry)
-            else:
-                late.add_done_callback(lambda _: index.release(entry))
-        if error is None and index.get(entry.key) is entry and entry.kind is Kind.SOLE:
-            index.use(entry, Kind.SAVED)
-        return error
+            for entry in entries:
+                late = calls.late(entry.address)
+                if late is None:
+                    index.release(entry)
+                else:
+                    late.add_done_callback(partial(_release, host, entry))
+        for entry, error in zip(entries, errors, strict=True):
+            if error is None and index.get(entry.key) is entry and entry.kind is Kind.SOLE:
+                index.use(entry, Kind.SAVED)
+        return errors
+
+
+def _parts(entries: Sequence[HostEntry], most_bytes: int) -> Iterator[list[HostEntry]]:
+    """Yield entries in parts: more than few only as long as they are small."""
+    part: list[HostEntry] = []
+    size_bytes = 0
+    for entry in entries:
+        size_bytes += entry.size_bytes
+        full = len(part) >= _HELD_AT_ONCE and (len(part) == _SMALL_HELD_AT_ONCE or size_bytes > most_bytes)
+        if full:
+            yield part
+            part, size_bytes = [], entry.size_bytes
+        part.append(entry)
+    if part:
+        yield part
+
+
+def _release(host: HostTier, entry: HostEntry, _late: object) -> None:
+    host.index.release(entry)

@@ -5,17 +5,23 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import mmap
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 
+from kvpool.cache.disk.packing import MOST_PACKED_BYTES, Write
 from kvpool.cache.disk.tier import DiskTier
-from kvpool.cache.mover import Mover
+from kvpool.cache.gathering import all_of
+from kvpool.cache.mover import Move, Mover
 from kvpool.cache.source import Source
-from kvpool.cache.under_way import UnderWay
+from kvpool.cache.under_way import UnderWay, Work
 
 _BUFFERS = 8
+_SMALL_CACHES, _SMALL_BYTES = 64, 4 << 20
+"""Of small ones in a buffer: as much as is worth a thread of the disk tier."""
 
 
 class StagedWrites:
-    """Copies each cache to a buffer of its own, writes that, and waits for it no longer than until a deadline.
+    """Copies caches to buffers, a large one each, small ones several, writes those, and waits until a deadline at most.
 
     (A thread that hangs in a store cannot be stopped. Were it given the memory itself, that could not be used again
     for as long; and used again before its checksum is taken, it would store other bytes under the key.)
@@ -27,70 +33,116 @@ class StagedWrites:
     mover
         Copies.
     under_way
-        Where each write is entered: a removal cancels it.
+        Where each write is entered: a removal gives it up.
     """
 
     def __init__(self, disk: DiskTier, mover: Mover, under_way: UnderWay) -> None:
         self._disk, self._mover, self._under_way = disk, mover, under_way
         self._buffers = asyncio.Semaphore(_BUFFERS)
-        self._writing = 0
+        self._writing: set[asyncio.Task[None]] = set()
         self._stalled = False
 
-    async def write(self, source: Source, deadline: float) -> bool:
-        """Store a cache if that is done in time (seconds of the loop's clock); the memory is free in any case."""
-        if self._stalled and self._writing:  # until the store answers again, nobody waits for it
-            return False
+    async def write(self, sources: Sequence[Source], deadline: float) -> list[bool]:
+        """Store caches; for each whether that is done in time (seconds of the loop's clock).
+
+        Their memory is free in any case.
+        """
         # Before anything is waited for: a removal that began and ended within that time must find it.
-        work = self._under_way.begin(source.key)
-        if work is None:
-            return False
+        works = [self._under_way.begin(source.key) for source in sources]
+        begun = [(source, work) for source, work in zip(sources, works, strict=True) if work is not None]
+        stored: set[Work] = set()
+        most_caches = _SMALL_CACHES if self._disk.takes_packs else 1
+        try:
+            await all_of([self._write(party, deadline, stored) for party in _parties(begun, most_caches)])
+        finally:
+            for _, work in begun:
+                if work.task is None:  # else the write ends it
+                    self._under_way.end(work)
+        return [work in stored for work in works]
+
+    async def _write(self, party: list[tuple[Source, Work]], deadline: float, stored: set[Work]) -> None:
+        if self._stalled and self._writing:  # until the store answers again, nobody waits for it
+            return
         try:
             async with asyncio.timeout_at(deadline):
                 await self._buffers.acquire()
-        except BaseException as error:
-            self._under_way.end(work)
-            if not isinstance(error, TimeoutError):
-                raise
+        except TimeoutError:
             self._stalled = True
-            return False
-        write: asyncio.Task[bool] | None = None
+            return
+        writing: asyncio.Task[None] | None = None
         try:
-            if work.void:
-                return False
-            staged = await self._mover.run(_stage, source)
-            if work.void or staged is None:
-                return False
-            write = asyncio.ensure_future(self._disk.write_back(source.key, source.parent, memoryview(staged)))
-            work.task = write
-            self._writing += 1
-            del staged  # it goes with the write
+            wanted = [(source, work) for source, work in party if not work.void]
+            staged = _memory(sum(source.size_bytes for source, _ in wanted))
+            if staged is None:
+                return
+            await self._mover.copy(_moves([source for source, _ in wanted], staged))
+            writes = self._begin(wanted, memoryview(staged))
+            writing = asyncio.ensure_future(self._disk.write(list(writes.values())))
+            self._writing.add(writing)
+            del staged  # it goes with the writes
             # Not in the coroutine: one that is cancelled before its first step never runs.
-            write.add_done_callback(self._written)
-            write.add_done_callback(lambda _, work=work: self._under_way.end(work))  # type: ignore[misc]
-            await asyncio.wait((write,), timeout=max(deadline - asyncio.get_running_loop().time(), 0.0))
-            if not write.done():
+            writing.add_done_callback(partial(self._written, list(writes.values())))
+            await asyncio.wait((writing,), timeout=max(deadline - asyncio.get_running_loop().time(), 0.0))
+            if not writing.done():
                 self._stalled = True
-                write.cancel()  # takes effect at once if it has no thread yet
-                return False
-            return not work.void and not write.cancelled() and write.result()
+            for work, write in writes.items():
+                write.cancel()  # at once, unless a thread has it or it is done
+                if not work.void and write.stored:
+                    stored.add(work)
         finally:
-            if write is None:
+            if writing is None:
                 self._buffers.release()
-                self._under_way.end(work)
 
-    def _written(self, write: asyncio.Task[bool]) -> None:
-        self._writing -= 1
+    def _begin(self, wanted: Sequence[tuple[Source, Work]], staged: memoryview) -> dict[Work, Write]:
+        writes: dict[Work, Write] = {}
+        start = 0
+        for source, work in wanted:
+            if not work.void:
+                view = staged[start : start + source.size_bytes]
+                work.task = writes[work] = write = Write(source.key, source.parent, view, durable=False)
+                write.done.add_done_callback(lambda _, work=work: self._under_way.end(work))  # type: ignore[misc]
+            start += source.size_bytes
+        return writes
+
+    def _written(self, writes: Sequence[Write], writing: asyncio.Task[None]) -> None:
+        self._writing.discard(writing)
         self._buffers.release()
-        if not write.cancelled():
+        if not all(write.done.cancelled() for write in writes):  # the store has answered
             self._stalled = False
-            write.exception()  # else one that nobody waits for any more would be reported
+        if not writing.cancelled():
+            writing.exception()  # else one that nobody waits for any more would be reported
 
 
-def _stage(source: Source) -> mmap.mmap | None:
-    """Copy a cache to new memory; None if the system has none."""
+def _parties(begun: Iterable[tuple[Source, Work]], most_caches: int) -> Iterator[list[tuple[Source, Work]]]:
+    """Yield small caches in parties, in order, and each large one by itself."""
+    party: list[tuple[Source, Work]] = []
+    size_bytes = 0
+    for source, work in begun:
+        if source.size_bytes > MOST_PACKED_BYTES:
+            yield [(source, work)]
+            continue
+        if party and (len(party) == most_caches or size_bytes + source.size_bytes > _SMALL_BYTES):
+            yield party
+            party, size_bytes = [], 0
+        party.append((source, work))
+        size_bytes += source.size_bytes
+    if party:
+        yield party
+
+
+def _memory(size_bytes: int) -> mmap.mmap | None:
+    """Return new memory; None if none is wanted, or the system has none."""
     try:
-        staged = mmap.mmap(-1, source.size_bytes)
+        return mmap.mmap(-1, size_bytes) if size_bytes else None
     except OSError:
         return None
-    ctypes.memmove(ctypes.addressof(ctypes.c_char.from_buffer(staged)), source.address, source.size_bytes)
-    return staged
+
+
+def _moves(sources: Sequence[Source], staged: mmap.mmap) -> list[Move]:
+    """Return what copies caches to memory, one behind the other."""
+    address = ctypes.addressof(ctypes.c_char.from_buffer(staged))
+    moves: list[Move] = []
+    for source in sources:
+        moves.append(Move(address, source.address, source.size_bytes))
+        address += source.size_bytes
+    return moves

@@ -6,9 +6,13 @@ import asyncio
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Protocol
 
 from kvpool.cache.key import CacheKey
+
+
+class _Cancellable(Protocol):
+    def cancel(self) -> object: ...
 
 
 class Work:
@@ -20,7 +24,7 @@ class Work:
         self.key = key
         self.void = False
         """The key was removed meanwhile: whatever comes out, nobody may find it."""
-        self.task: asyncio.Task[Any] | None = None
+        self.task: _Cancellable | None = None
         """Cancelled when the work becomes void; for what may wait long."""
 
 

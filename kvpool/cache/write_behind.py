@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 
+from kvpool.cache.disk.packing import Write
 from kvpool.cache.disk.tier import DiskTier
 from kvpool.cache.host_index import HostEntry, Kind
 from kvpool.cache.host_tier import HostTier
 from kvpool.cache.under_way import UnderWay, Work
-from kvpool.errors import ensure
+from kvpool.errors import TierError, ensure
 
 logger = logging.getLogger("kvpool.host")
 
@@ -40,9 +41,10 @@ class WriteBehind:
         self._host, self._disk, self._under_way = host, disk, under_way
         self._most_bytes = int(watermark * host.capacity_bytes)
         self._credit_bytes = 0
-        self._writes: dict[asyncio.Task[bool], HostEntry] = {}
+        self._writes: dict[asyncio.Future[None], HostEntry] = {}
+        self._parties: set[asyncio.Task[None]] = set()
         self._writing_bytes = 0
-        self._stalled = False
+        self._stalled = self._saving_soon = False
 
     def wake(self, new_bytes: int) -> None:
         """Save what is too much, in the background, now that so many bytes have come."""
@@ -73,31 +75,37 @@ class WriteBehind:
 
     def _save(self, credit_bytes: int) -> None:
         self._credit_bytes = max(credit_bytes, 0)
+        party: list[Write] = []
         while self._credit_bytes > 0 and self._may_write():
             entry = self._host.index.oldest_of(Kind.SOLE)
             if entry is None:
                 self._credit_bytes = 0
-                return
+                break
             work = self._under_way.begin(entry.key)
             if work is None:  # closed: what is being removed is in the index no more
-                return
+                break
             self._credit_bytes -= entry.room_bytes
             self._host.index.hold(entry)
-            write = asyncio.ensure_future(self._disk.write_back(entry.key, entry.parent, self._host.view(entry)))
+            write = Write(entry.key, entry.parent, self._host.view(entry), durable=False)
             work.task = write
-            self._writes[write] = entry
+            self._writes[write.done] = entry
             self._writing_bytes += entry.room_bytes
-            # Not in the coroutine: one that is cancelled before its first step never runs.
-            write.add_done_callback(lambda write, work=work: self._written(write, work))  # type: ignore[misc]
+            # Not in the task: one that is cancelled before its first step never runs.
+            write.done.add_done_callback(lambda done, work=work: self._written(done, work))  # type: ignore[misc]
+            party.append(write)
+        if party:
+            writing = asyncio.ensure_future(self._disk.write(party))
+            self._parties.add(writing)
+            writing.add_done_callback(self._parties.discard)
 
     def _may_write(self) -> bool:
         small = self._writing_bytes < _SMALL_BYTES_AT_ONCE and len(self._writes) < _SMALL_WRITES_AT_ONCE
         return len(self._writes) < _WRITES_AT_ONCE or small
 
-    def _written(self, write: asyncio.Task[bool], work: Work) -> None:
-        entry, index = self._writes.pop(write), self._host.index
+    def _written(self, done: asyncio.Future[None], work: Work) -> None:
+        entry, index = self._writes.pop(done), self._host.index
         self._writing_bytes -= entry.room_bytes
-        stored = _stored(write)
+        stored = _stored(done)
         index.release(entry)
         if index.get(entry.key) is entry and entry.kind is Kind.SOLE:
             if stored:
@@ -106,12 +114,23 @@ class WriteBehind:
                 index.make_oldest(entry)
         self._under_way.end(work)
         self._stalled = False
-        if not write.cancelled() and (error := write.exception()) is not None:  # TierErrors do not come this far
+        error = None if done.cancelled() else done.exception()
+        if error is not None and not isinstance(error, TierError):  # those are counted
             logger.error("writing a cache to the disk tier failed", exc_info=error)
         if stored:
-            self._save(self._credit_bytes)
+            self._save_soon()
         elif not work.void:
             self._credit_bytes = 0  # a store that refuses is asked again when there is more to save
+
+    def _save_soon(self) -> None:
+        """Save more once all that were written together are counted as written, so that as many go together again."""
+        if not self._saving_soon:
+            self._saving_soon = True
+            asyncio.get_running_loop().call_soon(self._save_more)
+
+    def _save_more(self) -> None:
+        self._saving_soon = False
+        self._save(self._credit_bytes)
 
     def check(self) -> None:
         """Raise InvariantError unless all that is being written is held. For tests."""
@@ -120,5 +139,5 @@ class WriteBehind:
         ensure(writing_bytes == self._writing_bytes, "the bytes that are being written")
 
 
-def _stored(write: asyncio.Task[bool]) -> bool:
-    return not write.cancelled() and write.exception() is None and write.result()
+def _stored(done: asyncio.Future[None]) -> bool:
+    return not done.cancelled() and done.exception() is None

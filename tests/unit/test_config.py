@@ -145,6 +145,8 @@ def test_a_bad_value_is_named_with_its_key(tmp_path, monkeypatch, source, key, v
         ({"memory_per_device": "much"}, "'memory_per_device': cannot read the size 'much'"),
         ({"write_policy": "writethrough"}, "must be 'write_back', 'write_through' or 'none', not 'writethrough'"),
         ({"disk_budget": "1GiB"}, "disk_budget=1 GiB .*there is none: name its folder by disk_url"),
+        ({"write_policy": "write_through"}, "there is no disk: name its folder by disk_url, or leave write_policy out"),
+        ({"write_policy": "write_through", "disk_url": ""}, "write_policy=write_through .*there is no disk"),
         ({"polcy": "lru"}, "unknown config key 'polcy'; possible: .*policy"),
     ],
     ids=str,

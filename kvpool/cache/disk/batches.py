@@ -5,33 +5,69 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Awaitable, Callable
-from typing import Generic, TypeVar
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import Any, Generic, TypeVar
 
-from kvpool.cache.disk.threads import Threads, uncancelled
+from kvpool.cache.disk.threads import Threads
 from kvpool.errors import KvpoolError
 
 Result = TypeVar("Result")
 
 
 class Request(Generic[Result]):
-    """A call that waits for its turn, or whose turn has come. Belongs to one event loop."""
+    """A call with memory of the caller, that waits for its turn or whose turn has come. Belongs to one event loop."""
 
     def __init__(self) -> None:
         self.done: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        self.left: asyncio.Event | None = None
-        """Of the batch that it went with: set when no thread uses its memory any more."""
+        """The answer; with it, and when this is cancelled, no thread uses the memory any more."""
+        self._held = self._given_up = False
+
+    def hold(self) -> None:
+        """A thread uses the memory from now on."""
+        self._held = True
+
+    def release(self) -> None:
+        """No thread uses the memory any more."""
+        self._held = False
+        if self._given_up:
+            self.done.cancel()
+
+    def cancel(self) -> None:
+        """Give it up: now, or, if a thread uses the memory, as soon as none does."""
+        if self._held:
+            self._given_up = True
+        else:
+            self.done.cancel()
 
     def succeed(self, result: Result) -> None:
-        """Answer it, unless whoever waited was cancelled."""
+        """Answer it, unless it was given up."""
         if not self.done.done():
             self.done.set_result(result)
 
     def fail(self, error: BaseException) -> None:
-        """Answer it with an error, unless whoever waited was cancelled."""
+        """Answer it with an error, unless it was given up."""
         if not self.done.done():
             self.done.set_exception(error)
             self.done.exception()  # whoever waits gets it still; cancelled at this moment, nobody does
+
+
+async def answered(requests: Sequence[Request[Any]]) -> None:
+    """Return when all are answered. When cancelled, give them up, and wait until no thread uses their memory.
+
+    One after the other: most are answered by the time that those before them are, and that costs nothing.
+    """
+    cancelled: asyncio.CancelledError | None = None
+    for request in requests:
+        while not request.done.done():
+            try:
+                await asyncio.wait((request.done,))
+            except asyncio.CancelledError as error:
+                cancelled = error
+                for each in requests:
+                    each.cancel()
+    if cancelled is not None:
+        raise cancelled
 
 
 _Request = TypeVar("_Request", bound=Request)  # type: ignore[type-arg]
@@ -55,19 +91,15 @@ class Batches(ABC, Generic[_Request, Result]):
         self._coming: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def ask(self, request: _Request) -> Result:
-        """Do it in its turn; cancelled before that, it ends at once, else when the thread is done with the memory."""
+    def add(self, request: _Request) -> None:
+        """Do it in its turn, with what waits then, unless it has been given up by then."""
         self._waiting.append(request)
+        request.done.add_done_callback(partial(self._withdraw, request))
         self._call_thread()
-        try:
-            result: Result = await request.done
-        except asyncio.CancelledError:
-            if request.left is not None:
-                await uncancelled(request.left.wait())
-            elif request in self._waiting:  # else it was refused at the same moment
-                self._waiting.remove(request)
-            raise
-        return result
+
+    def _withdraw(self, request: _Request, done: asyncio.Future[Any]) -> None:
+        if done.cancelled() and request in self._waiting:
+            self._waiting.remove(request)
 
     def _call_thread(self) -> None:
         if self._waiting and self._coming is None:
@@ -78,17 +110,17 @@ class Batches(ABC, Generic[_Request, Result]):
     async def _serve(self) -> None:
         async with self._threads.one():
             self._coming = None
-            left = asyncio.Event()
             batch = self.take(self._waiting)
             for request in batch:
-                request.left = left
+                request.hold()
             self._call_thread()  # for what does not go with this
             if not batch:
                 return
             try:
                 await self._answer(batch, self.do)
             finally:
-                left.set()
+                for request in batch:
+                    request.release()
         await self._answer(batch, self.finish)
 
     async def _answer(self, batch: list[_Request], do: Callable[[list[_Request]], Awaitable[None]]) -> None:
@@ -103,7 +135,10 @@ class Batches(ABC, Generic[_Request, Result]):
 
     @abstractmethod
     def take(self, waiting: deque[_Request]) -> list[_Request]:
-        """Take what goes together off those that wait, in order; refuse what must not be done any more."""
+        """Take what goes together off those that wait, in order; refuse what must not be done any more.
+
+        Those that are done were given up.
+        """
 
     @abstractmethod
     async def do(self, batch: list[_Request]) -> None:

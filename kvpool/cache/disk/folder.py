@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from kvpool.cache.disk.names import packed_path, split_pack
+from kvpool.cache.disk.names import CacheName, packed_path, split_pack
 from kvpool.errors import ConfigError
 
 
@@ -22,8 +22,8 @@ class Found(NamedTuple):
     """When it was last written, seconds of the store's clock; 0 where the store does not tell."""
 
 
-PackRead = tuple[str, Sequence[bytearray | memoryview]]
-"""The name of a cache in its pack, and what its header and payload are read into."""
+PackRead = tuple[CacheName, Sequence[bytearray | memoryview]]
+"""A cache, named without its pack, and what its header and payload are read into."""
 
 
 class Folder(Protocol):
@@ -66,8 +66,8 @@ class Folder(Protocol):
         """Return the bytes of a file, or of a cache in a pack, or None if there is none."""
         ...
 
-    def write(self, path: str, parts: Sequence[bytes | memoryview]) -> None:
-        """Write a file: whole or not at all, its bytes on disk before its name is there."""
+    def write(self, path: str, parts: Iterable[bytes | memoryview]) -> None:
+        """Write a file: whole or not at all, its bytes on disk before its name is there. Parts are of single bytes."""
         ...
 
     def read(self, path: str, parts: Sequence[bytearray | memoryview]) -> int:

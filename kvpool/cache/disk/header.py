@@ -46,7 +46,7 @@ class BadFileError(Exception):
 
 def header_bytes(key: CacheKey) -> int:
     """Return the length of the header of this key's file."""
-    return _FIELDS.size + _names_bytes(key.tenant, key.fingerprint) + _CHECKSUM_BYTES
+    return _header_bytes(key.tenant, key.fingerprint)
 
 
 def make_header(key: CacheKey, parent: BlockHash | None, payload: memoryview) -> bytes:
@@ -57,7 +57,7 @@ def make_header(key: CacheKey, parent: BlockHash | None, payload: memoryview) ->
     InvalidRequestError
         If the names of tenant or fingerprint exceed 65,535 bytes.
     """
-    tenant, fingerprint = _encode(key.tenant), _encode(key.fingerprint)
+    tenant, fingerprint = _encoded(key.tenant, key.fingerprint)
     if max(len(tenant), len(fingerprint)) > _MOST_NAME_BYTES:
         raise InvalidRequestError(f"names of tenants and fingerprints have at most {_MOST_NAME_BYTES} bytes")
     fields = _FIELDS.pack(
@@ -94,6 +94,8 @@ def check_file(
     """
     if file_bytes != len(header) + payload.nbytes:
         raise BadFileError("size")
+    if header == make_header(key, parent, payload):
+        return
     magic, version, flags, tenant_bytes, fingerprint_bytes, payload_bytes, block_hash, above, checksum = (
         _FIELDS.unpack_from(header)
     )
@@ -117,8 +119,13 @@ def check_file(
 
 
 @lru_cache(maxsize=1024)  # few tenants and models, asked for with each file
-def _names_bytes(tenant: str, fingerprint: str) -> int:
-    return len(_encode(tenant)) + len(_encode(fingerprint))
+def _encoded(tenant: str, fingerprint: str) -> tuple[bytes, bytes]:
+    return _encode(tenant), _encode(fingerprint)
+
+
+@lru_cache(maxsize=1024)
+def _header_bytes(tenant: str, fingerprint: str) -> int:
+    return _FIELDS.size + sum(map(len, _encoded(tenant, fingerprint))) + _CHECKSUM_BYTES
 
 
 def _encode(name: str) -> bytes:

@@ -144,6 +144,11 @@ class DiskIndex:
         self._used_bytes -= entry.file_bytes
         self._take_off(entry)
 
+    def has_room(self, file_bytes: int) -> bool:
+        """Whether a file fits though nothing goes."""
+        files = len(self._entries) + len(self._claims)
+        return self._used_bytes + file_bytes <= self.budget_bytes and files < self._most_files
+
     def victims(self, file_bytes: int, busy: Callable[[CacheKey], bool]) -> list[DiskEntry] | None:
         """Return what must go so that a file fits, or None if it cannot fit now.
 

@@ -7,7 +7,7 @@ import errno
 import fcntl
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from kvpool.cache.disk.folder import Found, PackRead
@@ -110,7 +110,7 @@ class LocalFolder:
             self._check()
             return None
 
-    def write(self, path: str, parts: Sequence[bytes | memoryview]) -> None:
+    def write(self, path: str, parts: Iterable[bytes | memoryview]) -> None:
         self._check()
         final = self._root / path
         temporary = self._root / (path + TEMPORARY_SUFFIX)
@@ -126,7 +126,7 @@ class LocalFolder:
             finally:
                 os.close(file)
             os.replace(temporary, final)
-        except OSError:
+        except Exception:
             with contextlib.suppress(OSError):  # the first error is the one to tell; the next start removes the file
                 temporary.unlink()
             raise

@@ -31,6 +31,8 @@ _KEEP_SIZE, _PUNCH_HOLE = 1, 2  # linux/falloc.h
 _STRIPES = 16
 _SYNCS_AT_ONCE = 4
 _BLOCK_COUNT_BYTES = 512  # what st_blocks counts in
+_BETWEEN = memoryview(bytearray(UNIT_BYTES))
+"""Where all threads read what stands between caches: nobody looks at it."""
 _SPARE_BYTES = 64 << 10  # what a file system may take for a file's own map
 
 
@@ -65,7 +67,7 @@ class LocalPacks:
         with self._opened(pack, _READ) as file:
             table = os.pread(file, MOST_TABLE_BYTES, 0)
             try:
-                found = [_find(table, name) for name, _ in reads]
+                found = [find_packed(table, name) for name, _ in reads]
             except BadTableError:
                 return [0] * len(reads)
             wanted = [
@@ -233,7 +235,7 @@ def _neighbours(
     run: list[bytearray | memoryview] = []
     for packed, parts in sorted(wanted, key=lambda item: item[0].start):
         if run and packed.start == rounded_up(end):
-            run.append(bytearray(packed.start - end))
+            run.append(_BETWEEN[: packed.start - end])
         else:
             if run:
                 yield start, run

@@ -41,6 +41,7 @@ _PACK = struct.Struct("<8sHHIQ24x")
 _CACHE = struct.Struct("<16s16sQIHH")
 _CHECKSUM_BYTES = 16
 _GONE = bytes(PLACE_BYTES)
+_ZEROS = memoryview(bytes(UNIT_BYTES))
 
 
 class BadTableError(Exception):
@@ -95,9 +96,9 @@ def rounded_up(size_bytes: int) -> int:
     return -(-size_bytes // UNIT_BYTES) * UNIT_BYTES
 
 
-def padding(size_bytes: int) -> bytes:
+def padding(size_bytes: int) -> memoryview:
     """Return what stands between a cache of so many bytes and the next."""
-    return bytes(rounded_up(size_bytes) - size_bytes)
+    return _ZEROS[: rounded_up(size_bytes) - size_bytes]
 
 
 def make_table(caches: Sequence[tuple[CacheName, int]], written_ns: int) -> bytes:

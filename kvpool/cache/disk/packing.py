@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from kvpool.cache.disk.batches import Batches, Request
 from kvpool.cache.disk.index import DiskEntry
@@ -11,8 +11,8 @@ from kvpool.cache.disk.names import new_pack_name
 from kvpool.cache.disk.pack import MOST_CACHES
 from kvpool.cache.disk.threads import Threads
 from kvpool.cache.disk.writer import Writer
-from kvpool.cache.key import CacheKey
-from kvpool.errors import KvpoolError, TierError
+from kvpool.cache.key import BlockHash, CacheKey, check_hash
+from kvpool.errors import InvalidSizeError, KvpoolError, TierError
 
 MOST_PACKED_BYTES = 512 << 10
 """Caches of more bytes have files of their own: those reach what the disk does."""
@@ -24,26 +24,46 @@ _BUDGET_SHARE = 16
 """Of the budget a pack takes one part in so many: while it is written nothing in it can go for others."""
 
 
-class PackedWrite(Request[None]):
-    """A cache of which nothing is on disk, and whose key the caller holds.
+class Write(Request[None]):
+    """A cache to be written.
 
     Parameters
     ----------
-    entry, payload
-        What is to be written.
+    key, parent, view
+        Its names, and memory that holds its bytes and stays as it is until :attr:`done`.
     durable
         It is done when it survives a failure of power; else when it can be found.
+
+    Raises
+    ------
+    InvalidRequestError
+        If a hash is none.
+    InvalidSizeError
+        If there are no bytes.
     """
 
-    def __init__(self, entry: DiskEntry, payload: memoryview, durable: bool) -> None:
+    def __init__(self, key: CacheKey, parent: BlockHash | None, view: memoryview, durable: bool) -> None:
+        check_hash(key.block_hash)
+        if parent is not None:
+            check_hash(parent)
         super().__init__()
-        self.entry, self.payload, self.durable = entry, payload, durable
-        self.victims: list[DiskEntry] = []
+        self.payload = memoryview(view).cast("B")
+        if not self.payload.nbytes:
+            raise InvalidSizeError("a cache of no bytes cannot be stored", asked_bytes=0)
+        self.entry, self.durable = DiskEntry(key, parent, self.payload.nbytes), durable
+        self.victims: Sequence[DiskEntry] = ()
         """What goes for it."""
 
+    @property
+    def stored(self) -> bool:
+        """Whether it is done, and well."""
+        return self.done.done() and not self.done.cancelled() and self.done.exception() is None
 
-class Packing(Batches[PackedWrite, None]):
+
+class Packing(Batches[Write, None]):
     """Packs what waits of one tenant and fingerprint; what is alone gets a file of its own.
+
+    Of these caches nothing is on disk, and their keys are held.
 
     Parameters
     ----------
@@ -71,14 +91,16 @@ class Packing(Batches[PackedWrite, None]):
         self._most_bytes = min(_MOST_BYTES, budget_bytes // _BUDGET_SHARE)
         self._writer, self._refused, self._writing = writer, refused, writing
 
-    def take(self, waiting: deque[PackedWrite]) -> list[PackedWrite]:
-        batch: list[PackedWrite] = []
-        others: list[PackedWrite] = []
+    def take(self, waiting: deque[Write]) -> list[Write]:
+        batch: list[Write] = []
+        others: list[Write] = []
         size_bytes = 0
         most_bytes = min(self._most_bytes, max(_WORTH_A_THREAD_BYTES, self._share_bytes(waiting)))
         while waiting and len(batch) < MOST_CACHES:
             write = waiting.popleft()
             entry = write.entry
+            if write.done.done():
+                continue
             if (refusal := self._refused(entry.key)) is not None:
                 write.fail(refusal)
                 continue
@@ -98,17 +120,17 @@ class Packing(Batches[PackedWrite, None]):
         waiting.extendleft(reversed(others))
         pack = new_pack_name() if len(batch) > 1 else None
         for write in batch:  # before anybody can ask for its removal
-            write.entry = write.entry._replace(pack=pack)
-            self._writing[write.entry.key] = write.entry
+            key, parent, size_bytes, _ = write.entry
+            self._writing[key] = write.entry = DiskEntry(key, parent, size_bytes, pack)
         return batch
 
-    def _share_bytes(self, waiting: deque[PackedWrite]) -> int:
+    def _share_bytes(self, waiting: deque[Write]) -> int:
         waiting_bytes = sum(write.payload.nbytes for write in waiting)
         threads = self._threads.free + 1  # and the one that is held for this
         # Caches are not divided, and each has a header.
         return waiting_bytes // threads + waiting_bytes // MOST_CACHES
 
-    async def do(self, batch: list[PackedWrite]) -> None:
+    async def do(self, batch: list[Write]) -> None:
         try:
             await self._writer.write_claimed(
                 [write.entry for write in batch],
@@ -122,7 +144,7 @@ class Packing(Batches[PackedWrite, None]):
             if not write.durable:
                 write.succeed(None)
 
-    async def finish(self, batch: list[PackedWrite]) -> None:
+    async def finish(self, batch: list[Write]) -> None:
         durable = [write for write in batch if write.durable and not write.done.done()]
         if not durable:
             return

@@ -10,21 +10,37 @@ from kvpool.cache.disk.batches import Batches, Request
 from kvpool.cache.disk.folder import Folder
 from kvpool.cache.disk.header import BadFileError, check_file, header_bytes
 from kvpool.cache.disk.index import DiskEntry, DiskIndex
-from kvpool.cache.disk.names import cache_name, split_pack
+from kvpool.cache.disk.names import CacheName, space_name
 from kvpool.cache.disk.statistics import DiskCounters
 from kvpool.cache.disk.threads import Threads
 from kvpool.cache.key import CacheKey
+from kvpool.errors import InvalidRequestError
 
-_MOST_BYTES = 512 << 10
-"""Of a batch. Another thread reads at the same time, so that not too much should go with this one."""
+_ENOUGH_BYTES = 512 << 10
+"""Of a batch. Other threads read at the same time, so that not too much should go with this one."""
+_MOST_PACKED_BYTES = 16 << 20
+"""Of one pack. What waits of it goes together: several threads that read in one file are in each other's way."""
 
 
 class Read(Request[bool]):
-    """A cache to be read into memory; answered whether that holds it. The caller holds its key."""
+    """A cache to be read into memory; answered whether that holds it.
 
-    def __init__(self, key: CacheKey, payload: memoryview) -> None:
+    Parameters
+    ----------
+    key, view
+        Its name, and where its bytes go: nobody else may use that until :attr:`done`.
+
+    Raises
+    ------
+    InvalidRequestError
+        If the memory cannot be written to.
+    """
+
+    def __init__(self, key: CacheKey, view: memoryview) -> None:
         super().__init__()
-        self.key, self.payload = key, payload
+        self.key, self.payload = key, memoryview(view).cast("B")
+        if self.payload.readonly:
+            raise InvalidRequestError("a cache is read into memory that can be written to, this view is read-only")
         self.entry: DiskEntry | None = None
 
 
@@ -54,19 +70,43 @@ class Reading(Batches[Read, bool]):
         self._folder, self._index, self._counters, self._find, self._gone = folder, index, counters, find, gone
 
     def take(self, waiting: deque[Read]) -> list[Read]:
-        batch: list[Read] = []
+        batch = self._take_packed(waiting)
         # Elsewhere a read is a wait for the store's answer, and all threads should wait at the same time.
-        left_bytes = _MOST_BYTES if self._folder.takes_packs else 0
+        left_bytes = _ENOUGH_BYTES if self._folder.takes_packs else 0
+        left_bytes -= sum(read.payload.nbytes for read in batch)
         while waiting and (not batch or waiting[0].payload.nbytes <= left_bytes):
             read = waiting.popleft()
-            entry = self._find(read.key)
-            if entry is None or entry.size_bytes != read.payload.nbytes:  # it went while we waited
-                read.succeed(False)
-                continue
-            read.entry = entry
-            batch.append(read)
-            left_bytes -= read.payload.nbytes
+            if self._find_entry(read):
+                batch.append(read)
+                left_bytes -= read.payload.nbytes
         return batch
+
+    def _take_packed(self, waiting: deque[Read]) -> list[Read]:
+        """Take all that waits of the pack of the first, if that is in one."""
+        while waiting and not self._find_entry(waiting[0]):
+            waiting.popleft()
+        if not waiting or (pack := _pack_of(waiting[0])) is None:
+            return []
+        batch: list[Read] = []
+        others: list[Read] = []
+        size_bytes = 0
+        for read in waiting:
+            if size_bytes < _MOST_PACKED_BYTES and self._find_entry(read) and _pack_of(read) == pack:
+                batch.append(read)
+                size_bytes += read.payload.nbytes
+            elif not read.done.done():
+                others.append(read)
+        waiting.clear()
+        waiting.extend(others)
+        return batch
+
+    def _find_entry(self, read: Read) -> bool:
+        """Find what is to be read now; False, and the read is done, if it was given up or went while it waited."""
+        entry = self._find(read.key)
+        if entry is None or entry.size_bytes != read.payload.nbytes:
+            read.succeed(False)
+        read.entry = entry
+        return not read.done.done()
 
     async def do(self, batch: list[Read]) -> None:
         entries = [read.entry for read in batch if read.entry is not None]
@@ -107,26 +147,31 @@ class Reading(Batches[Read, bool]):
         self._gone((entry.key,))
 
 
+def _pack_of(read: Read) -> tuple[str, str, str] | None:
+    """Return what tells the pack in which a cache lies from all others, if it lies in one."""
+    entry = read.entry
+    return None if entry is None or entry.pack is None else (*entry.key[:2], entry.pack)
+
+
 def _read_files(folder: Folder, entries: Sequence[DiskEntry], payloads: Sequence[memoryview]) -> list[Exception | None]:
     """Read caches, those of one pack together; returns why what is in the memory now is worth nothing, if so."""
-    packs: dict[str, list[int]] = {}
+    packs: dict[tuple[str, str, str], list[int]] = {}
     outcomes: list[Exception | None] = [None] * len(entries)
     headers = [bytearray(header_bytes(entry.key)) for entry in entries]
     for number, (entry, header, payload) in enumerate(zip(entries, headers, payloads, strict=True)):
-        packed = split_pack(entry.path)
-        if packed is not None:
-            packs.setdefault(packed[0], []).append(number)
+        if entry.pack is not None:
+            packs.setdefault((*entry.key[:2], entry.pack), []).append(number)
             continue
         try:
             file_bytes = folder.read(entry.path, (header, payload))
             check_file(file_bytes, header, payload, entry.key, entry.parent)
         except Exception as error:  # noqa: BLE001  drivers raise what they like; the caller counts it
             outcomes[number] = error
-    for pack, numbers in packs.items():
-        names = [cache_name(entries[number].name._replace(pack=None)) for number in numbers]
+    for (tenant, fingerprint, pack), numbers in packs.items():
+        names = [CacheName(entries[n].key.block_hash, entries[n].parent, entries[n].size_bytes) for n in numbers]
         reads = [(name, (headers[number], payloads[number])) for name, number in zip(names, numbers, strict=True)]
         try:
-            there = folder.read_packed(pack, reads)
+            there = folder.read_packed(f"{space_name(tenant, fingerprint)}/{pack}", reads)
         except Exception as error:  # noqa: BLE001  as above
             for number in numbers:
                 outcomes[number] = error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -65,7 +65,7 @@ class RemoteFolder:
         except FileNotFoundError:
             return None
 
-    def write(self, path: str, parts: Sequence[bytes | memoryview]) -> None:
+    def write(self, path: str, parts: Iterable[bytes | memoryview]) -> None:
         final = self._path(path)
         content = b"".join(parts)  # the one copy: drivers take a whole file as bytes
         if self._atomic_put:

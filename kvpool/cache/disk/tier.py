@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
+from kvpool.cache.disk.admission import Admission
+from kvpool.cache.disk.batches import answered
 from kvpool.cache.disk.folder import Folder
 from kvpool.cache.disk.folder_syncs import FolderSyncs
 from kvpool.cache.disk.index import DiskEntry, DiskIndex
 from kvpool.cache.disk.key_locks import KeyLocks
-from kvpool.cache.disk.packing import MOST_PACKED_BYTES, PackedWrite, Packing
+from kvpool.cache.disk.packing import MOST_PACKED_BYTES, Packing, Write
 from kvpool.cache.disk.reading import Read, Reading
 from kvpool.cache.disk.removal import Removal
 from kvpool.cache.disk.removals import Removals
@@ -28,11 +30,11 @@ from kvpool.cache.disk.scan import scan
 from kvpool.cache.disk.statistics import DiskCounters, DiskStatistics
 from kvpool.cache.disk.threads import Threads, uncancelled
 from kvpool.cache.disk.writer import Writer, refusal
-from kvpool.cache.key import BlockHash, CacheKey, check_hash
-from kvpool.errors import InvalidRequestError, InvalidSizeError, KvpoolError, TierError
+from kvpool.cache.key import BlockHash, CacheKey
+from kvpool.errors import InvalidSizeError, KvpoolError, TierError
 
 DEFAULT_THREADS = 4
-DEFAULT_QUEUE_LIMIT = 512
+DEFAULT_QUEUE_LIMIT = 1024
 
 
 class DiskTier:
@@ -84,8 +86,7 @@ class DiskTier:
         self._writers, self._readers = Threads(threads, "kvpool-disk-write"), Threads(threads, "kvpool-disk-read")
         # Of their own, so that a removal is noted on disk though all others hang in the store.
         self._removers = Threads(threads, "kvpool-disk-remove")
-        self._write_room, self._read_room = asyncio.Semaphore(queue_limit), asyncio.Semaphore(queue_limit)
-        self._waiting_writes = 0
+        self._writes, self._reads = Admission(self._locks, queue_limit), Admission(self._locks, queue_limit)
         self._removing: Counter[CacheKey] = Counter()
         self._writing: dict[CacheKey, DiskEntry] = {}
         self._kept: Counter[CacheKey] = Counter()
@@ -131,6 +132,11 @@ class DiskTier:
         await self._removers.close()
         await self._syncs.close()
         self._folder.close()
+
+    @property
+    def takes_packs(self) -> bool:
+        """Whether small caches that come together lie together; else each is a call of the store by itself."""
+        return self._folder.takes_packs
 
     def find(self, key: CacheKey) -> DiskEntry | None:
         """Return what is known of a cache on disk, or None. No use, no hit, no miss."""
@@ -189,7 +195,7 @@ class DiskTier:
             files=len(self._index),
             used_bytes=self._index.used_bytes,
             budget_bytes=self._index.budget_bytes,
-            waiting_writes=self._waiting_writes,
+            waiting_writes=self._writes.admitted,
             hits=counters.hits,
             misses=counters.misses,
             written_files=counters.written_files,
@@ -211,12 +217,10 @@ class DiskTier:
         It survives the death of this process, not always a failure of power. When as many writes wait as may, it is
         given up at once: memory that is being evicted must not wait for a slow store.
         """
-        payload = _payload(key, parent, view)
-        if self._write_room.locked():
-            self._counters.count_given_up("queue_full")
-            return False
+        write = Write(key, parent, view, durable=False)
+        await self.write((write,))
         try:
-            await self._admit(DiskEntry(key, parent, payload.nbytes), payload, self._writer.store, None)
+            write.done.result()
         except TierError:  # counted
             return False
         return True
@@ -229,49 +233,49 @@ class DiskTier:
         TierError
             If it is not on disk, or not surely.
         """
-        payload = _payload(key, parent, view)
-        entry = DiskEntry(key, parent, payload.nbytes)
-        await self._admit(entry, payload, self._writer.store_anew, self._writer.make_durable)
+        write = Write(key, parent, view, durable=True)
+        await self.write((write,))
+        write.done.result()
 
-    async def _admit(
-        self,
-        entry: DiskEntry,
-        payload: memoryview,
-        store: Callable[[DiskEntry, memoryview], Coroutine[Any, Any, None]],
-        finish: Callable[[DiskEntry], Coroutine[Any, Any, None]] | None,
-    ) -> None:
-        """Store a cache once its turn has come, and finish that without a thread; neither is cancelled once begun."""
-        key = entry.key
-        async with self._write_room:
-            self._waiting_writes += 1
-            try:
-                await self._locks.acquire(key)
-                try:
-                    if self._goes_in_pack(entry):
-                        await self._packing.ask(PackedWrite(entry, payload, durable=finish is not None))
-                        return
-                    await self._store_alone(entry, payload, store)
-                    if finish is not None:
-                        await uncancelled(finish(entry))
-                finally:
-                    self._locks.release(key)
-            finally:
-                self._waiting_writes -= 1
+    async def write(self, writes: Sequence[Write]) -> None:
+        """Store caches, each as if it were asked for alone; returns when all are answered, some with an error maybe.
 
-    def _goes_in_pack(self, entry: DiskEntry) -> bool:
-        return entry.size_bytes <= MOST_PACKED_BYTES and self._folder.takes_packs and self._writer.is_new(entry.key)
+        Many in one call cost a third of what as many calls cost: a task for each is more than the work itself.
+        """
+        for write in writes:
+            if write.done.done():
+                continue
+            if self._writes.full and not write.durable:
+                write.fail(refusal(self._counters, "queue_full"))
+            else:
+                await self._writes.admit(write, write.entry.key, self._store)
+        await answered(writes)
 
-    async def _store_alone(
-        self, entry: DiskEntry, payload: memoryview, store: Callable[[DiskEntry, memoryview], Coroutine[Any, Any, None]]
-    ) -> None:
+    def _store(self, write: Write) -> None:
+        entry = write.entry
+        if entry.size_bytes <= MOST_PACKED_BYTES and self._folder.takes_packs and self._writer.is_new(entry.key):
+            self._packing.add(write)
+        else:
+            self._writes.begin(write, self._store_alone(write))
+
+    async def _store_alone(self, write: Write) -> None:
+        entry, key = write.entry, write.entry.key
         async with self._writers.one():
-            if (refused := self._refused(entry.key)) is not None:
+            if write.done.done():
+                return
+            if (refused := self._refused(key)) is not None:
                 raise refused
-            self._writing[entry.key] = entry
+            self._writing[key] = entry
+            write.hold()
             try:
-                await uncancelled(store(entry, payload))
+                store = self._writer.store_anew if write.durable else self._writer.store
+                await uncancelled(store(entry, write.payload))
             finally:
-                del self._writing[entry.key]
+                del self._writing[key]
+                write.release()
+        if write.durable:
+            await uncancelled(self._writer.make_durable(entry))
+        write.succeed(None)
 
     def _refused(self, key: CacheKey) -> TierError | None:
         """Count a write that must not be, and return its error; None if it may."""
@@ -290,30 +294,35 @@ class DiskTier:
         InvalidSizeError
             If ``view`` has another size than the cache (:meth:`find` tells it).
         """
-        payload = memoryview(view).cast("B")
-        if payload.readonly:
-            raise InvalidRequestError("a cache is read into memory that can be written to, this view is read-only")
-        entry = self.find(key)
-        if entry is not None and payload.nbytes != entry.size_bytes:
-            raise InvalidSizeError(
-                f"the cache has {entry.size_bytes} bytes, the memory to read it into {payload.nbytes}",
-                asked_bytes=payload.nbytes,
-                size_bytes=entry.size_bytes,
-            )
-        read = False
-        if entry is not None and not self._read_room.locked():
-            async with self._read_room:
-                await self._locks.acquire(key)
-                try:
-                    read = await self._reading.ask(Read(key, payload))
-                finally:
-                    self._locks.release(key)
-        if read:
+        read = Read(key, view)
+        await self.read((read,))
+        return read.done.result()
+
+    async def read(self, reads: Sequence[Read]) -> None:
+        """Fill memory with caches' bytes, each as if it were asked for alone; returns when all are answered."""
+        for read in reads:
+            if read.done.done():
+                continue
+            entry = self.find(read.key)
+            if entry is not None and read.payload.nbytes != entry.size_bytes:
+                read.fail(_other_size(read, entry))
+                continue
+            if entry is None or self._reads.full:
+                self._counters.misses += 1
+                read.succeed(False)
+            else:
+                read.done.add_done_callback(partial(self._count_read, read))
+                await self._reads.admit(read, read.key, self._reading.add)
+        await answered(reads)
+
+    def _count_read(self, read: Read, done: asyncio.Future[bool]) -> None:
+        if done.cancelled() or done.exception() is not None:
+            return
+        if done.result():
             self._counters.hits += 1
-            self._counters.read_bytes += payload.nbytes
+            self._counters.read_bytes += read.payload.nbytes
         else:
             self._counters.misses += 1
-        return read
 
     def _gone(self, keys: Sequence[CacheKey]) -> None:
         self.on_gone(keys)
@@ -362,11 +371,9 @@ class DiskTier:
             return await self._removals.note(dict.fromkeys(entries))
 
 
-def _payload(key: CacheKey, parent: BlockHash | None, view: memoryview) -> memoryview:
-    check_hash(key.block_hash)
-    if parent is not None:
-        check_hash(parent)
-    payload = memoryview(view).cast("B")
-    if not payload.nbytes:
-        raise InvalidSizeError("a cache of no bytes cannot be stored", asked_bytes=0)
-    return payload
+def _other_size(read: Read, entry: DiskEntry) -> InvalidSizeError:
+    return InvalidSizeError(
+        f"the cache has {entry.size_bytes} bytes, the memory to read it into {read.payload.nbytes}",
+        asked_bytes=read.payload.nbytes,
+        size_bytes=entry.size_bytes,
+    )

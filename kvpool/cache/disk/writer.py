@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 
 from kvpool.cache.disk.folder import Folder, remove_all
 from kvpool.cache.disk.folder_syncs import FolderSyncs
-from kvpool.cache.disk.header import make_header
+from kvpool.cache.disk.header import header_bytes, make_header
 from kvpool.cache.disk.index import DiskEntry, DiskIndex
 from kvpool.cache.disk.key_locks import KeyLocks
-from kvpool.cache.disk.names import space_name
+from kvpool.cache.disk.names import CacheName, space_name
 from kvpool.cache.disk.pack import make_table, padding
 from kvpool.cache.disk.removals import Removals
 from kvpool.cache.disk.statistics import DiskCounters, cause_of
@@ -20,6 +20,7 @@ from kvpool.cache.key import CacheKey
 from kvpool.errors import KvpoolError, TierError
 
 _REFUSALS = {
+    "queue_full": "as many writes wait as may",
     "budget": "it does not fit into the disk tier's budget (disk_budget), or all that could go for it is in use, is "
     "its own chain, or is made durable by the same call",
     "removed": "it was removed meanwhile",
@@ -115,10 +116,13 @@ class Writer:
 
     def claim(self, entry: DiskEntry) -> list[DiskEntry] | None:
         """Take room for a cache; returns what must go for it, which can be found no more, or None if it has no room."""
-        victims = self._index.victims(entry.file_bytes, partial(self._stays, (entry,)))
-        if victims is not None:
+        victims: list[DiskEntry] | None = []
+        if not self._index.has_room(entry.file_bytes):
+            victims = self._index.victims(entry.file_bytes, partial(self._stays, (entry,)))
+            if victims is None:
+                return None
             self._take(victims)
-            self._index.claim(entry)
+        self._index.claim(entry)
         return victims
 
     async def write_claimed(
@@ -210,14 +214,25 @@ class Writer:
 
 
 def _write_file(folder: Folder, entries: Sequence[DiskEntry], payloads: Sequence[memoryview]) -> None:
-    headers = [make_header(entry.key, entry.parent, payload) for entry, payload in zip(entries, payloads, strict=True)]
     first = entries[0]
     if first.pack is None:
-        folder.write(first.path, (headers[0], payloads[0]))
-        return
-    described = [(entry.name._replace(pack=None), len(header)) for entry, header in zip(entries, headers, strict=True)]
+        folder.write(first.path, (make_header(first.key, first.parent, payloads[0]), payloads[0]))
+    else:
+        path = f"{space_name(first.key.tenant, first.key.fingerprint)}/{first.pack}"
+        folder.write(path, _pack_parts(entries, payloads))
+
+
+def _pack_parts(entries: Sequence[DiskEntry], payloads: Sequence[memoryview]) -> Iterator[bytes | memoryview]:
+    """Yield the parts of a pack, made when they are asked for: with the file open, a thread has no more to wait for."""
+    described = [
+        (CacheName(entry.key.block_hash, entry.parent, entry.size_bytes), header_bytes(entry.key)) for entry in entries
+    ]
     # The clock of the files' times, so that the order of writing can be told at the next start.
-    parts: list[bytes | memoryview] = [make_table(described, time.clock_gettime_ns(_CLOCK_REALTIME_COARSE))]
-    for header, payload in zip(headers, payloads, strict=True):
-        parts += (header, payload, padding(len(header) + payload.nbytes))
-    folder.write(f"{space_name(first.key.tenant, first.key.fingerprint)}/{first.pack}", parts[:-1])
+    yield make_table(described, time.clock_gettime_ns(_CLOCK_REALTIME_COARSE))
+    file_bytes = 0
+    for entry, payload in zip(entries, payloads, strict=True):
+        yield padding(file_bytes)
+        header = make_header(entry.key, entry.parent, payload)
+        yield header
+        yield payload
+        file_bytes = len(header) + payload.nbytes

@@ -7,7 +7,7 @@ from collections import deque
 
 import pytest
 
-from kvpool.cache.disk.batches import Batches, Request
+from kvpool.cache.disk.batches import Batches, Request, answered
 from kvpool.cache.disk.threads import Threads
 from kvpool.errors import TierError
 
@@ -40,6 +40,8 @@ class Failing(Batches[Request[None], None]):
 async def test_a_step_that_fails_answers_all(step: str, error: BaseException) -> None:
     batches = Failing(Threads(1, "test"), step, error)
     requests = [Request[None]() for _ in range(3)]
+    for request in requests:
+        batches.add(request)
     async with asyncio.timeout(10):
-        outcomes = await asyncio.gather(*map(batches.ask, requests), return_exceptions=True)
-    assert [type(outcome) for outcome in outcomes] == [type(error)] * 3
+        await answered(requests)
+    assert [type(request.done.exception()) for request in requests] == [type(error)] * 3

@@ -13,7 +13,8 @@ from kvpool.cache.disk import local, local_packs
 from kvpool.cache.disk.index import DiskEntry
 from kvpool.cache.disk.names import CacheName
 from kvpool.cache.disk.pack import MOST_CACHES, PLACE_BYTES, find_packed, has_others, make_table, parse_table
-from kvpool.cache.disk.packing import MOST_PACKED_BYTES
+from kvpool.cache.disk.packing import MOST_PACKED_BYTES, Write
+from kvpool.cache.disk.reading import Read
 from kvpool.cache.key import encode_block_id
 from kvpool.errors import TierError
 
@@ -545,3 +546,67 @@ async def test_reads_of_a_pack_go_together_and_one_that_is_removed_meanwhile_is_
     assert left[:2] == [CONTENTS[1], None]
     assert isinstance(left[2], asyncio.CancelledError)
     assert left[3:] == [CONTENTS[4], CONTENTS[5]]
+
+
+async def test_reads_of_several_packs_and_files_that_come_together_are_all_answered(open_tier, tmp_path):
+    """What waits of one pack goes together, however it is mixed with others."""
+    tier = await open_tier(str(tmp_path), threads=1)
+    for start in (0, 5, 10):
+        await write_together(tier, range(start, start + 5))
+    await tier.write_back(key_of(15), None, CONTENTS[15])
+    into = {number: bytearray(SIZE) for number in (15, *range(0, 15, 5), 20, *range(1, 15, 4), 15)}
+    reads = [Read(key_of(number), memoryview(view)) for number, view in into.items()]
+    await tier.read(reads)
+    assert [read.done.result() for read in reads] == [number != 20 for number in into]
+    assert all(bytes(view) == CONTENTS[number] for number, view in into.items() if number != 20)
+    figures = tier.statistics()
+    assert (figures.hits, figures.misses) == (len(into) - 1, 1)
+
+
+async def test_caches_written_in_one_call_are_answered_each_by_itself(open_tier, tmp_path):
+    tier = await open_tier(str(tmp_path), queue_limit=6)
+    await tier.write_back(key_of(0), None, CONTENTS[0])
+    large = bytes(MOST_PACKED_BYTES + 1)
+    numbers = [0, 1, 1, 2, 3]
+    writes = [Write(key_of(number), None, memoryview(CONTENTS[number]), durable=False) for number in numbers]
+    writes += [Write(key_of(number), None, memoryview(large), durable=False) for number in (30, 31)]
+    writes += [Write(key_of(32), None, memoryview(CONTENTS[32]), durable=True)]
+    await tier.write(writes)
+    assert [write.done.exception() is None for write in writes] == [True] * 6 + [False, True]
+    assert tier.statistics().given_up == {"queue_full": 1}
+    assert await contents(tier, [0, 1, 2, 3, 32]) == [True] * 5
+    assert tier.find(key_of(30)) is not None
+    assert tier.statistics().waiting_writes == 0
+
+
+async def test_given_up_together_what_waits_ends_at_once_and_what_a_thread_has_when_it_is_done(
+    open_tier, tmp_path, faults
+):
+    tier = await open_tier(FaultyFolder(str(tmp_path), faults), threads=1)
+    gate = faults.gates["write"] = threading.Event()
+
+    def made(numbers):
+        return [Write(key_of(number), None, memoryview(CONTENTS[number]), durable=True) for number in numbers]
+
+    held, waiting = made(range(3)), made([*range(3, 6), 4])
+    under_way = asyncio.ensure_future(tier.write(held))
+    await arrival(faults)
+    del faults.gates["write"]
+    behind = asyncio.ensure_future(tier.write(waiting))
+    await asyncio.sleep(0)
+    waiting[0].cancel()  # one by itself: the others go on
+    held[0].cancel()
+    assert [each.done.done() for each in (waiting[0], held[0])] == [True, False]
+    under_way.cancel()
+    behind.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await behind
+    assert not under_way.done(), "the thread reads their memory"
+    gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await under_way
+    assert all(write.done.cancelled() for write in (*held, *waiting))
+    assert await contents(tier, range(6)) == [True] * 3 + [False] * 3
+    assert tier.statistics().waiting_writes == 0
+    await asyncio.gather(*(tier.write_through(key_of(number), None, CONTENTS[number]) for number in range(6)))
+    assert await contents(tier, range(6)) == [True] * 6, "no key and no room was kept"

@@ -319,12 +319,23 @@ def test_the_first_sync_of_a_folder_puts_its_own_name_on_disk_too(tmp_path, monk
 def test_interrupted_reads_and_writes_go_on(tmp_path, monkeypatch):
     real_write, real_read = os.writev, os.preadv
     monkeypatch.setattr(os, "writev", lambda file, parts: real_write(file, [parts[0][:3]]))
-    monkeypatch.setattr(os, "preadv", lambda file, parts, offset: real_read(file, [parts[0][:2]], offset))
+    monkeypatch.setattr(os, "preadv", lambda file, parts, offset: real_read(file, [memoryview(parts[0])[:2]], offset))
     folder = LocalFolder(tmp_path)
     folder.write("s/a", (b"header", memoryview(b"payload")))
     parts = bytearray(6), bytearray(7)
     assert folder.read("s/a", parts) == 13
     assert parts == (b"header", b"payload")
+
+
+def test_parts_that_cannot_be_made_leave_no_file(tmp_path):
+    def parts():
+        yield b"header"
+        raise InvalidRequestError("no")
+
+    folder = LocalFolder(tmp_path)
+    with pytest.raises(InvalidRequestError):
+        folder.write("s/a", parts())
+    assert list(tmp_path.rglob("a*")) == []
 
 
 def test_a_folder_that_has_vanished_is_not_made_again(tmp_path):

@@ -246,3 +246,44 @@ async def test_a_start_that_hangs_is_done_without_the_disk(open_device, faults, 
         while device.tiers._closing is None:  # noqa: ASYNC110  it comes by a thread
             await asyncio.sleep(0)
         await device.tiers._closing
+
+
+async def test_of_a_party_that_hangs_in_part_the_rest_is_done_and_free(open_device, tmp_path):
+    folder = folder_at(str(tmp_path / "tier"))
+    device = await open_device(0, folder, deadline_s=1.0)
+    gate, real = threading.Event(), folder.write
+
+    def hangs_for_one_tenant(path, parts):
+        if "@b" in path:
+            assert gate.wait(DEADLINE_S)
+        real(path, parts)
+
+    folder.write = hangs_for_one_tenant
+    sources = [device.written(number, tenant="ab"[number % 2]) for number in range(6)]
+    outcomes = await in_time(device.tiers.write_through(sources))
+    assert [error and error.details["cause"] for error in outcomes] == [None, "timeout"] * 3
+    assert [device.tiers.late(source) is not None for source in sources] == [False, True] * 3
+    assert await in_time(device.tiers.remove([key_of(0, "a")])) == 1, "nobody holds its key any more"
+    late = [device.tiers.late(source) for source in sources[1::2]]
+    gate.set()
+    await in_time(asyncio.wait(late))
+    assert device.tiers.late(sources[1]) is None
+
+
+async def test_one_of_a_party_that_waits_behind_a_store_that_hangs_is_removed_at_once(open_device, tmp_path, faults):
+    device = await open_device(0, FaultyFolder(str(tmp_path / "tier"), faults), deadline_s=DEADLINE_S)
+    gate = faults.gates["write"] = threading.Event()
+    hanging = []
+    for first in range(0, 2 * DEFAULT_THREADS, 2):
+        sources = [device.written(first), device.written(first + 1)]
+        hanging.append(asyncio.ensure_future(device.tiers.write_through(sources)))
+        await arrived(faults)
+    del faults.gates["write"]
+    waiting = asyncio.ensure_future(device.tiers.write_through([device.written(20), device.written(21)]))
+    await asyncio.sleep(0)
+    assert await in_time(device.tiers.remove([key_of(20)])) == 0
+    gate.set()
+    assert [await in_time(each) for each in hanging] == [[None, None]] * DEFAULT_THREADS
+    removed, kept = await in_time(waiting)
+    assert (removed.details["cause"], kept) == ("removed", None)
+    assert device.found(20, 21) == [None, "disk"]
