@@ -31,9 +31,14 @@ _WIDTHS = np.diff(_STARTS)
 _YOUNGEST, _FALL = 0.05, 0.8
 """Hazard of the first age bucket before anything is learned, and by what it falls to the next one, of which nothing is
 known. Buckets grow by 1.4 while it falls, so that this is LRU."""
-_PRIOR_WEIGHT = 50.0
-_PARENT_WEIGHT = 8.0
+_PRIOR_WEIGHT = 200.0
+_PARENT_WEIGHT, _MORE_AT_FIRST, _FEW_TURNS = 8.0, 20.0, 1000.0
+"""As how many exposures a larger class counts in a smaller one; by how much more while nothing was seen; after how many
+turns it is half of that. What fades, also after a surprise, is not seen."""
 _RATIO_WEIGHT = 3.0
+_UNLIKE = 3.0
+"""How unlike each other the blocks of a class are: the variance of their own hazards, over the square of the mean. So
+the ratio of two classes draws near to 1 with age, see :func:`_smooth`."""
 _FEATURE_WEIGHT = 5.0
 _LARGEST_STEP = 0.5
 _FORGET = 0.99 ** (1 / 50)  # what a request leaves of all counts
@@ -83,10 +88,12 @@ class HazardTable:
         hits = all_hits.reshape(STAGES, GAPS, KINDS, WIDTH)[..., :AGES]
         exposures = np.cumsum(entered.reshape(STAGES, GAPS, KINDS, WIDTH), axis=-1)[..., :AGES]
         np.maximum(exposures, 0, out=exposures)  # not exactly 0 after some thousand steps up and down
+        turns = float(exposures[:, :, 0, 0].sum())  # each has one tail, watched from the first bucket on
+        weight = _PARENT_WEIGHT + _MORE_AT_FIRST * _FEW_TURNS / (_FEW_TURNS + turns)
         hazard = _from_the_youngest(hits.sum((0, 1, 2)), exposures.sum((0, 1, 2)))
-        hazard = _smooth(hits.sum((0, 1)), exposures.sum((0, 1)), hazard)  # by kind
-        hazard = _smooth(hits.sum(1), exposures.sum(1), hazard)  # by stage and kind
-        hazard = np.minimum(_smooth(hits, exposures, hazard[:, None]), 1.0).reshape(CLASSES, AGES)
+        hazard = _smooth(hits.sum((0, 1)), exposures.sum((0, 1)), hazard, weight)  # by kind
+        hazard = _smooth(hits.sum(1), exposures.sum(1), hazard, weight)  # by stage and kind
+        hazard = np.minimum(_smooth(hits, exposures, hazard[:, None], weight), 1.0).reshape(CLASSES, AGES)
         np.cumsum(hazard, axis=1, out=np.frombuffer(self.risen).reshape(CLASSES, WIDTH)[:, 1:])
         worths = np.frombuffer(self.worths).reshape(CLASSES, WIDTH)
         worths[:, :AGES] = gittins(hazard)
@@ -119,11 +126,25 @@ def _from_the_youngest(hits: Floats, exposures: Floats) -> Floats:
     return hazard
 
 
-def _smooth(hits: Floats, exposures: Floats, parent: Floats) -> Floats:
-    """Return hazards that lean on those of the parent class: its shape times a ratio, where they have no data."""
-    expected = (exposures * parent).sum(-1, keepdims=True)
-    parent = parent * (hits.sum(-1, keepdims=True) + _RATIO_WEIGHT) / (expected + _RATIO_WEIGHT)
-    return (hits + _PARENT_WEIGHT * parent) / (exposures + _PARENT_WEIGHT)
+def _smooth(hits: Floats, exposures: Floats, parent: Floats, weight: float) -> Floats:
+    """Return hazards that lean on those of the parent class: its shape times a ratio, where they have no data.
+
+    The ratio draws near to 1 with age. Among blocks that are unlike each other those hit most often are hit first, so
+    that of a class that promised more, those that are left at an old age are no better than others. With gamma
+    distributed hazards of variance ``v`` the mean of a class falls by ``1 + v * ratio * risen`` (Vaupel, Manton and
+    Stallard, 1979), ``risen`` being the sum of the parent's hazards so far, and that of the parent by the same with a
+    ratio of 1.
+    """
+    found = hits.sum(-1, keepdims=True) + _RATIO_WEIGHT
+    risen = _UNLIKE * (np.cumsum(parent, axis=-1) - parent)
+    shape = (1 + risen) * parent
+    expected = exposures * shape
+    ratio = found / ((exposures * parent).sum(-1, keepdims=True) + _RATIO_WEIGHT)
+    for _ in range(2):  # the ratio that promises what was found; nearer than the noise by then
+        ratio = found / ((expected / (1 + risen * ratio)).sum(-1, keepdims=True) + _RATIO_WEIGHT)
+    parent = shape * ratio / (1 + risen * ratio)
+    hazard: Floats = (hits + weight * parent) / (exposures + weight)
+    return hazard
 
 
 def gittins(hazard: Floats) -> Floats:
