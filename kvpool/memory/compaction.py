@@ -25,15 +25,16 @@ compaction comes to an end.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from itertools import chain
+from typing import NamedTuple, overload
+
+from kvpool.memory.moves import Move, Moves
 
 WINDOW_PAGES = 64
 """Most pages that slide together. The more, the less is lost at their end, and the more is copied for each page."""
 
 DENSE = 1 - 1 / 64
 """Pages filled above this share are not joined: more than 64 would be copied for each that comes free."""
-
-_LEAST_BYTES = 1 << 13
 
 
 class Part(NamedTuple):
@@ -52,13 +53,46 @@ class Part(NamedTuple):
         return self.offset + self.size_bytes
 
 
-class Move(NamedTuple):
-    """One cache to another place."""
+class Parts(Sequence[Part]):
+    """Parts as columns, which are as long as each other and not to be changed."""
 
-    cache_id: int
-    source: int
-    destination: int
-    size_bytes: int
+    __slots__ = ("_rows", "ids", "movable", "offsets", "sizes_bytes")
+
+    def __init__(
+        self, offsets: Sequence[int], sizes_bytes: Sequence[int], ids: Sequence[int], movable: Sequence[bool]
+    ) -> None:
+        self.offsets = offsets
+        self.sizes_bytes = sizes_bytes
+        self.ids = ids
+        self.movable = movable
+        self._rows: tuple[Part, ...] | None = None
+
+    @classmethod
+    def of(cls, parts: Sequence[Part]) -> Parts:
+        """Return the columns of parts."""
+        if isinstance(parts, Parts):
+            return parts
+        return cls(*zip(*parts, strict=True)) if parts else cls((), (), (), ())
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def __iter__(self) -> Iterator[Part]:
+        return iter(self._all())
+
+    @overload
+    def __getitem__(self, which: int) -> Part: ...
+
+    @overload
+    def __getitem__(self, which: slice) -> tuple[Part, ...]: ...
+
+    def __getitem__(self, which: int | slice) -> Part | tuple[Part, ...]:
+        return self._all()[which]
+
+    def _all(self) -> tuple[Part, ...]:
+        if self._rows is None:  # several ways look at them, one after the other; the first ones at the columns alone
+            self._rows = tuple(map(Part, self.offsets, self.sizes_bytes, self.ids, self.movable))
+        return self._rows
 
 
 class Snapshot(NamedTuple):
@@ -68,7 +102,7 @@ class Snapshot(NamedTuple):
     #: Offsets, ascending. Pages in quarantine are left out.
     pages: tuple[int, ...]
     #: All that lie at least in part in these pages, ascending. Those that lie elsewhere too are unmovable.
-    parts: tuple[Part, ...]
+    parts: Sequence[Part]
     #: Where pages could be added: those of the addresses near these pages that are free, as offsets.
     room: frozenset[int] = frozenset()
     #: How many pages could be added.
@@ -78,43 +112,12 @@ class Snapshot(NamedTuple):
 class Plan(NamedTuple):
     """Moves, each possible when those before it are done."""
 
-    moves: tuple[Move, ...]
+    moves: Moves
     #: Pages in which nothing lives then.
     freed: tuple[int, ...]
 
-    @property
-    def moved_bytes(self) -> int:
-        """Bytes to copy."""
-        return sum(move.size_bytes for move in self.moves)
 
-
-def count_within(moves: Sequence[Move], budget_bytes: int) -> int:
-    """Return how many moves, from the first, copy ``budget_bytes`` at most; at least one.
-
-    A small cache counts for as many bytes as could be copied in the time that its bookkeeping takes.
-    """
-    for count, (_, _, _, size_bytes) in enumerate(moves):
-        budget_bytes -= size_bytes if size_bytes > _LEAST_BYTES else _LEAST_BYTES
-        if budget_bytes < 0 and count:
-            return count
-    return len(moves)
-
-
-def runs(moves: Iterable[Move]) -> Iterator[list[Move]]:
-    """Yield moves of caches that lie side by side, before and after, together: they are one copy."""
-    run: list[Move] = []
-    source = destination = -1
-    for move in moves:
-        if run and (move.source != source or move.destination != destination):
-            yield run
-            run = []
-        run.append(move)
-        source, destination = move.source + move.size_bytes, move.destination + move.size_bytes
-    if run:
-        yield run
-
-
-NOTHING = Plan((), ())
+NOTHING = Plan(Moves(), ())
 
 
 def plan_slide(snapshot: Snapshot, budget_bytes: int, most_pages: int) -> Plan:
@@ -124,17 +127,17 @@ def plan_slide(snapshot: Snapshot, budget_bytes: int, most_pages: int) -> Plan:
     :func:`~kvpool.memory.evacuation.plan_evacuation`; what one window holds may be more, and is copied.
     """
     plans = [plan for plan in _slides(snapshot) if plan.freed]
-    plans.sort(key=lambda plan: plan.moved_bytes / len(plan.freed))
+    plans.sort(key=lambda plan: plan.moves.moved_bytes / len(plan.freed))
     moves: list[Move] = []
     freed: list[int] = []
     moved_bytes = 0
     for plan in plans:
-        if (moves and moved_bytes + plan.moved_bytes > budget_bytes) or len(freed) >= most_pages:
+        if (moves and moved_bytes + plan.moves.moved_bytes > budget_bytes) or len(freed) >= most_pages:
             break
         moves += plan.moves
         freed += plan.freed
-        moved_bytes += plan.moved_bytes
-    return Plan(tuple(moves), tuple(freed))
+        moved_bytes += plan.moves.moved_bytes
+    return Plan(Moves.of(moves), tuple(freed))
 
 
 def regrouping(snapshot: Snapshot) -> tuple[Move, ...]:
@@ -189,7 +192,7 @@ def slide(parts: Sequence[Part], pages: Sequence[int], page_bytes: int) -> Plan:
             if destination != part.offset:
                 moves.append(Move(part.cache_id, part.offset, destination, part.size_bytes))
         occupied.update(pages_under(destination, part.size_bytes, page_bytes))
-    return Plan(tuple(moves), tuple(page for page in pages if page not in occupied))
+    return Plan(Moves.of(moves), tuple(page for page in pages if page not in occupied))
 
 
 def choose_join(snapshot: Snapshot, budget_bytes: int, most_pages: int) -> tuple[int, ...]:
@@ -219,6 +222,17 @@ def choose_join(snapshot: Snapshot, budget_bytes: int, most_pages: int) -> tuple
 def pages_under(offset: int, size_bytes: int, page_bytes: int) -> range:
     """Return the offsets of the pages that a part lies in."""
     return range(offset - offset % page_bytes, offset + size_bytes, page_bytes)
+
+
+def pages_of(offsets: Sequence[int], sizes_bytes: Sequence[int], page_bytes: int) -> set[int]:
+    """Return the offsets of the pages that parts lie in."""
+    if max(sizes_bytes, default=0) > page_bytes:
+        parts = zip(offsets, sizes_bytes, strict=True)
+        return set(chain.from_iterable(pages_under(offset, size_bytes, page_bytes) for offset, size_bytes in parts))
+    mask = -page_bytes
+    pages = set(map(mask.__and__, offsets))
+    pages.update({offset + size_bytes - 1 & mask for offset, size_bytes in zip(offsets, sizes_bytes, strict=True)})
+    return pages
 
 
 def bytes_in_use(snapshot: Snapshot) -> dict[int, int]:

@@ -20,7 +20,6 @@ from kvpool.memory.anchors import Bounds, anchored_pages, in_pages, movable_by_p
 from kvpool.memory.compaction import (
     NOTHING,
     WINDOW_PAGES,
-    Move,
     Part,
     Plan,
     Snapshot,
@@ -30,6 +29,7 @@ from kvpool.memory.compaction import (
     plan_slide,
     regrouping,
 )
+from kvpool.memory.moves import Move, Moves
 from kvpool.memory.subset import SubsetSums
 
 MOST_ADDED = 8
@@ -106,10 +106,10 @@ def plan_filling(snapshot: Snapshot) -> Plan:
         return NOTHING
     filled = _plan(snapshot)
     if filled:
-        return Plan(filled, ())
+        return Plan(Moves.of(filled), ())
     slid = regrouping(snapshot)
     filled = _plan(moved(snapshot, slid)) if slid else ()
-    return Plan((*slid, *filled), ()) if filled else NOTHING
+    return Plan(Moves.of((*slid, *filled)), ()) if filled else NOTHING
 
 
 def _plan(snapshot: Snapshot) -> tuple[Move, ...]:

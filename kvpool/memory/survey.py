@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from kvpool.memory.allocation import Movable
-from kvpool.memory.compaction import WINDOW_PAGES, Part, Snapshot
+from kvpool.memory.compaction import WINDOW_PAGES, Parts, Snapshot, pages_under
 from kvpool.memory.filling import MOST_ADDED
 from kvpool.memory.residents import Resident
 from kvpool.memory.shared import SharedPages
@@ -96,7 +96,7 @@ class Survey:
         moved_bytes = sum(self._page_bytes - self._free_bytes[page] for page in sources)
         hole_bytes = 0
         # The fullest pages are the best place, but where caches are small much is looked at there for a few holes.
-        many = sum(1 for page in sources for _ in self._residents.ids(page)) > _MANY * len(sources)
+        many = sum(map(self._residents.count, sources)) > _MANY * len(sources)
         for page in emptiest if many else reversed(emptiest):
             if hole_bytes >= _TARGET_FACTOR * moved_bytes:
                 break
@@ -171,15 +171,15 @@ class Survey:
         pages = tuple(pages)
         if self._latest is not None and self._latest.pages == pages:
             return self._latest
+        offsets, residents, across = self._residents.columns(pages)
+        ids = [cache_id for cache_id, _ in residents]
+        sizes_bytes = [size_bytes for _, size_bytes in residents]
+        movable = list(map(self.owner.may_move, ids))
         known = set(pages)
-        mask, page_bytes, may_move = -self._page_bytes, self._page_bytes, self.owner.may_move
-        new = tuple.__new__  # as Part(...), in a third of the time
-        parts = []
-        for offset, (cache_id, size_bytes) in self._residents.within(pages):
-            first, end = offset & mask, offset + size_bytes
-            inside = first in known and (end <= first + page_bytes or known.issuperset(range(first, end, -mask)))
-            parts.append(new(Part, (offset, size_bytes, cache_id, inside and may_move(cache_id))))
-        self._latest = Snapshot(self._page_bytes, pages, tuple(parts))
+        for number in across:
+            if not known.issuperset(pages_under(offsets[number], sizes_bytes[number], self._page_bytes)):
+                movable[number] = False
+        self._latest = Snapshot(self._page_bytes, pages, Parts(offsets, sizes_bytes, ids, movable))
         return self._latest
 
     def _free(self, pages: Iterable[int]) -> int:
