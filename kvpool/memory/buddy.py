@@ -246,9 +246,9 @@ class BuddyAllocator:
                 continue
             position, end = offset, offset + size_bytes
             while position < end:
-                block_bytes = 1 << (end - position).bit_length() - 1
-                if 0 < position & -position < block_bytes:
-                    block_bytes = position & -position
+                block_bytes = position & -position
+                if not 0 < block_bytes <= end - position:
+                    block_bytes = 1 << (end - position).bit_length() - 1
                 blocks = free.get(block_bytes, none)
                 if position not in blocks:
                     break
@@ -274,22 +274,25 @@ class BuddyAllocator:
             If these are not the ranges in it.
         """
         free, end = self._free, offset + self.max_block_bytes
-        known_bytes = 0
+        none: dict[int, None] = {}
         try:
-            sizes_bytes = list(map(abs, map(self._live.pop, starts)))
-            ends = map(add, starts, sizes_bytes)
+            ends = map(add, starts, map(abs, map(self._live.pop, starts)))
             for position, start in zip((offset, *ends), (*starts, end), strict=True):
+                if position == start:
+                    continue
+                blocks = free.get(start - position, none)
+                if position in blocks:
+                    del blocks[position]
+                    continue
+                ensure(position < start, "what lies in a block does not overlap", block=offset, offset=start)
                 while position < start:  # buddies are merged, so what is free here is the largest blocks that fit
-                    block_bytes = 1 << (start - position).bit_length() - 1
-                    if 0 < position & -position < block_bytes:
-                        block_bytes = position & -position
+                    block_bytes = position & -position
+                    if not 0 < block_bytes <= start - position:
+                        block_bytes = 1 << (start - position).bit_length() - 1
                     del free[block_bytes][position]
                     position += block_bytes
-                    known_bytes += block_bytes
         except KeyError:
             ensure(False, "what lies in a block is known", block=offset)
-        known_bytes += sum(sizes_bytes)
-        ensure(known_bytes == self.max_block_bytes, "what lies in a block fits it", block=offset, known=known_bytes)
         free[self.max_block_bytes][offset] = None
 
     def is_free(self, offset: int, size_bytes: int) -> bool:

@@ -24,6 +24,7 @@ compaction comes to an end.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import NamedTuple, overload
@@ -74,6 +75,28 @@ class Parts(Sequence[Part]):
             return parts
         return cls(*zip(*parts, strict=True)) if parts else cls((), (), (), ())
 
+    def by_page(self, pages: Iterable[int], page_bytes: int) -> Iterator[tuple[int, int, int]]:
+        """Yield pages with the number of the first part that lies in each, at least in part, and of the first behind.
+
+        Parts and pages ascend.
+        """
+        offsets, sizes_bytes = self.offsets, self.sizes_bytes
+        last = 0
+        for page in pages:
+            first = bisect_left(offsets, page, last)
+            last = bisect_left(offsets, page + page_bytes, first)
+            if first and offsets[first - 1] + sizes_bytes[first - 1] > page:
+                first -= 1
+            yield page, first, last
+
+    def bytes_in(self, page: int, page_bytes: int, first: int, last: int) -> int:
+        """Return the bytes of a page that parts ``first`` to before ``last`` have, those that lie in it."""
+        if first == last:
+            return 0
+        before_bytes = max(page - self.offsets[first], 0)
+        behind_bytes = max(self.offsets[last - 1] + self.sizes_bytes[last - 1] - page - page_bytes, 0)
+        return sum(self.sizes_bytes[first:last]) - before_bytes - behind_bytes
+
     def __len__(self) -> int:
         return len(self.offsets)
 
@@ -115,6 +138,8 @@ class Plan(NamedTuple):
     moves: Moves
     #: Pages in which nothing lives then.
     freed: tuple[int, ...]
+    #: Pages that moves go to, and that are to be added first if they are not there.
+    added: tuple[int, ...] = ()
 
 
 NOTHING = Plan(Moves(), ())
@@ -147,9 +172,17 @@ def regrouping(snapshot: Snapshot) -> tuple[Move, ...]:
 
 def moved(snapshot: Snapshot, moves: Iterable[Move]) -> Snapshot:
     """Return what is in these pages when the moves are done."""
-    places = {move.cache_id: move.destination for move in moves}
-    parts = [part._replace(offset=places.get(part.cache_id, part.offset)) for part in snapshot.parts]
-    return snapshot._replace(parts=tuple(sorted(parts)))
+    places = {cache_id: destination for cache_id, _, destination, _ in moves}
+    parts = Parts.of(snapshot.parts)
+    offsets = [places.get(cache_id, offset) for cache_id, offset in zip(parts.ids, parts.offsets, strict=True)]
+    order = sorted(range(len(offsets)), key=offsets.__getitem__)
+    after = Parts(
+        [offsets[each] for each in order],
+        [parts.sizes_bytes[each] for each in order],
+        [parts.ids[each] for each in order],
+        [parts.movable[each] for each in order],
+    )
+    return snapshot._replace(parts=after)
 
 
 def _slides(snapshot: Snapshot) -> Iterator[Plan]:
@@ -173,26 +206,27 @@ def slide(parts: Sequence[Part], pages: Sequence[int], page_bytes: int) -> Plan:
     cursor = pages[0]
     holes: list[list[int]] = []  # start, bytes: between parts that stay
     moves: list[Move] = []
-    occupied: set[int] = set()
-    for part in parts:
-        destination = part.offset
-        if not part.movable:
-            if part.offset > cursor:
-                holes.append([cursor, part.offset - cursor])
-            cursor = max(cursor, part.end)
+    occupied: list[int] = []
+    for offset, size_bytes, cache_id, movable in parts:
+        destination = offset
+        if not movable:
+            if offset > cursor:
+                holes.append([cursor, offset - cursor])
+            cursor = max(cursor, offset + size_bytes)
         else:
-            hole = next((hole for hole in holes if hole[1] >= part.size_bytes), None)
+            hole = next((hole for hole in holes if hole[1] >= size_bytes), None) if holes else None
             if hole is not None:
                 destination = hole[0]
-                hole[0] += part.size_bytes
-                hole[1] -= part.size_bytes
+                hole[0] += size_bytes
+                hole[1] -= size_bytes
             else:
                 destination = cursor
-                cursor += part.size_bytes
-            if destination != part.offset:
-                moves.append(Move(part.cache_id, part.offset, destination, part.size_bytes))
-        occupied.update(pages_under(destination, part.size_bytes, page_bytes))
-    return Plan(Moves.of(moves), tuple(page for page in pages if page not in occupied))
+                cursor += size_bytes
+            if destination != offset:
+                moves.append(Move(cache_id, offset, destination, size_bytes))
+        occupied.append(destination)
+    under = pages_of(occupied, [size_bytes for _, size_bytes, _, _ in parts], page_bytes)
+    return Plan(Moves.of(moves), tuple(page for page in pages if page not in under))
 
 
 def choose_join(snapshot: Snapshot, budget_bytes: int, most_pages: int) -> tuple[int, ...]:
@@ -237,13 +271,11 @@ def pages_of(offsets: Sequence[int], sizes_bytes: Sequence[int], page_bytes: int
 
 def bytes_in_use(snapshot: Snapshot) -> dict[int, int]:
     """Return the bytes in use of each page."""
-    used = dict.fromkeys(snapshot.pages, 0)
-    page_bytes = snapshot.page_bytes
-    for offset, size_bytes, _, _ in snapshot.parts:
-        for page in pages_under(offset, size_bytes, page_bytes):
-            if page in used:
-                used[page] += min(offset + size_bytes, page + page_bytes) - max(offset, page)
-    return used
+    page_bytes, parts = snapshot.page_bytes, Parts.of(snapshot.parts)
+    return {
+        page: parts.bytes_in(page, page_bytes, first, last)
+        for page, first, last in parts.by_page(snapshot.pages, page_bytes)
+    }
 
 
 def _regions(snapshot: Snapshot) -> Iterator[tuple[int, int]]:
@@ -277,11 +309,12 @@ def linked_pages(snapshot: Snapshot) -> tuple[set[int], list[list[int]]]:
     """Return the pages under what is unmovable, and all pages, those that a cache lies across in one list."""
     fixed: set[int] = set()
     linked: set[int] = set()  # with the page before
-    for part in snapshot.parts:
-        under = pages_under(part.offset, part.size_bytes, snapshot.page_bytes)
-        if not part.movable:
-            fixed.update(under)
-        linked.update(under[1:])
+    parts = Parts.of(snapshot.parts)
+    for page, first, last in parts.by_page(snapshot.pages, snapshot.page_bytes):
+        if not all(parts.movable[first:last]):
+            fixed.add(page)
+        if first < last and parts.offsets[first] < page:
+            linked.add(page)
     together: list[list[int]] = []
     for page in snapshot.pages:
         if page in linked and together and together[-1][-1] == page - snapshot.page_bytes:

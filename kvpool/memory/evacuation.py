@@ -17,7 +17,16 @@ from collections.abc import Set as AbstractSet
 from itertools import groupby
 from operator import add
 
-from kvpool.memory.compaction import NOTHING, Parts, Plan, Snapshot, moved, pages_of, pages_under, regrouping
+from kvpool.memory.compaction import (
+    NOTHING,
+    Parts,
+    Plan,
+    Snapshot,
+    moved,
+    pages_of,
+    pages_under,
+    regrouping,
+)
 from kvpool.memory.moves import Moves
 
 _Hole = tuple[int, int]
@@ -48,19 +57,22 @@ def plan_evacuation(snapshot: Snapshot, budget_bytes: int, most_pages: int) -> P
     leaving = set(order[:last])
     # A hole goes on in the next page where neither will be emptied.
     holes = _Holes(page_bytes)
-    holes.add(filling.holes(filling.fixed or filling.free.keys() - leaving, leaving))
+    holes.add(filling.holes(filling.fixed or filling.used.keys() - leaving, leaving))
     ids: list[int] = []
     sources: list[int] = []
     destinations: list[int] = []
     sizes_bytes: list[int] = []
     freed: list[int] = []
-    received: set[int] = set()
-    moved_bytes = failures = 0
+    received: set[int] = set()  # by the first moves that are known
+    moved_bytes = failures = known = 0
     for number, page in enumerate(order):
         if failures == _MOST_FAILURES or len(freed) == most_pages:
             break
-        if page in received:
-            continue
+        if number >= last:  # else nothing goes there
+            received |= pages_of(destinations[known:], sizes_bytes[known:], page_bytes)
+            known = len(destinations)
+            if page in received:
+                continue
         page_ids, offsets, page_sizes = filling.inside(page)
         cost = sum(page_sizes)
         if ids and moved_bytes + cost > budget_bytes:
@@ -71,7 +83,7 @@ def plan_evacuation(snapshot: Snapshot, budget_bytes: int, most_pages: int) -> P
         placed = holes.take(wanted)
         while placed is None and last > number + 1:
             last -= 1
-            holes.add(filling.free[order[last]])
+            holes.add(filling.free(order[last]))
             placed = holes.take(wanted)
         if placed is None:
             holes.readmit(page)
@@ -85,7 +97,6 @@ def plan_evacuation(snapshot: Snapshot, budget_bytes: int, most_pages: int) -> P
         freed.append(page)
         moved_bytes += cost
         filling.leave(page)
-        received |= pages_of(placed, page_sizes, page_bytes)
     return Plan(Moves(ids, sources, destinations, sizes_bytes), tuple(freed))
 
 
@@ -103,35 +114,30 @@ class _Filling:
         self._page_bytes = page_bytes = snapshot.page_bytes
         parts = Parts.of(snapshot.parts)
         self._ids = parts.ids
-        self._offsets = offsets = parts.offsets
-        self._sizes_bytes = sizes_bytes = parts.sizes_bytes
+        self._offsets = parts.offsets
+        self._sizes_bytes = parts.sizes_bytes
+        self._ends = list(map(add, parts.offsets, parts.sizes_bytes))
+        self.used: dict[int, int] = {}
         #: In which something unmovable lies.
         self.fixed: set[int] = set()
-        #: By page: holes, ascending, each within the page.
-        self.free: dict[int, list[_Hole]] = {}
-        self.used: dict[int, int] = {}
-        #: By page: numbers of the first part that lies in it, and of the first behind it.
-        self._inside: dict[int, tuple[int, int]] = {}
-        last = 0
-        for page in snapshot.pages:
-            page_end = page + page_bytes
-            first = bisect_left(offsets, page, last)
-            last = bisect_left(offsets, page_end, first)
-            starts = offsets[first:last]
-            ends = list(map(add, starts, sizes_bytes[first:last]))
-            cursor = page
-            if first and offsets[first - 1] + sizes_bytes[first - 1] > page:  # it reaches in from the page before
-                first -= 1
-                cursor = min(offsets[first] + sizes_bytes[first], page_end)
-            self.free[page] = free = [
-                (end, start - end)
-                for end, start in zip((cursor, *ends), (*starts, page_end), strict=True)
-                if start > end
-            ]
-            self.used[page] = page_bytes - sum([size_bytes for _, size_bytes in free])
-            self._inside[page] = first, last
+        #: By page: numbers of the first part that lay in it, and of the first behind it.
+        self._lay: dict[int, tuple[int, int]] = {}
+        for page, first, last in parts.by_page(snapshot.pages, page_bytes):
+            self._lay[page] = first, last
+            self.used[page] = parts.bytes_in(page, page_bytes, first, last)
             if not all(parts.movable[first:last]):
                 self.fixed.add(page)
+        #: The same, without those that have left.
+        self._inside = self._lay.copy()
+
+    def free(self, page: int) -> list[_Hole]:
+        """Return the holes of a page that were there at first, ascending, each within it."""
+        first, last = self._lay[page]
+        # (What reaches in from the page before begins before it, and what goes on behind it ends there: no hole.)
+        bounds = zip(
+            (page, *self._ends[first:last]), (*self._offsets[first:last], page + self._page_bytes), strict=True
+        )
+        return [(end, start - end) for end, start in bounds if start > end]
 
     def order(self) -> list[int]:
         """Return the pages in which all may move, in the order in which they are emptied."""
@@ -156,8 +162,9 @@ class _Filling:
         """Return all holes but those ``without``, those that go on in the next page in one piece, if both stay."""
         joined: list[_Hole] = []
         before = end = -1  # the page before, if it stays, and where its last hole ends
-        for page, free in self.free.items():
-            if page in without or not free:
+        for page in self.used:
+            free = [] if page in without else self.free(page)
+            if not free:
                 continue
             goes_on = page in staying and before == page - self._page_bytes and end == free[0][0] == page
             if goes_on:

@@ -31,7 +31,7 @@ from kvpool.memory.survey import Survey
 _BATCH_MOVES = 512
 """Moves of a plan that are copied and switched together: what is known of them stays in the processor's cache."""
 
-_MOST_CACHES = 4096
+_MOST_CACHES = 2048
 """Caches that one plan looks at where all would take longer than others can wait."""
 
 
@@ -122,7 +122,7 @@ class Mover:
         if not plan.moves:
             return Compaction(0, 0, tenant in self._searched)
         # (All of it: a plan that is left half-way might undo by turns what another one did.)
-        return self._carry_out(tenant, plan.moves, plan.freed, owner)
+        return self._carry_out(tenant, plan, owner)
 
     def go_on(self, tenant: str, budget_bytes: int, owner: Movable, looks: int | None) -> Compaction:
         """Take a small step: copy ``budget_bytes``, or a cache, of a plan for one page that lasts for several steps.
@@ -136,7 +136,7 @@ class Mover:
             As :meth:`step`.
         """
         self.finish()
-        batches: Iterable[Moves]
+        batches: Iterable[Plan]
         if self._begun is None:
             if self._shared.free_bytes(tenant) < self._page_bytes:
                 return Compaction(0, 0, False)
@@ -145,7 +145,7 @@ class Mover:
                 return Compaction(0, 0, looks is None and tenant in self._searched)
             moves = plan.moves
             count = count_within(moves, budget_bytes)
-            batches = (moves[:count],)  # nothing has changed since they were planned
+            batches = (Plan(moves[:count], (), plan.added),)  # nothing has changed since they were planned
         else:
             tenant, moves = self._begun
             count = count_within(moves, budget_bytes)
@@ -153,11 +153,11 @@ class Mover:
         self._begun = (tenant, moves[count:]) if count < len(moves) else None
         moved_bytes = freed_pages = 0
         for batch in batches:
-            done = self._carry_out(tenant, batch, (), owner)
+            done = self._carry_out(tenant, batch, owner)
             moved_bytes, freed_pages = moved_bytes + done.moved_bytes, freed_pages + done.freed_pages
         return Compaction(moved_bytes, freed_pages, True)
 
-    def _possible(self, tenant: str, moves: Moves, owner: Movable) -> Iterator[Moves]:
+    def _possible(self, tenant: str, moves: Moves, owner: Movable) -> Iterator[Plan]:
         """Yield the moves that are still possible, together as many as do not wait for those before them.
 
         Each batch is to be carried out before the next one is asked for.
@@ -166,13 +166,18 @@ class Mover:
         for run in runs(moves):
             possible = self._is_possible(tenant, run, owner)
             if not possible and batch:  # perhaps it is when these are done
-                yield Moves.of(batch)
+                yield self._again(batch)
                 batch = []
                 possible = self._is_possible(tenant, run, owner)
             if possible:
                 batch += run
         if batch:
-            yield Moves.of(batch)
+            yield self._again(batch)
+
+    def _again(self, batch: Sequence[Move]) -> Plan:
+        """Return what is left of a plan that may be old: pages that it goes to may have come free meanwhile."""
+        moves = Moves.of(batch)
+        return Plan(moves, (), tuple(pages_of(moves.destinations, moves.sizes_bytes, self._page_bytes)))
 
     def _is_possible(self, tenant: str, run: Sequence[Move], owner: Movable) -> bool:
         """Whether caches still lie where they did, may move, and their new place is free but for what they have."""
@@ -293,13 +298,13 @@ class Mover:
         self._enter(ids, offsets, sizes_bytes, survey.owner)
         return slide(sorted(joined), list(places.values()), self._page_bytes)
 
-    def _carry_out(self, tenant: str, moves: Moves, freed: Sequence[int], owner: Movable) -> Compaction:
+    def _carry_out(self, tenant: str, plan: Plan, owner: Movable) -> Compaction:
         """Move batch by batch, then give back the pages that are empty: not before, a later batch may go there."""
-        pages = pages_of(moves.destinations, moves.sizes_bytes, self._page_bytes)
-        added = self._shared.extend(tenant, sorted(pages))
+        moves = plan.moves
+        added = self._shared.extend(tenant, sorted(plan.added))
         if added is None:
             return Compaction(0, 0, False)
-        emptied = {*freed, *added}
+        emptied = {*plan.freed, *added}
         done: list[Moves] = []
         freed_pages = 0
         try:

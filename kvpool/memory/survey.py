@@ -50,6 +50,7 @@ class Survey:
         self._pages = shared.pages(tenant) if pages is None else pages
         #: Several ways look at all pages, one after the other.
         self._latest: Snapshot | None = None
+        self._order: list[int] | None = None
         self._free_bytes = {page: page_bytes - self._residents.used_bytes(page) for page in self._pages}
 
     @property
@@ -121,7 +122,7 @@ class Survey:
                 yield self._snapshot(window)
 
     def for_join(self) -> Iterator[Snapshot]:
-        """Yield the emptiest pages, with those that a cache lies across; then all pages."""
+        """Yield the emptiest pages, with those that a cache lies across; then all. But none that must stay."""
         known = set(self._pages)
         chosen: set[int] = set()
         for page in sorted(self._pages, key=lambda page: -self._free_bytes[page])[: 2 * WINDOW_PAGES]:
@@ -132,9 +133,14 @@ class Survey:
             while self._residents.linked(first + self._page_bytes) and first + self._page_bytes in known:
                 first += self._page_bytes
                 chosen.add(first)
-        yield self._snapshot(sorted(chosen))
+        yield self._snapshot(self._open(sorted(chosen)))
         if len(chosen) < len(self._pages):
-            yield self.whole()
+            yield self._snapshot(self._open(self._pages))
+
+    def _open(self, pages: Iterable[int]) -> list[int]:
+        """Return those of some pages in which all may move."""
+        may_move, ids = self.owner.may_move, self._residents.ids
+        return [page for page in pages if all(map(may_move, ids(page)))]
 
     def emptier(self, most_caches: int) -> Snapshot:
         """Return the emptiest pages, with so many caches or a few more."""
@@ -151,7 +157,10 @@ class Survey:
         return self._snapshot(self._pages)
 
     def _emptiest_first(self) -> list[int]:
-        return sorted(self._pages, key=lambda page: (-self._free_bytes[page], -page))
+        if self._order is None:
+            pages = sorted(self._pages, reverse=True)
+            self._order = sorted(pages, key=self._free_bytes.__getitem__, reverse=True)
+        return self._order
 
     def for_filling(self) -> Snapshot:
         """Return all pages, and where some could be added near them."""

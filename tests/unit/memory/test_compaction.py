@@ -382,7 +382,7 @@ def test_a_plan_in_which_a_cache_moves_twice_is_carried_out(memory: GPUMemoryAll
         Move(4, page + PAGE, page + size, size),
         Move(7, page + PAGE + 3 * size, page + PAGE, size),
     ]
-    memory._mover._carry_out("default", Moves.of(moves), (), memory.owner)
+    memory._mover._carry_out("default", Plan(Moves.of(moves), ()), memory.owner)
     assert {each: memory.allocation(each).offset - page for each in live} == {
         0: 0, 4: size, 3: 2 * size, 6: 3 * size, 7: PAGE
     }  # fmt: skip
