@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
+from operator import add
 
 from kvpool.errors import (
     AddressSpaceError,
@@ -234,7 +235,7 @@ class BuddyAllocator:
             self._merge_range(end, position)
 
     def carve_all(self, offsets: Iterable[int], sizes_bytes: Iterable[int]) -> None:
-        """Call :meth:`carve` for each; faster where what is carved is a free range as it is."""
+        """Call :meth:`carve` for each; faster where what is carved is all of some free ranges."""
         free, live = self._free, self._live
         none: dict[int, None] = {}
         for offset, size_bytes in zip(offsets, sizes_bytes, strict=True):
@@ -242,7 +243,21 @@ class BuddyAllocator:
             if offset in blocks:
                 del blocks[offset]
                 live[offset] = size_bytes
+                continue
+            position, end = offset, offset + size_bytes
+            while position < end:
+                block_bytes = position & -position
+                if not 0 < block_bytes <= end - position:
+                    block_bytes = 1 << (end - position).bit_length() - 1
+                blocks = free.get(block_bytes, none)
+                if position not in blocks:
+                    break
+                del blocks[position]
+                position += block_bytes
+            if position == end:
+                live[offset] = -size_bytes
             else:
+                self._merge_range(offset, position)  # as it was
                 self.carve(offset, size_bytes)
 
     def clear(self, offset: int, starts: Sequence[int]) -> None:
@@ -258,23 +273,27 @@ class BuddyAllocator:
         InvariantError
             If these are not the ranges in it.
         """
-        free, live, max_block_bytes = self._free, self._live, self.max_block_bytes
+        free, end = self._free, offset + self.max_block_bytes
         none: dict[int, None] = {}
-        position, end = offset, offset + max_block_bytes
         try:
-            for start in (*starts, end):
-                while position < start:
-                    block_bytes = start - position
-                    if position not in free.get(block_bytes, none):  # what is free here is several ranges
-                        block_bytes = min(position & -position or block_bytes, 1 << (block_bytes.bit_length() - 1))
+            ends = map(add, starts, map(abs, map(self._live.pop, starts)))
+            for position, start in zip((offset, *ends), (*starts, end), strict=True):
+                if position == start:
+                    continue
+                blocks = free.get(start - position, none)
+                if position in blocks:
+                    del blocks[position]
+                    continue
+                ensure(position < start, "what lies in a block does not overlap", block=offset, offset=start)
+                while position < start:  # buddies are merged, so what is free here is the largest blocks that fit
+                    block_bytes = position & -position
+                    if not 0 < block_bytes <= start - position:
+                        block_bytes = 1 << (start - position).bit_length() - 1
                     del free[block_bytes][position]
                     position += block_bytes
-                if position < end:
-                    position += abs(live.pop(position))
         except KeyError:
-            ensure(False, "what lies in a block is known", block=offset, offset=position)
-        ensure(position == end, "what lies in a block fits it", block=offset)
-        free[max_block_bytes][offset] = None
+            ensure(False, "what lies in a block is known", block=offset)
+        free[self.max_block_bytes][offset] = None
 
     def is_free(self, offset: int, size_bytes: int) -> bool:
         """Whether :meth:`carve` would find all of ``[offset, offset + size_bytes)`` free."""

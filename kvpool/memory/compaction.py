@@ -24,16 +24,18 @@ compaction comes to an end.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from itertools import chain
+from typing import NamedTuple, overload
+
+from kvpool.memory.moves import Move, Moves
 
 WINDOW_PAGES = 64
 """Most pages that slide together. The more, the less is lost at their end, and the more is copied for each page."""
 
 DENSE = 1 - 1 / 64
 """Pages filled above this share are not joined: more than 64 would be copied for each that comes free."""
-
-_LEAST_BYTES = 1 << 13
 
 
 class Part(NamedTuple):
@@ -52,13 +54,68 @@ class Part(NamedTuple):
         return self.offset + self.size_bytes
 
 
-class Move(NamedTuple):
-    """One cache to another place."""
+class Parts(Sequence[Part]):
+    """Parts as columns, which are as long as each other and not to be changed."""
 
-    cache_id: int
-    source: int
-    destination: int
-    size_bytes: int
+    __slots__ = ("_rows", "ids", "movable", "offsets", "sizes_bytes")
+
+    def __init__(
+        self, offsets: Sequence[int], sizes_bytes: Sequence[int], ids: Sequence[int], movable: Sequence[bool]
+    ) -> None:
+        self.offsets = offsets
+        self.sizes_bytes = sizes_bytes
+        self.ids = ids
+        self.movable = movable
+        self._rows: tuple[Part, ...] | None = None
+
+    @classmethod
+    def of(cls, parts: Sequence[Part]) -> Parts:
+        """Return the columns of parts."""
+        if isinstance(parts, Parts):
+            return parts
+        return cls(*zip(*parts, strict=True)) if parts else cls((), (), (), ())
+
+    def by_page(self, pages: Iterable[int], page_bytes: int) -> Iterator[tuple[int, int, int]]:
+        """Yield pages with the number of the first part that lies in each, at least in part, and of the first behind.
+
+        Parts and pages ascend.
+        """
+        offsets, sizes_bytes = self.offsets, self.sizes_bytes
+        last = 0
+        for page in pages:
+            first = bisect_left(offsets, page, last)
+            last = bisect_left(offsets, page + page_bytes, first)
+            if first and offsets[first - 1] + sizes_bytes[first - 1] > page:
+                first -= 1
+            yield page, first, last
+
+    def bytes_in(self, page: int, page_bytes: int, first: int, last: int) -> int:
+        """Return the bytes of a page that parts ``first`` to before ``last`` have, those that lie in it."""
+        if first == last:
+            return 0
+        before_bytes = max(page - self.offsets[first], 0)
+        behind_bytes = max(self.offsets[last - 1] + self.sizes_bytes[last - 1] - page - page_bytes, 0)
+        return sum(self.sizes_bytes[first:last]) - before_bytes - behind_bytes
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def __iter__(self) -> Iterator[Part]:
+        return iter(self._all())
+
+    @overload
+    def __getitem__(self, which: int) -> Part: ...
+
+    @overload
+    def __getitem__(self, which: slice) -> tuple[Part, ...]: ...
+
+    def __getitem__(self, which: int | slice) -> Part | tuple[Part, ...]:
+        return self._all()[which]
+
+    def _all(self) -> tuple[Part, ...]:
+        if self._rows is None:  # several ways look at them, one after the other; the first ones at the columns alone
+            self._rows = tuple(map(Part, self.offsets, self.sizes_bytes, self.ids, self.movable))
+        return self._rows
 
 
 class Snapshot(NamedTuple):
@@ -68,7 +125,7 @@ class Snapshot(NamedTuple):
     #: Offsets, ascending. Pages in quarantine are left out.
     pages: tuple[int, ...]
     #: All that lie at least in part in these pages, ascending. Those that lie elsewhere too are unmovable.
-    parts: tuple[Part, ...]
+    parts: Sequence[Part]
     #: Where pages could be added: those of the addresses near these pages that are free, as offsets.
     room: frozenset[int] = frozenset()
     #: How many pages could be added.
@@ -78,43 +135,14 @@ class Snapshot(NamedTuple):
 class Plan(NamedTuple):
     """Moves, each possible when those before it are done."""
 
-    moves: tuple[Move, ...]
+    moves: Moves
     #: Pages in which nothing lives then.
     freed: tuple[int, ...]
-
-    @property
-    def moved_bytes(self) -> int:
-        """Bytes to copy."""
-        return sum(move.size_bytes for move in self.moves)
+    #: Pages that moves go to, and that are to be added first if they are not there.
+    added: tuple[int, ...] = ()
 
 
-def count_within(moves: Sequence[Move], budget_bytes: int) -> int:
-    """Return how many moves, from the first, copy ``budget_bytes`` at most; at least one.
-
-    A small cache counts for as many bytes as could be copied in the time that its bookkeeping takes.
-    """
-    for count, (_, _, _, size_bytes) in enumerate(moves):
-        budget_bytes -= size_bytes if size_bytes > _LEAST_BYTES else _LEAST_BYTES
-        if budget_bytes < 0 and count:
-            return count
-    return len(moves)
-
-
-def runs(moves: Iterable[Move]) -> Iterator[list[Move]]:
-    """Yield moves of caches that lie side by side, before and after, together: they are one copy."""
-    run: list[Move] = []
-    source = destination = -1
-    for move in moves:
-        if run and (move.source != source or move.destination != destination):
-            yield run
-            run = []
-        run.append(move)
-        source, destination = move.source + move.size_bytes, move.destination + move.size_bytes
-    if run:
-        yield run
-
-
-NOTHING = Plan((), ())
+NOTHING = Plan(Moves(), ())
 
 
 def plan_slide(snapshot: Snapshot, budget_bytes: int, most_pages: int) -> Plan:
@@ -124,17 +152,17 @@ def plan_slide(snapshot: Snapshot, budget_bytes: int, most_pages: int) -> Plan:
     :func:`~kvpool.memory.evacuation.plan_evacuation`; what one window holds may be more, and is copied.
     """
     plans = [plan for plan in _slides(snapshot) if plan.freed]
-    plans.sort(key=lambda plan: plan.moved_bytes / len(plan.freed))
+    plans.sort(key=lambda plan: plan.moves.moved_bytes / len(plan.freed))
     moves: list[Move] = []
     freed: list[int] = []
     moved_bytes = 0
     for plan in plans:
-        if (moves and moved_bytes + plan.moved_bytes > budget_bytes) or len(freed) >= most_pages:
+        if (moves and moved_bytes + plan.moves.moved_bytes > budget_bytes) or len(freed) >= most_pages:
             break
         moves += plan.moves
         freed += plan.freed
-        moved_bytes += plan.moved_bytes
-    return Plan(tuple(moves), tuple(freed))
+        moved_bytes += plan.moves.moved_bytes
+    return Plan(Moves.of(moves), tuple(freed))
 
 
 def regrouping(snapshot: Snapshot) -> tuple[Move, ...]:
@@ -144,9 +172,17 @@ def regrouping(snapshot: Snapshot) -> tuple[Move, ...]:
 
 def moved(snapshot: Snapshot, moves: Iterable[Move]) -> Snapshot:
     """Return what is in these pages when the moves are done."""
-    places = {move.cache_id: move.destination for move in moves}
-    parts = [part._replace(offset=places.get(part.cache_id, part.offset)) for part in snapshot.parts]
-    return snapshot._replace(parts=tuple(sorted(parts)))
+    places = {cache_id: destination for cache_id, _, destination, _ in moves}
+    parts = Parts.of(snapshot.parts)
+    offsets = [places.get(cache_id, offset) for cache_id, offset in zip(parts.ids, parts.offsets, strict=True)]
+    order = sorted(range(len(offsets)), key=offsets.__getitem__)
+    after = Parts(
+        [offsets[each] for each in order],
+        [parts.sizes_bytes[each] for each in order],
+        [parts.ids[each] for each in order],
+        [parts.movable[each] for each in order],
+    )
+    return snapshot._replace(parts=after)
 
 
 def _slides(snapshot: Snapshot) -> Iterator[Plan]:
@@ -170,26 +206,27 @@ def slide(parts: Sequence[Part], pages: Sequence[int], page_bytes: int) -> Plan:
     cursor = pages[0]
     holes: list[list[int]] = []  # start, bytes: between parts that stay
     moves: list[Move] = []
-    occupied: set[int] = set()
-    for part in parts:
-        destination = part.offset
-        if not part.movable:
-            if part.offset > cursor:
-                holes.append([cursor, part.offset - cursor])
-            cursor = max(cursor, part.end)
+    occupied: list[int] = []
+    for offset, size_bytes, cache_id, movable in parts:
+        destination = offset
+        if not movable:
+            if offset > cursor:
+                holes.append([cursor, offset - cursor])
+            cursor = max(cursor, offset + size_bytes)
         else:
-            hole = next((hole for hole in holes if hole[1] >= part.size_bytes), None)
+            hole = next((hole for hole in holes if hole[1] >= size_bytes), None) if holes else None
             if hole is not None:
                 destination = hole[0]
-                hole[0] += part.size_bytes
-                hole[1] -= part.size_bytes
+                hole[0] += size_bytes
+                hole[1] -= size_bytes
             else:
                 destination = cursor
-                cursor += part.size_bytes
-            if destination != part.offset:
-                moves.append(Move(part.cache_id, part.offset, destination, part.size_bytes))
-        occupied.update(pages_under(destination, part.size_bytes, page_bytes))
-    return Plan(tuple(moves), tuple(page for page in pages if page not in occupied))
+                cursor += size_bytes
+            if destination != offset:
+                moves.append(Move(cache_id, offset, destination, size_bytes))
+        occupied.append(destination)
+    under = pages_of(occupied, [size_bytes for _, size_bytes, _, _ in parts], page_bytes)
+    return Plan(Moves.of(moves), tuple(page for page in pages if page not in under))
 
 
 def choose_join(snapshot: Snapshot, budget_bytes: int, most_pages: int) -> tuple[int, ...]:
@@ -221,15 +258,24 @@ def pages_under(offset: int, size_bytes: int, page_bytes: int) -> range:
     return range(offset - offset % page_bytes, offset + size_bytes, page_bytes)
 
 
+def pages_of(offsets: Sequence[int], sizes_bytes: Sequence[int], page_bytes: int) -> set[int]:
+    """Return the offsets of the pages that parts lie in."""
+    if max(sizes_bytes, default=0) > page_bytes:
+        parts = zip(offsets, sizes_bytes, strict=True)
+        return set(chain.from_iterable(pages_under(offset, size_bytes, page_bytes) for offset, size_bytes in parts))
+    mask = -page_bytes
+    pages = set(map(mask.__and__, offsets))
+    pages.update({offset + size_bytes - 1 & mask for offset, size_bytes in zip(offsets, sizes_bytes, strict=True)})
+    return pages
+
+
 def bytes_in_use(snapshot: Snapshot) -> dict[int, int]:
     """Return the bytes in use of each page."""
-    used = dict.fromkeys(snapshot.pages, 0)
-    page_bytes = snapshot.page_bytes
-    for offset, size_bytes, _, _ in snapshot.parts:
-        for page in pages_under(offset, size_bytes, page_bytes):
-            if page in used:
-                used[page] += min(offset + size_bytes, page + page_bytes) - max(offset, page)
-    return used
+    page_bytes, parts = snapshot.page_bytes, Parts.of(snapshot.parts)
+    return {
+        page: parts.bytes_in(page, page_bytes, first, last)
+        for page, first, last in parts.by_page(snapshot.pages, page_bytes)
+    }
 
 
 def _regions(snapshot: Snapshot) -> Iterator[tuple[int, int]]:
@@ -263,11 +309,12 @@ def linked_pages(snapshot: Snapshot) -> tuple[set[int], list[list[int]]]:
     """Return the pages under what is unmovable, and all pages, those that a cache lies across in one list."""
     fixed: set[int] = set()
     linked: set[int] = set()  # with the page before
-    for part in snapshot.parts:
-        under = pages_under(part.offset, part.size_bytes, snapshot.page_bytes)
-        if not part.movable:
-            fixed.update(under)
-        linked.update(under[1:])
+    parts = Parts.of(snapshot.parts)
+    for page, first, last in parts.by_page(snapshot.pages, snapshot.page_bytes):
+        if not all(parts.movable[first:last]):
+            fixed.add(page)
+        if first < last and parts.offsets[first] < page:
+            linked.add(page)
     together: list[list[int]] = []
     for page in snapshot.pages:
         if page in linked and together and together[-1][-1] == page - snapshot.page_bytes:

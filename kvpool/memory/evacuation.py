@@ -12,10 +12,25 @@ which each that took one stays.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
+from itertools import groupby
+from operator import add
 
-from kvpool.memory.compaction import NOTHING, Move, Part, Plan, Snapshot, moved, pages_under, regrouping
+from kvpool.memory.compaction import (
+    NOTHING,
+    Parts,
+    Plan,
+    Snapshot,
+    moved,
+    pages_of,
+    pages_under,
+    regrouping,
+)
+from kvpool.memory.moves import Moves
+
+_Hole = tuple[int, int]
+"""Offset and bytes of what is free in one place."""
 
 _MOST_FAILURES = 32
 """Pages in a row that cannot be evacuated before no fuller one is tried."""
@@ -35,59 +50,61 @@ def plan_evacuation(snapshot: Snapshot, budget_bytes: int, most_pages: int) -> P
         Pages to free at most.
     """
     page_bytes = snapshot.page_bytes
-    mask = -page_bytes
     filling = _Filling(snapshot)
-    used, residents = filling.used, filling.residents
     order = filling.order()
     # Beside what is unmovable holes are of any size, and those of pages that might be emptied are needed, too.
     last = 0 if filling.fixed else filling.count(order, budget_bytes, most_pages)  # the first not to be emptied
     leaving = set(order[:last])
     # A hole goes on in the next page where neither will be emptied.
     holes = _Holes(page_bytes)
-    holes.add(_joined(filling.free, filling.fixed or used.keys() - leaving, leaving, page_bytes))
-    by_page: dict[int, list[tuple[int, int]]] = {}
-    for hole in filling.free:
-        if hole[0] & mask in leaving:
-            by_page.setdefault(hole[0] & mask, []).append(hole)
-    moves: list[Move] = []
+    holes.add(filling.holes(filling.fixed or filling.used.keys() - leaving, leaving))
+    ids: list[int] = []
+    sources: list[int] = []
+    destinations: list[int] = []
+    sizes_bytes: list[int] = []
     freed: list[int] = []
-    moved_ids: set[int] = set()
-    received: set[int] = set()
-    moved_bytes = failures = 0
+    received: set[int] = set()  # by the first moves that are known
+    moved_bytes = failures = known = 0
     for number, page in enumerate(order):
         if failures == _MOST_FAILURES or len(freed) == most_pages:
             break
-        if page in received:
-            continue
-        parts = [part for part in residents[page] if part[2] not in moved_ids]
-        cost = sum([part[1] for part in parts])
-        if moves and moved_bytes + cost > budget_bytes:
+        if number >= last:  # else nothing goes there
+            received |= pages_of(destinations[known:], sizes_bytes[known:], page_bytes)
+            known = len(destinations)
+            if page in received:
+                continue
+        page_ids, offsets, page_sizes = filling.inside(page)
+        cost = sum(page_sizes)
+        if ids and moved_bytes + cost > budget_bytes:
             break
-        placed = holes.place(page, parts)
+        wanted = [(size_bytes, len(list(same))) for size_bytes, same in groupby(page_sizes)]
+        if number >= last:
+            holes.withhold(page)
+        placed = holes.take(wanted)
         while placed is None and last > number + 1:
             last -= 1
-            holes.add(by_page.get(order[last], []))
-            placed = holes.place(page, parts)
+            holes.add(filling.free(order[last]))
+            placed = holes.take(wanted)
         if placed is None:
+            holes.readmit(page)
             failures += 1
             continue
         failures = 0
-        moves += placed
+        ids += page_ids
+        sources += offsets
+        destinations += placed
+        sizes_bytes += page_sizes
         freed.append(page)
         moved_bytes += cost
-        moved_ids.update([part[2] for part in parts])
-        for _, _, destination, size_bytes in placed:
-            received.add(destination & mask)
-            if (destination & ~mask) + size_bytes > page_bytes:
-                received.update(pages_under(destination, size_bytes, page_bytes))
-    return Plan(tuple(moves), tuple(freed))
+        filling.leave(page)
+    return Plan(Moves(ids, sources, destinations, sizes_bytes), tuple(freed))
 
 
 def plan_regrouping(snapshot: Snapshot, most_pages: int) -> Plan:
     """Slide everywhere, so that small holes become large ones, if then pages can be emptied into these."""
     moves = regrouping(snapshot)
     then = plan_evacuation(moved(snapshot, moves), len(snapshot.pages) * snapshot.page_bytes, most_pages)
-    return Plan((*moves, *then.moves), then.freed) if then.freed else NOTHING
+    return Plan(Moves.of((*moves, *then.moves)), then.freed) if then.freed else NOTHING
 
 
 class _Filling:
@@ -95,46 +112,32 @@ class _Filling:
 
     def __init__(self, snapshot: Snapshot) -> None:
         self._page_bytes = page_bytes = snapshot.page_bytes
-        mask = -page_bytes
-        self.residents: dict[int, list[Part]] = {page: [] for page in snapshot.pages}
-        self.used = dict.fromkeys(snapshot.pages, 0)
+        parts = Parts.of(snapshot.parts)
+        self._ids = parts.ids
+        self._offsets = parts.offsets
+        self._sizes_bytes = parts.sizes_bytes
+        self._ends = list(map(add, parts.offsets, parts.sizes_bytes))
+        self.used: dict[int, int] = {}
         #: In which something unmovable lies.
         self.fixed: set[int] = set()
-        #: (Offset, bytes), ascending, each within a page.
-        self.free: list[tuple[int, int]] = []
-        residents, used, free = self.residents, self.used, self.free
-        page, cursor = -1, 0  # a page, and where the part before ends in it
-        for part in snapshot.parts:
-            offset, size_bytes, _, movable = part
-            if page <= offset and offset + size_bytes <= page + page_bytes and page in residents:  # as most do
-                if offset > cursor:
-                    free.append((cursor, offset - cursor))
-                cursor = offset + size_bytes
-                used[page] += size_bytes
-                residents[page].append(part)
-                if not movable:
-                    self.fixed.add(page)
-                continue
-            end = offset + size_bytes
-            for here in range(offset & mask, end, page_bytes):
-                if here != page:
-                    self._close(page, cursor)
-                    page = cursor = here
-                if here not in residents:
-                    continue
-                begin = max(offset, here)
-                if begin > cursor:
-                    free.append((cursor, begin - cursor))
-                cursor = min(end, here + page_bytes)
-                used[here] += cursor - begin
-                residents[here].append(part)
-                if not movable:
-                    self.fixed.add(here)
-        self._close(page, cursor)
+        #: By page: numbers of the first part that lay in it, and of the first behind it.
+        self._lay: dict[int, tuple[int, int]] = {}
+        for page, first, last in parts.by_page(snapshot.pages, page_bytes):
+            self._lay[page] = first, last
+            self.used[page] = parts.bytes_in(page, page_bytes, first, last)
+            if not all(parts.movable[first:last]):
+                self.fixed.add(page)
+        #: The same, without those that have left.
+        self._inside = self._lay.copy()
 
-    def _close(self, page: int, cursor: int) -> None:
-        if page in self.residents and cursor < page + self._page_bytes:
-            self.free.append((cursor, page + self._page_bytes - cursor))
+    def free(self, page: int) -> list[_Hole]:
+        """Return the holes of a page that were there at first, ascending, each within it."""
+        first, last = self._lay[page]
+        # (What reaches in from the page before begins before it, and what goes on behind it ends there: no hole.)
+        bounds = zip(
+            (page, *self._ends[first:last]), (*self._offsets[first:last], page + self._page_bytes), strict=True
+        )
+        return [(end, start - end) for end, start in bounds if start > end]
 
     def order(self) -> list[int]:
         """Return the pages in which all may move, in the order in which they are emptied."""
@@ -155,36 +158,57 @@ class _Filling:
                 return number
         return len(order)
 
+    def holes(self, staying: AbstractSet[int], without: AbstractSet[int]) -> list[_Hole]:
+        """Return all holes but those ``without``, those that go on in the next page in one piece, if both stay."""
+        joined: list[_Hole] = []
+        before = end = -1  # the page before, if it stays, and where its last hole ends
+        for page in self.used:
+            free = [] if page in without else self.free(page)
+            if not free:
+                continue
+            goes_on = page in staying and before == page - self._page_bytes and end == free[0][0] == page
+            if goes_on:
+                offset, size_bytes = joined[-1]
+                joined[-1] = offset, size_bytes + free[0][1]
+            joined += free[1:] if goes_on else free
+            before = page if page in staying else -1
+            end = sum(free[-1])
+        return joined
 
-def _joined(
-    holes: Iterable[tuple[int, int]], staying: AbstractSet[int], without: AbstractSet[int], page_bytes: int
-) -> list[tuple[int, int]]:
-    """Return holes but those ``without``, those that go on in the next page in one piece, if both pages stay."""
-    joined: list[tuple[int, int]] = []
-    end = -1
-    for offset, size_bytes in holes:
-        page = offset & -page_bytes
-        if page in without:
-            continue
-        if offset == end == page and page in staying and page - page_bytes in staying:
-            offset, before_bytes = joined.pop()
-            size_bytes += before_bytes
-        joined.append((offset, size_bytes))
-        end = offset + size_bytes
-    return joined
+    def inside(self, page: int) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+        """Return ids, offsets and sizes of what lies in a page and has not left, the largest first."""
+        first, last = self._inside[page]
+        ids, offsets, sizes_bytes = self._ids[first:last], self._offsets[first:last], self._sizes_bytes[first:last]
+        if sizes_bytes and sizes_bytes.count(sizes_bytes[0]) < len(sizes_bytes):
+            ranked = sorted(range(len(sizes_bytes)), key=sizes_bytes.__getitem__, reverse=True)
+            ids, offsets, sizes_bytes = ([column[each] for each in ranked] for column in (ids, offsets, sizes_bytes))
+        return ids, offsets, sizes_bytes
+
+    def leave(self, page: int) -> None:
+        """Note that nothing lies in a page any more, nor what goes on from there in its neighbours."""
+        first, last = self._inside[page]
+        if first == last:
+            return
+        for near in pages_under(self._offsets[first], page - self._offsets[first], self._page_bytes):
+            if near in self._inside:
+                self._inside[near] = self._inside[near][0], min(self._inside[near][1], first)
+        behind = self._offsets[last - 1] + self._sizes_bytes[last - 1] - page - self._page_bytes
+        for near in pages_under(page + self._page_bytes, behind, self._page_bytes):
+            if near in self._inside:
+                self._inside[near] = max(self._inside[near][0], last), self._inside[near][1]
 
 
 class _Holes:
-    """Holes by size, so that the smallest that fits is found; not those in a page that was emptied."""
+    """Holes by size, so that the smallest that fits is found; not those in a page that is emptied."""
 
     def __init__(self, page_bytes: int) -> None:
         self._page_bytes = page_bytes
         #: Offsets by size, the lowest last.
         self._offsets: dict[int, list[int]] = {}
         self._sizes: list[int] = []
-        self._emptied: set[int] = set()
+        self._withheld: set[int] = set()
 
-    def add(self, holes: Sequence[tuple[int, int]]) -> None:
+    def add(self, holes: Sequence[_Hole]) -> None:
         """Add holes, which ascend."""
         for offset, size_bytes in reversed(holes):
             self._put(offset, size_bytes)
@@ -196,44 +220,64 @@ class _Holes:
             insort(self._sizes, size_bytes)
         offsets.append(offset)
 
-    def place(self, page: int, parts: Sequence[Part]) -> list[Move] | None:
-        """Place all parts of a page in holes of others, the largest first; or none, and the holes are as they were."""
-        self._emptied.add(page)
-        new = tuple.__new__  # as Move(...), in a third of the time
-        moves: list[Move] = []
-        undo: list[tuple[int, int, int]] = []  # holes taken: offset, bytes, bytes of them that are used
-        for offset, size_bytes, cache_id, _ in sorted(parts, key=lambda part: (-part[1], part[0])):
-            hole = self._take(size_bytes, undo)
-            if hole < 0:
-                for start, hole_bytes, used_bytes in reversed(undo):
-                    if 0 < used_bytes < hole_bytes:
-                        self._offsets[hole_bytes - used_bytes].pop()
-                    self._offsets[hole_bytes].append(start)
-                self._emptied.remove(page)
-                return None
-            moves.append(new(Move, (cache_id, offset, hole, size_bytes)))
-        return moves
+    def withhold(self, page: int) -> None:
+        """Give no holes of a page: it is to be emptied itself."""
+        self._withheld.add(page)
 
-    def _take(self, size_bytes: int, undo: list[tuple[int, int, int]]) -> int:
-        """Take the front of the smallest hole that fits, and return it; -1: there is none."""
-        sizes, emptied, page_bytes = self._sizes, self._emptied, self._page_bytes
+    def readmit(self, page: int) -> None:
+        """End :meth:`withhold`."""
+        self._withheld.discard(page)
+
+    def take(self, wanted: Sequence[tuple[int, int]]) -> list[int] | None:
+        """Return places for all of (bytes, how many), in this order, or ``None``, and the holes are as they were."""
+        undo: list[tuple[int, list[int], int]] = []  # bytes of holes that were taken, where, bytes of them put back
+        places: list[int] = []
+        for size_bytes, count in wanted:
+            if not self._take(size_bytes, count, places, undo):
+                for hole_bytes, offsets, left_bytes in reversed(undo):
+                    if left_bytes:
+                        self._offsets[left_bytes].pop()
+                    self._offsets[hole_bytes] += reversed(offsets)
+                return None
+        return places
+
+    def _take(self, size_bytes: int, count: int, places: list[int], undo: list[tuple[int, list[int], int]]) -> bool:
+        """Take the front of the smallest holes that fit, one after the other; whether there are as many as wanted."""
+        sizes = self._sizes
         position = bisect_left(sizes, size_bytes)
         while position < len(sizes):
             hole_bytes = sizes[position]
             offsets = self._offsets[hole_bytes]
-            while offsets:
-                offset = offsets.pop()
-                page = offset & -page_bytes
-                # Nothing goes to a page that is emptied.
-                if page in emptied or (
-                    offset + hole_bytes > page + page_bytes
-                    and not emptied.isdisjoint(pages_under(offset, hole_bytes, page_bytes))
-                ):
-                    undo.append((offset, hole_bytes, 0))
-                    continue
-                undo.append((offset, hole_bytes, size_bytes))
-                if hole_bytes != size_bytes:
-                    self._put(offset + size_bytes, hole_bytes - size_bytes)
-                return offset
-            position += 1
-        return -1
+            if not offsets:
+                position += 1
+                continue
+            if hole_bytes == size_bytes:
+                taken = offsets[: -count - 1 : -1]
+                del offsets[-count:]
+                undo.append((hole_bytes, taken, 0))
+                usable = self._usable(taken, hole_bytes)
+                places += usable
+                count -= len(usable)
+            else:
+                taken = [offsets.pop()]
+                if self._usable(taken, hole_bytes):
+                    fitting = min(count, hole_bytes // size_bytes)
+                    places += range(taken[0], taken[0] + fitting * size_bytes, size_bytes)
+                    count -= fitting
+                    left_bytes = hole_bytes - fitting * size_bytes
+                    undo.append((hole_bytes, taken, left_bytes))
+                    if left_bytes:
+                        self._put(taken[0] + fitting * size_bytes, left_bytes)
+                        position = bisect_left(sizes, size_bytes)  # a size was put before it, perhaps
+                else:
+                    undo.append((hole_bytes, taken, 0))
+            if not count:
+                return True
+        return False
+
+    def _usable(self, offsets: list[int], hole_bytes: int) -> list[int]:
+        """Return those of some holes that do not lie in a page that is withheld."""
+        withheld, page_bytes = self._withheld, self._page_bytes
+        if not withheld:
+            return offsets
+        return [offset for offset in offsets if withheld.isdisjoint(pages_under(offset, hole_bytes, page_bytes))]

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from math import gcd
 
 from kvpool.memory.anchors import anchored_pages, in_pages, movable_by_page, side_by_side
-from kvpool.memory.compaction import NOTHING, Move, Part, Plan, Snapshot, bytes_in_use
+from kvpool.memory.compaction import NOTHING, Part, Plan, Snapshot, bytes_in_use
+from kvpool.memory.moves import Move, Moves
 from kvpool.memory.subset import SubsetSums
 
 _MOST_SOURCES = 64
@@ -141,7 +142,7 @@ def plan_exchange(snapshot: Snapshot, most_pages: int) -> Plan:
             count = len(stretches.moves)
             freed += (page for page in source if page not in freed)
             gone.update(parts)
-        return Plan(tuple(stretches.moves[:count]), tuple(freed))
+        return Plan(Moves.of(stretches.moves[:count]), tuple(freed))
     return NOTHING
 
 

@@ -20,7 +20,6 @@ from kvpool.memory.anchors import Bounds, anchored_pages, in_pages, movable_by_p
 from kvpool.memory.compaction import (
     NOTHING,
     WINDOW_PAGES,
-    Move,
     Part,
     Plan,
     Snapshot,
@@ -30,6 +29,7 @@ from kvpool.memory.compaction import (
     plan_slide,
     regrouping,
 )
+from kvpool.memory.moves import Move, Moves
 from kvpool.memory.subset import SubsetSums
 
 MOST_ADDED = 8
@@ -70,6 +70,16 @@ class _Choice(NamedTuple):
         return self.saved_bytes - self.fill_bytes / _WORTH
 
 
+class _Filled(NamedTuple):
+    """Moves into gaps, and the pages that are added for them."""
+
+    moves: tuple[Move, ...]
+    added: tuple[int, ...]
+
+
+_NONE = _Filled((), ())
+
+
 class _Stock:
     """Caches that may be taken, by size; of each size first those from the emptiest pages."""
 
@@ -104,26 +114,26 @@ def plan_filling(snapshot: Snapshot) -> Plan:
     """Fill the holes of anchored pages, as they are or when all has slid, if more pages come free than are added."""
     if all(part.movable for part in snapshot.parts):
         return NOTHING
-    filled = _plan(snapshot)
+    filled, added = _plan(snapshot)
     if filled:
-        return Plan(filled, ())
+        return Plan(Moves.of(filled), (), added)
     slid = regrouping(snapshot)
-    filled = _plan(moved(snapshot, slid)) if slid else ()
-    return Plan((*slid, *filled), ()) if filled else NOTHING
+    filled, added = _plan(moved(snapshot, slid)) if slid else _NONE
+    return Plan(Moves.of((*slid, *filled)), (), added) if filled else NOTHING
 
 
-def _plan(snapshot: Snapshot) -> tuple[Move, ...]:
+def _plan(snapshot: Snapshot) -> _Filled:
     anchored, groups, ends = anchored_pages(snapshot)
     sites = sorted(_sites(snapshot, anchored), key=_hole_bytes, reverse=True)[:_MOST_SITES]
     if not sites:
-        return ()
+        return _NONE
     unit_bytes = gcd(snapshot.page_bytes, *(bound for part in snapshot.parts for bound in part[:2]))
     by_page, used = movable_by_page(snapshot), bytes_in_use(snapshot)
     groups.sort(key=lambda group: sum(used[page] for page in group) / len(group))
     sources = [page for group in groups for page in reversed(group)]
     ranked = _rank(snapshot, sites, _Stock(in_pages(by_page, sources), unit_bytes))
     filled = _fill(snapshot, [site for _, site in ranked], _Stock(in_pages(by_page, sources), unit_bytes))
-    if not filled and ends:
+    if not filled.moves and ends:
         everything = [*sources, *(page for end in ends for page in end)]
         ranked = _rank(snapshot, sites, _Stock(in_pages(by_page, everything), unit_bytes))
         chosen, more = _match(by_page, snapshot.page_bytes, ranked, sum(used[page] for page in sources), ends)
@@ -189,7 +199,7 @@ def _pages_of(gap: Gap, page_bytes: int) -> set[int]:
     return set(range(gap.start // page_bytes * page_bytes - page_bytes, gap.end + page_bytes, page_bytes))
 
 
-def _fill(snapshot: Snapshot, sites: Iterable[Site], stock: _Stock) -> tuple[Move, ...]:
+def _fill(snapshot: Snapshot, sites: Iterable[Site], stock: _Stock) -> _Filled:
     """Return moves into the gaps that are most worth it; none if no more pages come free by it than they need."""
     page_bytes, spare_pages = snapshot.page_bytes, snapshot.spare_pages
     moves: list[Move] = []
@@ -211,8 +221,8 @@ def _fill(snapshot: Snapshot, sites: Iterable[Site], stock: _Stock) -> tuple[Mov
         added += gap.added
         taken.update(gap.added + gap.holes)
     if not moves or _freed_after(snapshot, moves, added) <= len(added):
-        return ()
-    return tuple(moves)
+        return _NONE
+    return _Filled(tuple(moves), tuple(added))
 
 
 def _freed_after(snapshot: Snapshot, moves: Sequence[Move], added: Sequence[int]) -> int:

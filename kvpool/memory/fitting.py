@@ -8,10 +8,10 @@ other sizes would leave holes that no block shows: :mod:`kvpool.memory.evacuatio
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
-from itertools import islice, repeat
+from itertools import islice
 
-from kvpool.memory.compaction import Move, Plan
+from kvpool.memory.compaction import Plan
+from kvpool.memory.moves import Moves
 from kvpool.memory.residents import Resident
 
 
@@ -89,27 +89,36 @@ def plan_fit(
     blocks
         Those in other pages.
     """
-    moves: list[Move] = []
+    ids: list[int] = []
+    sources: list[int] = []
+    destinations: list[int] = []
+    sizes_bytes: list[int] = []
     freed: list[int] = []
     for page, parts in pages:
         if parts is None:
             break
-        sizes = {size_bytes for _, size_bytes in parts.values()}
-        if any(size_bytes & (size_bytes - 1) for size_bytes in sizes):
-            break
-        before = len(moves)
         offsets = sorted(parts)
-        for size_bytes in sorted(sizes, reverse=True):
-            sources = offsets if len(sizes) == 1 else [each for each in offsets if parts[each][1] == size_bytes]
-            destinations = blocks.take(size_bytes, len(sources))
-            if len(destinations) < len(sources):
-                del moves[before:]
-                return Plan(tuple(moves), tuple(freed))
-            ids = [parts[offset][0] for offset in sources]
-            moves += map(_new_move, zip(ids, sources, destinations, repeat(size_bytes)))
+        by_size = _by_size(offsets, [parts[offset][1] for offset in offsets])
+        if any(size_bytes & (size_bytes - 1) for size_bytes, _ in by_size):
+            break
+        taken = [blocks.take(size_bytes, len(group)) for size_bytes, group in by_size]
+        if sum(map(len, taken)) < len(offsets):
+            break
+        for (size_bytes, group), places in zip(by_size, taken, strict=True):
+            ids += [parts[offset][0] for offset in group]
+            sources += group
+            destinations += places
+            sizes_bytes += [size_bytes] * len(group)
         freed.append(page)
-    return Plan(tuple(moves), tuple(freed))
+    return Plan(Moves(ids, sources, destinations, sizes_bytes), tuple(freed))
 
 
-_new_move = partial(tuple.__new__, Move)
-"""As ``Move(...)``, in a third of the time."""
+def _by_size(offsets: list[int], sizes_bytes: list[int]) -> list[tuple[int, list[int]]]:
+    """Return the offsets of each size, the largest size first."""
+    sizes = set(sizes_bytes)
+    if len(sizes) == 1:
+        return [(sizes_bytes[0], offsets)]
+    return [
+        (size, [offset for offset, each in zip(offsets, sizes_bytes, strict=True) if each == size])
+        for size in sorted(sizes, reverse=True)
+    ]

@@ -28,6 +28,9 @@ from kvpool.sizes import format_size
 # Against a client's ftruncate, which would kill the owner with SIGBUS at its next access.
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
+_SHORT_BYTES = 256 << 10
+"""Copies up to this keep the interpreter lock: to let go of it and take it again costs more than a small one takes."""
+
 
 @dataclass(slots=True)
 class _Page:
@@ -261,9 +264,12 @@ class HostBackend:
 
     def copy(self, copies: Iterable[Copy]) -> None:
         self._check_process()  # a system call: once for all
-        memmove = ctypes.memmove
+        memmove, view = ctypes.memmove, mman.ADDRESSES
         for destination, source, size_bytes in copies:
-            memmove(destination, source, size_bytes)
+            if size_bytes > _SHORT_BYTES:
+                memmove(destination, source, size_bytes)
+            else:
+                view[destination : destination + size_bytes] = view[source : source + size_bytes]
 
     def zero(self, address: int, size_bytes: int) -> None:
         self._check_process()

@@ -7,10 +7,10 @@ from operator import length_hint
 
 from kvpool.errors import ensure
 from kvpool.memory.backend import Copy
-from kvpool.memory.compaction import Move, runs
+from kvpool.memory.moves import Move, Moves, runs
 
 
-def copies_of(moves: Sequence[Move], address: int) -> list[Copy]:
+def copies_of(moves: Moves, address: int) -> list[Copy]:
     """Return what is to be copied, in this order: one copy for caches that lie side by side, before and after.
 
     Parameters
@@ -19,14 +19,20 @@ def copies_of(moves: Sequence[Move], address: int) -> list[Copy]:
         Of the arena's first byte, from which moves count.
     """
     copies: list[Copy] = []
-    # Of caches side by side: where the first one lies and goes, and the end of the last.
-    start = target = end = -1
-    for _, source, destination, size_bytes in moves:
-        if source != end or destination - source != target - start:
-            _add(copies, address + start, address + target, end - start, 0)
-            start, target = source, destination
+    if not moves:
+        return copies
+    # Of caches side by side: where the first one lies, how far it goes, and the end of the last.
+    start = end = moves.sources[0]
+    way = moves.destinations[0] - start
+    for source, destination, size_bytes in zip(moves.sources, moves.destinations, moves.sizes_bytes, strict=True):
+        if source != end or destination - source != way:
+            if end - start <= way or start - end >= way:
+                copies.append((address + start + way, address + start, end - start))
+            else:
+                _add(copies, address + start, address + start + way, end - start, 0)
+            start, way = source, destination - source
         end = source + size_bytes
-    _add(copies, address + start, address + target, end - start, 0)
+    _add(copies, address + start, address + start + way, end - start, 0)
     return copies
 
 
@@ -44,10 +50,10 @@ def _add(copies: list[Copy], source: int, destination: int, size_bytes: int, don
     whole until the next one is begun.
     """
     way_bytes = abs(source - destination)
-    if way_bytes >= size_bytes > 0:
+    if way_bytes >= size_bytes:
         copies.append((destination + done_bytes, source + done_bytes, size_bytes - done_bytes))
         return
-    ensure(destination < source or not size_bytes, "what slides over itself slides down", source=source)
+    ensure(destination < source, "what slides over itself slides down", source=source)
     while done_bytes < size_bytes:
         piece_bytes = min(way_bytes, size_bytes - done_bytes)
         copies.append((destination + done_bytes, source + done_bytes, piece_bytes))
@@ -67,7 +73,7 @@ def count_complete(copies: Sequence[Copy], under_way: Iterator[Copy]) -> int:
     return max(len(copies) - length_hint(under_way) - 1, 0)
 
 
-def copied(moves: Sequence[Move], complete: int) -> tuple[list[Move], tuple[Move, int] | None]:
+def copied(moves: Moves, complete: int) -> tuple[Moves, tuple[Move, int] | None]:
     """Return the moves of which all copies are complete, and the one that must be finished, with the bytes copied.
 
     The piece after those that are complete may have been written over what they were copied from.
@@ -77,7 +83,7 @@ def copied(moves: Sequence[Move], complete: int) -> tuple[list[Move], tuple[Move
     complete
         How many of :func:`copies_of` these moves are.
     """
-    done: list[Move] = []
+    count = 0
     for run in runs(moves):
         run_bytes = sum(move.size_bytes for move in run)
         piece_bytes = min(abs(run[0].source - run[0].destination), run_bytes)
@@ -85,7 +91,7 @@ def copied(moves: Sequence[Move], complete: int) -> tuple[list[Move], tuple[Move
         complete -= -(-run_bytes // piece_bytes)
         for move in run:
             if copied_bytes < move.size_bytes:
-                return done, (move, copied_bytes) if copied_bytes else None
-            done.append(move)
+                return moves[:count], (move, copied_bytes) if copied_bytes else None
+            count += 1
             copied_bytes -= move.size_bytes
-    return done, None
+    return moves, None

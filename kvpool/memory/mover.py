@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 
 from kvpool.memory.allocation import Allocation, Compaction, Movable
 from kvpool.memory.backend import Backend
 from kvpool.memory.compaction import (
     NOTHING,
-    Move,
     Plan,
     Snapshot,
     choose_join,
-    count_within,
+    pages_of,
     pages_under,
     plan_slide,
-    runs,
     slide,
 )
 from kvpool.memory.evacuation import plan_evacuation, plan_regrouping
@@ -24,6 +22,7 @@ from kvpool.memory.exchange import plan_exchange
 from kvpool.memory.filling import plan_filling
 from kvpool.memory.fitting import Blocks, plan_fit
 from kvpool.memory.move_copies import copied, copies_of, count_complete, rest_of
+from kvpool.memory.moves import Move, Moves, count_within, runs
 from kvpool.memory.ranges import RangeAllocator
 from kvpool.memory.scrub import Scrubber
 from kvpool.memory.shared import SharedPages
@@ -32,7 +31,7 @@ from kvpool.memory.survey import Survey
 _BATCH_MOVES = 512
 """Moves of a plan that are copied and switched together: what is known of them stays in the processor's cache."""
 
-_MOST_CACHES = 4096
+_MOST_CACHES = 2048
 """Caches that one plan looks at where all would take longer than others can wait."""
 
 
@@ -75,7 +74,7 @@ class Mover:
         #: A move over a part of the cache's own place that the backend interrupted, the bytes copied, and whom to tell.
         self.unfinished: tuple[Move, int, Movable] | None = None
         #: What is left of a plan that :meth:`go_on` goes on with, and whose pages it is about.
-        self._begun: tuple[str, Sequence[Move]] | None = None
+        self._begun: tuple[str, Moves] | None = None
         #: Since it began.
         self.moved_bytes = 0
         self.freed_pages = 0
@@ -123,7 +122,7 @@ class Mover:
         if not plan.moves:
             return Compaction(0, 0, tenant in self._searched)
         # (All of it: a plan that is left half-way might undo by turns what another one did.)
-        return self._carry_out(tenant, plan.moves, plan.freed, owner)
+        return self._carry_out(tenant, plan, owner)
 
     def go_on(
         self, tenant: str, budget_bytes: int, owner: Movable, looks: int | None, most_pages: int = 1
@@ -139,8 +138,7 @@ class Mover:
             As :meth:`step`.
         """
         self.finish()
-        batches: Iterable[Sequence[Move]]
-        moves: Sequence[Move]
+        batches: Iterable[Plan]
         if self._begun is None:
             if self._shared.free_bytes(tenant) < self._page_bytes:
                 return Compaction(0, 0, False)
@@ -150,7 +148,7 @@ class Mover:
                 return Compaction(0, 0, looks is None and tenant in self._searched)
             moves = plan.moves
             count = count_within(moves, budget_bytes)
-            batches = (moves[:count],)  # nothing has changed since they were planned
+            batches = (Plan(moves[:count], (), plan.added),)  # nothing has changed since they were planned
         else:
             tenant, moves = self._begun
             count = count_within(moves, budget_bytes)
@@ -158,16 +156,16 @@ class Mover:
         self._begun = (tenant, moves[count:]) if count < len(moves) else None
         moved_bytes = freed_pages = 0
         for batch in batches:
-            done = self._carry_out(tenant, batch, (), owner)
+            done = self._carry_out(tenant, batch, owner)
             moved_bytes, freed_pages = moved_bytes + done.moved_bytes, freed_pages + done.freed_pages
             if done.more:
-                count -= len(batch)
+                count -= len(batch.moves)
         if count:  # moves were left out, perhaps those that pages were added for: these are not to stay for them
             self._filled.pop(tenant, None)
             self._futile.pop(tenant, None)
         return Compaction(moved_bytes, freed_pages, True)
 
-    def _possible(self, tenant: str, moves: Sequence[Move], owner: Movable) -> Iterator[list[Move]]:
+    def _possible(self, tenant: str, moves: Moves, owner: Movable) -> Iterator[Plan]:
         """Yield the moves that are still possible, together as many as do not wait for those before them.
 
         Each batch is to be carried out before the next one is asked for.
@@ -176,13 +174,18 @@ class Mover:
         for run in runs(moves):
             possible = self._is_possible(tenant, run, owner)
             if not possible and batch:  # perhaps it is when these are done
-                yield batch
+                yield self._again(batch)
                 batch = []
                 possible = self._is_possible(tenant, run, owner)
             if possible:
                 batch += run
         if batch:
-            yield batch
+            yield self._again(batch)
+
+    def _again(self, batch: Sequence[Move]) -> Plan:
+        """Return what is left of a plan that may be old: pages that it goes to may have come free meanwhile."""
+        moves = Moves.of(batch)
+        return Plan(moves, (), tuple(pages_of(moves.destinations, moves.sizes_bytes, self._page_bytes)))
 
     def _is_possible(self, tenant: str, run: Sequence[Move], owner: Movable) -> bool:
         """Whether caches still lie where they did, may move, and their new place is free but for what they have."""
@@ -219,9 +222,10 @@ class Mover:
                 raise
             self.unfinished = None
             tenant = self._live[move.cache_id].tenant
-            left = self._switch(tenant, [move], owner)
-            self._count([move], self._shared.put_empty(tenant, sorted(left)))
-            self._clean(tenant, [move])
+            moves = Moves.of([move])
+            left = self._switch(tenant, moves, owner)
+            self._count([moves], self._shared.put_empty(tenant, sorted(left)))
+            self._clean(tenant, [moves])
 
     def _plan(self, survey: Survey, budget_bytes: int, most_pages: int, looks: int | None = None) -> Plan:
         """Plan with the first snapshots, as many as ``looks`` of each kind, or as many as it takes."""
@@ -298,16 +302,18 @@ class Mover:
             return NOTHING
         places = {page: start + number * self._page_bytes for number, page in enumerate(pages)}
         joined = [part._replace(offset=places[part.offset & mask] + (part.offset & ~mask)) for part in parts]
-        self._enter([(part.cache_id, part.offset, part.size_bytes) for part in joined], survey.owner)
+        offsets, sizes_bytes, ids, _ = zip(*joined, strict=True)
+        self._enter(ids, offsets, sizes_bytes, survey.owner)
         return slide(sorted(joined), list(places.values()), self._page_bytes)
 
-    def _carry_out(self, tenant: str, moves: Sequence[Move], freed: Sequence[int], owner: Movable) -> Compaction:
+    def _carry_out(self, tenant: str, plan: Plan, owner: Movable) -> Compaction:
         """Move batch by batch, then give back the pages that are empty: not before, a later batch may go there."""
-        added = self._shared.extend(tenant, self._pages_of(moves))
+        moves = plan.moves
+        added = self._shared.extend(tenant, sorted(plan.added))
         if added is None:
             return Compaction(0, 0, False)
-        emptied = {*freed, *added}
-        done: list[Move] = []
+        emptied = {*plan.freed, *added}
+        done: list[Moves] = []
         freed_pages = 0
         try:
             for start in range(0, len(moves), _BATCH_MOVES):
@@ -322,24 +328,15 @@ class Mover:
             self._clean(tenant, done)
         return Compaction(moved_bytes, freed_pages, True)
 
-    def _count(self, done: Sequence[Move], freed_pages: int) -> int:
+    def _count(self, done: Iterable[Moves], freed_pages: int) -> int:
         """Count what was done; returns the bytes moved."""
-        moved_bytes = sum([size_bytes for _, _, _, size_bytes in done])
+        moved_bytes = sum(moves.moved_bytes for moves in done)
         self.moved_bytes += moved_bytes
         self.net_pages += freed_pages
         self.freed_pages = max(self.freed_pages, self.net_pages)
         return moved_bytes
 
-    def _pages_of(self, moves: Sequence[Move]) -> list[int]:
-        """Return the pages to which moves go, ascending."""
-        page_bytes, pages = self._page_bytes, set()
-        for _, _, destination, size_bytes in moves:
-            pages.add(destination & -page_bytes)
-            if (destination & (page_bytes - 1)) + size_bytes > page_bytes:
-                pages.update(pages_under(destination, size_bytes, page_bytes))
-        return sorted(pages)
-
-    def _move(self, tenant: str, moves: Sequence[Move], left: set[int], done: list[Move], owner: Movable) -> None:
+    def _move(self, tenant: str, moves: Moves, left: set[int], done: list[Moves], owner: Movable) -> None:
         """Copy, then switch, together; adds the pages that were left, and the moves that are done."""
         copies = copies_of(moves, self._address)
         under_way = iter(copies)
@@ -351,18 +348,17 @@ class Mover:
             raise
         finally:
             left |= self._switch(tenant, moves, owner)
-            done += moves
+            done.append(moves)
 
-    def _switch(self, tenant: str, moves: Sequence[Move], owner: Movable) -> set[int]:
+    def _switch(self, tenant: str, moves: Moves, owner: Movable) -> set[int]:
         """Enter the new places of caches that are copied, and free the old ones; returns the pages they left."""
         left: set[int] = set()
         for batch in _each_once(moves):
-            ids, sources, destinations, sizes_bytes = zip(*batch, strict=True)
-            left |= self._shared.move(tenant, sources, destinations)
-            self._enter(zip(ids, destinations, sizes_bytes, strict=True), owner)
+            left |= self._shared.move(tenant, batch.sources, batch.destinations)
+            self._enter(batch.ids, batch.destinations, batch.sizes_bytes, owner)
         return left
 
-    def _clean(self, tenant: str, moves: Sequence[Move]) -> None:
+    def _clean(self, tenant: str, done: Sequence[Moves]) -> None:
         """Zero, while a scrub is under way, the holes that it may not have reached and that now count as in use.
 
         For the end: it may be refused.
@@ -370,32 +366,32 @@ class Mover:
         if not self._scrubber.busy(tenant):
             return
         try:
-            for cache_id, size_bytes in {move.cache_id: move.size_bytes for move in moves}.items():
+            for cache_id, size_bytes in {move.cache_id: move.size_bytes for move in chain(*done)}.items():
                 allocation = self._live[cache_id]  # where it is now: it may have moved twice
                 end = allocation.span_bytes
                 self._scrubber.zero(allocation.offset + end, size_bytes - end)
         except BaseException:
-            for move in moves:
+            for move in chain(*done):
                 self._scrubber.revisit(self._live[move.cache_id].offset, move.size_bytes)
             raise
 
-    def _revisit(self, tenant: str, moves: Sequence[Move], done: Sequence[Move]) -> None:
+    def _revisit(self, tenant: str, moves: Moves, done: Sequence[Moves]) -> None:
         """Let a scrub that is under way come again to places that caches have left since, or were copied to in part.
 
         The hole at the end of what was copied there may have come from a page that the scrub had not reached.
         """
         if self._scrubber.busy(tenant):
-            last = {move.cache_id: move for move in done}
+            last = {move.cache_id: move for move in chain(*done)}
             for move in moves:
                 if last.get(move.cache_id) != move:
                     self._scrubber.revisit(move.destination, move.size_bytes)
 
-    def _enter(self, places: Iterable[tuple[int, int, int]], owner: Movable) -> None:
-        """Note where caches lie: (id, offset, bytes)."""
+    def _enter(self, ids: Iterable[int], offsets: Iterable[int], sizes_bytes: Iterable[int], owner: Movable) -> None:
+        """Note where caches lie."""
         live, moved, new, page_bytes = self._live, owner.moved, tuple.__new__, self._page_bytes
         page = -page_bytes  # the last one
         pages: tuple[tuple[int, int], ...] = ()  # how a cache in it names it
-        for cache_id, offset, size_bytes in places:
+        for cache_id, offset, size_bytes in zip(ids, offsets, sizes_bytes, strict=True):
             if not page <= offset <= page + page_bytes - size_bytes:
                 pages = self._shared.refs(offset, size_bytes)
                 page = offset & -page_bytes if len(pages) == 1 else -page_bytes
@@ -406,14 +402,14 @@ class Mover:
             moved(allocation)
 
 
-def _each_once(moves: Sequence[Move]) -> Iterator[Sequence[Move]]:
+def _each_once(moves: Moves) -> Iterator[Moves]:
     """Yield moves in parts in none of which a cache moves twice."""
-    if len({cache_id for cache_id, _, _, _ in moves}) == len(moves):
+    if len(set(moves.ids)) == len(moves):
         yield from (moves,) if moves else ()
         return
     start = 0
     seen: set[int] = set()
-    for number, (cache_id, _, _, _) in enumerate(moves):
+    for number, cache_id in enumerate(moves.ids):
         if cache_id in seen:
             yield moves[start:number]
             start = number

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 from kvpool.errors import ensure
 
@@ -14,13 +14,15 @@ _NONE = -1
 
 
 class _Page:
-    __slots__ = ("parts", "reaching", "used_bytes")
+    __slots__ = ("leading", "parts", "reaching", "used_bytes")
 
     def __init__(self) -> None:
         #: That begin here, by offset.
         self.parts: dict[int, Resident] = {}
         #: Offset of the part that reaches into this page from those before.
         self.reaching = _NONE
+        #: Offset of the part that begins here and reaches into those behind.
+        self.leading = _NONE
         self.used_bytes = 0
 
 
@@ -50,34 +52,48 @@ class Residents:
             here.used_bytes += resident[1]
             return
         here.used_bytes += inside_bytes
+        here.leading = offset
         for following in range(page + self._page_bytes, offset + resident[1], self._page_bytes):
             there = self._pages.setdefault(following, _Page())
             there.used_bytes += min(self._page_bytes, offset + resident[1] - following)
             there.reaching = offset
 
-    def enter_all(self, offsets: Iterable[int], residents: Iterable[Resident]) -> None:
-        """Call :meth:`enter` for each; faster for those that lie in one page."""
-        mask, page_bytes, pages = self._mask, self._page_bytes, self._pages
+    def enter_all(self, offsets: Iterable[int], residents: Iterable[Resident]) -> list[int]:
+        """Call :meth:`enter` for each, faster for those in one page; returns the offsets of those that reach over."""
+        page_bytes, pages = self._page_bytes, self._pages
+        page, here = -page_bytes, None  # the last one
+        across = []
         for offset, resident in zip(offsets, residents, strict=True):
-            page = offset & mask
-            here = pages.get(page)
-            if here is None or offset - page + resident[1] > page_bytes:
-                self.enter(offset, resident)
-            else:
+            if not page <= offset < page + page_bytes:
+                page = offset & self._mask
+                here = pages.get(page)
+            if offset + resident[1] > page + page_bytes:
+                across.append(offset)
+            elif here is not None:
                 here.parts[offset] = resident
                 here.used_bytes += resident[1]
+                continue
+            self.enter(offset, resident)
+            here = pages[page]
+        return across
 
     def enclosed(self, page: int) -> Mapping[int, Resident] | None:
         """Return what lies in a page, by offset; ``None`` if not all of it begins and ends there."""
         here = self._pages.get(page)
         if here is None:
             return {}
-        whole = sum([size_bytes for _, size_bytes in here.parts.values()]) == here.used_bytes
-        return here.parts if whole and here.reaching == _NONE else None
+        return here.parts if here.leading == here.reaching == _NONE else None
 
-    def leave_page(self, page: int) -> None:
-        """Forget all in a page of which all is :meth:`enclosed`."""
-        del self._pages[page]
+    def leave_page(self, page: int) -> dict[int, Resident]:
+        """Forget, and return by offset, all that begins in a page."""
+        here = self._pages.pop(page)
+        if here.leading != _NONE:
+            self._pull_back(here.leading, here.parts[here.leading][1])
+        if here.reaching != _NONE:
+            rest = self._pages[page] = _Page()
+            rest.reaching = here.reaching
+            rest.used_bytes = min(self._page_bytes, here.reaching + self.at(here.reaching)[1] - page)
+        return here.parts
 
     def leave(self, offset: int) -> Resident:
         """Forget, and return, the part at ``offset``."""
@@ -87,19 +103,22 @@ class Residents:
         inside_bytes = page + self._page_bytes - offset
         if resident[1] <= inside_bytes:
             here.used_bytes -= resident[1]
-            if not here.used_bytes:
-                del self._pages[page]
-            return resident
-        here.used_bytes -= inside_bytes
-        for following in range(page + self._page_bytes, offset + resident[1], self._page_bytes):
-            there = self._pages[following]
-            there.used_bytes -= min(self._page_bytes, offset + resident[1] - following)
-            there.reaching = _NONE
-            if not there.used_bytes:
-                del self._pages[following]
+        else:
+            here.used_bytes -= inside_bytes
+            here.leading = _NONE
+            self._pull_back(offset, resident[1])
         if not here.used_bytes:
             del self._pages[page]
         return resident
+
+    def _pull_back(self, offset: int, size_bytes: int) -> None:
+        """Forget of a part what lies in the pages behind the one that it begins in."""
+        for following in range((offset & self._mask) + self._page_bytes, offset + size_bytes, self._page_bytes):
+            there = self._pages[following]
+            there.used_bytes -= min(self._page_bytes, offset + size_bytes - following)
+            there.reaching = _NONE
+            if not there.used_bytes:
+                del self._pages[following]
 
     def at(self, offset: int) -> Resident:
         """Return the part at ``offset``."""
@@ -115,26 +134,38 @@ class Residents:
         here = self._pages.get(page)
         return 0 if here is None else len(here.parts)
 
-    def ids(self, page: int) -> Iterator[int]:
-        """Yield the ids of the caches that lie in a page, at least in part."""
+    def ids(self, page: int) -> list[int]:
+        """Return the ids of the caches that lie in a page, at least in part."""
         here = self._pages.get(page)
         if here is None:
-            return
-        for cache_id, _ in here.parts.values():
-            yield cache_id
+            return []
+        ids = [cache_id for cache_id, _ in here.parts.values()]
         if here.reaching != _NONE:
-            yield self.at(here.reaching)[0]
+            ids.append(self.at(here.reaching)[0])
+        return ids
 
-    def within(self, pages: Iterable[int]) -> list[tuple[int, Resident]]:
-        """Return (offset, part) of all that lie at least in part in ``pages``, ascending."""
-        found: dict[int, Resident] = {}
+    def columns(self, pages: Iterable[int]) -> tuple[list[int], list[Resident], list[int]]:
+        """Return what lies at least in part in ``pages``, which ascend: offsets, ascending, and parts.
+
+        And the numbers of those parts that lie across the border of a page.
+        """
+        offsets: list[int] = []
+        residents: list[Resident] = []
+        across: list[int] = []
         for page in pages:
             here = self._pages.get(page)
-            if here is not None:
-                found.update(here.parts)
-                if here.reaching != _NONE:
-                    found[here.reaching] = self.at(here.reaching)
-        return sorted(found.items())
+            if here is None:
+                continue
+            if here.reaching != _NONE and not (across and offsets[across[-1]] == here.reaching):
+                across.append(len(offsets))
+                offsets.append(here.reaching)
+                residents.append(self.at(here.reaching))
+            inside = sorted(here.parts)
+            offsets += inside
+            residents += map(here.parts.__getitem__, inside)
+            if here.leading != _NONE:
+                across.append(len(offsets) - 1)
+        return offsets, residents, across
 
     def linked(self, page: int) -> bool:
         """Whether a part lies across the border of a page and the one before it."""
@@ -156,5 +187,6 @@ class Residents:
                 for following in range(page + self._page_bytes, offset + size_bytes, self._page_bytes):
                     used[following] += min(self._page_bytes, offset + size_bytes - following)
                     ensure(self._pages[following].reaching == offset, "who reaches over is known", page=following)
+                    ensure(here.leading == offset, "who reaches over is known where it begins", page=page)
         ensure(used == {page: here.used_bytes for page, here in self._pages.items()}, "a page's bytes are counted")
         ensure(sum(used.values()) == known_bytes, "who lies in each page is known", known_bytes=known_bytes)

@@ -9,10 +9,9 @@ all anywhere.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import compress
-from operator import add, itemgetter
+from operator import itemgetter
 
 from kvpool.errors import AddressSpaceError, ensure
 from kvpool.memory.allocation import Place
@@ -263,50 +262,51 @@ class SharedPages:
         Returns the pages that they left, at least in part. Those that are empty by that stay until :meth:`put_empty`:
         what moves next may go there.
         """
-        parts, residents, page_bytes = self._parts[tenant], self._residents[tenant], self._page_bytes
+        parts = self._parts[tenant]
         moved, left = self._leave(tenant, sources)
+        across = set(self._residents[tenant].enter_all(destinations, moved))
         sizes_bytes = [size_bytes for _, size_bytes in moved]
-        ends = map(add, map((page_bytes - 1).__and__, destinations), sizes_bytes)
-        across = {offset for offset, end in zip(destinations, ends, strict=True) if end > page_bytes}
         if not across:
             parts.carve_all(destinations, sizes_bytes)
-        else:
-            inside = [offset not in across for offset in destinations]
-            parts.carve_all(compress(destinations, inside), compress(sizes_bytes, inside))
-            for offset, size_bytes in zip(destinations, sizes_bytes, strict=True):
-                if offset in across:
-                    self._carve(parts, offset, size_bytes)
-        residents.enter_all(destinations, moved)
+            return left
+        inside = [offset not in across for offset in destinations]
+        parts.carve_all(compress(destinations, inside), compress(sizes_bytes, inside))
+        for offset, size_bytes in zip(destinations, sizes_bytes, strict=True):
+            if offset in across:
+                self._carve(parts, offset, size_bytes)
         return left
 
     def _leave(self, tenant: str, offsets: Sequence[int]) -> tuple[list[Resident], set[int]]:
         """Free parts, those at once that are all that lies in a page; returns what they were, and all their pages."""
         parts, residents, pieces = self._parts[tenant], self._residents[tenant], self._pieces
-        mask = -self._page_bytes
-        gone: dict[int, Resident] = {}
-        counts = Counter(map(mask.__and__, offsets))
-        pages = set(counts)
-        for page, count in counts.items():
-            inside = residents.enclosed(page)
-            if inside is not None and len(inside) == count and page not in self._withheld:
-                parts.clear(page, sorted(inside))
-                residents.leave_page(page)
-                gone.update(inside)
-        if len(gone) < len(offsets):
-            left: dict[int, list[int]] = {}  # pieces by page
-            for offset in offsets:
-                if offset not in gone:
-                    gone[offset] = residents.leave(offset)
-                    for piece in pieces.pop(offset, (offset,)):
-                        left.setdefault(piece & mask, []).append(piece)
-            for page, starts in left.items():
-                if residents.used_bytes(page) or page in self._withheld:
-                    for start in starts:
-                        parts.free(start)
-                else:
-                    parts.clear(page, sorted(starts))
-            pages.update(left)
-        return list(map(gone.__getitem__, offsets)), pages
+        pages = list(map((-self._page_bytes).__and__, offsets))
+        gone: list[Resident] = []
+        left: dict[int, list[int]] = {}  # where pieces begin, by page
+        first = 0
+        while first < len(offsets):
+            page = pages[first]
+            count = residents.count(page)
+            last = first + count
+            if pages[first:last].count(page) == count:
+                starts = offsets[first:last]
+                inside = residents.leave_page(page)
+                gone += map(inside.__getitem__, starts)
+            else:
+                last = first + 1
+                starts = offsets[first:last]
+                gone.append(residents.leave(starts[0]))
+            left.setdefault(page, []).extend(starts)
+            if pieces:
+                for piece in pieces.pop(max(starts), ())[1:]:
+                    left.setdefault(piece, []).append(piece)
+            first = last
+        for page, starts in left.items():
+            if residents.used_bytes(page) or page in self._withheld:
+                for start in starts:
+                    parts.free(start)
+            else:
+                parts.clear(page, sorted(starts))
+        return gone, set(left)
 
     def is_free(self, tenant: str, offset: int, size_bytes: int) -> bool:
         """Whether nothing lies in a part of this tenant's pages, or of those that could be added."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from kvpool.memory.allocation import Movable
-from kvpool.memory.compaction import WINDOW_PAGES, Part, Snapshot
+from kvpool.memory.compaction import WINDOW_PAGES, Parts, Snapshot, pages_under
 from kvpool.memory.filling import MOST_ADDED
 from kvpool.memory.residents import Resident
 from kvpool.memory.shared import SharedPages
@@ -50,6 +50,7 @@ class Survey:
         self._pages = shared.pages(tenant) if pages is None else pages
         #: Several ways look at all pages, one after the other.
         self._latest: Snapshot | None = None
+        self._order: list[int] | None = None
         self._free_bytes = {page: page_bytes - self._residents.used_bytes(page) for page in self._pages}
 
     @property
@@ -96,7 +97,7 @@ class Survey:
         moved_bytes = sum(self._page_bytes - self._free_bytes[page] for page in sources)
         hole_bytes = 0
         # The fullest pages are the best place, but where caches are small much is looked at there for a few holes.
-        many = sum(1 for page in sources for _ in self._residents.ids(page)) > _MANY * len(sources)
+        many = sum(map(self._residents.count, sources)) > _MANY * len(sources)
         for page in emptiest if many else reversed(emptiest):
             if hole_bytes >= _TARGET_FACTOR * moved_bytes:
                 break
@@ -121,7 +122,7 @@ class Survey:
                 yield self._snapshot(window)
 
     def for_join(self) -> Iterator[Snapshot]:
-        """Yield the emptiest pages, with those that a cache lies across; then all pages."""
+        """Yield the emptiest pages, with those that a cache lies across; then all. But none that must stay."""
         known = set(self._pages)
         chosen: set[int] = set()
         for page in sorted(self._pages, key=lambda page: -self._free_bytes[page])[: 2 * WINDOW_PAGES]:
@@ -132,9 +133,14 @@ class Survey:
             while self._residents.linked(first + self._page_bytes) and first + self._page_bytes in known:
                 first += self._page_bytes
                 chosen.add(first)
-        yield self._snapshot(sorted(chosen))
+        yield self._snapshot(self._open(sorted(chosen)))
         if len(chosen) < len(self._pages):
-            yield self.whole()
+            yield self._snapshot(self._open(self._pages))
+
+    def _open(self, pages: Iterable[int]) -> list[int]:
+        """Return those of some pages in which all may move."""
+        may_move, ids = self.owner.may_move, self._residents.ids
+        return [page for page in pages if all(map(may_move, ids(page)))]
 
     def emptier(self, most_caches: int) -> Snapshot:
         """Return the emptiest pages, with so many caches or a few more."""
@@ -151,7 +157,10 @@ class Survey:
         return self._snapshot(self._pages)
 
     def _emptiest_first(self) -> list[int]:
-        return sorted(self._pages, key=lambda page: (-self._free_bytes[page], -page))
+        if self._order is None:
+            pages = sorted(self._pages, reverse=True)
+            self._order = sorted(pages, key=self._free_bytes.__getitem__, reverse=True)
+        return self._order
 
     def for_filling(self) -> Snapshot:
         """Return all pages, and where some could be added near them."""
@@ -171,15 +180,15 @@ class Survey:
         pages = tuple(pages)
         if self._latest is not None and self._latest.pages == pages:
             return self._latest
+        offsets, residents, across = self._residents.columns(pages)
+        ids = [cache_id for cache_id, _ in residents]
+        sizes_bytes = [size_bytes for _, size_bytes in residents]
+        movable = list(map(self.owner.may_move, ids))
         known = set(pages)
-        mask, page_bytes, may_move = -self._page_bytes, self._page_bytes, self.owner.may_move
-        new = tuple.__new__  # as Part(...), in a third of the time
-        parts = []
-        for offset, (cache_id, size_bytes) in self._residents.within(pages):
-            first, end = offset & mask, offset + size_bytes
-            inside = first in known and (end <= first + page_bytes or known.issuperset(range(first, end, -mask)))
-            parts.append(new(Part, (offset, size_bytes, cache_id, inside and may_move(cache_id))))
-        self._latest = Snapshot(self._page_bytes, pages, tuple(parts))
+        for number in across:
+            if not known.issuperset(pages_under(offsets[number], sizes_bytes[number], self._page_bytes)):
+                movable[number] = False
+        self._latest = Snapshot(self._page_bytes, pages, Parts(offsets, sizes_bytes, ids, movable))
         return self._latest
 
     def _free(self, pages: Iterable[int]) -> int:

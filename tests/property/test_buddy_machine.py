@@ -28,6 +28,9 @@ class BuddyMachine(RuleBasedStateMachine):
     def owner_of(self, address: int) -> int | None:
         return next((start for start, size in self.live.items() if start <= address < start + size), None)
 
+    def is_free(self, address: int) -> bool:
+        return self.owner_of(address) is None
+
     def is_managed(self, address: int) -> bool:
         return address - address % PAGE in self.blocks
 
@@ -68,6 +71,33 @@ class BuddyMachine(RuleBasedStateMachine):
         del self.live[offset]
         with pytest.raises(DoubleReleaseError):
             self.buddy.free(offset)
+
+    @rule(data=st.data(), index=st.integers(0, 7))
+    def carve_all(self, data: st.DataObject, index: int) -> None:
+        """Carve places of which all is free: some are all that is free there, others only a part of it."""
+        free = [a for a in range(index * PAGE, (index + 1) * PAGE, MIN) if self.is_managed(a) and self.is_free(a)]
+        carved: dict[int, int] = {}
+        while free:
+            offset = free[data.draw(st.sampled_from([0, 0, 0, 1, 2])) % len(free)]
+            end = offset + MIN
+            while end in free and data.draw(st.integers(0, 8)):
+                end += MIN
+            carved[offset] = end - offset
+            free = [address for address in free if address >= end]
+            if not data.draw(st.booleans()):
+                break
+        self.buddy.carve_all(carved.keys(), carved.values())
+        self.live |= carved
+
+    @precondition(lambda self: self.blocks)
+    @rule(data=st.data())
+    def clear(self, data: st.DataObject) -> None:
+        block = data.draw(st.sampled_from(sorted(self.blocks)))
+        starts = sorted(start for start in self.live if block <= start < block + PAGE)
+        self.buddy.clear(block, starts)
+        for start in starts:
+            del self.live[start]
+        assert self.buddy.is_free_block(block)
 
     @precondition(lambda self: self.live)
     @rule(data=st.data())

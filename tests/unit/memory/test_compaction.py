@@ -11,10 +11,11 @@ from kvpool.memory import mover
 from kvpool.memory.allocation import Allocation
 from kvpool.memory.allocator import GPUMemoryAllocator
 from kvpool.memory.backend import Copy
-from kvpool.memory.compaction import Move, Part, Plan, Snapshot, choose_join, plan_slide
+from kvpool.memory.compaction import Part, Plan, Snapshot, choose_join, plan_slide
 from kvpool.memory.evacuation import plan_evacuation
 from kvpool.memory.host import HostBackend
 from kvpool.memory.mover import Mover
+from kvpool.memory.moves import Move, Moves
 
 MIN = 4096
 BLOCKS = 32
@@ -48,7 +49,7 @@ def test_a_page_with_something_unmovable_stays_and_its_holes_are_used() -> None:
 
 def test_a_page_that_does_not_fit_elsewhere_as_a_whole_stays_whole() -> None:
     plan = plan_evacuation(snapshot((0, "aaa..bbb"), (3, "ccc..d.."), (5, "eee..fff")), EVERYTHING, 9)
-    assert plan.moves == ()
+    assert not plan.moves
 
 
 def test_holes_across_borders_of_pages_are_used_so_that_one_odd_size_takes_the_fewest_pages() -> None:
@@ -382,7 +383,7 @@ def test_a_plan_in_which_a_cache_moves_twice_is_carried_out(memory: GPUMemoryAll
         Move(4, page + PAGE, page + size, size),
         Move(7, page + PAGE + 3 * size, page + PAGE, size),
     ]
-    memory._mover._carry_out("default", moves, (), memory.owner)
+    memory._mover._carry_out("default", Plan(Moves.of(moves), ()), memory.owner)
     assert {each: memory.allocation(each).offset - page for each in live} == {
         0: 0, 4: size, 3: 2 * size, 6: 3 * size, 7: PAGE
     }  # fmt: skip
@@ -398,7 +399,7 @@ def test_a_small_step_goes_on_when_what_it_had_planned_has_gone_or_is_leased(mem
         del live[cache_id]
     step_bytes = 4 << 13  # four moves
     assert memory.compact_a_little(step_bytes).moved_bytes == 4 * MIN
-    planned = [cache_id for cache_id, *_ in memory._mover._begun[1]]
+    planned = list(memory._mover._begun[1].ids)
     memory.free(planned[0])
     del live[planned[0]]
     memory.owner.leased.add(planned[1])

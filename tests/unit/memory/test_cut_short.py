@@ -9,7 +9,8 @@ from cut_memory import Cut, CutMemory, Interrupted, filled, read, write
 from kvpool.errors import BackendError
 from kvpool.memory.allocation import Allocation
 from kvpool.memory.allocator import GPUMemoryAllocator
-from kvpool.memory.compaction import Move
+from kvpool.memory.compaction import Plan
+from kvpool.memory.moves import Move, Moves
 
 MIN = 256
 PAGE = 16 * MIN
@@ -127,7 +128,7 @@ def test_caches_that_slide_together_are_whole_wherever_it_ends(
         moves.append(Move(cache_id, offset, offset - 5 * MIN, -(-live[cache_id] // MIN) * MIN))
     backend.cut, backend.calls = Cut(after, Interrupted, 0.7), 0
     with pytest.raises(Interrupted):
-        memory._mover._carry_out("default", moves, (), Owner())
+        memory._mover._carry_out("default", Plan(Moves.of(moves), ()), Owner())
     backend.cut = None
     assert intact(memory, live)
 
@@ -202,7 +203,7 @@ def test_what_a_scrub_is_about_does_not_survive_behind_a_cache_that_moves_into_a
     moves = [Move(4, second, there, 5 * MIN), Move(4, there, there + 6 * MIN, 5 * MIN)]
     backend.cut, backend.calls = cut, 0
     try:
-        memory._mover._carry_out("default", moves if cut is None else moves[:1], (), Owner())
+        memory._mover._carry_out("default", Plan(Moves.of(moves if cut is None else moves[:1]), ()), Owner())
     except BackendError:
         assert cut is not None
     else:

@@ -38,7 +38,7 @@ def snapshot(*pages: tuple[int, str], room: tuple[int, ...] = (), spare_pages: i
 def test_a_hole_at_the_end_of_a_page_that_stays_goes_on_in_a_page_that_is_added() -> None:
     """No cache of five blocks fits beside A; two lie behind it, across the border, in its page and one more."""
     pages = [(0, "AAAAA..."), (9, "ccccc..."), (12, "ddddd..."), (15, "eeeee...")]
-    assert plan_filling(snapshot(*pages)).moves == (), "nothing may be added"
+    assert not plan_filling(snapshot(*pages)).moves, "nothing may be added"
     plan = plan_filling(snapshot(*pages, room=(1, 2), spare_pages=2))
     assert {move.destination for move in plan.moves} == {5, 10}
 
@@ -57,7 +57,7 @@ def test_a_gap_between_two_pages_that_stay_is_closed_where_sizes_add_up_to_it() 
 def test_a_smaller_cache_makes_room_for_a_larger_one() -> None:
     """The three blocks of d fit nowhere, before c leaves the stretch behind A for the hole behind B."""
     pages = [(0, "AAAAcc.."), (2, "BBBBBB.."), (4, "ddd.....")]
-    assert plan_evacuation(snapshot(*pages), EVERYTHING, 9).moves == ()
+    assert not plan_evacuation(snapshot(*pages), EVERYTHING, 9).moves
     plan = plan_exchange(snapshot(*pages), 9)
     assert plan.freed == (32,)
     assert [(chr(move.cache_id), move.destination) for move in plan.moves] == [("c", 22), ("d", 4)]

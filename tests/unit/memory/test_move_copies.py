@@ -5,8 +5,8 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvpool.memory.compaction import Move
 from kvpool.memory.move_copies import copied, copies_of, count_complete, rest_of
+from kvpool.memory.moves import Move, Moves
 
 ADDRESS = 1 << 20
 SIZE = 256
@@ -32,7 +32,7 @@ def slides(draw: st.DrawFn) -> list[Move]:
 
 @given(slides(), st.data())
 def test_whatever_is_cut_short_is_whole(moves: list[Move], data: st.DataObject) -> None:
-    copies = copies_of(moves, ADDRESS)
+    copies = copies_of(Moves.of(moves), ADDRESS)
     content = {move.cache_id: random.Random(move.cache_id).randbytes(move.size_bytes) for move in moves}
     memory = bytearray(SIZE)
     for move in moves:
@@ -45,8 +45,9 @@ def test_whatever_is_cut_short_is_whole(moves: list[Move], data: st.DataObject) 
     if cut:
         do(memory, next(under_way), data.draw(st.sampled_from([0.0, 0.5, 1.0]), "of the last one"))
 
-    done, unfinished = copied(moves, count_complete(copies, under_way))
+    whole, unfinished = copied(Moves.of(moves), count_complete(copies, under_way))
 
+    done = list(whole)
     if unfinished is not None:
         move, done_bytes = unfinished
         for copy in rest_of(move, done_bytes, ADDRESS):
