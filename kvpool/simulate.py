@@ -8,7 +8,7 @@ from time import thread_time
 from typing import TypedDict
 
 from kvpool.bound import most_prefix_hits
-from kvpool.cache.eviction import plain_name
+from kvpool.cache.eviction import CacheEvictionPolicy, plain_name
 from kvpool.cache.host_index import HostEntry, HostIndex, Kind
 from kvpool.cache.index import CacheIndex
 from kvpool.cache.key import BlockHash, CacheKey, encode_block_id
@@ -139,16 +139,18 @@ def simulate(
     started_s = thread_time()
     index.add_device(0)
     space = index.space("default", "simulated")
+    deciding = index.policy
     for done, (request, hashes) in enumerate(zip(requests, chains, strict=True)):
         now = request.timestamp_ms / 1000
         rows = index.look_up(space, hashes, now=now)
         hits += len(rows)
-        index.pin(rows, now=now)
+        if rows:
+            index.pin(rows, now=now)
         if host is not None and (coming := host.run(hashes[len(rows) :])):
             wanted = hashes[len(rows) : len(rows) + len(coming)]
             short = len(index) + len(wanted) - capacity_blocks
             if short > 0:
-                victims = list(islice(index.policy.victims(0), short))
+                victims = list(islice(deciding.victims(0), short))
                 host.lower(index, victims)
                 index.remove_all(victims)
                 evictions += len(victims)
@@ -159,27 +161,30 @@ def simulate(
             index.publish_all(new, raised)
             host.raised(coming, len(raised))
             rows += new
-        missing = hashes[len(rows) :]
         if hashes:
-            index.policy.answered(space, hashes, rows, request.output_length, now)
-        short = len(index) + len(missing) - capacity_blocks
+            deciding.answered(space, hashes, rows, request.output_length, now)
+        found = len(rows)
+        missing = len(hashes) - found
         if missing:
+            room = capacity_blocks - len(index)
+            short = missing - room
             if short > 0 and host is None:  # what a policy would not store has its place below
-                admitted = index.policy.admit(space, hashes, rows, (0,), 1, short, now)
-                short -= len(missing) - admitted
-                missing = missing[:admitted]
+                admitted = deciding.admit(space, hashes, rows, (0,), 1, short, now)
+                short -= missing - admitted
+                missing = admitted
             if short > 0:
-                victims = list(islice(index.policy.victims(0), short))
+                victims = _victims(deciding, short)
                 if host is not None:
                     host.lower(index, victims)
                 index.remove_all(victims)
+                room += len(victims)
                 evictions += len(victims)
-            stored = missing[: capacity_blocks - len(index)]
-            new = index.add_chain(space, 1, 0, len(stored), rows[-1] if rows else NO_ROW, now=now, chain=hashes)
-            index.publish_all(new, stored)
-            rows += new
-        rows.reverse()
-        index.unpin(rows, now=now)
+            stored = hashes[found : found + min(missing, room)]
+            above = rows[-1] if rows else NO_ROW
+            index.add_chain(space, 1, 0, len(stored), above, now=now, chain=hashes, keys=stored)
+        if rows:
+            rows.reverse()
+            index.unpin(rows, now=now)
         if on_progress is not None and not done % _REPORT_EVERY:
             on_progress(done)
     elapsed_s = thread_time() - started_s
@@ -198,6 +203,14 @@ def simulate(
         evictions=evictions,
         accesses_per_s=blocks / max(elapsed_s, 1e-9),  # a clock may not have moved
     )
+
+
+def _victims(policy: CacheEvictionPolicy, count: int) -> list[int]:
+    """Return what goes first on the one device."""
+    if count == 1:
+        row = policy.victim()
+        return [] if row < 0 else [row]
+    return list(islice(policy.victims(0), count))
 
 
 class _Host:

@@ -10,7 +10,7 @@ import time
 from array import array
 from collections.abc import Sequence
 from hashlib import blake2b
-from itertools import count
+from itertools import count, islice
 from random import Random
 from typing import Any
 
@@ -114,22 +114,21 @@ def _chain(number: int, length: int) -> list[BlockHash]:
 
 
 def _request(index: CacheIndex, space: int, chain: Sequence[BlockHash], now: float) -> None:
+    policy = index.policy
     rows = index.look_up(space, chain, now=now)
     index.pin(rows, now=now)
     missing = chain[len(rows) :]
-    index.policy.answered(space, chain, rows, 100, now)
+    policy.answered(space, chain, rows, 100, now)
     if missing:
         short = len(index) + len(missing) - RESIDENT
         if short > 0:
-            admitted = index.policy.admit(space, chain, rows, (0,), 1, short, now)
+            admitted = policy.admit(space, chain, rows, (0,), 1, short, now)
             short -= len(missing) - admitted
             missing = missing[:admitted]
-            victims = index.policy.victims(0)
-            index.remove_all([next(victims) for _ in range(short)])
+        if short > 0:
+            index.remove_all([policy.victim()] if short == 1 else list(islice(policy.victims(0), short)))
         above = rows[-1] if rows else NO_ROW
-        new = index.add_chain(space, 1, 0, len(missing), above, now=now, chain=chain)
-        index.publish_all(new, missing)
-        rows += new
+        index.add_chain(space, 1, 0, len(missing), above, now=now, chain=chain, keys=missing)
     index.unpin(rows[::-1], now=now)
 
 

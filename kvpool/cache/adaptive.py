@@ -33,9 +33,14 @@ _SWEEP_REQUESTS, _SWEEP_BLOCKS = 8, 256
 _FORGOTTEN_REQUESTS = 7000
 """By how many requests what is known is older after a surprise: it leaves a quarter of it."""
 _BETWEEN_SURPRISES_REQUESTS, _BETWEEN_SURPRISES_BLOCKS = 50, 1000
+_SOON_AGAIN = 4
+"""A surprise is soon if it comes within so many times the blocks that had to be waited for: the next wait is twice as
+long, for where changes come and go there is less to gain, and the tables that are rebuilt after each cost time."""
 _NONE = (0,) * KINDS
-_PLACES = np.array([TAIL, BODY, SHARED, OLD, OLD, OLD, SHARED, OLD], np.int32) * WIDTH
-"""Where the class of a block lies in its group, by its kind; then the same for turns whose session went on."""
+_TAIL_PLACE, _BODY_PLACE = TAIL * WIDTH, BODY * WIDTH
+_PLACES = np.array([TAIL, BODY, SHARED, OLD] * CONTINUED + [OLD, OLD, SHARED, OLD] * CONTINUED, np.intp) * WIDTH
+"""Where the class of a block lies in its group, by the flags of its turn times ``KINDS`` plus its kind: what a session
+left behind when it went on is old."""
 
 
 @register_policy("adaptive")
@@ -55,9 +60,9 @@ class Adaptive(CacheEvictionPolicy):
         self._index = index
         self._parent, self._children, self._partition = index.parent, index.children, index.partition
         self._turn = array("i")  # by row, as are the next three
-        self._kind = array("B")
         self._uses = array("I")
-        self._idle = array("B")  # evictable
+        self._kind = bytearray()
+        self._idle = bytearray()  # evictable
         self._hazards = HazardTable()
         self._turns = TurnTable(self._hazards)
         self._clock = RequestClock()
@@ -65,6 +70,7 @@ class Adaptive(CacheEvictionPolicy):
             index, self._clock, self._turn, self._kind, self._idle, self._turns.born, self._worth_of, self._worths_of
         )
         self._rebuilt_at = self._swept_at = self._surprised_at = (0, 0)  # requests and blocks
+        self._patience_blocks = _BETWEEN_SURPRISES_BLOCKS  # before the next surprise
         self._blocks = 0  # of all requests so far
         self._due_blocks = 0  # of them, before which neither is due
         self._space = -1
@@ -77,14 +83,16 @@ class Adaptive(CacheEvictionPolicy):
     def grown(self, rows: int) -> None:
         added = rows - len(self._turn)
         self._turn.extend(array("i", [NO_TURN]) * added)
-        for column in (self._kind, self._uses, self._idle):
-            column.frombytes(bytes(added * column.itemsize))
+        self._uses.frombytes(bytes(added * self._uses.itemsize))
+        self._kind.extend(bytes(added))
+        self._idle.extend(bytes(added))
         self._ranking.grow(rows)
 
     def evictable(self, rows: Sequence[int], now: float) -> None:
         ranking = self._ranking
         ranking.version += 1
         children, turns, idle, kinds, partitions = self._children, self._turn, self._idle, self._kind, self._partition
+        where = ranking.where
         for row in rows:
             if turns[row] < 0:
                 self._adopt(rows, now)
@@ -92,7 +100,8 @@ class Adaptive(CacheEvictionPolicy):
             if not children[row]:
                 if kinds[row] == BODY and self._index.key_of(row) == self._turns.last[turns[row]]:
                     kinds[row] = TAIL
-                ranking.add(row, partitions[row])
+                if where[row] != partitions[row]:
+                    ranking.add(row, partitions[row])
 
     def taken(self, rows: Sequence[int], now: float) -> None:
         self._ranking.version += 1
@@ -109,14 +118,15 @@ class Adaptive(CacheEvictionPolicy):
         if len(rows) >= _MANY:
             self._removed_many(np.array(rows, np.int64))
             return
-        idle, turns, parent, children, held = self._idle, self._turn, self._parent, self._children, table.held
+        idle, turns, parent, children = self._idle, self._turn, self._parent, self._children
+        held, queued = table.held, table.queued
         for row in rows:
             idle[row] = 0
             turn = turns[row]
             if turn >= 0:
                 turns[row] = NO_TURN
                 held[turn] = left = held[turn] - 1
-                if not left:
+                if not left and not queued[turn]:
                     table.bereave(turn)
         if len(rows) == 1:  # its row is the next to be given out, mostly for a leaf again: it stays in the set
             above = parent[rows[0]]
@@ -163,11 +173,17 @@ class Adaptive(CacheEvictionPolicy):
     # -- victims --------------------------------------------------------------------------------------------------
 
     def victim(self) -> int:
-        best = (inf, NO_ROW)
-        for device in self._ranking.devices:
-            first = self._ranking.first(device)
-            best = min(best, first[:2] if first is not None else next(iter(self._ranking.of(device)), best))
-        return best[1]
+        ranking = self._ranking
+        lowest, victim = inf, NO_ROW
+        for device in ranking.devices:
+            first = ranking.first(device)
+            if first is not None:
+                worth, row, _ = first
+            else:
+                worth, row = next(iter(ranking.of(device)), (inf, NO_ROW))
+            if worth < lowest or (worth == lowest and row < victim):
+                lowest, victim = worth, row
+        return victim
 
     def victims(self, device: int) -> Iterator[int]:
         ranking = self._ranking
@@ -209,20 +225,25 @@ class Adaptive(CacheEvictionPolicy):
 
     def _worths_of(self, rows: NDArray[np.int32]) -> tuple[Floats, Floats]:
         table = self._turns
-        turns = np.frombuffer(self._turn, np.int32)[rows]
-        born = np.frombuffer(table.born)[turns]
+        turns = np.frombuffer(self._turn, np.int32).take(rows).astype(np.intp)
+        born = np.frombuffer(table.born).take(turns)
         levels = age_levels(self._clock.now - born)
-        buckets = levels.astype(np.int32)
-        continued = np.frombuffer(table.flags, np.uint8)[turns] & CONTINUED
-        places = _PLACES[continued // (CONTINUED // KINDS) + np.frombuffer(self._kind, np.uint8)[rows]]
-        places += np.frombuffer(table.base, np.int32)[turns]
+        buckets = levels.astype(np.intp)
+        kinds = np.frombuffer(table.flags, np.uint8).take(turns)
+        kinds *= KINDS
+        kinds += np.frombuffer(self._kind, np.uint8).take(rows)
+        places = _PLACES.take(kinds)
+        places += np.frombuffer(table.base, np.int32).take(turns)
         places += buckets
         worths = np.frombuffer(self._hazards.worths)
-        low = worths[places]
+        low = worths.take(places)
+        places += 1
+        step = worths.take(places)
+        step -= low
         levels -= buckets
-        levels *= worths[places + 1] - low
+        levels *= step
         levels += low
-        levels *= np.frombuffer(self._hazards.factors)[np.frombuffer(table.level, np.uint8)[turns]]
+        levels *= np.frombuffer(self._hazards.factors).take(np.frombuffer(table.level, np.uint8).take(turns))
         return levels, born
 
     # -- requests -------------------------------------------------------------------------------------------------
@@ -267,18 +288,18 @@ class Adaptive(CacheEvictionPolicy):
         missing = len(hashes) - len(rows)
         doubt = 1.0 if table.number[turn] else _DOUBT
         base, factors, worths = table.base[turn], self._hazards.factors, self._hazards.worths  # at age 0
-        worth = doubt * worths[base + TAIL * WIDTH] * factors[table.level[turn]]
+        worth = doubt * worths[base + _TAIL_PLACE] * factors[table.level[turn]]
         if missing == 1 == len(devices):
             first = ranking.first(devices[0])
             if first is not None and sizes[first[1]] >= short * size_bytes:
-                return int(worth >= first[0])
+                return 1 if worth >= first[0] else 0
         left = float(short)
         rankings = [ranking.of(device) for device in devices]
         for victim_worth, row in rankings[0] if len(rankings) == 1 else merge(*rankings):
             while left > 0 and missing and worth < victim_worth:  # tail first, as victims
                 left -= 1
                 missing -= 1
-                worth = doubt * worths[base + BODY * WIDTH] * factors[table.level[turn]]
+                worth = doubt * worths[base + _BODY_PLACE] * factors[table.level[turn]]
             if left <= 0 or not missing:
                 break
             left -= sizes[row] / size_bytes
@@ -310,9 +331,12 @@ class Adaptive(CacheEvictionPolicy):
         """:meth:`_begin_chain` for a prompt of one block."""
         table = self._turns
         block_hash = hashes[0]
-        turn = self._turn[rows[0]] if rows else table.anchored(space, block_hash)
-        if turn < 0:
-            return table.add_block(space, block_hash, clock)
+        if rows:
+            turn = self._turn[rows[0]]
+        else:
+            turn = table.anchored_or_new(space, block_hash, clock)
+            if table.born[turn] == clock:  # it is new
+                return turn
         if table.blocks[turn] > 1 or table.last[turn] != block_hash:
             return self._begin_chain(space, hashes, rows, clock)
         shared = 0
@@ -440,9 +464,11 @@ class Adaptive(CacheEvictionPolicy):
             self._swept_at = requests, blocks
             if (
                 requests - self._rebuilt_at[0] >= _BETWEEN_SURPRISES_REQUESTS
-                and since_blocks >= _BETWEEN_SURPRISES_BLOCKS
+                and since_blocks >= self._patience_blocks
                 and self._hazards.surprised()
             ):
+                soon = since_blocks < _SOON_AGAIN * self._patience_blocks
+                self._patience_blocks = 2 * self._patience_blocks if soon else _BETWEEN_SURPRISES_BLOCKS
                 self._hazards.rebuild(requests - self._rebuilt_at[0] + _FORGOTTEN_REQUESTS)
                 self._rebuilt_at = self._surprised_at = requests, blocks
                 rebuild_blocks = 40

@@ -283,13 +283,17 @@ class CacheIndex(CacheTable):
         *,
         now: float,
         chain: Sequence[BlockHash] = (),
+        keys: Sequence[BlockHash] = (),
     ) -> list[int]:
         """Return the rows of ``count`` new caches of equal size, each the parent of the next; see :meth:`add`.
 
-        ``chain`` is the request whose blocks they are, if they are known to be such.
+        ``chain`` is the request whose blocks they are, if they are known to be such. With ``keys``, one each, they are
+        complete: published at once under these, which must be free, and held by nobody.
         """
         if not 0 <= device < len(self.resident_bytes):
             ensure(False, "a device that was not added", device=device)
+        if keys and len(keys) != count:
+            ensure(False, "adding caches under fewer or more keys", caches=count, keys=len(keys))
         if not count:
             return []
         parent, children, pins, flags = self.parent, self.children, self.pins, self.flags
@@ -302,17 +306,20 @@ class CacheIndex(CacheTable):
                 self.policy.sheltered(parent_row)
         while len(free) < count:
             self._grow()
-        rows = []
+        rows: list[int] = []
         above = parent_row
         account = self._accounts[space]
         partition = self._partition_of(device, account) if account else self._by_device[device][0]
         partitions = self.partition
-        for _ in range(count):
+        known, shards = self._hashes, self._rows_by_hash[space]
+        leases = 0 if keys else 1
+        place = 0
+        while place < count:
             row = free.pop()
             parent[row] = above
             if above >= 0:
                 children[above] += 1
-            pins[row] = 1
+            pins[row] = leases
             devices[row] = device
             partitions[row] = partition
             sizes[row] = size_bytes
@@ -322,12 +329,24 @@ class CacheIndex(CacheTable):
             flags[row] = RESIDENT
             rows.append(row)
             above = row
+            if keys:
+                block_hash = keys[place]
+                shard = shards[block_hash[-1] % SHARDS]
+                if block_hash in shard:
+                    ensure(False, "publishing under a key that is taken", row=row, holder=shard[block_hash])
+                known[row] = block_hash
+                shard[block_hash] = row
+                flags[row] = RESIDENT | SEALED | KEYED
+            place += 1
         self._resident += count
         self.resident_bytes[device] += count * size_bytes
         if self.meter is not None:
-            self.meter.charge(partition, count * size_bytes, 0)
+            self.meter.charge(partition, count * size_bytes, count * size_bytes if keys else 0)
         if chain:
             self.policy.stored(space, chain, rows, now)
+        if keys:
+            self.evictable_bytes[device] += count * size_bytes
+            self.policy.evictable(rows[::-1], now)
         return rows
 
     def adopt(self, row: int, elder: int) -> None:
@@ -377,12 +396,16 @@ class CacheIndex(CacheTable):
         """Seal and :meth:`publish` several caches."""
         flags, pins, spaces, known = self.flags, self.pins, self._space, self._hashes
         void, by_hash = self._void, self._rows_by_hash
-        for row, block_hash in zip(rows, hashes, strict=True):
-            if not pins[row] or flags[row] & KEYED or not flags[row] or (void and spaces[row] in void):
+        if len(rows) != len(hashes):
+            ensure(False, "publishing caches under fewer or more keys", caches=len(rows), keys=len(hashes))
+        for place, row in enumerate(rows):
+            block_hash, space, state = hashes[place], spaces[row], flags[row]
+            if not state or state & KEYED or not pins[row] or space in void:
                 ensure(False, "publishing a cache that is gone, has a key or has no holder", row=row)
-            holder = by_hash[spaces[row]][block_hash[-1] % SHARDS].setdefault(block_hash, row)
-            if holder != row:
-                ensure(False, "publishing under a key that is taken", row=row, holder=holder)
+            shard = by_hash[space][block_hash[-1] % SHARDS]
+            if block_hash in shard:
+                ensure(False, "publishing under a key that is taken", row=row, holder=shard[block_hash])
+            shard[block_hash] = row
             known[row] = block_hash
             flags[row] = RESIDENT | SEALED | KEYED
 
@@ -408,7 +431,13 @@ class CacheIndex(CacheTable):
 
     def look_up(self, space: int, hashes: Sequence[BlockHash], *, now: float) -> list[int]:
         """:meth:`match` for a request, of which the policy is told."""
-        rows = self.match(space, hashes)
+        shards = self._rows_by_hash[space]
+        rows = []
+        for block_hash in hashes:  # as match() does: this is what every request begins with
+            row = shards[block_hash[-1] % SHARDS].get(block_hash)
+            if row is None:
+                break
+            rows.append(row)
         self.policy.looked_up(space, hashes, rows, now)
         return rows
 
@@ -495,12 +524,9 @@ class CacheIndex(CacheTable):
         """
         if len(rows) >= _MANY:
             self._remove_many(np.array(rows, np.int64))
-        else:
-            self._remove_few(rows)
-        self._resident -= len(rows)
-        self.policy.removed(rows)
-
-    def _remove_few(self, rows: Sequence[int]) -> None:
+            self._resident -= len(rows)
+            self.policy.removed(rows)
+            return
         parent, children, pins, flags, hashes = self.parent, self.children, self.pins, self.flags, self._hashes
         devices, sizes, stamps, spaces = self.device, self.size_bytes, self._stamps, self._space
         resident_bytes, evictable_bytes = self.resident_bytes, self.evictable_bytes
@@ -532,9 +558,11 @@ class CacheIndex(CacheTable):
             stamps[row] = stamp
             if stamp < MAX_STAMP:  # else the row is retired, so that no id ever comes back
                 free.append(row)
+        self._resident -= len(rows)
+        self.policy.removed(rows)
 
     def _remove_many(self, rows: Rows) -> None:
-        """Do as :meth:`_remove_few`, column by column: a third of the time where there are thousands."""
+        """Do as :meth:`remove_all`, column by column: a third of the time where there are thousands."""
         flags, stamps = np.frombuffer(self.flags, np.uint8), np.frombuffer(self._stamps, np.uint32)
         parent, children = np.frombuffer(self.parent, np.int32), np.frombuffer(self.children, np.uint32)
         ensure(bool(flags[rows].all()) and len(unique(rows)) == len(rows), "removing a cache that is gone")

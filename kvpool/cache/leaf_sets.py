@@ -15,19 +15,17 @@ class LeafSets:
 
     def __init__(self) -> None:
         self._rows: list[array[int]] = []  # by device
-        self.place = array("i")
-        """Where a row is among those of its device; negative: it is in no set."""
-        self._where = array("i")  # by row: the device in whose set it is, or was last
-
-    def __len__(self) -> int:
+        self.devices = range(0)
         """Devices that had leaves so far."""
-        return len(self._rows)
+        self.where = array("i")
+        """By row, the device in whose set it is; negative: it is in none."""
+        self._place = array("I")  # by row: where it is in that set
 
     def grow(self, rows: int) -> None:
         """Make room for row numbers below ``rows``."""
-        added = rows - len(self.place)
-        self.place.extend(array("i", [_NOWHERE]) * added)
-        self._where.frombytes(bytes(added * self._where.itemsize))
+        added = rows - len(self.where)
+        self.where.extend(array("i", [_NOWHERE]) * added)
+        self._place.frombytes(bytes(added * self._place.itemsize))
 
     def count(self, device: int) -> int:
         """Return how many leaves a device has."""
@@ -35,23 +33,23 @@ class LeafSets:
 
     def add(self, row: int, device: int) -> None:
         """Add a row, which may be in a set already: in this one, or that of a device where it was before."""
-        if self.place[row] >= 0:
-            if self._where[row] == device:
-                return
-            self.discard(row)
+        if self.where[row] == device:
+            return
+        self.discard(row)
         while device >= len(self._rows):
             self._rows.append(array("i"))
+            self.devices = range(len(self._rows))
         there = self._rows[device]
-        self.place[row] = len(there)
-        self._where[row] = device
+        self._place[row] = len(there)
+        self.where[row] = device
         there.append(row)
 
     def keep(self, device: int, kept: NDArray[np.bool_]) -> None:
         """Take all rows of a device out but those marked, in the order of :meth:`all`. Takes 1 ms for 150,000."""
-        there, place = self.all(device), np.frombuffer(self.place, np.int32)
-        place[there[~kept]] = _NOWHERE
+        there = self.all(device)
+        np.frombuffer(self.where, np.int32)[there[~kept]] = _NOWHERE
         there = there[kept]
-        place[there] = np.arange(len(there))
+        np.frombuffer(self._place, np.int32)[there] = np.arange(len(there))
         self._rows[device] = array("i", there.tobytes())
 
     def all(self, device: int) -> NDArray[np.int32]:
@@ -60,15 +58,15 @@ class LeafSets:
 
     def discard(self, row: int) -> None:
         """Take a row out of the set in which it is, if any."""
-        place = self.place[row]
-        if place < 0:
+        device = self.where[row]
+        if device < 0:
             return
-        there = self._rows[self._where[row]]
+        there, place = self._rows[device], self._place
         last = there.pop()
         if last != row:
-            there[place] = last
-            self.place[last] = place
-        self.place[row] = _NOWHERE
+            place[last] = at = place[row]
+            there[at] = last
+        self.where[row] = _NOWHERE
 
     def draw(self, device: int, count: int, chance: np.random.Generator) -> NDArray[np.int32]:
         """Return ``count`` rows drawn with repetition, or all of them if there are at most twice as many."""

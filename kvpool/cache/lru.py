@@ -69,7 +69,8 @@ class LeafFirstLRU(CacheEvictionPolicy):
                 device = devices[row]
                 if device >= len(self._first):
                     self._add_devices(device + 1)
-                last, follower = self._last[device], _NONE
+                last = self._last[device]
+                follower = parent[last] if last >= 0 else _NONE
             waits_for = children[row]
             if waits_for and (waits_for > 1 or row != follower):
                 continue

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf
+
 _MEAN_OVER = 200
 """Requests that the running mean of inter-arrival times looks back on, about."""
 
@@ -20,12 +22,12 @@ class RequestClock:
         self.now = 0.0
         self.requests = 0
         self._mean_s = 0.0
-        self._last_s: float | None = None
+        self._last_s = inf
 
     def advance(self, now_s: float) -> float:
         """Count a request that arrives at a time (seconds) and return the time on this clock."""
         requests, last_s = self.requests, self._last_s
-        pause_s = 0.0 if last_s is None or now_s < last_s else now_s - last_s
+        pause_s = now_s - last_s if now_s > last_s else 0.0
         self._last_s = now_s
         self._mean_s = mean_s = self._mean_s + (pause_s - self._mean_s) / (
             1 + (requests if requests < _MEAN_OVER else _MEAN_OVER)

@@ -25,12 +25,13 @@ Worths = Callable[[NDArray[np.int32]], tuple[NDArray[np.float64], NDArray[np.flo
 
 _SAMPLE, _LARGEST_SAMPLE = 512, 1024
 _LEAVES_FOR_A_SAMPLED_ONE = 4
-_KEPT, _GO, _GO_ALONE = 1 / 4, 3 / 32, 3 / 16
+_KEPT, _GO, _GO_ALONE = 1 / 4, 3 / 32, 7 / 32
 """Shares of a sample that are remembered, and that go before the next one is drawn: several at once, and one by one,
 where a sample costs more than what it is drawn for."""
 _REQUESTS_BETWEEN_SAMPLES = 1
-_LEAVES_FOR_A_REQUEST = 6
-"""Where there are many leaves, a request changes less of what is worth least, and a sample serves longer."""
+_CHANGED_BY_REQUEST, _CHANGED_BY_REQUEST_OF_ONE = 6, 4
+"""Where there are many leaves, a request changes less of what is worth least, and a sample serves longer, for a request
+for each so many leaves: the second where nothing goes behind a leaf, since a request is for a block there."""
 _LARGER_THAN_GONE = 32
 _ROWS_AT_ONCE = 8
 _LEAST_BY = 16
@@ -118,8 +119,8 @@ class SampledRanking:
         index: CacheIndex,
         clock: RequestClock,
         turns: array[int],
-        kinds: array[int],
-        idle: array[int],
+        kinds: bytearray,
+        idle: bytearray,
         born: array[float],
         worth_of: Callable[[int], float],
         worths_of: Worths,
@@ -134,6 +135,8 @@ class SampledRanking:
         """Add a row that is a leaf from now on, by its device; it may be in."""
         self.discard = self._leaves.discard
         """Take a row out, which may not be in."""
+        self.where = self._leaves.where
+        """By row, the device among whose leaves it is, negative if it is none."""
         self._ranked: list[_Ranked] = []  # by device
         self._known: dict[int, Drawn] = {}
         self.version = 0
@@ -144,7 +147,7 @@ class SampledRanking:
     @property
     def devices(self) -> range:
         """Devices that had leaves so far."""
-        return range(len(self._leaves))
+        return self._leaves.devices
 
     def grow(self, rows: int) -> None:
         """Make room for row numbers below ``rows``."""
@@ -186,7 +189,7 @@ class SampledRanking:
         candidates = ranked.candidates
         while candidates:
             _, row, since = candidates[-1]
-            if idle[row] and not children[row] and born[turns[row]] == since:
+            if idle[row] and born[turns[row]] == since and not children[row]:
                 break
             candidates.pop()
             ranked.left -= 1
@@ -209,10 +212,16 @@ class SampledRanking:
         """Draw new candidates."""
         leaves = self._leaves.count(device)
         drawn = min(max(_SAMPLE, leaves // _LEAVES_FOR_A_SAMPLED_ONE), _LARGEST_SAMPLE)
-        ranked.candidates = _listed(self._sample(device, drawn, _KEPT)) if leaves else []
+        changes = _CHANGED_BY_REQUEST
+        ranked.candidates = []
+        if leaves:
+            sample = self._sample(device, drawn, _KEPT)
+            ranked.candidates = _listed(sample)
+            if self._alone(sample.rows):
+                changes = _CHANGED_BY_REQUEST_OF_ONE
         ranked.left = int(drawn * _GO_ALONE)
         ranked.spare = ranked.left - int(drawn * _GO)
-        ranked.resample_at = self._clock.requests + max(_REQUESTS_BETWEEN_SAMPLES, leaves // _LEAVES_FOR_A_REQUEST)
+        ranked.resample_at = self._clock.requests + max(_REQUESTS_BETWEEN_SAMPLES, leaves // changes)
         ranked.exposed = []
 
     def _rank(self, device: int, rows: list[int], worths: list[float]) -> Iterator[None]:
@@ -293,8 +302,9 @@ class SampledRanking:
         """
         rows = self._leaves.draw(device, count, self._chance)
         living = self._living(rows)
-        if not living.all():
-            if 2 * np.count_nonzero(living) < len(rows):
+        alive = np.count_nonzero(living)
+        if alive < len(rows):
+            if 2 * alive < len(rows):
                 self._leaves.keep(device, self._living(self._leaves.all(device)))
                 rows = self._leaves.draw(device, count, self._chance)
             else:
@@ -307,17 +317,16 @@ class SampledRanking:
                 share = _KEPT  # of all that there are
         worths, born = self._worths_of(rows)
         order = _least(worths, int(count * share))
-        return Sample(worths[order], rows[order], born[order])
+        return Sample(worths.take(order), rows.take(order), born.take(order))
 
     def _alone(self, rows: NDArray[np.int32]) -> bool:
-        """Whether nothing goes behind any of these leaves: none has a parent that may go."""
-        above = np.frombuffer(self._parent, np.int32)[rows]
-        return not np.frombuffer(self._idle, np.uint8)[above[above >= 0]].any()
+        """Whether nothing goes behind any of these leaves: none has a parent."""
+        return not np.count_nonzero(np.frombuffer(self._parent, np.int32).take(rows) >= 0)
 
     def _living(self, rows: NDArray[np.int32]) -> NDArray[np.bool_]:
         """Return which of these are leaves that may go."""
-        idle, children = np.frombuffer(self._idle, np.uint8), np.frombuffer(self._children, np.uint32)
-        living: NDArray[np.bool_] = (idle[rows] != 0) & (children[rows] == 0)
+        living: NDArray[np.bool_] = np.frombuffer(self._children, np.uint32).take(rows) == 0
+        living &= np.frombuffer(self._idle, np.bool_).take(rows)
         return living
 
 
@@ -332,7 +341,9 @@ def _least(worths: NDArray[np.float64], count: int) -> NDArray[np.int64]:
     Many may be equal, on which :func:`numpy.argpartition` takes many times as long.
     """
     if len(worths) <= count:
-        return np.argsort(worths, kind="stable")
-    some = np.sort(worths[::_LEAST_BY])
-    (least,) = np.nonzero(worths <= some[min(count // _LEAST_BY + 2, len(some) - 1)])
-    return least[np.argsort(worths[least], kind="stable")[:count]]
+        return worths.argsort(kind="stable")
+    some = worths[::_LEAST_BY].copy()
+    some.sort()
+    (least,) = (worths <= some[min(count // _LEAST_BY + 2, len(some) - 1)]).nonzero()
+    order: NDArray[np.int64] = least.take(worths.take(least).argsort(kind="stable")[:count])
+    return order

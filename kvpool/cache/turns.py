@@ -21,7 +21,8 @@ CONTINUED = 1 << KINDS
 
 NO_TURN = -1
 _WATCHED = CONTINUED - 1
-_FLAGS = np.array([1 << kind for kind in range(KINDS)], np.uint8)
+_KINDS_OF = np.array([[flags & 1 << kind != 0 for kind in range(KINDS)] for flags in range(CONTINUED)])
+"""By flags: which kinds are watched."""
 _GROUP = KINDS * WIDTH
 _NEW_LEVELS = [min(digits, LEVELS - 1) * LEVELS for digits in range(65)]
 _PLACES = [[kind * WIDTH for kind in range(KINDS) if flags & 1 << kind] for flags in range(CONTINUED)]
@@ -44,22 +45,22 @@ class TurnTable:
     def __init__(self, hazards: HazardTable) -> None:
         self.hazards = hazards
         self.born = array("d")  # on the clock of requests
-        self.number = array("i")  # in its session, from 0
-        self.base = array("i")  # by stage and gap: place of its first class in tables by age, kinds follow
-        self.blocks = array("i")  # length of the prompt
+        self.number = array("I")  # in its session, from 0
+        self.base = array("I")  # by stage and gap: place of its first class in tables by age, kinds follow
+        self.blocks = array("I")  # length of the prompt
         self.body_blocks = array("i")
-        self.shared_blocks = array("i")
-        self.old_blocks = array("i")
-        self.flags = array("B")
+        self.shared_blocks = array("I")
+        self.old_blocks = array("I")
+        self.flags = bytearray()
         self.counted = array("b")  # age bucket up to which its exposures are counted
-        self.held = array("i")  # resident blocks it touched last
-        self.level = array("B")  # of both features
+        self.held = array("I")  # resident blocks it touched last
+        self.level = bytearray()  # of both features
         self.last: list[BlockHash | None] = []
         self._last_but_one: list[BlockHash | None] = []
-        self._space = array("i")
-        self._queued = array("B")  # in the line; 2: and renewed since
+        self._space = array("I")
+        self.queued = bytearray()  # in the line of those that are forgotten; 2: and renewed since
         self._order: deque[int] = deque()
-        self._fresh = array("i")  # begun since exposures were last counted
+        self._fresh = array("I")  # begun since exposures were last counted
         self._free: list[int] = []  # their columns are as _extend leaves them
         self._anchors: list[KeyShards] = []  # by space
         self._cursor = 0
@@ -79,10 +80,18 @@ class TurnTable:
             return NO_TURN
         return self._anchors[space][block_hash[-1] % SHARDS].get(block_hash, NO_TURN)
 
+    def shard(self, space: int, block_hash: BlockHash) -> dict[BlockHash, int]:
+        """Return the part of the anchors where this block's is, if it is known."""
+        anchors = self._anchors
+        while space >= len(anchors):
+            anchors.append(key_shards())
+        return anchors[space][block_hash[-1] % SHARDS]
+
     def set_output(self, turn: int, tokens: int) -> None:
         """Say how long the answer was."""
         digits = tokens.bit_length()
-        self.level[turn] = self.level[turn] // LEVELS * LEVELS + (digits if digits < LEVELS else LEVELS - 1)
+        level = self.level
+        level[turn] = level[turn] & -LEVELS | (digits if digits < LEVELS else LEVELS - 1)
 
     def deepest(self, space: int, hashes: Sequence[BlockHash], resident: int) -> tuple[int, int]:
         """Return the turn whose anchor lies deepest among the hashes behind the first ``resident``, and its depth."""
@@ -104,29 +113,27 @@ class TurnTable:
         """
         turn = self._free.pop() if self._free else self._extend()
         self._space[turn] = space
-        while space >= len(self._anchors):
-            self._anchors.append(key_shards())
-        shards = self._anchors[space]
         self.last[turn] = last = hashes[-1]
-        shards[last[-1] % SHARDS][last] = turn
+        self.shard(space, last)[last] = turn
         self.blocks[turn] = blocks = len(hashes)
         if blocks > 1:
             self._last_but_one[turn] = last = hashes[-2]
-            shards[last[-1] % SHARDS][last] = turn
-        self._queued[turn] = 1
+            self.shard(space, last)[last] = turn
+        self.queued[turn] = 1
         self._order.append(turn)
         self._begin(turn, born, number, gap_bucket, shared, new)
         return turn
 
-    def add_block(self, space: int, block_hash: BlockHash, born: float) -> int:
-        """:meth:`add` for a prompt of one block of which nothing is known."""
-        turn = self._free.pop() if self._free else self._extend()
+    def anchored_or_new(self, space: int, block_hash: BlockHash, born: float) -> int:
+        """Return :meth:`anchored`, or a record for a prompt of this one block, of which nothing is known."""
+        anchors = self.shard(space, block_hash)
+        turn = anchors.get(block_hash, NO_TURN)
+        if turn >= 0:
+            return turn
+        anchors[block_hash] = turn = self._free.pop() if self._free else self._extend()
         self._space[turn] = space
-        while space >= len(self._anchors):
-            self._anchors.append(key_shards())
         self.last[turn] = block_hash
-        self._anchors[space][block_hash[-1] % SHARDS][block_hash] = turn
-        self._queued[turn] = 1
+        self.queued[turn] = 1
         self._order.append(turn)
         self.born[turn] = born
         self.level[turn] = LEVELS
@@ -136,9 +143,9 @@ class TurnTable:
 
     def renew(self, turn: int, born: float, number: int, gap_bucket: int, shared: int, new: int) -> None:
         """Write over the record of an equal prompt that has no blocks left; see :meth:`add`."""
-        if not self._queued[turn]:
+        if not self.queued[turn]:
             self._order.append(turn)
-        self._queued[turn] = 2
+        self.queued[turn] = 2
         self._begin(turn, born, number, gap_bucket, shared, new)
 
     def _begin(self, turn: int, born: float, number: int, gap_bucket: int, shared: int, new: int) -> None:
@@ -184,61 +191,62 @@ class TurnTable:
         self.shared_blocks[turn] = shared
         self.flags[turn] = 1 << TAIL | shared << SHARED
         self._fresh.append(turn)
-        if not self._queued[turn]:
+        if not self.queued[turn]:
             self._order.append(turn)
-        self._queued[turn] = 2
+        self.queued[turn] = 2
 
     def bereave(self, turn: int) -> None:
         """Note that a turn has no resident block any more: it is forgotten soon, unless it is among the latest."""
-        if not self._queued[turn]:
-            self._queued[turn] = 1
+        if not self.queued[turn]:
+            self.queued[turn] = 1
             self._order.appendleft(turn)
 
     def bereave_all(self, turns: Rows) -> None:
         """:meth:`bereave` those of different turns that have no resident block."""
-        queued = np.frombuffer(self._queued, np.uint8)
+        queued = np.frombuffer(self.queued, np.uint8)
         gone = turns[(np.frombuffer(self.held, np.int32)[turns] == 0) & (queued[turns] == 0)]
         queued[gone] = 1
         self._order.extendleft(gone.tolist())
 
-    def _oldest(self, most: int) -> list[int]:
+    def _oldest(self, most: int) -> Rows:
         """Take the oldest records of more than ``most`` out of the line, some at once; return those without blocks."""
-        order, queued, held = self._order, self._queued, self.held
-        oldest: list[int] = []
-        for _ in range(min(len(order), _LOOKED_AT_ONCE)):
-            if len(order) <= most:
-                break
-            turn = order.popleft()
-            queued[turn] = left = queued[turn] - 1
-            if left:  # renewed since it was put there
-                order.append(turn)
-            elif not held[turn]:
-                oldest.append(turn)
-        return oldest
+        order, next_turn = self._order, self._order.popleft
+        queued, held = np.frombuffer(self.queued, np.uint8), np.frombuffer(self.held, np.int32)
+        forgotten = [np.array([], np.int64)]
+        left = min(len(order), _LOOKED_AT_ONCE)
+        while (count := min(left, len(order) - most)) > 0:
+            left -= count
+            turns = np.array([next_turn() for _ in range(count)])
+            queued[turns] -= 1
+            renewed = queued[turns] != 0  # since they were put there
+            order.extend(turns[renewed].tolist())
+            forgotten.append(turns[~renewed & (held[turns] == 0)])
+        return np.concatenate(forgotten)
 
     def _forget_all(self, forgotten: Rows) -> None:
-        anchors, spaces, last, last_but_one = self._anchors, self._space, self.last, self._last_but_one
-        turns = forgotten.tolist()
-        for turn in turns:
-            shards = anchors[spaces[turn]]
-            block_hash = last[turn]
-            if block_hash is not None:
-                shard = shards[block_hash[-1] % SHARDS]
-                if shard.get(block_hash) == turn:
-                    del shard[block_hash]
-                last[turn] = None
-            block_hash = last_but_one[turn]
-            if block_hash is not None:
-                shard = shards[block_hash[-1] % SHARDS]
-                if shard.get(block_hash) == turn:
-                    del shard[block_hash]
-                last_but_one[turn] = None
+        last, last_but_one = self.last, self._last_but_one
+        spaces = np.frombuffer(self._space, np.int32).take(forgotten)
+        for space in unique(spaces).tolist():
+            shards = self._anchors[space]
+            for turn in forgotten[spaces == space].tolist():
+                block_hash = last[turn]
+                if block_hash is not None:
+                    shard = shards[block_hash[-1] % SHARDS]
+                    if shard.get(block_hash) == turn:
+                        del shard[block_hash]
+                    last[turn] = None
+                block_hash = last_but_one[turn]
+                if block_hash is not None:
+                    shard = shards[block_hash[-1] % SHARDS]
+                    if shard.get(block_hash) == turn:
+                        del shard[block_hash]
+                    last_but_one[turn] = None
         for column in (self.number, self.base, self.body_blocks, self.shared_blocks):
             np.frombuffer(column, np.int32)[forgotten] = 0
         np.frombuffer(self.flags, np.uint8)[forgotten] = 0
         np.frombuffer(self.blocks, np.int32)[forgotten] = 1
         np.frombuffer(self.counted, np.int8)[forgotten] = -1
-        self._free.extend(turns)
+        self._free.extend(forgotten.tolist())
 
     # -- learning -------------------------------------------------------------------------------------------------
 
@@ -280,28 +288,29 @@ class TurnTable:
         start = self._cursor
         stop = min(start + _SWEPT_AT_ONCE, len(self.born))
         self._cursor = 0 if stop == len(self.born) else stop
-        forgotten = np.array(self._oldest(max(resident, _GHOSTS_AT_LEAST)), np.int64)
-        self._count(unique(np.concatenate([self._take_fresh(), np.arange(start, stop), forgotten])), now)
+        forgotten = self._oldest(max(resident, _GHOSTS_AT_LEAST))
+        self._count(np.concatenate([self._take_fresh(), np.arange(start, stop), forgotten]), now)
         self._forget_all(forgotten)
 
     def count_fresh(self, now: float) -> None:
         """:meth:`expose` the records that are new since the last time."""
-        self._count(unique(self._take_fresh()), now)
+        self._count(self._take_fresh(), now)
 
     def _take_fresh(self) -> Rows:
         fresh = np.array(self._fresh, np.int64)
-        self._fresh = array("i")
+        self._fresh = array("I")
         return fresh
 
     def _count(self, turns: Rows, now: float) -> None:
-        """:meth:`expose` different records up to now."""
-        all_counted = np.frombuffer(self.counted, np.int8)
-        buckets = age_levels(now - np.frombuffer(self.born)[turns]).astype(np.int8)
-        flags = np.frombuffer(self.flags, np.uint8)[turns] & _WATCHED
-        (late,) = np.nonzero((buckets > all_counted[turns]) & (flags != 0))  # most of those that are not new are not
-        turns, buckets = turns[late], buckets[late]
-        watched, kinds = np.nonzero(flags[late, None] & _FLAGS)
-        counted = all_counted[turns]
+        """:meth:`expose` these records up to now."""
+        all_counted, born = np.frombuffer(self.counted, np.int8), np.frombuffer(self.born)
+        flags = np.frombuffer(self.flags, np.uint8)
+        late = age_levels(now - born.take(turns)) >= all_counted.take(turns) + 1
+        late &= flags.take(turns) & _WATCHED != 0
+        turns = unique(turns[late])  # most of those that are not new are not late
+        buckets = age_levels(now - born.take(turns)).astype(np.int8)
+        watched, kinds = _KINDS_OF.take(flags.take(turns) & _WATCHED, axis=0).nonzero()
+        counted = all_counted.take(turns)
         all_counted[turns] = buckets
         starts = (np.frombuffer(self.base, np.int32)[turns] + counted + 1)[watched] + kinds * WIDTH
         stops = starts + (buckets - counted)[watched]
@@ -319,9 +328,11 @@ class TurnTable:
     def _extend(self) -> int:
         """Add free records, and return one of them."""
         columns = (self.number, self.base, self.blocks, self.body_blocks, self.shared_blocks, self.old_blocks)
-        for column in (*columns, self.flags, self.counted, self.held, self.level, self._space, self._queued, self.born):
+        for column in (*columns, self.counted, self.held, self._space, self.born):
             column.frombytes(bytes(_ADDED * column.itemsize))
-        self.blocks[-_ADDED:] = array("i", [1]) * _ADDED
+        for marks in (self.flags, self.level, self.queued):
+            marks.extend(bytes(_ADDED))
+        self.blocks[-_ADDED:] = array("I", [1]) * _ADDED
         self.counted[-_ADDED:] = array("b", [-1]) * _ADDED
         self.last.extend([None] * _ADDED)
         self._last_but_one.extend([None] * _ADDED)

@@ -153,6 +153,31 @@ class IndexMachine(RuleBasedStateMachine):
         if not hold:
             self.unpin_rows(rows[::-1])
 
+    @rule(
+        data=st.data(),
+        count=st.integers(1, 4),
+        space=st.integers(0, SPACES - 1),
+        device=st.integers(0, DEVICES - 1),
+        size_bytes=st.integers(1, 9),
+    )
+    def add_complete(self, data: st.DataObject, count: int, space: int, device: int, size_bytes: int) -> None:
+        parent = data.draw(st.sampled_from([-1, *sorted(self.caches)]))
+        blocks = range(self.next_block, self.next_block + count)
+        self.next_block += count
+        rows = self.index.add_chain(
+            self.spaces[space],
+            size_bytes,
+            device,
+            count,
+            parent,
+            now=self.now,
+            keys=[encode_block_id(block) for block in blocks],
+        )
+        for row, block in zip(rows, blocks, strict=True):
+            self.caches[row] = Known(self.index.id_of(row), space, device, size_bytes, parent, 0, block)
+            parent = row
+        self.order.extend(rows[::-1])
+
     @precondition(lambda self: any(known.pins and known.block is None for known in self.caches.values()))
     @rule(data=st.data())
     def publish(self, data: st.DataObject) -> None:

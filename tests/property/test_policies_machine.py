@@ -43,12 +43,15 @@ class PolicyMachine(RuleBasedStateMachine):
 
     def give_back(self, rows: list[int]) -> None:
         rows = [row for row in rows if self.index.pins[row]]
-        for row in rows[::-1]:
-            if self.index.pins[row] == 1:
-                self.stamp += 1
-                self.stamps[row] = self.stamp
-                self.worths[row] = self.worth(row)
+        self.value([row for row in rows[::-1] if self.index.pins[row] == 1])
         self.index.unpin(rows[::-1], now=self.now)
+
+    def value(self, rows: list[int]) -> None:
+        """Note what rows are worth that nobody holds from now on."""
+        for row in rows:
+            self.stamp += 1
+            self.stamps[row] = self.stamp
+            self.worths[row] = self.worth(row)
 
     def worth(self, row: int) -> float:
         return 0.0
@@ -60,9 +63,14 @@ class PolicyMachine(RuleBasedStateMachine):
         size_bytes=st.integers(1, 5),
         hold=st.booleans(),
         known=st.booleans(),
+        complete=st.booleans(),
     )
-    def request(self, chain: list[int], pause: float, device: int, size_bytes: int, hold: bool, known: bool) -> None:
-        """A path in a tree of degree 4; without ``known``, no policy is told that it is a request."""
+    def request(
+        self, chain: list[int], pause: float, device: int, size_bytes: int, hold: bool, known: bool, complete: bool
+    ) -> None:
+        """A path in a tree of degree 4; without ``known``, no policy is told that it is a request; with ``complete``,
+        nobody holds what it adds.
+        """
         self.now += pause
         ids = [sum(4**depth * (step + 1) for depth, step in enumerate(chain[: end + 1])) for end in range(len(chain))]
         hashes = [encode_block_id(one) for one in ids]
@@ -80,12 +88,18 @@ class PolicyMachine(RuleBasedStateMachine):
         admitted = taken.index(True) if True in taken else len(missing)
         above = rows[-1] if rows else -1
         told = hashes if known else ()
-        new = index.add_chain(self.space, size_bytes, device, admitted, above, now=self.now, chain=told)
-        index.publish_all(new, missing[:admitted])
-        if hold:
-            self.held.append(rows + new)
+        if complete:
+            keys = missing[:admitted]
+            new = index.add_chain(self.space, size_bytes, device, admitted, above, now=self.now, chain=told, keys=keys)
+            self.value(new[::-1])
         else:
-            self.give_back(rows + new)
+            new = index.add_chain(self.space, size_bytes, device, admitted, above, now=self.now, chain=told)
+            index.publish_all(new, missing[:admitted])
+            rows = rows + new
+        if hold:
+            self.held.append(rows)
+        else:
+            self.give_back(rows)
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
