@@ -15,11 +15,11 @@ from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Any
 
 from kvpool.errors import (
-    AddressSpaceError,
     InvariantError,
     KvpoolError,
     QueueFullError,
     ensure,
+    from_wire,
 )
 from kvpool.memory.packing import shares_pages
 from kvpool.memory.tickets import Rank, Ticket, TicketQueue
@@ -32,7 +32,7 @@ from kvpool.pool.quota import Owner
 from kvpool.pool.refusals import Refusals
 from kvpool.pool.requests import CacheRequest, Orders, Shortage
 from kvpool.pool.room import Room
-from kvpool.pool.stepwise import send_stepwise
+from kvpool.pool.stepwise import send_stepwise, wants_memory
 from kvpool.pool.validation import check_request
 from kvpool.sizes import format_size
 
@@ -217,13 +217,14 @@ class Allocations:
             return
         for cache_id in ids[len(places) :]:
             self._ledger.forget(cache_id)
-        if shortage.get("class") == AddressSpaceError.__name__:  # evicting would free memory, which is not short
+        if not wants_memory(shortage):
+            error = from_wire((shortage["class"], shortage["message"], shortage["details"]))
             for request in requests[len(places) :]:
-                self.deliver_error(request, AddressSpaceError(shortage["message"], **shortage["details"]), now)
+                self.deliver_error(request, error, now)
             self._room.clearance.changed = True
             return
         for request in requests[len(places) :]:
-            request.fits[device] = shortage["details"]["largest_bytes"]
+            request.fits[device] = shortage["details"].get("largest_bytes", 0)
         self.plan_again(requests[len(places) :], device, shortage, now)
 
     def submit(self, requests: Sequence[CacheRequest], now: float) -> None:

@@ -6,7 +6,8 @@ import pytest
 from interleaved_pool import InterleavedPool
 from pool_harness import PAGE, LocalPool, hashes, keys_of
 
-from kvpool.errors import DeviceLostError, InvalidRequestError, ProtocolError, from_wire
+from kvpool.errors import BackendError, DeviceLostError, InvalidRequestError, ProtocolError, from_wire
+from kvpool.memory.host import HostBackend
 from kvpool.pool.device import Device
 from kvpool.pool.instructions import (
     Batch,
@@ -72,6 +73,17 @@ def test_a_request_of_a_dead_client_does_not_stand_in_line(pool):
     assert isinstance(from_wire(pool.done[batch][0][1:]), ProtocolError)
     assert not pool.state.allocations.queue
     pool.release([held[1]])
+
+
+def test_a_request_for_which_the_system_refuses_memory_is_answered(pool, monkeypatch):
+    """The refusal does not tell what would fit, and who asked waited for ever."""
+
+    def refused(*_):
+        raise BackendError("the system refused memory", errno=12)
+
+    monkeypatch.setattr(HostBackend, "create", refused)
+    kind, name, _, details = pool.request(PAGE)
+    assert (kind, name, details["largest_bytes"]) == ("error", "CapacityError", 0)
 
 
 def test_who_waits_hears_of_blocks_given_up():
