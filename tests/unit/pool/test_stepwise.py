@@ -105,6 +105,19 @@ def test_a_client_that_leaves_between_two_steps_gets_nothing_and_leaves_nothing(
     assert pool.state.ledger.index.resident_bytes[0] == live_bytes
 
 
+def test_a_step_is_bounded_also_when_the_plan_of_the_one_before_is_possible_no_more(pool):
+    batch = begin(pool, CachesRequested(Batch(1), "c", [(1, 0, 6 * PAGE, 6 * PAGE, 0.0, 0, None)]))
+    store = pool.stores[0]
+    leased = [move.cache_id for move in store.allocator._mover._begun[1]]
+    store.hold(leased)
+    while batch not in pool.done:
+        before = moved_bytes(pool)
+        assert pool.step(0)
+        assert moved_bytes(pool) - before <= PAGE
+    assert pool.done.pop(batch)[0][0] == "granted"
+    store.unhold(leased)
+
+
 def lose(pool):
     """The device dies, and what it was told is never carried out."""
     sent = list(pool.outboxes[0])
