@@ -75,6 +75,27 @@ def test_a_request_of_a_dead_client_does_not_stand_in_line(pool):
     pool.release([held[1]])
 
 
+def test_nothing_is_evicted_for_a_request_of_a_dead_client(pool):
+    """It found no room on the device, after its client had died, and others made way for it."""
+    pool.connect("other", tenant="other")
+    number = pool.model("other")
+    pool.request(4096, client="other", model=number)
+    held = pool.request(2 * PAGE)
+    pool.put(range(16))  # what is left of the pages of this tenant
+    batch = Batch(1)
+    pool.handle(CachesRequested(batch, "mortal", [(1, 0, 4096, 4096, 60.0, 0, None)]))
+    sent = list(pool.outboxes[0])
+    pool.outboxes[0].clear()
+    answers = pool.stores[0].apply([send.operation for send in sent])  # the device has not seen the death yet
+    assert answers[0][-1] is not None
+    pool.kill("mortal")
+    pool.handle(DeviceAnswered(0, sent, answers, (pool._stamp(), 0)))
+    pool.settle()
+    assert isinstance(from_wire(pool.done[batch][0][1:]), ProtocolError)
+    assert pool.state.ledger.counters.evictions == 0
+    pool.release([held[1]])
+
+
 def test_a_request_for_which_the_system_refuses_memory_is_answered(pool, monkeypatch):
     """The refusal does not tell what would fit, and who asked waited for ever."""
 
