@@ -259,7 +259,7 @@ class Allocations:
             # Larger holes are no progress for who needs whole pages.
             request.note_shortage(device, largest_bytes // page_bytes * page_bytes if whole else largest_bytes)
             # What lies there is not to make way for who has left.
-            if self._has_left(request) or not self._plan(request, orders, now):
+            if self._ledger.has_left(request.client) or not self._plan(request, orders, now):
                 self._wait(request, now)
         self._send(orders)
         if self.queue:
@@ -290,15 +290,11 @@ class Allocations:
 
     # -- waiting --------------------------------------------------------------------------------------------------
 
-    def _has_left(self, request: CacheRequest) -> bool:
-        """Whether nobody would take what comes of a request: its client ended, or was revoked."""
-        return self._ledger.clients.get(request.client.id) is not request.client
-
     def _wait(self, request: CacheRequest, now: float) -> None:
         request.shortages.clear()
         if request.ticket is not None:
             request.refused, request.short_of = self._room.clearance.news, request.place
-        if self._has_left(request):
+        if self._ledger.has_left(request.client):
             # It ended while the device looked for room. Nobody would take what comes, and others stand behind.
             self.deliver(request, ("error", *self._ledger.not_connected(request.client.id).to_wire()), now)
             self._room.clearance.changed = True

@@ -175,7 +175,8 @@ class BlockAllocations:
             for position, place in zip(positions, places, strict=False):
                 request.places[position] = place
             missing = positions[len(places) :]
-            if shortage is not None and missing and attempts < _MOST_SHORTAGES and wants_memory(shortage):
+            short = shortage is not None and missing and wants_memory(shortage)
+            if short and attempts < _MOST_SHORTAGES and not self._ledger.has_left(request.client):
                 device = self._ledger.devices[number]
                 block_bytes = request.model.block_bytes or 0
                 need_bytes = len(missing) * device.footprint_bytes(block_bytes, block_bytes)

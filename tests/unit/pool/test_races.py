@@ -75,7 +75,8 @@ def test_a_request_of_a_dead_client_does_not_stand_in_line(pool):
     pool.release([held[1]])
 
 
-def test_nothing_is_evicted_for_a_request_of_a_dead_client(pool):
+@pytest.mark.parametrize("event_type", [CachesRequested, BlocksRequested])
+def test_nothing_is_evicted_for_a_request_of_a_dead_client(pool, event_type):
     """It found no room on the device, after its client had died, and others made way for it."""
     pool.connect("other", tenant="other")
     number = pool.model("other")
@@ -83,7 +84,8 @@ def test_nothing_is_evicted_for_a_request_of_a_dead_client(pool):
     held = pool.request(2 * PAGE)
     pool.put(range(16))  # what is left of the pages of this tenant
     batch = Batch(1)
-    pool.handle(CachesRequested(batch, "mortal", [(1, 0, 4096, 4096, 60.0, 0, None)]))
+    caches, blocks = (1, 0, 4096, 4096, 60.0, 0, None), (1, 0, hashes([100]), None, None, None)
+    pool.handle(event_type(batch, "mortal", [caches if event_type is CachesRequested else blocks]))
     sent = list(pool.outboxes[0])
     pool.outboxes[0].clear()
     answers = pool.stores[0].apply([send.operation for send in sent])  # the device has not seen the death yet
@@ -91,7 +93,8 @@ def test_nothing_is_evicted_for_a_request_of_a_dead_client(pool):
     pool.kill("mortal")
     pool.handle(DeviceAnswered(0, sent, answers, (pool._stamp(), 0)))
     pool.settle()
-    assert isinstance(from_wire(pool.done[batch][0][1:]), ProtocolError)
+    ((kind, *rest),) = pool.done[batch]
+    assert isinstance(from_wire(rest), ProtocolError) if kind == "error" else rest == [0, [], [], []]
     assert pool.state.ledger.counters.evictions == 0
     pool.release([held[1]])
 
