@@ -62,7 +62,7 @@ async def test_who_asked_a_device_and_is_cancelled_keeps_nobody_waiting(
     waiting = await requested(executor)
     trim.cancel()
     await asyncio.wait([trim])
-    executor._device_answered(0, outbox.sent, [PAGE, (GRANTED, 0, None)], (1, 0))
+    executor._device_answered(0, outbox.sent, [PAGE, (GRANTED, [], None)], (1, 0))
     (answer,) = await asyncio.wait_for(waiting, 10)
     assert answer[0] == "granted"
     assert not caplog.records, "it is no bug"
@@ -78,7 +78,7 @@ async def test_a_bug_in_what_follows_on_one_operation_is_told_and_keeps_nobody_w
     executor.fleet.put(Send(0, ("trim",), wrong))
     behind = await requested(executor)
     with caplog.at_level(logging.ERROR, "kvpool.pool"):
-        executor._device_answered(0, outbox.sent, [(GRANTED, 0, None), PAGE, (GRANTED, 0, None)], (1, 0))
+        executor._device_answered(0, outbox.sent, [(GRANTED, [], None), PAGE, (GRANTED, [], None)], (1, 0))
     answers = [*await asyncio.wait_for(before, 10), *await asyncio.wait_for(behind, 10)]
     assert [answer[0] for answer in answers] == ["granted", "granted"]
     assert "'trim'" in caplog.text
