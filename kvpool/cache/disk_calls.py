@@ -31,8 +31,13 @@ class _Lanes:
 
     def __init__(self) -> None:
         self.large, self.small = asyncio.Semaphore(_LARGE_AT_ONCE), asyncio.Semaphore(_PARTIES_AT_ONCE)
-        self.late: set[asyncio.Future[Any]] = set()
-        """Those that nobody waits for any more. Each still has a thread, or a part of one."""
+        self.late: dict[asyncio.Future[Any], object] = {}
+        """Those that nobody waits for any more, with what stands for the thread that each still has, or a part of."""
+
+    @property
+    def late_threads(self) -> int:
+        """How many threads they have."""
+        return len(set(self.late.values()))
 
 
 class _Call(NamedTuple):
@@ -160,7 +165,7 @@ class DiskCalls:
         overdue: dict[int, TierError],
     ) -> None:
         async with lanes.small if _is_small(party[0]) else lanes.large:
-            if len(lanes.late) >= self._disk.threads:
+            if lanes.late_threads >= self._disk.threads:
                 self._give_up(party, what, lanes, overdue)
                 return
             doing = asyncio.ensure_future(do(party))
@@ -185,7 +190,7 @@ class DiskCalls:
                 name = call.source.key.block_hash.hex()
                 overdue[id(call)] = self._disk.overdue(f"{what} cache {name}", self._deadline_s)
             if not done.done():
-                lanes.late.add(done)
+                lanes.late[done] = call.request.holder
                 self._late[call.source.address] = done
                 done.add_done_callback(partial(self._ended, lanes, call.source.address))
 
@@ -207,7 +212,7 @@ class DiskCalls:
             yield party
 
     def _ended(self, lanes: _Lanes, address: int, done: asyncio.Future[Any]) -> None:
-        lanes.late.discard(done)
+        del lanes.late[done]
         del self._late[address]
 
 

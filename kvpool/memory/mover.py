@@ -103,6 +103,11 @@ class Mover:
         """Most pages that could come free."""
         return self._shared.free_bytes(tenant) // self._page_bytes
 
+    @property
+    def begun(self) -> bool:
+        """Whether :meth:`go_on` has a plan to go on with."""
+        return self._begun is not None
+
     def step(self, tenant: str, budget_bytes: int, most_pages: int, owner: Movable) -> Compaction:
         """Move a tenant's caches so that pages come free: ``most_pages`` at most, copying ``budget_bytes`` or a cache.
 

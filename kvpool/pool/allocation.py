@@ -15,11 +15,11 @@ from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Any
 
 from kvpool.errors import (
-    AddressSpaceError,
     InvariantError,
     KvpoolError,
     QueueFullError,
     ensure,
+    from_wire,
 )
 from kvpool.memory.packing import shares_pages
 from kvpool.memory.tickets import Rank, Ticket, TicketQueue
@@ -32,7 +32,7 @@ from kvpool.pool.quota import Owner
 from kvpool.pool.refusals import Refusals
 from kvpool.pool.requests import CacheRequest, Orders, Shortage
 from kvpool.pool.room import Room
-from kvpool.pool.stepwise import send_stepwise
+from kvpool.pool.stepwise import send_stepwise, wants_memory
 from kvpool.pool.validation import check_request
 from kvpool.sizes import format_size
 
@@ -217,13 +217,14 @@ class Allocations:
             return
         for cache_id in ids[len(places) :]:
             self._ledger.forget(cache_id)
-        if shortage.get("class") == AddressSpaceError.__name__:  # evicting would free memory, which is not short
+        if not wants_memory(shortage):
+            error = from_wire((shortage["class"], shortage["message"], shortage["details"]))
             for request in requests[len(places) :]:
-                self.deliver_error(request, AddressSpaceError(shortage["message"], **shortage["details"]), now)
+                self.deliver_error(request, error, now)
             self._room.clearance.changed = True
             return
         for request in requests[len(places) :]:
-            request.fits[device] = shortage["details"]["largest_bytes"]
+            request.fits[device] = shortage["details"].get("largest_bytes", 0)
         self.plan_again(requests[len(places) :], device, shortage, now)
 
     def submit(self, requests: Sequence[CacheRequest], now: float) -> None:
@@ -257,7 +258,8 @@ class Allocations:
             )
             # Larger holes are no progress for who needs whole pages.
             request.note_shortage(device, largest_bytes // page_bytes * page_bytes if whole else largest_bytes)
-            if not self._plan(request, orders, now):
+            # What lies there is not to make way for who has left.
+            if self._ledger.has_left(request.client) or not self._plan(request, orders, now):
                 self._wait(request, now)
         self._send(orders)
         if self.queue:
@@ -292,7 +294,7 @@ class Allocations:
         request.shortages.clear()
         if request.ticket is not None:
             request.refused, request.short_of = self._room.clearance.news, request.place
-        if self._ledger.clients.get(request.client.id) is not request.client:
+        if self._ledger.has_left(request.client):
             # It ended while the device looked for room. Nobody would take what comes, and others stand behind.
             self.deliver(request, ("error", *self._ledger.not_connected(request.client.id).to_wire()), now)
             self._room.clearance.changed = True

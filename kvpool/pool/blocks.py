@@ -8,7 +8,6 @@ from typing import Any
 
 from kvpool.cache.key import split_hashes
 from kvpool.errors import (
-    AddressSpaceError,
     InvalidRequestError,
     InvalidSizeError,
     InvariantError,
@@ -23,7 +22,7 @@ from kvpool.pool.ledger import Ledger
 from kvpool.pool.model import Model
 from kvpool.pool.requests import BlocksRequest, CacheRequest
 from kvpool.pool.room import Room
-from kvpool.pool.stepwise import send_stepwise
+from kvpool.pool.stepwise import send_stepwise, wants_memory
 from kvpool.sizes import format_size
 
 _MOST_SHORTAGES = 3
@@ -176,12 +175,8 @@ class BlockAllocations:
             for position, place in zip(positions, places, strict=False):
                 request.places[position] = place
             missing = positions[len(places) :]
-            if (
-                shortage is not None
-                and missing
-                and attempts < _MOST_SHORTAGES
-                and shortage["class"] != AddressSpaceError.__name__
-            ):
+            short = shortage is not None and missing and wants_memory(shortage)
+            if short and attempts < _MOST_SHORTAGES and not self._ledger.has_left(request.client):
                 device = self._ledger.devices[number]
                 block_bytes = request.model.block_bytes or 0
                 need_bytes = len(missing) * device.footprint_bytes(block_bytes, block_bytes)

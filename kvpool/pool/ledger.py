@@ -113,6 +113,10 @@ class Ledger:
             raise self.not_connected(client)
         return found
 
+    def has_left(self, client: Client) -> bool:
+        """Whether nobody would take what a client has asked for: it ended, or was revoked."""
+        return self.clients.get(client.id) is not client
+
     def not_connected(self, client: str) -> KvpoolError:
         """Return the error that tells why a client is not connected (any more)."""
         if client in self.revoked:

@@ -6,11 +6,12 @@ came, and is asked for the rest: so whoever needs something else of it meanwhile
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from kvpool.errors import BackendError, CapacityError, DeviceLostError
 from kvpool.pool.fanout import nothing_more
 from kvpool.pool.instructions import Answer, Continuation
 from kvpool.pool.leases import PINNER
@@ -41,14 +42,19 @@ def send_stepwise(
     ledger.send(device, operation, partial(_answered, work, operation), traces)
 
 
+def wants_memory(shortage: Mapping[str, Any]) -> bool:
+    """Whether more memory would mend a shortage: not one of addresses, nor that the client has gone meanwhile."""
+    return shortage["class"] in (CapacityError.__name__, BackendError.__name__)
+
+
 def _answered(work: _Work, operation: tuple[Any, ...], answer: Answer, now: float) -> None:
     if answer[0] == "error":
-        if not work.places:
+        _, name, message, details = answer
+        if not work.places or name == DeviceLostError.__name__:
             work.then(answer, now)
             return
         # What was placed before is there, whatever is refused now: mostly because its client has gone.
-        _, name, message, details = answer
-        answer = [], [], {"class": name, "message": message, "details": {"largest_bytes": 0, **details}}
+        answer = [], [], {"class": name, "message": message, "details": details}
     shortage = answer[-1]
     rest = operation
     if operation[0] == "allocate":

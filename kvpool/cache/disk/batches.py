@@ -21,21 +21,23 @@ class Request(Generic[Result]):
     def __init__(self) -> None:
         self.done: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         """The answer; with it, and when this is cancelled, no thread uses the memory any more."""
-        self._held = self._given_up = False
+        self.holder: object | None = None
+        """Stands for the thread that uses the memory now, one for all that it does together; None: none does."""
+        self._given_up = False
 
-    def hold(self) -> None:
-        """A thread uses the memory from now on."""
-        self._held = True
+    def hold(self, holder: object) -> None:
+        """A thread, which ``holder`` stands for, uses the memory from now on."""
+        self.holder = holder
 
     def release(self) -> None:
         """No thread uses the memory any more."""
-        self._held = False
+        self.holder = None
         if self._given_up:
             self.done.cancel()
 
     def cancel(self) -> None:
         """Give it up: now, or, if a thread uses the memory, as soon as none does."""
-        if self._held:
+        if self.holder is not None:
             self._given_up = True
         else:
             self.done.cancel()
@@ -111,8 +113,9 @@ class Batches(ABC, Generic[_Request, Result]):
         async with self._threads.one():
             self._coming = None
             batch = self.take(self._waiting)
+            holder = object()
             for request in batch:
-                request.hold()
+                request.hold(holder)
             self._call_thread()  # for what does not go with this
             if not batch:
                 return

@@ -167,14 +167,17 @@ def _read_files(folder: Folder, entries: Sequence[DiskEntry], payloads: Sequence
             check_file(file_bytes, header, payload, entry.key, entry.parent)
         except Exception as error:  # noqa: BLE001  drivers raise what they like; the caller counts it
             outcomes[number] = error
-    for (tenant, fingerprint, pack), numbers in packs.items():
+    waiting = list(packs.items())
+    for (tenant, fingerprint, pack), numbers in waiting:  # grows by what is tried once more
         names = [CacheName(entries[n].key.block_hash, entries[n].parent, entries[n].size_bytes) for n in numbers]
         reads = [(name, (headers[number], payloads[number])) for name, number in zip(names, numbers, strict=True)]
         try:
             there = folder.read_packed(f"{space_name(tenant, fingerprint)}/{pack}", reads)
         except Exception as error:  # noqa: BLE001  as above
-            for number in numbers:
-                outcomes[number] = error
+            if len(numbers) > 1:  # the error may be that of one: each by itself
+                waiting += [((tenant, fingerprint, pack), [number]) for number in numbers]
+            else:
+                outcomes[numbers[0]] = error
             continue
         for number, packed_bytes in zip(numbers, there, strict=True):
             entry = entries[number]

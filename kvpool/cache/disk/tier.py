@@ -266,7 +266,7 @@ class DiskTier:
             if (refused := self._refused(key)) is not None:
                 raise refused
             self._writing[key] = entry
-            write.hold()
+            write.hold(write)
             try:
                 store = self._writer.store_anew if write.durable else self._writer.store
                 await uncancelled(store(entry, write.payload))

@@ -6,7 +6,8 @@ import pytest
 from interleaved_pool import InterleavedPool
 from pool_harness import PAGE, LocalPool, hashes, keys_of
 
-from kvpool.errors import DeviceLostError, InvalidRequestError, ProtocolError, from_wire
+from kvpool.errors import BackendError, DeviceLostError, InvalidRequestError, ProtocolError, from_wire
+from kvpool.memory.host import HostBackend
 from kvpool.pool.device import Device
 from kvpool.pool.instructions import (
     Batch,
@@ -72,6 +73,41 @@ def test_a_request_of_a_dead_client_does_not_stand_in_line(pool):
     assert isinstance(from_wire(pool.done[batch][0][1:]), ProtocolError)
     assert not pool.state.allocations.queue
     pool.release([held[1]])
+
+
+@pytest.mark.parametrize("event_type", [CachesRequested, BlocksRequested])
+def test_nothing_is_evicted_for_a_request_of_a_dead_client(pool, event_type):
+    """It found no room on the device, after its client had died, and others made way for it."""
+    pool.connect("other", tenant="other")
+    number = pool.model("other")
+    pool.request(4096, client="other", model=number)
+    held = pool.request(2 * PAGE)
+    pool.put(range(16))  # what is left of the pages of this tenant
+    batch = Batch(1)
+    caches, blocks = (1, 0, 4096, 4096, 60.0, 0, None), (1, 0, hashes([100]), None, None, None)
+    pool.handle(event_type(batch, "mortal", [caches if event_type is CachesRequested else blocks]))
+    sent = list(pool.outboxes[0])
+    pool.outboxes[0].clear()
+    answers = pool.stores[0].apply([send.operation for send in sent])  # the device has not seen the death yet
+    assert answers[0][-1] is not None
+    pool.kill("mortal")
+    pool.handle(DeviceAnswered(0, sent, answers, (pool._stamp(), 0)))
+    pool.settle()
+    ((kind, *rest),) = pool.done[batch]
+    assert isinstance(from_wire(rest), ProtocolError) if kind == "error" else rest == [0, [], [], []]
+    assert pool.state.ledger.counters.evictions == 0
+    pool.release([held[1]])
+
+
+def test_a_request_for_which_the_system_refuses_memory_is_answered(pool, monkeypatch):
+    """The refusal does not tell what would fit, and who asked waited for ever."""
+
+    def refused(*_):
+        raise BackendError("the system refused memory", errno=12)
+
+    monkeypatch.setattr(HostBackend, "create", refused)
+    kind, name, _, details = pool.request(PAGE)
+    assert (kind, name, details["largest_bytes"]) == ("error", "CapacityError", 0)
 
 
 def test_who_waits_hears_of_blocks_given_up():

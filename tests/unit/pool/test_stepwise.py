@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 from pool_harness import PAGE, LocalPool, keys_of
 
-from kvpool.pool.instructions import Batch, BlocksRequested, CachesRequested, InvalidateRequested, PrefixesLookedUp
+from kvpool.errors import DeviceLostError
+from kvpool.pool.instructions import (
+    Batch,
+    BlocksRequested,
+    CachesRequested,
+    ChangesRequested,
+    ClientGone,
+    DeviceLost,
+    InvalidateRequested,
+    PrefixesLookedUp,
+)
 
 PAGES = 16
 BLOCK = PAGE // 4
@@ -93,6 +103,75 @@ def test_a_client_that_leaves_between_two_steps_gets_nothing_and_leaves_nothing(
     assert pool.done.pop(batch)[0][0] == "error"
     assert pool.live_bytes() == live_bytes
     assert pool.state.ledger.index.resident_bytes[0] == live_bytes
+
+
+def test_a_step_is_bounded_also_when_the_plan_of_the_one_before_is_possible_no_more(pool):
+    batch = begin(pool, CachesRequested(Batch(1), "c", [(1, 0, 6 * PAGE, 6 * PAGE, 0.0, 0, None)]))
+    store = pool.stores[0]
+    leased = [move.cache_id for move in store.allocator._mover._begun[1]]
+    store.hold(leased)
+    while batch not in pool.done:
+        before = moved_bytes(pool)
+        assert pool.step(0)
+        assert moved_bytes(pool) - before <= PAGE
+    assert pool.done.pop(batch)[0][0] == "granted"
+    store.unhold(leased)
+
+
+def lose(pool):
+    """The device dies, and what it was told is never carried out."""
+    sent = list(pool.outboxes[0])
+    pool.outboxes[0].clear()
+    pool.handle(DeviceLost(0, "killed"))
+    pool.take(pool.state.fail_operations(sent, DeviceLostError("device 0 is gone"), pool.now))
+
+
+def blocks_requested(pool, count):
+    number = pool.model(name="whole pages", block_bytes=PAGE)
+    return BlocksRequested(Batch(1), "c", [(1, number, b"".join(keys_of(range(100, 100 + count))), None, None, None)])
+
+
+def run_requested(count):
+    return CachesRequested(Batch(count), "c", [(number, 0, PAGE, PAGE, 0.0, 0, None) for number in range(count)])
+
+
+@pytest.mark.parametrize("asked", ["cache", "run", "blocks"])
+def test_what_was_placed_on_a_device_that_is_lost_between_two_steps_is_not_granted(pool, asked):
+    event = {"cache": requested(), "run": run_requested(4), "blocks": blocks_requested(pool, 4)}[asked]
+    begin(pool, event)
+    if asked != "cache":
+        assert pool.stores[0].lease_count, "some were placed"
+    lose(pool)
+    pool.settle()
+    answers = pool.done.pop(event.batch)
+    assert [answer[:2] for answer in answers] == [("error", "DeviceLostError")] * len(answers)
+    assert not len(pool.state.ledger.index)
+    pool.state.check()
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("asked", ["run", "blocks"])
+def test_for_a_client_that_leaves_between_two_steps_nothing_is_evicted(pool, asked, known):
+    """What was not placed yet was taken for short of memory, and room was made for it."""
+    caches = pool.stores[0].caches
+    begin(pool, event := run_requested(4) if asked == "run" else blocks_requested(pool, 4))
+    ended, freed = pool.stores[0].disconnect("c")
+    assert freed
+    if not known:
+        pool.settle()
+    pool.handle(ClientGone("c", 0, ended, freed))
+    pool.settle()
+    assert event.batch in pool.done
+    assert pool.stores[0].caches == len(pool.state.ledger.index) == caches
+
+
+def test_a_change_whose_device_is_lost_between_two_steps_is_answered_once(pool):
+    _, cache_id, *_ = pool.request(PAGE, max_size=ASKED)
+    event = ChangesRequested(Batch(1), "c", [(2, cache_id, "resize", [(0, ASKED)], 0.0, None)])
+    begin(pool, event)
+    lose(pool)
+    assert pool.done.pop(event.batch)[0][:2] == ("error", "DeviceLostError")
+    pool.state.check()
 
 
 def test_what_is_declared_void_before_it_is_placed_is_zeroed_in_the_end(pool):

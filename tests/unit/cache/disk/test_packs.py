@@ -610,3 +610,25 @@ async def test_given_up_together_what_waits_ends_at_once_and_what_a_thread_has_w
     assert tier.statistics().waiting_writes == 0
     await asyncio.gather(*(tier.write_through(key_of(number), None, CONTENTS[number]) for number in range(6)))
     assert await contents(tier, range(6)) == [True] * 6, "no key and no room was kept"
+
+
+async def test_a_place_that_cannot_be_read_is_a_miss_of_its_own_cache_alone(open_tier, tmp_path, monkeypatch):
+    """What was read together was a miss together, each time again: the store may mean something else by its error."""
+    tier = await open_tier(str(tmp_path))
+    await write_together(tier, range(8))
+    (pack,) = packs(tmp_path)
+    bad = parse_table(pack.read_bytes()).caches[3]
+    real = os.preadv
+
+    def preadv(file, parts, offset):
+        if offset <= bad.start < offset + sum(map(len, parts)):
+            raise OSError(errno.EIO, "a bad sector")
+        return real(file, parts, offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    reads = [Read(key_of(number), memoryview(bytearray(SIZE))) for number in range(8)]
+    await tier.read(reads)
+    there = [each.done.result() for each in reads]
+    assert there == [key_of(number) != key_of(3) for number in range(8)]
+    assert all(each.payload == CONTENTS[n] for n, each in enumerate(reads) if there[n])
+    assert tier.statistics().errors == {"EIO": 1}
