@@ -103,7 +103,8 @@ class Executor:
         if device.lost is None:
             logger.error("device %s of pool %s is lost: %s", device.name, self._state.name, reason)
             self.decide(DeviceLost(number, reason))
-        error = DeviceLostError(f"device {device.name} is gone with all that was only there: {reason}")
+        in_short = reason.partition("\n")[0]  # Ray says more in the lines below, for the log
+        error = DeviceLostError(f"device {device.name} is gone with all that was only there: {in_short}")
         self._carry_out(self._state.fail_operations(sent, error, time.monotonic()))
 
     async def submit(self, event: Any, fields: dict[str, Any], client: str, items: list[Any], *more: Any) -> list[Any]:

@@ -121,7 +121,8 @@ class Fleet:
         try:
             answer = await submit(getattr(self._actors[move.device], move.method), *move.arguments)
         except ActorLost as error:
-            answer = ("error", *DeviceLostError(f"device {move.device} is gone: {error}").to_wire())
+            in_short = str(error).partition("\n")[0]  # as where an operation is lost
+            answer = ("error", *DeviceLostError(f"device {move.device} is gone: {in_short}").to_wire())
         except Exception as error:  # a bug there must not keep those waiting who count on an answer
             logger.exception("device %d could not %s", move.device, move.method)
             answer = ("error", *InvariantError(f"device {move.device} could not {move.method}: {error}").to_wire())

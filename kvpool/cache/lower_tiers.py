@@ -223,7 +223,7 @@ class LowerTiers:
     async def save(self, tenant: str | None) -> list[TierError]:
         """Write what a tenant, or anyone, has in the host tier through to the disk; returns what went wrong."""
         if self._calls is None:
-            return [self._demotion.no_disk()]
+            return [self._demotion.no_disk()] * self._saving.count_alone(tenant)
         return await self._saving.save(self._calls, tenant)
 
     def on_disk(self, tenant: str | None) -> tuple[int, int]:

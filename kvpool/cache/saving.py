@@ -31,6 +31,11 @@ class Saving:
     def __init__(self, contents: LowerContents) -> None:
         self._contents = contents
 
+    def count_alone(self, tenant: str | None) -> int:
+        """Return how many caches of a tenant, or of anyone, lie in the host tier and nowhere else. O(entries)."""
+        entries = self._contents.host.index if self._contents.host is not None else ()
+        return sum(entry.kind is Kind.SOLE and tenant in (None, entry.key.tenant) for entry in entries)
+
     async def save(self, calls: DiskCalls, tenant: str | None) -> list[TierError]:
         """Write what a tenant, or anyone, has in the host tier, the oldest first; returns what went wrong."""
         host = self._contents.host

@@ -34,15 +34,21 @@ def parse_capacity(text: str | float) -> float:
 
 
 def _printable(rows: Sequence[SimulationRow]) -> list[dict[str, object]]:
-    return [
-        {
-            **row,
+    """Return rows for a table, without what its title says (the requests), and what there is none of."""
+    left_out = {"requests"}
+    if not any(row["host_capacity_blocks"] for row in rows):
+        left_out |= {"host_capacity_blocks", "host_hit_ratio"}
+    if not any(row["seed"] for row in rows):
+        left_out.add("seed")
+    printed: list[dict[str, object]] = []
+    for row in rows:
+        texts = {
             "seed": str(row["seed"]),
             "prefix_hit_ratio": f"{row['prefix_hit_ratio']:.2%}",
             "host_hit_ratio": f"{row['host_hit_ratio']:.2%}",
         }
-        for row in rows
-    ]
+        printed.append({key: texts.get(key, value) for key, value in row.items() if key not in left_out})
+    return printed
 
 
 @click.command()

@@ -208,10 +208,17 @@ class BlockAllocator:
                 freed.clear()
             await change
         except InvalidSizeError as error:
+            used = self.used_blocks
+            if not used:
+                raise InvalidSizeError(
+                    f"cannot reserve {count} blocks: {error.message}, so that can never be: ask for less, or start the "
+                    "pool with larger devices",
+                    asked_blocks=count,
+                ) from error
             raise CapacityError(
-                f"cannot reserve {count} blocks while {self.used_blocks} are in use: {error.message}; free some first",
+                f"cannot reserve {count} blocks while {used} are in use: {error.message}; free some first",
                 asked_blocks=count,
-                used_blocks=self.used_blocks,
+                used_blocks=used,
             ) from error
         except asyncio.CancelledError:
             self._connection.run_soon(partial(self._withdraw, groups), f"withdrawing from cache {self._cache.id}", 0.0)

@@ -93,7 +93,7 @@ def check_cluster(found: Survey) -> Finding:
 
 
 def check_pool(pool: Pool) -> Finding:
-    """Judge a pool that runs: its version, whether it answers, and whether its devices here can be reached."""
+    """Judge a pool that runs: its version, whether it answers, and whether its devices live and can be reached here."""
     where = f"pool {pool.name}"
     needed = f"kvpool {__version__}, answering, its sockets within reach"
     if pool.error is not None:
@@ -110,6 +110,13 @@ def check_pool(pool: Pool) -> Finding:
     if other is not None:
         mend = ", then ".join(f"`{each}`" for each in other.details["commands"])
         return Finding("pool", where, FAILED, found, needed, mend)
+    lost = [device["name"] for device in pool.statistics.get("devices", ()) if device["lost"]]
+    if lost:
+        mend = (
+            f"{command('kvpool', 'stop', '--name', pool.name)} and start it again (what is on disk is found again); "
+            "Ray's logs say why"
+        )
+        return Finding("pool", where, FAILED, f"lost: {', '.join(lost)}", needed, mend)
     if pool.unreachable:
         mend = (
             "let this process share the socket folder, the user and (before Linux 6.5) the PID namespace with the "

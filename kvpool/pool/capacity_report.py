@@ -20,8 +20,9 @@ def capacity_error(ledger: Ledger, request: CacheRequest, why: str) -> CapacityE
     zombie_bytes = sum(device.zombie_bytes for device in devices)
     # Free bytes may lie in holes, each of them too small: then the device knows better.
     fitted = {number: min(free[number] + evictable[number], request.fits.get(number, math.inf)) for number in free}
-    largest = int(max(fitted.values(), default=0))
-    by_quota, quota_details = _by_quota(ledger, request, sum(free.values()) + sum(evictable.values()))
+    largest = max(fitted.values(), default=0)
+    by_quota, allowed, quota_details = _by_quota(ledger, request, sum(free.values()) + sum(evictable.values()))
+    largest = int(min(largest, allowed))
     return CapacityError(
         f"asked for {format_size(request.size_bytes)} and {why}: {by_quota}"
         f"{format_size(sum(free.values()))} free and {format_size(sum(evictable.values()))} evictable on "
@@ -38,24 +39,26 @@ def capacity_error(ledger: Ledger, request: CacheRequest, why: str) -> CapacityE
     )
 
 
-def _by_quota(ledger: Ledger, request: CacheRequest, at_hand_bytes: int) -> tuple[str, dict[str, Any]]:
-    """Say what quotas have to do with a request that was not met, if anything, with the figures.
+def _by_quota(ledger: Ledger, request: CacheRequest, at_hand_bytes: int) -> tuple[str, float, dict[str, Any]]:
+    """Say what quotas have to do with a request that was not met, if anything, how much they allow, and the figures.
 
     ``at_hand_bytes``: what is free or evictable where it could have been met.
     """
     quotas = ledger.quotas
     if not quotas.active:
-        return "", {}
+        return "", math.inf, {}
     account, host = quotas.account(request.model.space), request.client.host
     owner = request.at_limit
     if owner is not None and owner.limit_bytes < math.inf:  # else it was lifted since the request was last tried
+        left_bytes = max(owner.limit_bytes - quotas.describe(owner)["leased_bytes"], 0)
         details = {"limit_bytes": int(owner.limit_bytes), "held_bytes": owner.held_bytes}
-        return f"{quotas.why(owner)}. In all ", details
+        return f"{quotas.why(owner)}. In all ", left_bytes, details
     leasable = quotas.leasable_bytes(account, host)
     if leasable >= min(request.size_bytes, at_hand_bytes):
-        return "", {}  # it is leases that are in the way
-    return (
+        return "", math.inf, {}  # it is leases that are in the way
+    why = (
         f"what others are guaranteed leaves {format_size(leasable)} more to lease to model "
         f"{request.model.name!r}; of its own guarantee {format_size(quotas.entitled_bytes(account, host))} are "
         "left (see 'kvpool quota'). In all "
-    ), {"leasable_bytes": leasable}
+    )
+    return why, leasable, {"leasable_bytes": leasable}

@@ -67,13 +67,20 @@ class Flushes:
         Raises
         ------
         TierError
-            If no device has tiers below it. As the answer: if not all could be written.
+            If there is no disk, or all devices that have one are lost. As the answer: if not all could be written.
         """
-        devices = [each.number for each in self._ledger.devices if each.has_lower and each.lost is None]
-        if not devices:
+        with_disk = [each for each in self._ledger.devices if each.disk_url is not None]
+        if not with_disk:
             raise TierError(
                 "this pool has no disk tier to write to: start it with disk_url, and a write_policy that is not 'none'",
                 cause="no_disk",
+            )
+        devices = [each.number for each in with_disk if each.lost is None]
+        if not devices:
+            raise TierError(
+                "all devices that have a disk are lost, with what was in memory alone: delete the pool and start it "
+                "again, which finds what had been written",
+                cause="device_lost",
             )
         work = _Flush(batch, tenant, len(devices))
         for number in devices:

@@ -167,6 +167,12 @@ def test_a_table_is_as_wide_as_the_terminal_and_ratios_are_percent(
     assert max(map(len, call(*arguments).stdout.splitlines())) <= 90
 
 
+def test_a_table_shows_no_seed_and_no_host_memory_where_there_is_none(trace: Path) -> None:
+    arguments = ("simulate", trace, "--capacity", "30")
+    assert not {"seed", "host"} & set(call(*arguments).stdout.split())
+    assert {"seed", "host"} <= set(call(*arguments, "--seeds", "2", "--host-capacity", "60").stdout.split())
+
+
 def test_a_report_that_cannot_be_written_is_one_clear_line_before_anything_is_simulated(
     trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

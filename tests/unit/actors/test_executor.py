@@ -83,3 +83,11 @@ async def test_a_bug_in_what_follows_on_one_operation_is_told_and_keeps_nobody_w
     assert [answer[0] for answer in answers] == ["granted", "granted"]
     assert "'trim'" in caplog.text
     assert "this is wrong" in caplog.text
+
+
+async def test_who_asked_a_lost_device_is_told_why_in_a_line(executor: Executor, outbox: Outbox) -> None:
+    asked = await requested(executor)
+    executor._device_lost(0, outbox.sent, "The actor died unexpectedly.\n\tclass_name: DeviceActor\n\tpid: 7")
+    (answer,) = await asked
+    assert answer[:2] == ("error", "DeviceLostError")
+    assert answer[2].endswith("only there: The actor died unexpectedly.")

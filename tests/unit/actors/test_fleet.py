@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 from kvpool.actors import device_actor, fleet
+from kvpool.actors.cluster import ActorLost
 from kvpool.actors.device_actor import DeviceActor
 from kvpool.actors.fleet import Fleet
 from kvpool.cache.contents import Location
 from kvpool.cache.key import CacheKey, encode_block_id
+from kvpool.pool.instructions import Move
 
 SPACE = ("default", "f")
 
@@ -67,3 +69,19 @@ async def test_a_device_that_does_not_answer_is_logged(
         told = [found async for found in make_fleet(device).found(0)]
     assert sum(len(entries) for *_, entries in told) == 128
     assert "found on disk" in caplog.text
+
+
+async def test_a_move_of_a_lost_device_is_told_why_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Died(ActorLost):
+        def __str__(self) -> str:
+            return "The actor died unexpectedly.\n\tclass_name: DeviceActor"
+
+    async def submit(method: Any, *args: Any) -> Any:
+        raise Died
+
+    monkeypatch.setattr(fleet, "submit", submit)
+    answers: list[Any] = []
+    move = Move(0, "save", (None,), lambda answer, now: None)
+    await make_fleet(SimpleNamespace(save=None))._move(move, lambda move, answer: answers.append(answer))
+    assert answers[0][:2] == ("error", "DeviceLostError")
+    assert answers[0][2] == "device 0 is gone: The actor died unexpectedly."

@@ -266,6 +266,15 @@ async def test_more_than_the_device_has_beside_what_is_in_use_is_a_lack_of_room(
     await blocks.reserve(8)
 
 
+async def test_more_than_the_device_has_while_nothing_is_in_use_can_never_be():
+    cache = Cache()
+    cache.device_bytes = 2 * 16 * BLOCK
+    blocks, _ = opened(cache, ahead_blocks=2)
+    with pytest.raises(InvalidSizeError, match="never be: ask for less, or start the pool with larger devices"):
+        await blocks.reserve(20)
+    await blocks.reserve(8)
+
+
 async def test_trim_passes_a_reserve_that_waits():
     cache = Cache()
     blocks, _, numbers, task = await waiting_reserve(cache, 16)

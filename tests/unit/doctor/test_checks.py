@@ -169,6 +169,7 @@ def test_clusters(survey: Survey, result: str, mend: str) -> None:
 
 
 DESCRIBED = {"protocol": PROTOCOL_VERSION, "version": __version__, "config": {}, "devices": []}
+LOST = {"name": "host-0", "lost": "killed", "lower": None}
 
 
 @pytest.mark.parametrize(
@@ -179,6 +180,11 @@ DESCRIBED = {"protocol": PROTOCOL_VERSION, "version": __version__, "config": {},
         (Pool("p", DESCRIBED | {"protocol": 0}), FAILED, "`kvpool stop --name p --drain 60`, then `kvpool start"),
         (Pool("p", DESCRIBED | {"version": "0.0.1"}), WARNING, "kvpool stop --name p --drain 60"),
         (Pool("p", DESCRIBED, unreachable=["host-0: no such file"]), FAILED, "share the socket folder"),
+        (
+            Pool("p", DESCRIBED, unreachable=["host-0: refused"], statistics={"devices": [LOST]}),
+            FAILED,
+            "`kvpool stop --name p` and start it again",
+        ),
     ],
 )
 def test_pools(pool: Pool, result: str, mend: str) -> None:

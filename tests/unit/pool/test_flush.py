@@ -5,7 +5,7 @@ from pool_harness import LocalPool, keys_of
 
 from kvpool.errors import TierError
 from kvpool.pool import flush
-from kvpool.pool.instructions import Batch, FlushRequested, InvalidateRequested
+from kvpool.pool.instructions import Batch, DeviceLost, FlushRequested, InvalidateRequested
 
 PAGES = 4
 BLOCKS = PAGES * 16
@@ -78,4 +78,18 @@ def test_without_tiers_there_is_nothing_to_write_to():
     pool = LocalPool(pages=PAGES)
     with pytest.raises(TierError, match="disk_url"):
         pool.flush()
+
+
+def test_with_host_memory_alone_there_is_nothing_to_write_to(pool):
+    pool.state.ledger.devices[0].disk_url = None
+    with pytest.raises(TierError, match="disk_url"):
+        pool.flush()
+
+
+def test_where_all_devices_are_lost_it_says_so():
+    pool = LocalPool(pages=PAGES, lower=True)
+    pool.handle(DeviceLost(0, "killed"))
+    with pytest.raises(TierError, match="are lost") as raised:
+        pool.flush()
+    assert raised.value.details["cause"] == "device_lost"
     pool.close()

@@ -80,6 +80,19 @@ def test_leases_never_eat_into_what_others_are_guaranteed(pool):
     assert len(lease(pool, A, PAGES)) == 4
 
 
+@pytest.mark.parametrize(("limit", "figure"), [(None, "leasable_bytes"), ("60%", "limit_bytes")])
+def test_what_would_have_fitted_is_no_more_than_quotas_allow(pool, limit, figure):
+    guarantee_both(pool)
+    set_quota(pool, "b", "40%", limit)
+    put(pool, A, 0, 4)
+    assert len(lease(pool, B, 5)) == 5
+    error = error_of(pool.request(2 * PAGE, model=B))
+    assert isinstance(error, CapacityError)
+    assert figure in error.details
+    assert error.details["evictable_bytes"] + error.details["free_bytes"] == 5 * PAGE
+    assert error.details["largest_bytes"] == PAGE
+
+
 def test_no_guarantee_is_blamed_where_leases_alone_are_in_the_way(pool):
     guarantee_both(pool)
     assert (len(lease(pool, A, 4)), len(lease(pool, B, 6))) == (4, 6)

@@ -51,7 +51,11 @@ async def test_a_store_that_hangs_keeps_its_entries_and_nobody_waiting(open_devi
     assert entry.holds == 0
 
 
-async def test_without_a_disk_it_says_so(open_device):
+async def test_without_a_disk_it_says_so_of_what_lies_in_the_host_alone(open_device):
     device = await open_device(4)
-    (error,) = await device.tiers.save(None)
-    assert error.details["cause"] == "no_disk"
+    assert await device.tiers.save(None) == []
+    await device.demote(1, 2, tenant="a")
+    await device.demote(3, tenant="b")
+    await device.copy_ahead(4)
+    assert [error.details["cause"] for error in await device.tiers.save(None)] == ["no_disk"] * 3
+    assert len(await device.tiers.save("a")) == 2
