@@ -288,7 +288,7 @@ class CacheIndex(CacheTable):
 
         ``chain`` is the request whose blocks they are, if they are known to be such.
         """
-        rows = self._add(space, size_bytes, device, count, parent_row, now, 1)
+        rows = self._add(space, size_bytes, device, count, parent_row, now, ())
         if rows:
             if self.meter is not None:
                 self.meter.charge(self.partition[rows[0]], count * size_bytes, 0)
@@ -321,14 +321,9 @@ class CacheIndex(CacheTable):
             ensure(False, "publishing two caches under one key", caches=count)
         if space in self._void:
             ensure(False, "publishing where nothing is looked up", space=space)
-        rows = self._add(space, size_bytes, device, count, parent_row, now, 0)
+        rows = self._add(space, size_bytes, device, count, parent_row, now, hashes)
         if not rows:
             return rows
-        flags, known = self.flags, self._hashes
-        for place, row in enumerate(rows):
-            known[row] = block_hash = hashes[place]
-            shards[block_hash[-1] % SHARDS][block_hash] = row
-            flags[row] = RESIDENT | SEALED | KEYED
         added_bytes = count * size_bytes
         if self.meter is not None:
             self.meter.charge(self.partition[rows[0]], added_bytes, added_bytes)
@@ -339,8 +334,19 @@ class CacheIndex(CacheTable):
         return rows
 
     def _add(
-        self, space: int, size_bytes: int, device: int, count: int, parent_row: int, now: float, leases: int
+        self,
+        space: int,
+        size_bytes: int,
+        device: int,
+        count: int,
+        parent_row: int,
+        now: float,
+        hashes: Sequence[BlockHash],
     ) -> list[int]:
+        """Fill the columns for :meth:`add_chain`, and those of keys, too, for :meth:`add_complete`.
+
+        In one pass: a simulation spends a tenth of its time here.
+        """
         if not 0 <= device < len(self.resident_bytes):
             ensure(False, "a device that was not added", device=device)
         if not count:
@@ -360,7 +366,9 @@ class CacheIndex(CacheTable):
         account = self._accounts[space]
         partition = self._partition_of(device, account) if account else self._by_device[device][0]
         partitions = self.partition
-        while len(rows) < count:
+        known, shards = self._hashes, self._rows_by_hash[space]
+        leases, state = (0, RESIDENT | SEALED | KEYED) if hashes else (1, RESIDENT)
+        for place in range(count):
             row = free.pop()
             parent[row] = above
             if above >= 0:
@@ -372,9 +380,12 @@ class CacheIndex(CacheTable):
             spaces[row] = space
             accessed[row] = now
             accesses[row] = 0
-            flags[row] = RESIDENT
+            flags[row] = state
             rows.append(row)
             above = row
+            if hashes:
+                known[row] = block_hash = hashes[place]
+                shards[block_hash[-1] % SHARDS][block_hash] = row
         self._resident += count
         self.resident_bytes[device] += count * size_bytes
         return rows
