@@ -181,7 +181,7 @@ def simulate(
                 evictions += len(victims)
             stored = hashes[found : found + min(missing, room)]
             above = rows[-1] if rows else NO_ROW
-            index.add_chain(space, 1, 0, len(stored), above, now=now, chain=hashes, keys=stored)
+            index.add_complete(space, 1, 0, stored, above, now=now, chain=hashes)
         if rows:
             rows.reverse()
             index.unpin(rows, now=now)

@@ -128,7 +128,7 @@ def _request(index: CacheIndex, space: int, chain: Sequence[BlockHash], now: flo
         if short > 0:
             index.remove_all([policy.victim()] if short == 1 else list(islice(policy.victims(0), short)))
         above = rows[-1] if rows else NO_ROW
-        index.add_chain(space, 1, 0, len(missing), above, now=now, chain=chain, keys=missing)
+        index.add_complete(space, 1, 0, missing, above, now=now, chain=chain)
     index.unpin(rows[::-1], now=now)
 
 

@@ -337,7 +337,7 @@ class Adaptive(CacheEvictionPolicy):
             turn = table.anchored_or_new(space, block_hash, clock)
             if table.born[turn] == clock:  # it is new
                 return turn
-        if table.blocks[turn] > 1 or table.last[turn] != block_hash:
+        if turn < 0 or table.blocks[turn] > 1 or table.last[turn] != block_hash:
             return self._begin_chain(space, hashes, rows, clock)
         shared = 0
         if rows:
@@ -365,6 +365,8 @@ class Adaptive(CacheEvictionPolicy):
             before = NO_TURN
         touched: dict[int, list[int]] = {}
         if rows:
+            if len(set(rows)) < len(rows):  # a chain in which a block comes again
+                rows = list(dict.fromkeys(rows))
             touched, shared = self._touch(rows, number)
             for turn, counts in touched.items():
                 if turn != before:

@@ -283,17 +283,72 @@ class CacheIndex(CacheTable):
         *,
         now: float,
         chain: Sequence[BlockHash] = (),
-        keys: Sequence[BlockHash] = (),
     ) -> list[int]:
         """Return the rows of ``count`` new caches of equal size, each the parent of the next; see :meth:`add`.
 
-        ``chain`` is the request whose blocks they are, if they are known to be such. With ``keys``, one each, they are
-        complete: published at once under these, which must be free, and held by nobody.
+        ``chain`` is the request whose blocks they are, if they are known to be such.
+        """
+        rows = self._add(space, size_bytes, device, count, parent_row, now, ())
+        if rows:
+            if self.meter is not None:
+                self.meter.charge(self.partition[rows[0]], count * size_bytes, 0)
+            if chain:
+                self.policy.stored(space, chain, rows, now)
+        return rows
+
+    def add_complete(
+        self,
+        space: int,
+        size_bytes: int,
+        device: int,
+        hashes: Sequence[BlockHash],
+        parent_row: int = NO_ROW,
+        *,
+        now: float,
+        chain: Sequence[BlockHash] = (),
+    ) -> list[int]:
+        """Do as :meth:`add_chain`, :meth:`publish_all` and :meth:`unpin` in one step, for caches nobody has to write.
+
+        There is one for each of ``hashes``, which must be free; they become evictable tail first.
+        """
+        shards = self._rows_by_hash[space]
+        for block_hash in hashes:
+            shard = shards[block_hash[-1] % SHARDS]
+            if block_hash in shard:
+                ensure(False, "publishing under a key that is taken", holder=shard[block_hash])
+        count = len(hashes)
+        if count > 1 and len(set(hashes)) < count:
+            ensure(False, "publishing two caches under one key", caches=count)
+        if space in self._void:
+            ensure(False, "publishing where nothing is looked up", space=space)
+        rows = self._add(space, size_bytes, device, count, parent_row, now, hashes)
+        if not rows:
+            return rows
+        added_bytes = count * size_bytes
+        if self.meter is not None:
+            self.meter.charge(self.partition[rows[0]], added_bytes, added_bytes)
+        if chain:
+            self.policy.stored(space, chain, rows, now)
+        self.evictable_bytes[device] += added_bytes
+        self.policy.evictable(rows[::-1], now)
+        return rows
+
+    def _add(
+        self,
+        space: int,
+        size_bytes: int,
+        device: int,
+        count: int,
+        parent_row: int,
+        now: float,
+        hashes: Sequence[BlockHash],
+    ) -> list[int]:
+        """Fill the columns for :meth:`add_chain`, and those of keys, too, for :meth:`add_complete`.
+
+        In one pass: a simulation spends a tenth of its time here.
         """
         if not 0 <= device < len(self.resident_bytes):
             ensure(False, "a device that was not added", device=device)
-        if keys and len(keys) != count:
-            ensure(False, "adding caches under fewer or more keys", caches=count, keys=len(keys))
         if not count:
             return []
         parent, children, pins, flags = self.parent, self.children, self.pins, self.flags
@@ -312,9 +367,8 @@ class CacheIndex(CacheTable):
         partition = self._partition_of(device, account) if account else self._by_device[device][0]
         partitions = self.partition
         known, shards = self._hashes, self._rows_by_hash[space]
-        leases = 0 if keys else 1
-        place = 0
-        while place < count:
+        leases, state = (0, RESIDENT | SEALED | KEYED) if hashes else (1, RESIDENT)
+        for place in range(count):
             row = free.pop()
             parent[row] = above
             if above >= 0:
@@ -326,27 +380,14 @@ class CacheIndex(CacheTable):
             spaces[row] = space
             accessed[row] = now
             accesses[row] = 0
-            flags[row] = RESIDENT
+            flags[row] = state
             rows.append(row)
             above = row
-            if keys:
-                block_hash = keys[place]
-                shard = shards[block_hash[-1] % SHARDS]
-                if block_hash in shard:
-                    ensure(False, "publishing under a key that is taken", row=row, holder=shard[block_hash])
-                known[row] = block_hash
-                shard[block_hash] = row
-                flags[row] = RESIDENT | SEALED | KEYED
-            place += 1
+            if hashes:
+                known[row] = block_hash = hashes[place]
+                shards[block_hash[-1] % SHARDS][block_hash] = row
         self._resident += count
         self.resident_bytes[device] += count * size_bytes
-        if self.meter is not None:
-            self.meter.charge(partition, count * size_bytes, count * size_bytes if keys else 0)
-        if chain:
-            self.policy.stored(space, chain, rows, now)
-        if keys:
-            self.evictable_bytes[device] += count * size_bytes
-            self.policy.evictable(rows[::-1], now)
         return rows
 
     def adopt(self, row: int, elder: int) -> None:

@@ -164,15 +164,8 @@ class IndexMachine(RuleBasedStateMachine):
         parent = data.draw(st.sampled_from([-1, *sorted(self.caches)]))
         blocks = range(self.next_block, self.next_block + count)
         self.next_block += count
-        rows = self.index.add_chain(
-            self.spaces[space],
-            size_bytes,
-            device,
-            count,
-            parent,
-            now=self.now,
-            keys=[encode_block_id(block) for block in blocks],
-        )
+        hashes = [encode_block_id(block) for block in blocks]
+        rows = self.index.add_complete(self.spaces[space], size_bytes, device, hashes, parent, now=self.now)
         for row, block in zip(rows, blocks, strict=True):
             self.caches[row] = Known(self.index.id_of(row), space, device, size_bytes, parent, 0, block)
             parent = row

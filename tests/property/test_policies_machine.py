@@ -89,8 +89,8 @@ class PolicyMachine(RuleBasedStateMachine):
         above = rows[-1] if rows else -1
         told = hashes if known else ()
         if complete:
-            keys = missing[:admitted]
-            new = index.add_chain(self.space, size_bytes, device, admitted, above, now=self.now, chain=told, keys=keys)
+            added = missing[:admitted]
+            new = index.add_complete(self.space, size_bytes, device, added, above, now=self.now, chain=told)
             self.value(new[::-1])
         else:
             new = index.add_chain(self.space, size_bytes, device, admitted, above, now=self.now, chain=told)

@@ -345,6 +345,34 @@ def test_equal_chains_of_two_tenants_are_two_turns() -> None:
     assert [turns.held[turns.anchored(space, hashes[-1])] for space in (pool.space, other)] == [2, 2]
 
 
+def test_a_block_that_no_request_brought_is_looked_up_while_it_is_held() -> None:
+    """As a whole cache that is sealed, or what was there before this policy: it has no turn until it is given back."""
+    for known in (0, 256):  # nothing in the table of turns; or as many as it has room for, the last one this block's
+        pool = Pool()
+        for number in range(known):
+            pool.index.look_up(pool.space, [encode_block_id(number)], now=float(number))
+        turns = pool.policy._turns
+        block_hash = (turns.last[-1] if known else None) or encode_block_id(0)
+        rows = pool.index.add_chain(pool.space, 1, 0, 1, now=500.0)
+        pool.index.publish_all(rows, [block_hash])
+        assert pool.index.look_up(pool.space, [block_hash], now=501.0) == rows
+        assert turns.held[turns.anchored(pool.space, block_hash)] == 1
+        pool.index.unpin(rows, now=502.0)
+        assert pool.policy.victim() == rows[0]
+
+
+def test_a_chain_in_which_a_block_comes_again_holds_it_once() -> None:
+    pool = Pool()
+    pool.request([1, 2], capacity=4)
+    first, second = (encode_block_id(block) for block in (1, 2))
+    rows = pool.index.look_up(pool.space, [first] * 3 + [second] * 2, now=9.0)
+    assert len(rows) == 5
+    turns = pool.policy._turns
+    assert turns.held[turns.anchored(pool.space, second)] == 2
+    pool.index.remove_all([rows[4], rows[0]])
+    assert not any(turns.held), "so that their turns are forgotten"
+
+
 def test_rows_that_are_held_are_put_out_when_drawn() -> None:
     pool = Pool()
     index = pool.index

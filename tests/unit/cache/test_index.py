@@ -46,25 +46,32 @@ def test_complete_caches_are_published_and_held_by_nobody(index: CacheIndex) -> 
     space = index.space("tenant", "fingerprint")
     (root,) = publish_chain(index, space, [1])
     index.pin([root], now=2.0)
-    rows = index.add_chain(space, 100, 0, 2, root, now=2.0, keys=hashes(2, 3))
+    rows = index.add_complete(space, 100, 0, hashes(2, 3), root, now=2.0)
     index.check()
     assert index.match(space, hashes(1, 2, 3)) == [root, *rows]
     assert list(index.policy.victims(0)) == rows[::-1]
     assert (index.resident_bytes[0], index.evictable_bytes[0]) == (300, 200)
     index.unpin([root], now=3.0)
     assert list(index.policy.victims(0)) == [*rows[::-1], root]
-    with pytest.raises(InvariantError, match="a key that is taken"):
-        index.add_chain(space, 100, 0, 1, now=4.0, keys=hashes(3))
+
+
+@pytest.mark.parametrize("taken", [(4, 3), (4, 4), (3,)])
+def test_complete_caches_under_keys_that_are_not_free_change_nothing(index: CacheIndex, taken: tuple[int, ...]) -> None:
+    space = index.space("tenant", "fingerprint")
+    (root,) = publish_chain(index, space, [3])
+    with pytest.raises(InvariantError, match=r"a key that is taken|two caches under one key"):
+        index.add_complete(space, 100, 0, hashes(*taken), root, now=4.0)
+    index.check()
+    assert len(index) == 1
+    assert index.find(space, encode_block_id(4)) == -1
 
 
 @pytest.mark.parametrize("keys", [1, 3])
-def test_complete_caches_have_a_key_each(index: CacheIndex, keys: int) -> None:
+def test_caches_are_published_under_a_key_each(index: CacheIndex, keys: int) -> None:
     space = index.space("tenant", "fingerprint")
+    rows = index.add_chain(space, 100, 0, 2, now=0.0)
     with pytest.raises(InvariantError, match="fewer or more keys"):
-        index.add_chain(space, 100, 0, 2, now=0.0, keys=hashes(*range(keys)))
-    row = index.add(space, 100, 0, now=0.0)
-    with pytest.raises(InvariantError, match="fewer or more keys"):
-        index.publish_all([row], hashes(*range(1, keys + 1)) * 2)
+        index.publish_all(rows, hashes(*range(keys)))
     index.check()
 
 
