@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 from kvpool.cache.disk.batches import Request
-from kvpool.cache.disk.packing import MOST_PACKED_BYTES, Write
+from kvpool.cache.disk.packing import Write
 from kvpool.cache.disk.reading import Read
 from kvpool.cache.disk.tier import DiskTier
 from kvpool.cache.gathering import all_of, settle
+from kvpool.cache.parties import is_small, parties
 from kvpool.cache.source import Source
 from kvpool.cache.under_way import UnderWay, Work
 from kvpool.errors import InvalidSizeError, KvpoolError, TierError
@@ -139,7 +140,9 @@ class DiskCalls:
         begun = [call for call in calls if call is not None]
         overdue: dict[int, TierError] = {}
         try:
-            await all_of([self._in_turn(party, what, lanes, do, overdue) for party in self._parties(begun)])
+            most = _PARTY_CACHES if self._disk.takes_packs else _LONE_PARTY_CACHES
+            grouped = parties(begun, lambda call: call.source.size_bytes, most, _PARTY_BYTES)
+            await all_of([self._in_turn(party, what, lanes, do, overdue) for party in grouped])
         finally:
             for call in begun:  # one whose party was cancelled before its first step
                 call.request.cancel()
@@ -164,7 +167,7 @@ class DiskCalls:
         do: Callable[[Sequence[_Call]], Any],
         overdue: dict[int, TierError],
     ) -> None:
-        async with lanes.small if _is_small(party[0]) else lanes.large:
+        async with lanes.small if is_small(party[0].source.size_bytes) else lanes.large:
             if lanes.late_threads >= self._disk.threads:
                 self._give_up(party, what, lanes, overdue)
                 return
@@ -194,27 +197,6 @@ class DiskCalls:
                 self._late[call.source.address] = done
                 done.add_done_callback(partial(self._ended, lanes, call.source.address))
 
-    def _parties(self, calls: Iterable[_Call]) -> Iterator[list[_Call]]:
-        """Yield small caches in parties, in order, and each large one by itself."""
-        most = _PARTY_CACHES if self._disk.takes_packs else _LONE_PARTY_CACHES
-        party: list[_Call] = []
-        size_bytes = 0
-        for call in calls:
-            if not _is_small(call):
-                yield [call]
-                continue
-            if party and (len(party) == most or size_bytes + call.source.size_bytes > _PARTY_BYTES):
-                yield party
-                party, size_bytes = [], 0
-            party.append(call)
-            size_bytes += call.source.size_bytes
-        if party:
-            yield party
-
     def _ended(self, lanes: _Lanes, address: int, done: asyncio.Future[Any]) -> None:
         del lanes.late[done]
         del self._late[address]
-
-
-def _is_small(call: _Call) -> bool:
-    return call.source.size_bytes <= MOST_PACKED_BYTES

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import mmap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 
-from kvpool.cache.disk.packing import MOST_PACKED_BYTES, Write
+from kvpool.cache.disk.packing import Write
 from kvpool.cache.disk.tier import DiskTier
 from kvpool.cache.gathering import all_of
 from kvpool.cache.mover import Move, Mover
+from kvpool.cache.parties import parties
 from kvpool.cache.source import Source
 from kvpool.cache.under_way import UnderWay, Work
 
@@ -53,7 +54,8 @@ class StagedWrites:
         stored: set[Work] = set()
         most_caches = _SMALL_CACHES if self._disk.takes_packs else 1
         try:
-            await all_of([self._write(party, deadline, stored) for party in _parties(begun, most_caches)])
+            grouped = parties(begun, lambda each: each[0].size_bytes, most_caches, _SMALL_BYTES)
+            await all_of([self._write(party, deadline, stored) for party in grouped])
         finally:
             for _, work in begun:
                 if work.task is None:  # else the write ends it
@@ -111,23 +113,6 @@ class StagedWrites:
             self._stalled = False
         if not writing.cancelled():
             writing.exception()  # else one that nobody waits for any more would be reported
-
-
-def _parties(begun: Iterable[tuple[Source, Work]], most_caches: int) -> Iterator[list[tuple[Source, Work]]]:
-    """Yield small caches in parties, in order, and each large one by itself."""
-    party: list[tuple[Source, Work]] = []
-    size_bytes = 0
-    for source, work in begun:
-        if source.size_bytes > MOST_PACKED_BYTES:
-            yield [(source, work)]
-            continue
-        if party and (len(party) == most_caches or size_bytes + source.size_bytes > _SMALL_BYTES):
-            yield party
-            party, size_bytes = [], 0
-        party.append((source, work))
-        size_bytes += source.size_bytes
-    if party:
-        yield party
 
 
 def _memory(size_bytes: int) -> mmap.mmap | None:

@@ -229,18 +229,13 @@ class TurnTable:
         for space in unique(spaces).tolist():
             shards = self._anchors[space]
             for turn in forgotten[spaces == space].tolist():
-                block_hash = last[turn]
-                if block_hash is not None:
-                    shard = shards[block_hash[-1] % SHARDS]
-                    if shard.get(block_hash) == turn:
-                        del shard[block_hash]
-                    last[turn] = None
-                block_hash = last_but_one[turn]
-                if block_hash is not None:
-                    shard = shards[block_hash[-1] % SHARDS]
-                    if shard.get(block_hash) == turn:
-                        del shard[block_hash]
-                    last_but_one[turn] = None
+                for anchors in (last, last_but_one):
+                    block_hash = anchors[turn]
+                    if block_hash is not None:
+                        shard = shards[block_hash[-1] % SHARDS]
+                        if shard.get(block_hash) == turn:
+                            del shard[block_hash]
+                        anchors[turn] = None
         for column in (self.number, self.base, self.body_blocks, self.shared_blocks):
             np.frombuffer(column, np.int32)[forgotten] = 0
         np.frombuffer(self.flags, np.uint8)[forgotten] = 0

@@ -577,14 +577,14 @@ class GPUMemoryAllocator:
 
     def _compact_for(self, tenant: str, pages: int, owner: Movable) -> Compaction:
         """Compact so that so many pages come free, or as far as is allowed."""
-        if self.compaction_allowance_bytes < self.capacity_bytes:
-            begun = True
-            while begun:  # nothing may be possible of a plan that was begun: its caches went, or were leased
-                begun = self._mover.begun
-                done = self._mover.go_on(tenant, int(self.compaction_allowance_bytes), owner, None, pages)
-                if done.moved_bytes:
-                    self.compaction_allowance_bytes -= done.moved_bytes
-                    return done
+        while self.compaction_allowance_bytes < self.capacity_bytes:
+            begun = self._mover.begun
+            done = self._mover.go_on(tenant, int(self.compaction_allowance_bytes), owner, None, pages)
+            self.compaction_allowance_bytes -= done.moved_bytes
+            if done.moved_bytes:
+                return done
+            if not begun:  # else nothing may be possible of that plan any more: its caches went, or were leased
+                break
         done = self._mover.step(tenant, self.capacity_bytes, pages, owner)
         self.compaction_allowance_bytes -= done.moved_bytes
         return done

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from kvpool.pool.below import Below
 from kvpool.pool.clearance import Clearance
 from kvpool.pool.client import Client
 from kvpool.pool.device import Device
@@ -23,14 +22,14 @@ class Room:
     ----------
     ledger
         The pool's books.
-    below
-        Where evicted content goes.
+    clearance
+        Lets go what has to.
     """
 
-    def __init__(self, ledger: Ledger, below: Below) -> None:
+    def __init__(self, ledger: Ledger, clearance: Clearance) -> None:
         self._ledger = ledger
-        self.clearance = Clearance(ledger, below)
-        self._within_quotas = QuotaRoom(ledger, self.clearance)
+        self.clearance = clearance
+        self._within_quotas = QuotaRoom(ledger, clearance)
 
     @property
     def at_limit(self) -> Owner | None:

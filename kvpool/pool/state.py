@@ -26,6 +26,7 @@ from kvpool.pool.amount import parse_amount
 from kvpool.pool.backing import BackingChanges
 from kvpool.pool.below import Below
 from kvpool.pool.blocks import BlockAllocations
+from kvpool.pool.clearance import Clearance
 from kvpool.pool.client import Client
 from kvpool.pool.device import Device
 from kvpool.pool.directory import Directory
@@ -102,7 +103,7 @@ class PoolState:
         self.ledger = Ledger(policy, placement)
         self.ledger.index.policy_failed = self._policy_failed
         self.below = Below(self.ledger)
-        room = self._room = Room(self.ledger, self.below)
+        room = self._room = Room(self.ledger, Clearance(self.ledger, self.below))
         self.allocations = Allocations(self.ledger, room, queue_limit)
         self.changes = BackingChanges(self.ledger, room, self.allocations)
         self.blocks = BlockAllocations(self.ledger, room, self.allocations)
