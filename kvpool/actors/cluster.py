@@ -12,7 +12,7 @@ from contextvars import Context
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError, RayError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kvpool.actors.protocol import NAMESPACE
@@ -311,6 +311,11 @@ async def call(method: Any, *arguments: Any, timeout_s: float | None = None) -> 
         if cause is not None:
             raise cause from None
         raise
+
+
+def is_dead(error: PoolUnavailableError) -> bool:
+    """Whether an error of :func:`call` says that the actor is dead, and not only out of reach."""
+    return isinstance(error.__cause__, ActorDiedError)
 
 
 def context() -> dict[str, Any]:

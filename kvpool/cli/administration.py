@@ -40,13 +40,11 @@ async def _find(name: str) -> Any:
     ProtocolError
         If it runs another version: says how to drain and restart it.
     """
-    from kvpool.actors.cluster import call, ensure_ray, find_actor
-    from kvpool.actors.compatibility import check_protocol
+    from kvpool.actors.cluster import ensure_ray, find_actor
+    from kvpool.actors.handshake import shake_hands
 
     ensure_ray()
-    actor = find_actor(name)
-    check_protocol(name, await call(actor.describe, timeout_s=_ANSWER_S))
-    return actor
+    return await shake_hands(lambda: find_actor(name), name, timeout_s=_ANSWER_S)
 
 
 async def _call(method: Any, *arguments: Any, timeout_s: float = _ANSWER_S) -> Any:

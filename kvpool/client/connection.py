@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from weakref import WeakSet, WeakValueDictionary
 
 from kvpool.actors.cluster import call, context, ensure_ray
-from kvpool.actors.compatibility import check_protocol
+from kvpool.actors.handshake import shake_hands
 from kvpool.actors.pool_actor import find_pool
 from kvpool.actors.protocol import PROTOCOL_VERSION, host_identity
 from kvpool.client.lane import ANSWER_S, Lane, note_errors
@@ -129,9 +129,7 @@ class Connection:
             If this process may not map as many pages as the pool has.
         """
         ensure_ray()
-        actor = find_pool(name)
-        # Asked first: any version answers this, while another version's connect() may not even take our arguments.
-        check_protocol(name, await call(actor.describe, timeout_s=ANSWER_S))
+        actor = await shake_hands(lambda: find_pool(name), name, timeout_s=ANSWER_S)
         client, token = f"{os.getpid()}-{uuid.uuid4().hex[:12]}", secrets.token_hex(16)
         described = await call(
             actor.connect,

@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 from kvpool.actors.cluster import call, end, ensure_ray, kill, start_local_ray
-from kvpool.actors.compatibility import check_protocol
+from kvpool.actors.handshake import shake_hands
 from kvpool.actors.pool_actor import find_pool, make_pool
 from kvpool.client.administration import Administration
 from kvpool.client.cache import VirtualKVCache
@@ -45,8 +45,7 @@ async def start(config: PoolConfig) -> Any:
     """
     PoolState(config.name, config.policy, config.placement, config.queue_limit)  # refuses unknown names here
     ensure_ray(start=start_local_ray)
-    actor = make_pool(config)
-    check_protocol(config.name, await call(actor.describe, timeout_s=_START_S))
+    actor = await shake_hands(lambda: make_pool(config), config.name, timeout_s=_START_S)
     try:
         running = await call(actor.start, timeout_s=_START_S)
     except PoolUnavailableError:

@@ -11,9 +11,11 @@ from driver import run_driver
 from pool_actors import device_actors, leased_bytes, pid_of, until
 
 import kvpool.actors.compatibility
+import kvpool.client.connection
 import kvpool.client.lane
+import kvpool.client.pool
 from kvpool import CachePool, ModelSpec, PoolStatistics, delete, encode_block_id
-from kvpool.actors.cluster import call, pool_names
+from kvpool.actors.cluster import call, kill, pool_names
 from kvpool.actors.protocol import PROTOCOL_VERSION, host_identity
 from kvpool.errors import (
     InvalidRequestError,
@@ -193,6 +195,46 @@ async def test_a_deleted_pool_frees_its_name_when_nobody_kills_its_actor(pool):
     await until(lambda: pool.name not in pool_names(), "the pool actor ends itself")
     again = await CachePool.create(name=pool.name, devices="host:1x1MiB", page_size="64KiB")
     await again.delete()
+
+
+async def test_a_name_that_still_stands_for_a_dead_pool_is_looked_up_again(pool, monkeypatch):
+    stale = pool.actor
+    await pool.delete()
+    asked = {"made": 0, "found": 0}
+
+    def twice(find, key):
+        # What Ray itself does until it has told this process of the actor's end, for a moment of no certain length.
+        def answer(argument):
+            asked[key] += 1
+            return stale if asked[key] <= 2 else find(argument)
+
+        return answer
+
+    monkeypatch.setattr(kvpool.client.pool, "make_pool", twice(kvpool.client.pool.make_pool, "made"))
+    monkeypatch.setattr(kvpool.client.connection, "find_pool", twice(kvpool.client.connection.find_pool, "found"))
+    with pytest.raises(PoolNotFoundError):
+        await CachePool.connect(pool.name)
+    async with await CachePool.create(name=pool.name, devices="host:1x1MiB", page_size="64KiB") as again:
+        assert again.actor != stale
+        await again.delete()
+    assert asked["made"] == 3
+
+
+async def test_a_pool_that_dies_while_it_starts_is_told(local_ray, monkeypatch):
+    made = []
+
+    def dying(config):
+        made.append(make_pool(config))
+        kill(made[-1])
+        return made[-1]
+
+    make_pool = kvpool.client.pool.make_pool
+    monkeypatch.setattr(kvpool.client.pool, "make_pool", dying)
+    name = f"t{os.getpid()}-dying"
+    with pytest.raises(PoolUnavailableError, match="is gone"):
+        await CachePool.create(name=name, devices="host:1x1MiB", page_size="64KiB")
+    assert len(set(made)) == 2  # the first might have been one that had run before
+    await until(lambda: name not in pool_names(), "the pool is gone")
 
 
 async def test_devices_of_one_node_are_promised_its_memory_in_sum(local_ray):
