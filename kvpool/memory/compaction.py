@@ -34,9 +34,6 @@ from kvpool.memory.moves import Move, Moves
 WINDOW_PAGES = 64
 """Most pages that slide together. The more, the less is lost at their end, and the more is copied for each page."""
 
-DENSE = 1 - 1 / 64
-"""Pages filled above this share are not joined: more than 64 would be copied for each that comes free."""
-
 
 class Part(NamedTuple):
     """The place of one cache in shared pages."""
@@ -240,7 +237,7 @@ def choose_join(snapshot: Snapshot, budget_bytes: int, most_pages: int) -> tuple
     pages = used_bytes = best = most = 0
     for group in groups:
         group_bytes = sum(used[page] for page in group)
-        if group_bytes > DENSE * len(group) * snapshot.page_bytes or pages + len(group) > WINDOW_PAGES:
+        if pages + len(group) > WINDOW_PAGES:
             break
         if (most and used_bytes + group_bytes > budget_bytes) or most >= most_pages:
             break

@@ -84,6 +84,8 @@ class Mover:
         self._futile: dict[str, int] = {}
         #: By tenant: bytes of caches, and pages, when holes were filled last.
         self._filled: dict[str, tuple[int, int]] = {}
+        #: Tenants whose holes were filled by the last plan: pages come free when the rest slides together.
+        self._loose: set[str] = set()
         #: By tenant: in how many parcels of its pages no plan was found, one after the other.
         self._searched: dict[str, int] = {}
 
@@ -245,6 +247,11 @@ class Mover:
 
     def _plan_emptying(self, survey: Survey, budget_bytes: int, most_pages: int, looks: int | None) -> Plan:
         """Plan to empty the emptiest of all pages; else what is possible where there are not too many caches."""
+        if survey.tenant in self._loose:  # before anything else moves what the filling left so
+            self._loose.remove(survey.tenant)
+            plan = self._plan_join(survey, survey.for_join(), len(survey.pages) * self._page_bytes, len(survey.pages))
+            if plan.moves:
+                return plan
         sources = survey.emptiest(budget_bytes, most_pages)
         # No more pages than could come free: the others are those that these are emptied into.
         fitting = sources[: self.possible(survey.tenant)]
@@ -266,10 +273,10 @@ class Mover:
             plan = plan_slide(snapshot, budget_bytes, most_pages)
             if plan.freed:
                 return plan
-        for snapshot in islice(survey.for_join(), looks if parcel is survey else 1):
-            pages = choose_join(snapshot, budget_bytes, most_pages)
-            if pages:
-                return self._join(survey, snapshot, pages)
+        snapshots = islice(survey.for_join(), looks if parcel is survey else 1)
+        plan = self._plan_join(survey, snapshots, budget_bytes, most_pages)
+        if plan.moves:
+            return plan
         if looks is not None:
             return NOTHING
         plan = plan_exchange(parcel.whole(), most_pages)
@@ -295,7 +302,15 @@ class Mover:
         plan = plan_filling(parcel.for_filling())
         if plan.moves:
             self._filled[survey.tenant] = survey.held
+            self._loose.add(survey.tenant)
         return plan
+
+    def _plan_join(self, survey: Survey, snapshots: Iterable[Snapshot], budget_bytes: int, most_pages: int) -> Plan:
+        for snapshot in snapshots:
+            pages = choose_join(snapshot, budget_bytes, most_pages)
+            if pages:
+                return self._join(survey, snapshot, pages)
+        return NOTHING
 
     def _join(self, survey: Survey, snapshot: Snapshot, pages: Sequence[int]) -> Plan:
         """Map pages side by side; returns how to slide what is in them."""

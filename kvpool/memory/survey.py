@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from kvpool.memory.allocation import Movable
 from kvpool.memory.compaction import WINDOW_PAGES, Parts, Snapshot, pages_under
-from kvpool.memory.filling import MOST_ADDED
 from kvpool.memory.residents import Resident
 from kvpool.memory.shared import SharedPages
+from kvpool.memory.shelves import MOST_KEPT
 
 _TARGET_FACTOR = 1.5
 """Free bytes looked at for each byte that is to be placed in them: not every hole fits."""
@@ -47,16 +47,16 @@ class Survey:
         self.owner = owner
         self._page_bytes = page_bytes
         self._residents = shared.residents(tenant)
-        self._pages = shared.pages(tenant) if pages is None else pages
+        self.pages = shared.pages(tenant) if pages is None else pages
         #: Several ways look at all pages, one after the other.
         self._latest: Snapshot | None = None
         self._order: list[int] | None = None
-        self._free_bytes = {page: page_bytes - self._residents.used_bytes(page) for page in self._pages}
+        self._free_bytes = {page: page_bytes - self._residents.used_bytes(page) for page in self.pages}
 
     @property
     def held(self) -> tuple[int, int]:
         """Bytes of caches, and pages, that are looked at."""
-        return len(self._pages) * self._page_bytes - sum(self._free_bytes.values()), len(self._pages)
+        return len(self.pages) * self._page_bytes - sum(self._free_bytes.values()), len(self.pages)
 
     def parcels(self, most_caches: int) -> list[Survey]:
         """Return surveys of pages side by side with so many caches, or a few more; first where most is free.
@@ -65,7 +65,7 @@ class Survey:
         """
         found: list[list[int]] = [[]]
         count = 0
-        for page in self._pages:
+        for page in self.pages:
             if count >= (2 * most_caches if self._residents.linked(page) else most_caches):
                 found.append([])
                 count = 0
@@ -107,7 +107,7 @@ class Survey:
         if not sources:
             return
         yield self._snapshot(sorted(chosen))
-        if len(chosen) < len(self._pages):
+        if len(chosen) < len(self.pages):
             yield self.whole()
 
     def for_slides(self, most_pages: int) -> Iterator[Snapshot]:
@@ -123,9 +123,9 @@ class Survey:
 
     def for_join(self) -> Iterator[Snapshot]:
         """Yield the emptiest pages, with those that a cache lies across; then all. But none that must stay."""
-        known = set(self._pages)
+        known = set(self.pages)
         chosen: set[int] = set()
-        for page in sorted(self._pages, key=lambda page: -self._free_bytes[page])[: 2 * WINDOW_PAGES]:
+        for page in sorted(self.pages, key=lambda page: -self._free_bytes[page])[: 2 * WINDOW_PAGES]:
             first = page
             while self._residents.linked(first) and first - self._page_bytes in known:
                 first -= self._page_bytes
@@ -134,8 +134,8 @@ class Survey:
                 first += self._page_bytes
                 chosen.add(first)
         yield self._snapshot(self._open(sorted(chosen)))
-        if len(chosen) < len(self._pages):
-            yield self._snapshot(self._open(self._pages))
+        if len(chosen) < len(self.pages):
+            yield self._snapshot(self._open(self.pages))
 
     def _open(self, pages: Iterable[int]) -> list[int]:
         """Return those of some pages in which all may move."""
@@ -154,20 +154,20 @@ class Survey:
 
     def whole(self) -> Snapshot:
         """Return all pages."""
-        return self._snapshot(self._pages)
+        return self._snapshot(self.pages)
 
     def _emptiest_first(self) -> list[int]:
         if self._order is None:
-            pages = sorted(self._pages, reverse=True)
+            pages = sorted(self.pages, reverse=True)
             self._order = sorted(pages, key=self._free_bytes.__getitem__, reverse=True)
         return self._order
 
     def for_filling(self) -> Snapshot:
         """Return all pages, and where some could be added near them."""
-        known = set(self._pages)
+        known = set(self.pages)
         room: set[int] = set()
-        for page in self._pages:
-            for way, most in ((-self._page_bytes, MOST_ADDED), (self._page_bytes, 2 * MOST_ADDED)):
+        for page in self.pages:
+            for way, most in ((-self._page_bytes, MOST_KEPT), (self._page_bytes, 2 * MOST_KEPT)):
                 near = page + way
                 while near not in known and abs(near - page) <= most * self._page_bytes:
                     if not self._shared.is_open(self.tenant, near):
@@ -198,7 +198,7 @@ class Survey:
         """Yield pages that lie side by side, until so many bytes are free in them, or there are too many."""
         window: list[int] = []
         free_bytes = 0
-        for page in self._pages:
+        for page in self.pages:
             apart = window and page != window[-1] + self._page_bytes
             enough = free_bytes >= enough_bytes or len(window) >= WINDOW_PAGES
             # A cache that lies across the end of the window would stay where it is.

@@ -1,5 +1,6 @@
 """Holes beside leased caches: what is planned for them, and what that gives on real memory."""
 
+import itertools
 import random
 from collections.abc import Callable
 from contextlib import closing
@@ -37,10 +38,11 @@ def snapshot(*pages: tuple[int, str], room: tuple[int, ...] = (), spare_pages: i
 
 def test_a_hole_at_the_end_of_a_page_that_stays_goes_on_in_a_page_that_is_added() -> None:
     """No cache of five blocks fits beside A; two lie behind it, across the border, in its page and one more."""
-    pages = [(0, "AAAAA..."), (9, "ccccc..."), (12, "ddddd..."), (15, "eeeee...")]
+    pages = [(0, "AAAAA..."), (9, "ccccc..."), (12, "ddddd...")]
     assert not plan_filling(snapshot(*pages)).moves, "nothing may be added"
     plan = plan_filling(snapshot(*pages, room=(1, 2), spare_pages=2))
     assert {move.destination for move in plan.moves} == {5, 10}
+    assert plan.added == (8,)
 
 
 def test_a_gap_between_two_pages_that_stay_is_closed_where_sizes_add_up_to_it() -> None:
@@ -61,6 +63,14 @@ def test_a_smaller_cache_makes_room_for_a_larger_one() -> None:
     plan = plan_exchange(snapshot(*pages), 9)
     assert plan.freed == (32,)
     assert [(chr(move.cache_id), move.destination) for move in plan.moves] == [("c", 22), ("d", 4)]
+
+
+def test_a_gap_is_filled_from_both_ends() -> None:
+    """A cache of five lies behind A already, across the border. One more fits behind it, and one before B."""
+    pages = [(0, "AAAAAAcc"), (1, "ccc....."), (3, "......BB"), (10, "ddddd..."), (12, "eeeee...")]
+    plan = plan_filling(snapshot(*pages, room=(2,), spare_pages=1))
+    assert {move.destination for move in plan.moves} == {11, 25}
+    assert not plan.added
 
 
 def test_a_page_is_taken_out_of_the_middle_of_a_warm_range() -> None:
@@ -101,9 +111,9 @@ def any_size(number: int) -> int:
     return random.Random(number).randint(1, BLOCKS - 1)
 
 
-def churn(memory: GPUMemoryAllocator, leases: Leases, size: Callable[[int], int], rounds: int) -> None:
+def churn(memory: GPUMemoryAllocator, leases: Leases, size: Callable[[int], int], rounds: int, seed: int = 2) -> None:
     """Fill memory, lease a tenth at random, and free every other cache of the rest, several times."""
-    live, next_id, rng = {}, 0, random.Random(2)
+    live, next_id, rng = {}, 0, random.Random(seed)
     for _ in range(rounds):
         while True:
             try:
@@ -124,6 +134,46 @@ def churn(memory: GPUMemoryAllocator, leases: Leases, size: Callable[[int], int]
         for cache_id in [each for number, each in enumerate(live) if number % 2 and each not in leases.leased]:
             memory.free(cache_id)
             del live[cache_id]
+
+
+def fewest_pages(anchors: list[tuple[int, int]], size: int, count: int) -> int:
+    """Return in how few pages caches of one size can lie beside what stays; all in blocks, anchors ascending."""
+
+    def under(start: int, end: int) -> set[int]:
+        return set(range(start // BLOCKS, -(-end // BLOCKS))) if end > start else set()
+
+    far = 10 * count * size  # from the first and the last anchor on there is room for all
+    anchors = [(-far, -far), *anchors, (anchors[-1][1] + far,) * 2]
+    fixed = set().union(*(under(*anchor) for anchor in anchors))
+    best = [0] + [PAGES * BLOCKS] * count  # pages beside the fixed ones, by caches placed in gaps
+    for (_, start), (end, _) in itertools.pairwise(anchors):
+        after = best[:]
+        for placed in range(1, min((end - start) // size, count) + 1):
+            added = min(
+                len((under(start, start + left * size) | under(end - (placed - left) * size, end)) - fixed)
+                for left in range(placed + 1)
+            )
+            for before in range(count + 1 - placed):
+                after[before + placed] = min(after[before + placed], best[before] + added)
+        best = after
+    return len(fixed) + min(pages - (placed - count) * size // BLOCKS for placed, pages in enumerate(best))
+
+
+@pytest.mark.parametrize("size", [9, 17, 23, BLOCKS + 3])
+@pytest.mark.parametrize("seed", range(3))
+def test_caches_of_one_size_take_as_few_pages_as_those_that_stay_allow(size: int, seed: int) -> None:
+    leases, backend = Leases(), HostBackend()
+    with closing(GPUMemoryAllocator(backend, PAGES * PAGE, PAGE, MIN, owner=leases)) as memory:
+        churn(memory, leases, lambda _: size, 2, seed)
+        while memory.compact().more:
+            pass
+        memory.check()
+        usage = memory.usage()
+        places = sorted(memory.allocation(cache_id).offset // MIN for cache_id in leases.leased)
+    backend.close()
+    anchors = [(place, place + size) for place in places]
+    count = usage.live_bytes // (size * MIN) - len(anchors)
+    assert usage.backed_bytes // PAGE == fewest_pages(anchors, size, count)
 
 
 @pytest.mark.parametrize(

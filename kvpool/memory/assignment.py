@@ -1,0 +1,149 @@
+"""Which caches go into shelves.
+
+What lies in a shelf already stays in it, and slides together. The rest is made of caches from elsewhere whose sizes
+add up to it (:mod:`kvpool.memory.subset`): first of those that lie in the way, then of those in the emptiest pages.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+
+from kvpool.memory.compaction import Part, Snapshot, bytes_in_use, linked_pages, pages_under
+from kvpool.memory.shelves import Shelf, unit_of
+from kvpool.memory.subset import SubsetSums
+
+
+class Assignment:
+    """Where each cache is to lie.
+
+    Parameters
+    ----------
+    snapshot
+        What lies where now.
+    kept
+        Pages that stay.
+    shelves
+        Room in these; they do not overlap.
+    large_bytes
+        Caches of so many bytes or more are chosen first, whatever smaller ones lie in the shelves.
+    """
+
+    def __init__(self, snapshot: Snapshot, kept: set[int], shelves: Iterable[Shelf], large_bytes: int) -> None:
+        self._page_bytes = snapshot.page_bytes
+        self._unit_bytes = unit_of(snapshot)
+        self._large_bytes = large_bytes
+        self._kept = kept
+        self._inside: dict[Shelf, list[Part]] = {shelf: [] for shelf in sorted(shelves)}
+        #: In no shelf at first.
+        self._loose: list[Part] = []
+        left = iter(self._inside)
+        shelf = next(left, None)
+        for part in snapshot.parts:
+            if not part.movable:
+                continue
+            while shelf is not None and shelf.end <= part.offset:
+                shelf = next(left, None)
+            if shelf is not None and shelf.start <= part.offset and part.end <= shelf.end:
+                self._inside[shelf].append(part)
+            else:
+                self._loose.append(part)
+        #: Caches that may be taken, by size in units.
+        self._stock: dict[int, deque[Part]] = {}
+        rank = self._ranks(snapshot)
+        for part in sorted(self._loose, key=lambda part: rank.get(part.offset & -self._page_bytes, 0)):
+            self._put(part)
+
+    def goals(self) -> dict[int, int]:
+        """Return where caches are to lie, by id; those that are not in it may lie anywhere else."""
+        inside, small = self._inside, []
+        for shelf, parts in inside.items():
+            small += [(shelf, part) for part in parts if part.size_bytes < self._large_bytes]
+            inside[shelf] = [part for part in parts if part.size_bytes >= self._large_bytes]
+        for shelf in self._roomiest_first():
+            self._fill(shelf, self._large_bytes)
+        for shelf, part in small:
+            if part.size_bytes <= self._room_bytes(shelf):
+                inside[shelf].append(part)
+            else:
+                self._put(part)
+        for shelf in self._roomiest_first():
+            self._fill(shelf, 0)
+        for shelf in self._roomiest_first():
+            self._exchange(shelf)
+        return {cache_id: offset for shelf, parts in inside.items() for cache_id, offset in _places(shelf, parts)}
+
+    def in_the_way(self) -> Iterable[Part]:
+        """Return what was in no shelf and cannot stay: in a shelf in part, or across the border of pages that do."""
+        return filter(self._is_in_the_way, self._loose)
+
+    def _is_in_the_way(self, part: Part) -> bool:
+        pages = pages_under(part.offset, part.size_bytes, self._page_bytes)
+        if self._kept.isdisjoint(pages):
+            return False
+        across = not self._kept.issuperset(pages)
+        return across or any(shelf.start < part.end and part.offset < shelf.end for shelf in self._inside)
+
+    def _roomiest_first(self) -> list[Shelf]:
+        return sorted(self._inside, key=self._room_bytes, reverse=True)
+
+    def _room_bytes(self, shelf: Shelf) -> int:
+        return shelf.size_bytes - sum(part.size_bytes for part in self._inside[shelf])
+
+    def _fill(self, shelf: Shelf, least_bytes: int) -> None:
+        """Put caches of at least so many bytes into a shelf, as fill it best."""
+        room_bytes = self._room_bytes(shelf)
+        sums = self._sums(room_bytes, least_bytes)
+        self._inside[shelf] += self._take(sums, self._most_bytes(sums, room_bytes))
+
+    def _exchange(self, shelf: Shelf) -> None:
+        """Put others in the place of one cache, if they fill the shelf better."""
+        room_bytes, inside = self._room_bytes(shelf), self._inside[shelf]
+        if not room_bytes or not inside:
+            return
+        sums = self._sums(room_bytes + max(part.size_bytes for part in inside), 0)
+        gains = [self._most_bytes(sums, room_bytes + part.size_bytes) - part.size_bytes for part in inside]
+        gain_bytes = max(gains)
+        if gain_bytes > 0:
+            leaving = inside.pop(gains.index(gain_bytes))
+            inside += self._take(sums, leaving.size_bytes + gain_bytes)
+            self._put(leaving)
+
+    def _sums(self, most_bytes: int, least_bytes: int) -> SubsetSums:
+        least = least_bytes // self._unit_bytes
+        stock = Counter({size: len(parts) for size, parts in self._stock.items() if size >= least})
+        return SubsetSums(stock, most_bytes // self._unit_bytes)
+
+    def _most_bytes(self, sums: SubsetSums, room_bytes: int) -> int:
+        return sums.at_most(room_bytes // self._unit_bytes) * self._unit_bytes
+
+    def _take(self, sums: SubsetSums, size_bytes: int) -> list[Part]:
+        return [self._stock[size].popleft() for size in sums.parts(size_bytes // self._unit_bytes)]
+
+    def _put(self, part: Part) -> None:
+        self._stock.setdefault(part.size_bytes // self._unit_bytes, deque()).append(part)
+
+    def _ranks(self, snapshot: Snapshot) -> dict[int, int]:
+        """Return numbers of pages from which caches are taken first: of the emptiest groups, each from its end on."""
+        used = bytes_in_use(snapshot)
+        _, groups = linked_pages(snapshot)
+        open_groups = [[page for page in group if page not in self._kept] for group in groups]
+        ordered = sorted(filter(None, open_groups), key=lambda group: sum(used[page] for page in group) / len(group))
+        return {page: number for number, page in enumerate((page for group in ordered for page in reversed(group)), 1)}
+
+
+def _places(shelf: Shelf, parts: Sequence[Part]) -> Iterator[tuple[int, int]]:
+    """Yield where caches go in a shelf: first those that slide down in it, by the way."""
+    start = shelf.start
+    if shelf.flush:
+        start = shelf.end - sum(part.size_bytes for part in parts)
+    others = []
+    for part in sorted(parts):
+        if start <= part.offset < shelf.end:
+            yield part.cache_id, start
+            start += part.size_bytes
+        else:
+            others.append(part)
+    for part in others:
+        yield part.cache_id, start
+        start += part.size_bytes
