@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
-from operator import add
 
 from kvpool.errors import (
     AddressSpaceError,
@@ -22,6 +21,9 @@ from kvpool.errors import (
     ensure,
 )
 from kvpool.sizes import round_up
+
+_MOST_CUTS = 4096
+"""Kept of :meth:`BuddyAllocator._cut`: parts begin at the same places in many blocks, and are of few sizes."""
 
 
 class BuddyAllocator:
@@ -49,7 +51,17 @@ class BuddyAllocator:
     the time under churn neither splits nor merges.
     """
 
-    __slots__ = ("_climbs", "_free", "_live", "_roots", "_steps", "max_block_bytes", "min_block_bytes", "total_bytes")
+    __slots__ = (
+        "_climbs",
+        "_cuts",
+        "_free",
+        "_live",
+        "_roots",
+        "_steps",
+        "max_block_bytes",
+        "min_block_bytes",
+        "total_bytes",
+    )
 
     def __init__(self, size_bytes: int, min_block_bytes: int, max_block_bytes: int | None = None) -> None:
         if max_block_bytes is None:
@@ -79,6 +91,8 @@ class BuddyAllocator:
         #: Allocated ranges: offset to bytes, a power of two, or a multiple of the minimum if the tail was given back;
         #: negative where :meth:`carve` put it, since such a range begins anywhere and is freed in pieces.
         self._live: dict[int, int] = {}
+        #: Kept by :meth:`_cut`.
+        self._cuts: dict[tuple[int, int], tuple[tuple[dict[int, None], int], ...]] = {}
         #: Blocks under management, never merged with each other: offset to bytes.
         self._roots: dict[int, int] = {}
         offset = 0
@@ -236,29 +250,43 @@ class BuddyAllocator:
 
     def carve_all(self, offsets: Iterable[int], sizes_bytes: Iterable[int]) -> None:
         """Call :meth:`carve` for each; faster where what is carved is all of some free ranges."""
-        free, live = self._free, self._live
+        free, live, cuts, mask = self._free, self._live, self._cuts, -self.max_block_bytes
         none: dict[int, None] = {}
+        blocks, blocks_bytes = none, 0  # the free ranges of the size of the last one
         for offset, size_bytes in zip(offsets, sizes_bytes, strict=True):
-            blocks = free.get(size_bytes, none)
+            if size_bytes != blocks_bytes:
+                blocks, blocks_bytes = free.get(size_bytes, none), size_bytes
             if offset in blocks:
                 del blocks[offset]
                 live[offset] = size_bytes
                 continue
-            position, end = offset, offset + size_bytes
-            while position < end:
-                block_bytes = position & -position
-                if not 0 < block_bytes <= end - position:
-                    block_bytes = 1 << (end - position).bit_length() - 1
-                blocks = free.get(block_bytes, none)
-                if position not in blocks:
-                    break
-                del blocks[position]
-                position += block_bytes
-            if position == end:
+            block, start = offset & mask, offset & ~mask
+            try:
+                pieces = cuts.get((start, size_bytes)) or self._cut(start, size_bytes)
+                for ranges, start in pieces:
+                    del ranges[block + start]
                 live[offset] = -size_bytes
-            else:
-                self._merge_range(offset, position)  # as it was
+            except KeyError:
+                self._merge_range(offset, block + start)  # as it was
                 self.carve(offset, size_bytes)
+
+    def _cut(self, start: int, size_bytes: int) -> tuple[tuple[dict[int, None], int], ...]:
+        """Return what a free part of a block consists of: where ranges begin in it, and those that are free like them.
+
+        Buddies are merged, so it is the largest ranges that fit. ``start`` counts from the block's own.
+        """
+        if len(self._cuts) == _MOST_CUTS:
+            self._cuts.clear()
+        pieces: list[tuple[dict[int, None], int]] = []
+        position, end = start, start + size_bytes
+        while position < end:
+            block_bytes = position & -position
+            if not 0 < block_bytes <= end - position:
+                block_bytes = 1 << (end - position).bit_length() - 1
+            pieces.append((self._free[block_bytes], position))
+            position += block_bytes
+        found = self._cuts[start, size_bytes] = tuple(pieces)
+        return found
 
     def clear(self, offset: int, starts: Sequence[int]) -> None:
         """Free all that lies in the managed block of ``max_block_bytes`` at ``offset``, faster than one by one.
@@ -273,24 +301,25 @@ class BuddyAllocator:
         InvariantError
             If these are not the ranges in it.
         """
-        free, end = self._free, offset + self.max_block_bytes
+        free, cuts, end = self._free, self._cuts, offset + self.max_block_bytes
         none: dict[int, None] = {}
+        blocks, blocks_bytes = none, 0  # the free ranges of the size of the last gap
+        position = offset
         try:
-            ends = map(add, starts, map(abs, map(self._live.pop, starts)))
-            for position, start in zip((offset, *ends), (*starts, end), strict=True):
-                if position == start:
-                    continue
-                blocks = free.get(start - position, none)
-                if position in blocks:
-                    del blocks[position]
-                    continue
-                ensure(position < start, "what lies in a block does not overlap", block=offset, offset=start)
-                while position < start:  # buddies are merged, so what is free here is the largest blocks that fit
-                    block_bytes = position & -position
-                    if not 0 < block_bytes <= start - position:
-                        block_bytes = 1 << (start - position).bit_length() - 1
-                    del free[block_bytes][position]
-                    position += block_bytes
+            for start, size_bytes in zip((*starts, end), (*map(self._live.pop, starts), 0), strict=True):
+                gap_bytes = start - position
+                if gap_bytes:
+                    if gap_bytes != blocks_bytes:
+                        ensure(gap_bytes > 0, "what lies in a block does not overlap", block=offset, offset=start)
+                        blocks, blocks_bytes = free.get(gap_bytes, none), gap_bytes
+                    if position in blocks:
+                        del blocks[position]
+                    else:
+                        inside = position - offset
+                        pieces = cuts.get((inside, gap_bytes)) or self._cut(inside, gap_bytes)
+                        for ranges, inside in pieces:
+                            del ranges[offset + inside]
+                position = start + size_bytes if size_bytes > 0 else start - size_bytes
         except KeyError:
             ensure(False, "what lies in a block is known", block=offset)
         free[self.max_block_bytes][offset] = None

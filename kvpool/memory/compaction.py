@@ -90,9 +90,12 @@ class Parts(Sequence[Part]):
         """Return the bytes of a page that parts ``first`` to before ``last`` have, those that lie in it."""
         if first == last:
             return 0
-        before_bytes = max(page - self.offsets[first], 0)
-        behind_bytes = max(self.offsets[last - 1] + self.sizes_bytes[last - 1] - page - page_bytes, 0)
-        return sum(self.sizes_bytes[first:last]) - before_bytes - behind_bytes
+        used_bytes = sum(self.sizes_bytes[first:last])
+        before_bytes = page - self.offsets[first]
+        if before_bytes > 0:
+            used_bytes -= before_bytes
+        behind_bytes = self.offsets[last - 1] + self.sizes_bytes[last - 1] - page - page_bytes
+        return used_bytes - behind_bytes if behind_bytes > 0 else used_bytes
 
     def __len__(self) -> int:
         return len(self.offsets)

@@ -77,7 +77,10 @@ def plan_evacuation(snapshot: Snapshot, budget_bytes: int, most_pages: int) -> P
         cost = sum(page_sizes)
         if ids and moved_bytes + cost > budget_bytes:
             break
-        wanted = [(size_bytes, len(list(same))) for size_bytes, same in groupby(page_sizes)]
+        if page_sizes and page_sizes[0] == page_sizes[-1]:  # all alike
+            wanted = [(page_sizes[0], len(page_sizes))]
+        else:
+            wanted = [(size_bytes, len(list(same))) for size_bytes, same in groupby(page_sizes)]
         if number >= last:
             holes.withhold(page)
         placed = holes.take(wanted)
@@ -122,10 +125,11 @@ class _Filling:
         self.fixed: set[int] = set()
         #: By page: numbers of the first part that lay in it, and of the first behind it.
         self._lay: dict[int, tuple[int, int]] = {}
+        all_movable = all(parts.movable)
         for page, first, last in parts.by_page(snapshot.pages, page_bytes):
             self._lay[page] = first, last
             self.used[page] = parts.bytes_in(page, page_bytes, first, last)
-            if not all(parts.movable[first:last]):
+            if not (all_movable or all(parts.movable[first:last])):
                 self.fixed.add(page)
         #: The same, without those that have left.
         self._inside = self._lay.copy()
@@ -133,11 +137,16 @@ class _Filling:
     def free(self, page: int) -> list[_Hole]:
         """Return the holes of a page that were there at first, ascending, each within it."""
         first, last = self._lay[page]
+        end = page
+        found: list[_Hole] = []
         # (What reaches in from the page before begins before it, and what goes on behind it ends there: no hole.)
-        bounds = zip(
-            (page, *self._ends[first:last]), (*self._offsets[first:last], page + self._page_bytes), strict=True
-        )
-        return [(end, start - end) for end, start in bounds if start > end]
+        for start, part_end in zip(self._offsets[first:last], self._ends[first:last], strict=True):
+            if start > end:
+                found.append((end, start - end))
+            end = part_end
+        if end < page + self._page_bytes:
+            found.append((end, page + self._page_bytes - end))
+        return found
 
     def order(self) -> list[int]:
         """Return the pages in which all may move, in the order in which they are emptied."""
@@ -189,13 +198,15 @@ class _Filling:
         first, last = self._inside[page]
         if first == last:
             return
-        for near in pages_under(self._offsets[first], page - self._offsets[first], self._page_bytes):
-            if near in self._inside:
-                self._inside[near] = self._inside[near][0], min(self._inside[near][1], first)
-        behind = self._offsets[last - 1] + self._sizes_bytes[last - 1] - page - self._page_bytes
-        for near in pages_under(page + self._page_bytes, behind, self._page_bytes):
-            if near in self._inside:
-                self._inside[near] = max(self._inside[near][0], last), self._inside[near][1]
+        end = page + self._page_bytes
+        if self._offsets[first] < page:
+            for near in pages_under(self._offsets[first], page - self._offsets[first], self._page_bytes):
+                if near in self._inside:
+                    self._inside[near] = self._inside[near][0], min(self._inside[near][1], first)
+        if self._ends[last - 1] > end:
+            for near in pages_under(end, self._ends[last - 1] - end, self._page_bytes):
+                if near in self._inside:
+                    self._inside[near] = max(self._inside[near][0], last), self._inside[near][1]
 
 
 class _Holes:
@@ -210,8 +221,12 @@ class _Holes:
 
     def add(self, holes: Sequence[_Hole]) -> None:
         """Add holes, which ascend."""
+        table = self._offsets
         for offset, size_bytes in reversed(holes):
-            self._put(offset, size_bytes)
+            if size_bytes in table:
+                table[size_bytes].append(offset)
+            else:
+                self._put(offset, size_bytes)
 
     def _put(self, offset: int, size_bytes: int) -> None:
         offsets = self._offsets.get(size_bytes)

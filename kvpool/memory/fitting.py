@@ -7,8 +7,9 @@ other sizes would leave holes that no block shows: :mod:`kvpool.memory.evacuatio
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
+from operator import itemgetter
 
 from kvpool.memory.compaction import Plan
 from kvpool.memory.moves import Moves
@@ -97,28 +98,33 @@ def plan_fit(
     for page, parts in pages:
         if parts is None:
             break
-        offsets = sorted(parts)
-        by_size = _by_size(offsets, [parts[offset][1] for offset in offsets])
-        if any(size_bytes & (size_bytes - 1) for size_bytes, _ in by_size):
-            break
-        taken = [blocks.take(size_bytes, len(group)) for size_bytes, group in by_size]
-        if sum(map(len, taken)) < len(offsets):
-            break
-        for (size_bytes, group), places in zip(by_size, taken, strict=True):
-            ids += [parts[offset][0] for offset in group]
-            sources += group
+        if parts:
+            offsets: Sequence[int] = sorted(parts)
+            page_ids, page_sizes = zip(*map(parts.__getitem__, offsets), strict=True)
+            if page_sizes.count(page_sizes[0]) < len(page_sizes):  # the largest first
+                ranked = sorted(range(len(offsets)), key=page_sizes.__getitem__, reverse=True)
+                page_ids, offsets, page_sizes = (itemgetter(*ranked)(each) for each in (page_ids, offsets, page_sizes))
+            places = _places(page_sizes, blocks)
+            if places is None:
+                break
+            ids += page_ids
+            sources += offsets
             destinations += places
-            sizes_bytes += [size_bytes] * len(group)
+            sizes_bytes += page_sizes
         freed.append(page)
     return Plan(Moves(ids, sources, destinations, sizes_bytes), tuple(freed))
 
 
-def _by_size(offsets: list[int], sizes_bytes: list[int]) -> list[tuple[int, list[int]]]:
-    """Return the offsets of each size, the largest size first."""
-    sizes = set(sizes_bytes)
-    if len(sizes) == 1:
-        return [(sizes_bytes[0], offsets)]
-    return [
-        (size, [offset for offset, each in zip(offsets, sizes_bytes, strict=True) if each == size])
-        for size in sorted(sizes, reverse=True)
-    ]
+def _places(sizes_bytes: Sequence[int], blocks: Blocks) -> list[int] | None:
+    """Return blocks for caches of these sizes, equal ones side by side; ``None`` if not all find one."""
+    places: list[int] = []
+    while len(places) < len(sizes_bytes):
+        size_bytes = sizes_bytes[len(places)]
+        count = sizes_bytes.count(size_bytes)
+        if size_bytes & (size_bytes - 1):
+            return None
+        found = blocks.take(size_bytes, count)
+        if len(found) < count:
+            return None
+        places += found
+    return places

@@ -409,12 +409,17 @@ class Mover:
     def _enter(self, ids: Iterable[int], offsets: Iterable[int], sizes_bytes: Iterable[int], owner: Movable) -> None:
         """Note where caches lie."""
         live, moved, new, page_bytes = self._live, owner.moved, tuple.__new__, self._page_bytes
-        page = -page_bytes  # the last one
-        pages: tuple[tuple[int, int], ...] = ()  # how a cache in it names it
+        page = end = -page_bytes  # the last one that a cache lies in alone
+        inside: tuple[tuple[int, int], ...] = ()  # how a cache in it names it
         for cache_id, offset, size_bytes in zip(ids, offsets, sizes_bytes, strict=True):
-            if not page <= offset <= page + page_bytes - size_bytes:
+            if page <= offset <= end - size_bytes:
+                pages = inside
+            else:
                 pages = self._shared.refs(offset, size_bytes)
-                page = offset & -page_bytes if len(pages) == 1 else -page_bytes
+                if len(pages) == 1:
+                    inside = pages
+                    page = offset & -page_bytes
+                    end = page + page_bytes
             _, tenant, _, real_bytes, max_bytes, extents, _, shared = live[cache_id]
             live[cache_id] = allocation = new(  # as Allocation(...), in a third of the time
                 Allocation, (cache_id, tenant, offset, real_bytes, max_bytes, extents, pages, shared)

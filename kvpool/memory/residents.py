@@ -60,21 +60,30 @@ class Residents:
 
     def enter_all(self, offsets: Iterable[int], residents: Iterable[Resident]) -> list[int]:
         """Call :meth:`enter` for each, faster for those in one page; returns the offsets of those that reach over."""
-        page_bytes, pages = self._page_bytes, self._pages
-        page, here = -page_bytes, None  # the last one
+        pages, mask = self._pages, self._mask
+        # Of the last one's page: what lies in it, where it ends, and the bytes entered that it does not count yet.
+        page = end = -self._page_bytes
+        here, parts, entered_bytes = _Page(), {}, 0
         across = []
         for offset, resident in zip(offsets, residents, strict=True):
-            if not page <= offset < page + page_bytes:
-                page = offset & self._mask
-                here = pages.get(page)
-            if offset + resident[1] > page + page_bytes:
-                across.append(offset)
-            elif here is not None:
-                here.parts[offset] = resident
-                here.used_bytes += resident[1]
-                continue
-            self.enter(offset, resident)
-            here = pages[page]
+            behind = offset + resident[1]
+            if not page <= offset < behind <= end:
+                here.used_bytes += entered_bytes
+                entered_bytes = 0
+                page = offset & mask
+                end = page + self._page_bytes
+                found = pages.get(page)
+                if found is None or behind > end:
+                    self.enter(offset, resident)
+                    here = pages[page]
+                    parts = here.parts
+                    if behind > end:
+                        across.append(offset)
+                    continue
+                here, parts = found, found.parts
+            parts[offset] = resident
+            entered_bytes += resident[1]
+        here.used_bytes += entered_bytes
         return across
 
     def enclosed(self, page: int) -> Mapping[int, Resident] | None:

@@ -264,16 +264,17 @@ class SharedPages:
         """
         parts = self._parts[tenant]
         moved, left = self._leave(tenant, sources)
-        across = set(self._residents[tenant].enter_all(destinations, moved))
+        across = self._residents[tenant].enter_all(destinations, moved)
         sizes_bytes = [size_bytes for _, size_bytes in moved]
         if not across:
             parts.carve_all(destinations, sizes_bytes)
             return left
-        inside = [offset not in across for offset in destinations]
+        known = set(across)
+        inside = [offset not in known for offset in destinations]
         parts.carve_all(compress(destinations, inside), compress(sizes_bytes, inside))
-        for offset, size_bytes in zip(destinations, sizes_bytes, strict=True):
-            if offset in across:
-                self._carve(parts, offset, size_bytes)
+        for offset in across:
+            pieces = self._cut(offset, self._residents[tenant].at(offset)[1])
+            parts.carve_all([start for start, _ in pieces], [piece_bytes for _, piece_bytes in pieces])
         return left
 
     def _leave(self, tenant: str, offsets: Sequence[int]) -> tuple[list[Resident], set[int]]:
@@ -400,13 +401,17 @@ class SharedPages:
         return len(empty)
 
     def _carve(self, parts: BuddyAllocator, offset: int, size_bytes: int) -> None:
+        for start, piece_bytes in self._cut(offset, size_bytes):
+            parts.carve(start, piece_bytes)
+
+    def _cut(self, offset: int, size_bytes: int) -> list[tuple[int, int]]:
+        """Return offset and bytes of each piece of a part, and note them if it lies across borders of pages."""
         end = offset + size_bytes
         borders = range((offset | (self._page_bytes - 1)) + 1, end, self._page_bytes)
         pieces = (offset, *borders)
-        for start, stop in zip(pieces, (*borders, end), strict=True):
-            parts.carve(start, stop - start)
         if borders:
             self._pieces[offset] = pieces
+        return [(start, stop - start) for start, stop in zip(pieces, (*borders, end), strict=True)]
 
     def refs(self, offset: int, size_bytes: int) -> tuple[tuple[int, int], ...]:
         """Return (index, serial) of each page under a part."""

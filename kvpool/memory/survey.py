@@ -71,6 +71,8 @@ class Survey:
                 count = 0
             found[-1].append(page)
             count += self._residents.count(page) + 1
+        if len(found) == 1:
+            return [self]
         found.sort(key=self._free, reverse=True)
         return [Survey(self._shared, self.tenant, self._page_bytes, self.owner, pages) for pages in found]
 
@@ -181,8 +183,7 @@ class Survey:
         if self._latest is not None and self._latest.pages == pages:
             return self._latest
         offsets, residents, across = self._residents.columns(pages)
-        ids = [cache_id for cache_id, _ in residents]
-        sizes_bytes = [size_bytes for _, size_bytes in residents]
+        ids, sizes_bytes = zip(*residents, strict=True) if residents else ((), ())
         movable = list(map(self.owner.may_move, ids))
         known = set(pages)
         for number in across:

@@ -241,6 +241,21 @@ def test_a_block_is_cleared_whatever_lies_in_it(seed: int) -> None:
     assert buddy.allocate(64 * MIN) == 64 * MIN
 
 
+def test_what_is_known_of_free_parts_is_bounded_and_may_be_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvpool.memory.buddy._MOST_CUTS", 2)
+    for seed in range(20):
+        buddy, starts = filled(random.Random(seed))
+        gaps = buddy.free_runs()
+        buddy.carve_all([offset for offset, _ in gaps], [size_bytes for _, size_bytes in gaps])
+        buddy.check()
+        assert buddy.free_bytes == 0
+        for offset, _ in gaps[::2]:
+            buddy.free(offset)
+        buddy.clear(64 * MIN, sorted({*starts, *(offset for offset, _ in gaps[1::2])}))
+        buddy.check()
+        assert len(buddy._cuts) <= 2
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_only_a_block_of_which_all_ranges_are_named_is_cleared(seed: int) -> None:
     rng = random.Random(seed)
