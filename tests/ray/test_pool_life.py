@@ -156,7 +156,7 @@ async def test_delete_refuses_or_drains_while_leases_are_held(pool, start_proces
     async with await pool.request_cache("m", size=4096):
         await held.release()
 
-    deleting = asyncio.create_task(delete(pool.name, drain_s=30))
+    deleting = asyncio.create_task(delete(pool.name, drain_s=300))
     while True:  # while it drains, no more memory is given out
         try:
             async with await pool.request_cache("m", size=4096):
@@ -167,7 +167,7 @@ async def test_delete_refuses_or_drains_while_leases_are_held(pool, start_proces
         lambda: model.match_prefix([encode_block_id(1)]),
         lambda: model.new_blocks([encode_block_id(2)]),
         lambda: CachePool.connect(pool.name),
-        lambda: delete(pool.name, drain_s=30),
+        lambda: delete(pool.name, drain_s=300),
     ):
         with pytest.raises(PoolBusyError, match="being deleted"):
             await ask()
@@ -218,6 +218,37 @@ async def test_a_name_that_still_stands_for_a_dead_pool_is_looked_up_again(pool,
         assert again.actor != stale
         await again.delete()
     assert asked["made"] == 3
+    again = await CachePool.create(name=pool.name, devices="host:1x1MiB", page_size="64KiB")
+    await again.close()
+    asked["found"] = 0
+    monkeypatch.setattr(kvpool.client.pool, "find_pool", twice(kvpool.client.pool.find_pool, "found"))
+    await delete(pool.name)
+    assert (asked["found"], pool.name in pool_names()) == (3, False)
+
+
+async def test_a_deletion_whose_answer_was_lost_is_done_if_no_device_is_left(make_pool):
+    pool, other = await make_pool(), await make_pool()
+
+    def die_instead_of(name):
+        def change(actor):
+            import kvpool.actors.pool_actor
+
+            owner = kvpool.actors.pool_actor if name == "end_self" else actor._fleet
+            setattr(owner, name, lambda *_: os._exit(1))
+
+        return change
+
+    await pool.actor.__ray_call__.remote(die_instead_of("end_self"))
+    await pool.delete()
+    assert pool.name not in pool_names()
+
+    devices = device_actors(other)
+    await other.actor.__ray_call__.remote(die_instead_of("end"))
+    with pytest.raises(PoolUnavailableError):
+        await other.delete()
+    for device in devices:
+        await device.shutdown.remote()
+        kill(device)
 
 
 async def test_a_pool_that_dies_while_it_starts_is_told(local_ray, monkeypatch):
@@ -268,13 +299,14 @@ async def test_a_host_without_a_device_is_told_when_connecting(pool, monkeypatch
 
 
 async def test_a_pool_that_does_not_answer_is_told_and_what_comes_late_is_given_back(pool, monkeypatch):
-    monkeypatch.setattr(kvpool.client.lane, "ANSWER_S", 0.3)
     await pool.model("m")
     pid = await pid_of(pool.actor)
     os.kill(pid, signal.SIGSTOP)
     try:
-        with pytest.raises(PoolUnavailableError, match="did not answer"):
-            await pool.request_cache("m", size="1MiB")
+        with monkeypatch.context() as impatient:
+            impatient.setattr(kvpool.client.lane, "ANSWER_S", 0.3)
+            with pytest.raises(PoolUnavailableError, match="did not answer"):
+                await pool.request_cache("m", size="1MiB")
     finally:
         os.kill(pid, signal.SIGCONT)
 
