@@ -7,7 +7,6 @@ import os
 import sys
 import textwrap
 
-
 START_TRIES = 4
 """Ray gives up a start of its own after 30 s, which nothing changes; on a machine that is very busy it takes longer."""
 TOO_SLOW = "node timed out during startup"

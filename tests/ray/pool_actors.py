@@ -104,6 +104,12 @@ async def pids_of_actors(pool: CachePool) -> list[int]:
     return pids
 
 
+async def make_patient(pool: CachePool) -> None:
+    """Let devices wait for their disk: a busy machine is not a slow store, for which a cache would be dropped."""
+    for device in device_actors(pool):
+        await device.__ray_call__.remote(lambda actor: setattr(actor._tiers._demotion, "patience_s", 1000.0))
+
+
 async def kill_device(pool: CachePool, number: int) -> None:
     """Kill a device's process by SIGKILL."""
     os.kill(await pid_of(device_actors(pool)[number]), signal.SIGKILL)

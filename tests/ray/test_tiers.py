@@ -8,7 +8,7 @@ from random import Random
 
 import numpy as np
 import pytest
-from pool_actors import device_actors, kill_device, pid_of
+from pool_actors import device_actors, kill_device, make_patient, pid_of
 
 from kvpool import ModelSpec, encode_block_id
 from kvpool.errors import DeviceLostError, StaleCacheError, TierError
@@ -37,12 +37,6 @@ async def read(model, number):
 
 async def put(model, number, **how):
     return await model.put_blocks(chain(number), content(number), **how)
-
-
-async def make_patient(pool):
-    """Let devices wait for their disk: a busy machine is not a slow store, for which a cache would be dropped."""
-    for device in device_actors(pool):
-        await device.__ray_call__.remote(lambda actor: setattr(actor._tiers._demotion, "patience_s", 1000.0))
 
 
 async def tiers(pool):
