@@ -1,6 +1,7 @@
 """Pools that outlive the processes that made them: created, joined, administered and deleted from anywhere."""
 
 import asyncio
+import contextlib
 import os
 import signal
 
@@ -330,6 +331,7 @@ async def test_presets_say_what_they_run_on(local_ray):
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root may lower the niceness that Ray gives its workers")
 async def test_actors_run_at_the_priority_of_ordinary_programs(pool):
-    pids = [await pid_of(actor) for actor in (pool.actor, *device_actors(pool))]
-    threads = [int(task) for pid in pids for task in os.listdir(f"/proc/{pid}/task")]
-    assert max(os.getpriority(os.PRIO_PROCESS, thread) for thread in threads) <= 0
+    for pid in [await pid_of(actor) for actor in (pool.actor, *device_actors(pool))]:
+        for thread in map(int, os.listdir(f"/proc/{pid}/task")):
+            with contextlib.suppress(ProcessLookupError):  # it has ended since it was listed
+                assert os.getpriority(os.PRIO_PROCESS, thread) <= 0
