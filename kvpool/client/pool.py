@@ -6,7 +6,6 @@ import logging
 from typing import Any
 
 from kvpool.actors.cluster import (
-    actors_below,
     call,
     end,
     ensure_ray,
@@ -16,9 +15,9 @@ from kvpool.actors.cluster import (
     kill,
     start_local_ray,
 )
+from kvpool.actors.fleet import end_orphans
 from kvpool.actors.handshake import find_living, shake_hands
 from kvpool.actors.pool_actor import find_pool, make_pool
-from kvpool.actors.protocol import NAMESPACE
 from kvpool.client.administration import Administration
 from kvpool.client.cache import VirtualKVCache
 from kvpool.client.connection import Connection
@@ -300,12 +299,12 @@ async def delete_pool(actor: Any, name: str, drain_s: float | None, leaving: str
     try:
         await call(actor.delete, *arguments, timeout_s=(drain_s or 0.0) + _START_S)
     except PoolUnavailableError as error:
-        # It ends itself a moment after it has answered, and on a busy machine the answer may come to nothing. Then none
-        # of its devices is left; they are if it died of something else.
-        lost = is_dead(error) or is_out_of_reach(error)
-        if not lost or await is_alive(actor) or actors_below(f"{NAMESPACE}/{name}/"):
+        # It ends itself a moment after it has answered, and on a busy machine the answer may come to nothing.
+        if not (is_dead(error) or is_out_of_reach(error)) or await is_alive(actor):
             raise
-    await end(actor)
+        await end_orphans(name)  # of which there are some if it died of something else
+    else:
+        await end(actor)
 
 
 async def delete(name: str | None = None, *, drain_s: float | None = None) -> None:

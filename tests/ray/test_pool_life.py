@@ -227,29 +227,19 @@ async def test_a_name_that_still_stands_for_a_dead_pool_is_looked_up_again(pool,
     assert (asked["found"], pool.name in pool_names()) == (3, False)
 
 
-async def test_a_deletion_whose_answer_was_lost_is_done_if_no_device_is_left(make_pool):
-    pool, other = await make_pool(), await make_pool()
+@pytest.mark.parametrize("when", ["before its answer", "before its devices"])
+async def test_a_deletion_in_which_the_pools_actor_dies_is_done(pool, when):
+    def let_it_die(actor):
+        import kvpool.actors.pool_actor
 
-    def die_instead_of(name):
-        def change(actor):
-            import kvpool.actors.pool_actor
+        if when == "before its answer":
+            kvpool.actors.pool_actor.end_self = lambda _: os._exit(1)
+        else:
+            actor._fleet.end = lambda _: os._exit(1)
 
-            owner = kvpool.actors.pool_actor if name == "end_self" else actor._fleet
-            setattr(owner, name, lambda *_: os._exit(1))
-
-        return change
-
-    await pool.actor.__ray_call__.remote(die_instead_of("end_self"))
+    await pool.actor.__ray_call__.remote(let_it_die)
     await pool.delete()
-    assert pool.name not in pool_names()
-
-    devices = device_actors(other)
-    await other.actor.__ray_call__.remote(die_instead_of("end"))
-    with pytest.raises(PoolUnavailableError):
-        await other.delete()
-    for device in devices:
-        await device.shutdown.remote()
-        kill(device)
+    assert (pool.name in pool_names(), device_actors(pool)) == (False, [])
 
 
 async def test_a_pool_that_dies_while_it_starts_is_told(local_ray, monkeypatch):
