@@ -4,9 +4,14 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # A test runner tells its workers the width of its terminal; what a command prints must not depend on that.
 os.environ.pop("COLUMNS", None)
+
+# No time limit for an example or for making one, which a busy machine would exceed; the same examples in each run.
+# (By itself Hypothesis does so only where CI is set. Other examples: --hypothesis-profile=default.)
+settings.load_profile("ci")
 
 
 @pytest.fixture(scope="session")

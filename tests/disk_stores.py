@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from kvpool.cache.disk.folder import Found, PackRead, folder_at
 from kvpool.cache.disk.tier import DiskTier
 from kvpool.cache.key import CacheKey, encode_block_id
 
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 
 
 def key_of(number: int, tenant: str = "default", fingerprint: str = "f") -> CacheKey:
@@ -47,6 +48,12 @@ class Faults:
             assert gate.wait(DEADLINE_S), "a gate was never opened"
         if operation in self.errors:
             raise self.errors[operation]
+
+
+async def arrived(faults: Faults, count: int = 1) -> None:
+    """Return when so many operations of the store wait at a gate."""
+    for _ in range(count):
+        assert await asyncio.to_thread(faults.arrived.acquire, timeout=DEADLINE_S)
 
 
 class FaultyFileSystem(MemoryFileSystem):

@@ -1,13 +1,18 @@
-"""A process to be killed: forks, on each line it reads, a child that stores and removes caches and tells what holds.
+"""Forks, on each line it reads, a child that stores and removes caches, tells what holds, and dies by SIGKILL.
 
-Lines out: ``pid N`` when the child begins, ``stored N`` and ``removed N`` once acknowledged, ``dead`` when it has died.
-The parent imports everything once, so that fifty children take seconds.
+Lines in: the number of the first cache, how many lines the child tells before its end, and how long it lives on then,
+in seconds. It kills itself, from a thread: however long others do not run, it dies in the middle of its work.
+Lines out: ``stored N`` and ``removed N`` once acknowledged, ``dead`` when it has died. The parent imports everything
+once, so that fifty children take seconds.
 """
 
 import asyncio
 import os
 import random
+import signal
 import sys
+import threading
+import time
 
 from disk_stores import key_of
 
@@ -28,34 +33,53 @@ def tell(line: str) -> None:
     os.write(1, f"{line}\n".encode())  # one write: whole or not at all
 
 
-async def lane(tier: DiskTier, numbers: range) -> None:
+class Death:
+    """Comes ``lives_on_s`` seconds after so many lines."""
+
+    def __init__(self, lines: int, lives_on_s: float) -> None:
+        self._lines_left, self._lives_on_s, self._due = lines, lives_on_s, threading.Event()
+        threading.Thread(target=self._come, daemon=True).start()
+
+    def tell(self, line: str) -> None:
+        tell(line)
+        self._lines_left -= 1
+        if not self._lines_left:
+            self._due.set()
+
+    def _come(self) -> None:
+        self._due.wait()
+        time.sleep(self._lives_on_s)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+async def lane(tier: DiskTier, numbers: range, death: Death) -> None:
     for number in numbers:
         content = memoryview(stored_content(number))
         if number % 5 == 4:
             await tier.write_back(key_of(number), None, content)
         else:
             await tier.write_through(key_of(number), None, content)
-            tell(f"stored {number}")
+            death.tell(f"stored {number}")
         if number % 7 == 6:
             await tier.remove([key_of(number)])
-            tell(f"removed {number}")
+            death.tell(f"removed {number}")
 
 
-async def store(folder: str, first: int) -> None:
+async def store(folder: str, first: int, death: Death) -> None:
     tier = DiskTier(folder_at(folder), 1 << 40)
     await tier.start()
-    await asyncio.gather(*(lane(tier, range(first + start, first + CACHES, LANES)) for start in range(LANES)))
+    await asyncio.gather(*(lane(tier, range(first + start, first + CACHES, LANES), death) for start in range(LANES)))
 
 
 def main(folder: str) -> None:
     for line in sys.stdin:
+        first, lines, lives_on_s = line.split()
         child = os.fork()
         if not child:
-            tell(f"pid {os.getpid()}")
-            asyncio.run(store(folder, int(line)))
-            os._exit(0)
-        os.waitpid(child, 0)
-        tell("dead")
+            asyncio.run(store(folder, int(first), Death(int(lines), float(lives_on_s))))
+            os._exit(1)
+        _, status = os.waitpid(child, 0)
+        tell("dead" if os.waitstatus_to_exitcode(status) == -signal.SIGKILL else "ended")
 
 
 if __name__ == "__main__":

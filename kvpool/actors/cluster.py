@@ -265,15 +265,31 @@ async def end(actor: Any) -> None:
     kill(actor)
     try:
         async with asyncio.timeout(_END_S):
-            while True:
-                try:
-                    await actor.__ray_ready__.remote()
-                except ActorUnavailableError:
-                    continue  # its connection is gone, but the cluster has not declared it dead yet
-                except RayActorError:
-                    return
+            while await _answers(actor):
+                pass
     except TimeoutError:
         raise PoolUnavailableError(f"the pool's actor was killed and still lives {_END_S:g} s later") from None
+
+
+async def is_alive(actor: Any) -> bool:
+    """Whether an actor that could not be reached is alive, or may be: what is not known is waited for, for 30 s."""
+    try:
+        async with asyncio.timeout(_END_S):
+            return await _answers(actor)
+    except TimeoutError:
+        return True
+
+
+async def _answers(actor: Any) -> bool:
+    """Whether an actor answers, or is dead; waits until it is known."""
+    while True:
+        try:
+            await actor.__ray_ready__.remote()
+        except ActorUnavailableError:
+            continue  # its connection is gone, but the cluster has not declared it dead yet
+        except RayActorError:
+            return False
+        return True
 
 
 def submit(method: Any, *arguments: Any) -> Any:
@@ -316,6 +332,11 @@ async def call(method: Any, *arguments: Any, timeout_s: float | None = None) -> 
 def is_dead(error: PoolUnavailableError) -> bool:
     """Whether an error of :func:`call` says that the actor is dead, and not only out of reach."""
     return isinstance(error.__cause__, ActorDiedError)
+
+
+def is_out_of_reach(error: PoolUnavailableError) -> bool:
+    """Whether an error of :func:`call` says that the actor is out of reach: dead or not, Ray does not know yet."""
+    return isinstance(error.__cause__, ActorUnavailableError)
 
 
 def context() -> dict[str, Any]:

@@ -78,8 +78,8 @@ class Fleet:
         nodes = node_ids()
         epoch = time.time_ns() // 1_000_000
         plans = config.device_plans(HostBackend().granularity())
-        prefix = f"{NAMESPACE}/{config.name}/"
-        await self._end_orphans(prefix)
+        prefix = device_prefix(config.name)
+        await end_orphans(config.name)
         described: list[dict[str, Any]] = []
         promised_bytes = dict.fromkeys(nodes, 0)
         try:
@@ -189,15 +189,6 @@ class Fleet:
             with contextlib.suppress(OSError):  # the last device took it along, or it is not empty: not ours alone
                 folder.rmdir()
 
-    async def _end_orphans(self, prefix: str) -> None:
-        """End the devices of an earlier pool of this name, whose pool actor died without them."""
-        orphans = actors_below(prefix)
-        if orphans:
-            logger.warning("ending %d devices whose pool actor is gone (%s…)", len(orphans), prefix)
-        # Asked first, so that they take their sockets along; those that do not answer are killed all the same.
-        await asyncio.gather(*(_ask(orphan, "shutdown") for orphan in orphans), return_exceptions=True)
-        await asyncio.gather(*(end(orphan) for orphan in orphans))
-
     def _device_lost(self, number: int, sent: list[Send], reason: str) -> None:
         if number not in self._killed:
             self._killed.add(number)
@@ -234,6 +225,21 @@ class Fleet:
                 except Exception:
                     # A bug in a decision must not end the watch: the next client's death would go unseen.
                     logger.exception("device %d told %s, which could not be handled", number, event)
+
+
+def device_prefix(pool: str) -> str:
+    """Return what the names of a pool's device actors begin with."""
+    return f"{NAMESPACE}/{pool}/"
+
+
+async def end_orphans(pool: str) -> None:
+    """End the devices of a pool of that name whose actor died without them."""
+    orphans = actors_below(device_prefix(pool))
+    if orphans:
+        logger.warning("ending %d devices whose pool actor is gone (%s…)", len(orphans), device_prefix(pool))
+    # Asked first, so that they take their sockets along; those that do not answer are killed all the same.
+    await asyncio.gather(*(_ask(orphan, "shutdown") for orphan in orphans), return_exceptions=True)
+    await asyncio.gather(*(end(orphan) for orphan in orphans))
 
 
 async def _ask(actor: Any, method: str) -> Any:

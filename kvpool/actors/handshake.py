@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from kvpool.actors.cluster import call, is_dead
+from kvpool.actors.cluster import call, is_dead, is_out_of_reach
 from kvpool.actors.compatibility import check_protocol
 from kvpool.errors import PoolUnavailableError
 
@@ -15,10 +15,27 @@ _CORRECTED_S = 0.02
 
 
 async def shake_hands(find: Callable[[], Any], name: str, *, timeout_s: float) -> Any:
-    """Find a pool's actor and check that this process can use it; returns the actor's handle.
+    """Find a pool's actor as :func:`find_living` does, and check that this process can use it; returns its handle.
+
+    Raises
+    ------
+    PoolNotFoundError, PoolUnavailableError
+        As :func:`find_living`.
+    ProtocolError
+        If it runs another version: says how to drain and restart it.
+    """
+    actor, described = await find_living(find, timeout_s=timeout_s)
+    check_protocol(name, described)
+    return actor
+
+
+async def find_living(find: Callable[[], Any], *, timeout_s: float) -> tuple[Any, dict[str, Any]]:
+    """Find a pool's actor, of whatever version, that answers; returns its handle and how it describes itself.
 
     A process looks names up in its own notes, and Ray corrects them a moment after an actor's end. So a name that is
     free, or is another actor's by now, may still stand for a dead one: it is looked up again until that has passed.
+    (Until then Ray says of a call that the actor is dead, or only that it is out of reach, if it has not heard of its
+    end either within a second.)
 
     Parameters
     ----------
@@ -32,9 +49,7 @@ async def shake_hands(find: Callable[[], Any], name: str, *, timeout_s: float) -
     PoolNotFoundError
         If ``find`` raises it: none of that name runs.
     PoolUnavailableError
-        If the actor does not answer in time, or each of two different ones has died.
-    ProtocolError
-        If it runs another version: says how to drain and restart it.
+        If the actor does not answer, or stays out of reach, for that time, or each of two different ones has died.
     """
     loop = asyncio.get_running_loop()
     until, dead = loop.time() + timeout_s, None
@@ -44,10 +59,12 @@ async def shake_hands(find: Callable[[], Any], name: str, *, timeout_s: float) -
             # Any version answers this, while another version's connect() may not even take our arguments.
             described = await call(actor.describe, timeout_s=timeout_s)
         except PoolUnavailableError as error:
-            if not is_dead(error) or dead not in (None, actor) or loop.time() >= until:
+            if loop.time() >= until:
                 raise
-            dead = actor
+            if is_dead(error) and dead in (None, actor):
+                dead = actor
+            elif not is_out_of_reach(error):
+                raise
             await asyncio.sleep(_CORRECTED_S)
         else:
-            check_protocol(name, described)
-            return actor
+            return actor, described

@@ -80,12 +80,13 @@ def status(name: str, json_path: str | None) -> None:
     """Show what a pool holds and did."""
     from kvpool.actors.cluster import call, ensure_ray, find_actor
     from kvpool.actors.compatibility import leased_bytes, protocol_difference
+    from kvpool.actors.handshake import find_living
     from kvpool.pool.statistics import PoolStatistics
 
     async def run() -> tuple[KvpoolError | None, Any]:
         ensure_ray()
-        actor = find_actor(name)
-        other = protocol_difference(name, await call(actor.describe, timeout_s=30.0))
+        actor, described = await find_living(lambda: find_actor(name), timeout_s=30.0)
+        other = protocol_difference(name, described)
         return other, await call(actor.statistics if other is None else actor.leases, timeout_s=30.0)
 
     with working(f"asking pool {name}"):

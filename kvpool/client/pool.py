@@ -5,8 +5,18 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from kvpool.actors.cluster import call, end, ensure_ray, kill, start_local_ray
-from kvpool.actors.handshake import shake_hands
+from kvpool.actors.cluster import (
+    call,
+    end,
+    ensure_ray,
+    is_alive,
+    is_dead,
+    is_out_of_reach,
+    kill,
+    start_local_ray,
+)
+from kvpool.actors.fleet import end_orphans
+from kvpool.actors.handshake import find_living, shake_hands
 from kvpool.actors.pool_actor import find_pool, make_pool
 from kvpool.client.administration import Administration
 from kvpool.client.cache import VirtualKVCache
@@ -235,7 +245,7 @@ class CachePool(Administration):
         """
         self._connection.check_usable()
         self._connection.check_no_views()
-        await delete_pool(self._connection.actor, drain_s, self.client_id)
+        await delete_pool(self._connection.actor, self.name, drain_s, self.client_id)
         await self._connection.close()
 
     async def close(self) -> None:
@@ -282,16 +292,24 @@ def _spec_of(model: ModelSpec | str) -> ModelSpec:
     return ModelSpec(model)
 
 
-async def delete_pool(actor: Any, drain_s: float | None, leaving: str | None = None) -> None:
+async def delete_pool(actor: Any, name: str, drain_s: float | None, leaving: str | None = None) -> None:
     """End a pool by its actor's handle; see :meth:`CachePool.delete`."""
     # Only what every version's delete() takes, unless there is more to say.
     arguments = (drain_s,) if leaving is None else (drain_s, leaving)
-    await call(actor.delete, *arguments, timeout_s=(drain_s or 0.0) + _START_S)
-    await end(actor)
+    try:
+        await call(actor.delete, *arguments, timeout_s=(drain_s or 0.0) + _START_S)
+    except PoolUnavailableError as error:
+        # It ends itself a moment after it has answered, and on a busy machine the answer may come to nothing.
+        if not (is_dead(error) or is_out_of_reach(error)) or await is_alive(actor):
+            raise
+        await end_orphans(name)  # of which there are some if it died of something else
+    else:
+        await end(actor)
 
 
 async def delete(name: str | None = None, *, drain_s: float | None = None) -> None:
     """End a running pool without connecting to it; see :meth:`CachePool.delete`. ``name``: as for ``connect``."""
     name = load_config().name if name is None else name
     ensure_ray()
-    await delete_pool(find_pool(name), drain_s)
+    actor, _ = await find_living(lambda: find_pool(name), timeout_s=_START_S)
+    await delete_pool(actor, name, drain_s)

@@ -16,7 +16,7 @@ from kvpool.memory import channel
 from kvpool.memory.backend import Access, Backend
 from kvpool.memory.fork import fork_guard, watch_forks
 
-_HANDSHAKE_TIMEOUT_S = 10.0
+_HANDSHAKE_TIMEOUT_S = 30.0
 
 _log = logging.getLogger(__name__)
 

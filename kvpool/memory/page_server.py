@@ -26,7 +26,7 @@ from kvpool.memory.page_connection import PageConnection
 
 MAX_CLIENTS = 1024
 
-_HELLO_TIMEOUT_S = 10.0
+_HELLO_TIMEOUT_S = 30.0
 _RETRY_S = 0.05
 
 _log = logging.getLogger(__name__)

@@ -33,7 +33,7 @@ Cli = Callable[..., Awaitable[Answer]]
 async def call_here(*arguments: object, code: int = 0) -> Answer:
     """Call the command line in a thread: commands run event loops of their own."""
     unset = {name: None for name in os.environ if name.startswith("KVPOOL_")}
-    async with asyncio.timeout(90):
+    async with asyncio.timeout(240):
         done = await asyncio.to_thread(CliRunner(env=unset).invoke, main, [str(each) for each in arguments])
     if done.exception is not None and not isinstance(done.exception, SystemExit):
         raise done.exception
@@ -53,7 +53,7 @@ async def start_process(*arguments: object, folder: Path) -> asyncio.subprocess.
 async def call_process(*arguments: object, folder: Path, code: int = 0) -> Answer:
     """Call the command line in a process of its own, and wait for its end."""
     process = await start_process(*arguments, folder=folder)
-    async with asyncio.timeout(90):
+    async with asyncio.timeout(240):
         printed, complaints = await process.communicate()
     return _checked(Answer(process.returncode or 0, printed.decode(), _own(complaints.decode())), code)
 

@@ -226,18 +226,15 @@ class ModelProcess:
 
     # -- churn ----------------------------------------------------------------------------------------------------
 
-    async def churn(self, rounds: int, value: int, seed: int) -> dict[str, int]:
-        """Ask for memory, check what is in it, write our value, give it back, over and over.
+    async def churn(self, caches: int, value: int, seed: int) -> int:
+        """Ask for memory, check what is in it, write our value, give it back, until so many caches were granted.
 
-        Returns
-        -------
-        dict
-            ``foreign``: bytes seen that were neither zero nor ours; ``caches``: how many were granted.
+        Returns how many bytes were seen that were neither zero nor ours.
         """
         rng = random.Random(seed)
         foreign = granted = 0
         held: list[tuple[Any, int]] = []
-        for _ in range(rounds):
+        while granted < caches:
             size_bytes = rng.choice((4096, 16384, 65536, 100_000, 262_144))
             try:
                 cache = await self.model.request_cache(size_bytes, timeout_s=0.05)
@@ -260,15 +257,20 @@ class ModelProcess:
                     break
         for old, _ in held:
             await old.release()
-        return {"foreign": foreign, "caches": granted}
+        return foreign
 
-    async def take_all(self, size_bytes: int, value: int) -> dict[str, int]:
-        """Lease caches until there is no room for another one; counts as :meth:`churn`."""
+    async def take_all(self, size_bytes: int, value: int, lost_bytes: int = 0) -> dict[str, int]:
+        """Lease caches until there is no room for another one; returns how many, and the bytes as :meth:`churn`.
+
+        ``lost_bytes``: zombies of processes that do not answer. Others may take any time to give theirs back.
+        """
         foreign = granted = 0
         while True:
             try:
                 cache = await self.model.request_cache(size_bytes, timeout_s=3.0)
-            except CapacityError:
+            except CapacityError as refused:
+                if refused.details["zombie_bytes"] > lost_bytes:
+                    continue
                 return {"foreign": foreign, "caches": granted}
             granted += 1
             self.caches.append(cache)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import time
@@ -10,11 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 
 from kvpool import CachePool
 
-DEADLINE_S = 10.0
-"""Tells a hang from an answer."""
+DEADLINE_S = 60.0
+"""Tells a hang from an answer, also on a machine that is busy with other things."""
 
 
 async def until(condition: Callable[[], Any], what: str) -> None:
@@ -75,12 +77,37 @@ def device_actors(pool: CachePool) -> list[Any]:
     """Handles of a pool's device actors that are alive."""
     prefix = f"kvpool/{pool.name}/"
     names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
-    return [ray.get_actor(name, namespace="kvpool") for name in sorted(names) if name.startswith(prefix)]
+    found = []
+    for name in sorted(names):
+        if name.startswith(prefix):
+            with contextlib.suppress(ValueError):  # it died since it was listed
+                found.append(ray.get_actor(name, namespace="kvpool"))
+    return found
 
 
 async def pid_of(actor: Any) -> int:
     """Process id of an actor."""
     return int(await actor.__ray_call__.remote(lambda _: os.getpid()))
+
+
+async def pids_of_actors(pool: CachePool) -> list[int]:
+    """Process ids of a pool's actors, the pool's own last, once Ray has told this process of all that are new."""
+    pids: list[int] = []
+
+    async def all_answer() -> bool:
+        # By a name that was an actor's before, its handle is found for a moment of no certain length.
+        with contextlib.suppress(RayActorError):
+            pids[:] = await asyncio.gather(*(pid_of(actor) for actor in (*device_actors(pool), pool.actor)))
+        return len(pids) == 1 + len(pool._connection.devices)
+
+    await until(all_answer, "the actors of the pool answer")
+    return pids
+
+
+async def make_patient(pool: CachePool) -> None:
+    """Let devices wait for their disk: a busy machine is not a slow store, for which a cache would be dropped."""
+    for device in device_actors(pool):
+        await device.__ray_call__.remote(lambda actor: setattr(actor._tiers._demotion, "patience_s", 1000.0))
 
 
 async def kill_device(pool: CachePool, number: int) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import ray
 from footprint import mapped_inodes
-from pool_actors import device_actors, leased_bytes, pid_of, until, until_no_zombies, until_waiting
+from pool_actors import DEADLINE_S, device_actors, leased_bytes, pid_of, until, until_no_zombies, until_waiting
 
 from kvpool import CachePool, ModelSpec, encode_block_id, sync
 from kvpool.actors.cluster import call
@@ -160,7 +160,7 @@ async def test_a_revoked_process_is_told_keeps_its_tensors_and_can_connect_again
     await process.keep_view(4096)
     (before,) = [each for each in await pool.holders() if each["client"] == process.client_id]
     assert (before["pid"], before["bytes"]) == (process.pid, 4096 + 3 * PAGE + 2 * BLOCK_BYTES)
-    assert 0 <= before["age_s"] <= before["connected_s"] < 60
+    assert 0 <= before["age_s"] <= before["connected_s"] < 600
     assert before["job"] == ray.get_runtime_context().get_job_id()
 
     answer = await pool.revoke(process.client_id)
@@ -172,11 +172,12 @@ async def test_a_revoked_process_is_told_keeps_its_tensors_and_can_connect_again
     assert raised == dict.fromkeys(raised, "LeaseRevokedError")
     assert await process.digest() == [[OLD]]
     # Nothing is put where it may still write, though there is much less in the pool than there is room for.
-    filler = await other.take_all(4096, NEW)
+    lost_bytes = len(mapped_inodes(process.pid)) * PAGE
+    filler = await other.take_all(4096, NEW, lost_bytes)
     assert filler["caches"] > 300
     await process.fill(0xEE)
     assert await process.digest() == [[0xEE]]
-    assert (await other.take_all(4096, NEW))["foreign"] == 0
+    assert (await other.take_all(4096, NEW, lost_bytes))["foreign"] == 0
     assert await bytes_left(pool, NEW) == 4096 * filler["caches"]
     await process.drop_tensors()
     await until(lambda: not mapped_inodes(process.pid), "it unmaps all when nothing is in use any more")
@@ -194,8 +195,8 @@ async def test_revoking_a_stopped_process_does_not_wait_for_it(pool, start_proce
     await process.keep_view(PAGE)
     kept = mapped_inodes(process.pid)
     process.stop()
-    waiting = asyncio.ensure_future(other.take_all(PAGE, NEW))
-    async with asyncio.timeout(10):
+    waiting = asyncio.ensure_future(other.take_all(PAGE, NEW, lost_bytes=30 * PAGE))
+    async with asyncio.timeout(DEADLINE_S):
         answer = await pool.revoke(process.client_id)
         assert answer["mapped_bytes"] == answer["bytes"] == 30 * PAGE
         first = await waiting
@@ -228,7 +229,7 @@ async def test_a_revoked_process_that_waits_for_memory_is_told(pool):
             waiting = asyncio.ensure_future(other.request_cache("m", size="1MiB"))
             await until_waiting(pool, 1)
             await pool.revoke(other.client_id)
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(DEADLINE_S):
                 with pytest.raises(LeaseRevokedError):
                     await waiting
         await cache.release()
@@ -242,7 +243,7 @@ async def test_a_revoked_client_is_not_kept_waiting_for_grants(pool):
     assert await call(pool.actor.grants, "bare", 0, 0.0) == (0, [])
     await pool.revoke("bare")
     with pytest.raises(LeaseRevokedError):
-        await call(pool.actor.grants, "bare", 0, 600.0, timeout_s=30.0)
+        await call(pool.actor.grants, "bare", 0, 600.0, timeout_s=DEADLINE_S)
     await call(pool.actor.disconnect, "bare")
     with pytest.raises(ProtocolError):
         await call(pool.actor.grants, "bare", 0, 600.0)
@@ -268,10 +269,10 @@ async def test_only_clients_of_the_own_tenant_can_be_revoked_or_seen(pool, start
 async def test_events_come_as_they_happen(pool):
     model = await pool.model(BLOCKS)
     stream = await pool.events().start()
-    came = asyncio.ensure_future(stream.next(30.0))
+    came = asyncio.ensure_future(anext(stream))
     await asyncio.sleep(0)
     await model.put_blocks(keys([1, 2]), filled(2, OLD))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(DEADLINE_S):
         first = await came
     assert (first.kind, first.tenant, first.model, first.key, first.parent) == (
         "stored", "default", "model", *keys([1]), None,
@@ -301,10 +302,10 @@ async def test_events_come_as_they_happen(pool):
 async def test_the_stream_of_a_pool_that_is_gone_ends_with_an_error(make_pool):
     pool = await make_pool()
     stream = await pool.events().start()
-    came = asyncio.ensure_future(stream.next(30.0))
+    came = asyncio.ensure_future(anext(stream))
     await asyncio.sleep(0.05)
     await pool.actor.delete.remote(None, pool.client_id)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(DEADLINE_S):
         with pytest.raises(PoolUnavailableError):
             await came
 
@@ -384,7 +385,7 @@ async def test_compaction_moves_what_nobody_has_and_every_byte_stays_right(make_
     if when == "by word":
         done = await pool.defragment()
         assert done.keys() == {"moved_bytes", "freed_pages"}
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(DEADLINE_S):
         while not (await pool.stats()).total("compacted_pages"):  # noqa: ASYNC110 - the actor has no event for it
             await asyncio.sleep(0.05)
     assert kept.addresses() == before

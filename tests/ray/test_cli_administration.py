@@ -203,7 +203,7 @@ def removed(key: bytes | None, model: str = "model", size_bytes: int = BLOCK_BYT
 
 async def test_events_are_lines_of_json_until_ctrl_c(filled, tmp_path) -> None:
     process = await start_process("events", "--name", filled.name, folder=tmp_path)
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(240):
         while b"listening" not in await process.stderr.readline():
             pass
         await filled.evict("16KiB", model="model")

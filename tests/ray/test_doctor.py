@@ -38,7 +38,7 @@ async def doctor(local_ray: None, tmp_path: Path) -> Doctor:
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path,
             env={**os.environ, "RAY_ADDRESS": address, **environment},
         )  # fmt: skip
-        async with asyncio.timeout(110):
+        async with asyncio.timeout(240):
             printed, complaints = await process.communicate()
         assert process.returncode in (0, 1), complaints.decode()
         rows: Rows = json.loads(printed)["rows"]

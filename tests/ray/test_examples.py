@@ -51,7 +51,7 @@ async def run(module: str, environment: dict[str, str]) -> str:
         sys.executable, "-m", module, cwd=TOP, env=environment,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
-    async with asyncio.timeout(90):
+    async with asyncio.timeout(240):
         printed, complaints = await process.communicate()
     assert process.returncode == 0, complaints.decode()
     assert "Traceback" not in complaints.decode()
@@ -138,7 +138,7 @@ def write_trace(path: Path, sessions: int) -> int:
 async def execute(environment: dict[str, str], **variables: Any) -> tuple[str, list[bytes]]:
     """Execute the notebook; returns what its cells printed, and its plots."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    await NotebookClient(notebook, timeout=90).async_execute(env=environment | variables)
+    await NotebookClient(notebook, timeout=240).async_execute(env=environment | variables)
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     printed = "".join(output["text"] for output in outputs if output.get("name") == "stdout")
     return printed, [output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", {})]

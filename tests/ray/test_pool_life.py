@@ -1,6 +1,7 @@
 """Pools that outlive the processes that made them: created, joined, administered and deleted from anywhere."""
 
 import asyncio
+import contextlib
 import os
 import signal
 
@@ -156,7 +157,7 @@ async def test_delete_refuses_or_drains_while_leases_are_held(pool, start_proces
     async with await pool.request_cache("m", size=4096):
         await held.release()
 
-    deleting = asyncio.create_task(delete(pool.name, drain_s=30))
+    deleting = asyncio.create_task(delete(pool.name, drain_s=300))
     while True:  # while it drains, no more memory is given out
         try:
             async with await pool.request_cache("m", size=4096):
@@ -167,7 +168,7 @@ async def test_delete_refuses_or_drains_while_leases_are_held(pool, start_proces
         lambda: model.match_prefix([encode_block_id(1)]),
         lambda: model.new_blocks([encode_block_id(2)]),
         lambda: CachePool.connect(pool.name),
-        lambda: delete(pool.name, drain_s=30),
+        lambda: delete(pool.name, drain_s=300),
     ):
         with pytest.raises(PoolBusyError, match="being deleted"):
             await ask()
@@ -218,6 +219,27 @@ async def test_a_name_that_still_stands_for_a_dead_pool_is_looked_up_again(pool,
         assert again.actor != stale
         await again.delete()
     assert asked["made"] == 3
+    again = await CachePool.create(name=pool.name, devices="host:1x1MiB", page_size="64KiB")
+    await again.close()
+    asked["found"] = 0
+    monkeypatch.setattr(kvpool.client.pool, "find_pool", twice(kvpool.client.pool.find_pool, "found"))
+    await delete(pool.name)
+    assert (asked["found"], pool.name in pool_names()) == (3, False)
+
+
+@pytest.mark.parametrize("when", ["before its answer", "before its devices"])
+async def test_a_deletion_in_which_the_pools_actor_dies_is_done(pool, when):
+    def let_it_die(actor):
+        import kvpool.actors.pool_actor
+
+        if when == "before its answer":
+            kvpool.actors.pool_actor.end_self = lambda _: os._exit(1)
+        else:
+            actor._fleet.end = lambda _: os._exit(1)
+
+    await pool.actor.__ray_call__.remote(let_it_die)
+    await pool.delete()
+    assert (pool.name in pool_names(), device_actors(pool)) == (False, [])
 
 
 async def test_a_pool_that_dies_while_it_starts_is_told(local_ray, monkeypatch):
@@ -268,13 +290,14 @@ async def test_a_host_without_a_device_is_told_when_connecting(pool, monkeypatch
 
 
 async def test_a_pool_that_does_not_answer_is_told_and_what_comes_late_is_given_back(pool, monkeypatch):
-    monkeypatch.setattr(kvpool.client.lane, "ANSWER_S", 0.3)
     await pool.model("m")
     pid = await pid_of(pool.actor)
     os.kill(pid, signal.SIGSTOP)
     try:
-        with pytest.raises(PoolUnavailableError, match="did not answer"):
-            await pool.request_cache("m", size="1MiB")
+        with monkeypatch.context() as impatient:
+            impatient.setattr(kvpool.client.lane, "ANSWER_S", 0.3)
+            with pytest.raises(PoolUnavailableError, match="did not answer"):
+                await pool.request_cache("m", size="1MiB")
     finally:
         os.kill(pid, signal.SIGCONT)
 
@@ -298,6 +321,7 @@ async def test_presets_say_what_they_run_on(local_ray):
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root may lower the niceness that Ray gives its workers")
 async def test_actors_run_at_the_priority_of_ordinary_programs(pool):
-    pids = [await pid_of(actor) for actor in (pool.actor, *device_actors(pool))]
-    threads = [int(task) for pid in pids for task in os.listdir(f"/proc/{pid}/task")]
-    assert max(os.getpriority(os.PRIO_PROCESS, thread) for thread in threads) <= 0
+    for pid in [await pid_of(actor) for actor in (pool.actor, *device_actors(pool))]:
+        for thread in map(int, os.listdir(f"/proc/{pid}/task")):
+            with contextlib.suppress(ProcessLookupError):  # it has ended since it was listed
+                assert os.getpriority(os.PRIO_PROCESS, thread) <= 0

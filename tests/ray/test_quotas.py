@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 
 import numpy as np
 import pytest
@@ -28,9 +27,7 @@ async def test_each_model_gets_its_guarantee_while_the_other_borrows(make_pool, 
     assert {q["model"]: q["held_bytes"] // PAGE for q in await pool.quotas()} == {"a": 0, "b": PAGES}
 
     share = PAGES * 40 // 100
-    began = time.monotonic()
-    mine = await asyncio.gather(*(a.request_cache(PAGE, timeout_s=5.0) for _ in range(share)))
-    assert time.monotonic() - began < 5.0  # else they waited, and for nothing
+    mine = await asyncio.gather(*(a.request_cache(PAGE, timeout_s=0) for _ in range(share)))  # without waiting
     held = {q["model"]: q["held_bytes"] // PAGE for q in await pool.quotas()}
     assert (held["a"], held["b"]) == (share, PAGES - share)
 
@@ -38,11 +35,11 @@ async def test_each_model_gets_its_guarantee_while_the_other_borrows(make_pool, 
     mine += await asyncio.gather(*(a.request_cache(PAGE) for _ in range(PAGES - 2 * share - 1)))
     with pytest.raises(CapacityError, match="guaranteed"):
         await a.request_cache(2 * PAGE, timeout_s=0)
-    waiting = asyncio.create_task(a.request_cache(2 * PAGE, timeout_s=5.0, priority=1))
+    waiting = asyncio.create_task(a.request_cache(2 * PAGE, timeout_s=600.0, priority=1))
     await until_waiting(pool, 1)
     with pytest.raises(QueueFullError) as full:
-        await a.request_cache(2 * PAGE, timeout_s=5.0)
-    assert 0 < full.value.details["retry_after_s"] <= 5.0
+        await a.request_cache(2 * PAGE, timeout_s=600.0)
+    assert 0 < full.value.details["retry_after_s"] <= 600.0
 
     # An operator lends it the other's share, and takes it back.
     on = ("--name", pool.name, "--model", "b", "--json", "-")

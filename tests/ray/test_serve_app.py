@@ -24,7 +24,7 @@ from kvpool import CachePool
 TOP = Path(__file__).parents[2]
 DOCUMENT = "Call me Ishmael. Some years ago, never mind how long precisely, having little or no money in my purse. " * 4
 DEVICES = "host:2x64MiB"
-WAIT_S = 6
+WAIT_S = 12
 LONG = 16_384
 """Tokens of an answer that takes longer than any deadline here: a request for it ends because it is cancelled."""
 
@@ -37,7 +37,7 @@ async def run(*command: str, until_line: str | None = None) -> asyncio.subproces
     )  # fmt: skip
     printed: list[str] = []
     assert process.stdout is not None
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(240):
         async for line in process.stdout:
             printed.append(line.decode())
             if until_line and until_line in printed[-1]:
@@ -84,7 +84,7 @@ async def app(pool: CachePool) -> AsyncIterator[App]:
     async with aiohttp.ClientSession() as session:
         yield App(f"http://127.0.0.1:{port}", session)
     serving.send_signal(signal.SIGINT)
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(240):
         log = (await drained).decode()
         assert await serving.wait() == 0, log
     assert not [trace for trace in log.split("Traceback")[1:] if "kvpool" in trace or "examples" in trace], log
@@ -159,7 +159,7 @@ async def check_cancelled_in_the_middle(app: App, pool: CachePool) -> None:
     await until_waiting(pool, 2)
     await leave(running[:1])
     await until_waiting(pool, 1)  # what was released went to the next
-    (refused,), granted = await asyncio.wait(waiting[1:], timeout=60, return_when=asyncio.FIRST_COMPLETED)
+    (refused,), granted = await asyncio.wait(waiting[1:], timeout=240, return_when=asyncio.FIRST_COMPLETED)
     assert refused.result() == {"status": 503, "detail": "the pool is full, try again later"}
     await leave([*running, *granted])
     await until_leased(pool, 0)

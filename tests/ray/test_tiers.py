@@ -2,12 +2,13 @@
 
 import asyncio
 import os
+import signal
 from pathlib import Path
 from random import Random
 
 import numpy as np
 import pytest
-from pool_actors import kill_device
+from pool_actors import device_actors, kill_device, make_patient, pid_of
 
 from kvpool import ModelSpec, encode_block_id
 from kvpool.errors import DeviceLostError, StaleCacheError, TierError
@@ -44,6 +45,7 @@ async def tiers(pool):
 
 async def test_three_times_the_devices_memory_runs_through_device_host_and_disk(make_pool, tmp_path):
     pool = await make_pool("host:1x2MiB", host_memory="2MiB", disk_url=str(tmp_path / "disk"))
+    await make_patient(pool)
     model = await pool.model(SPEC)
     chains = 3 * (2 << 20) // (CHAIN * BLOCK_BYTES)
     for number in range(chains):
@@ -126,7 +128,7 @@ async def test_kills_at_random_moments_lose_nothing_that_is_durable_and_bring_no
     for life in range(KILLS):
         pool = await make_pool("host:1x1MiB", **settings)
         model = await pool.model(SPEC)
-        killed_after = random.randrange(1, 12)
+        killed_after, pid = random.randrange(1, 12), await pid_of(device_actors(pool)[0])
         acknowledged = asyncio.Event()
 
         async def write(numbers, model=model, killed_after=killed_after, acknowledged=acknowledged):
@@ -141,7 +143,7 @@ async def test_kills_at_random_moments_lose_nothing_that_is_durable_and_bring_no
         reached = asyncio.create_task(acknowledged.wait())
         await asyncio.wait((writer, reached), return_when=asyncio.FIRST_COMPLETED)
         assert reached.done(), writer.exception()
-        await kill_device(pool, 0)
+        os.kill(pid, signal.SIGKILL)
         with pytest.raises((DeviceLostError, StaleCacheError, TierError)):
             await writer
         await pool.delete()
@@ -197,6 +199,7 @@ def files(folder):
 async def test_invalidated_content_is_gone_from_every_tier(make_pool, tmp_path):
     folder = tmp_path / "disk"
     pool = await make_pool("host:1x1MiB", host_memory="1MiB", disk_url=str(folder))
+    await make_patient(pool)
     model = await pool.model(SPEC)
     for number in range(12):
         await put(model, number)
@@ -244,6 +247,7 @@ async def test_what_was_flushed_is_hit_after_the_pool_was_deleted_and_made_anew(
     """It lies on the device, in host memory, and on disk by then."""
     settings = {"host_memory": "1MiB", "disk_url": str(tmp_path / "disk"), "name": f"t{os.getpid()}-flushed"}
     pool = await make_pool("host:1x1MiB", **settings)
+    await make_patient(pool)
     model = await pool.model(SPEC)
     chains = 12
     for number in range(chains):
@@ -253,6 +257,7 @@ async def test_what_was_flushed_is_hit_after_the_pool_was_deleted_and_made_anew(
     await pool.delete()
 
     again = await make_pool("host:1x1MiB", **settings)
+    await make_patient(again)
     model = await again.model(SPEC)
     for number in range(chains):
         assert await read(model, number) == CHAIN

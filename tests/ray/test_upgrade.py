@@ -115,7 +115,7 @@ def cli(pool: OlderPool, command: str, code: int = 0) -> str:
     program = shlex.quote(sys.executable) + " -c 'from kvpool.cli import main; main()'"
     done = subprocess.run(
         re.sub(r"(^| )kvpool (?=\w)", rf"\1{program} ", command, count=1),
-        shell=True, capture_output=True, text=True, timeout=90, check=False,
+        shell=True, capture_output=True, text=True, timeout=240, check=False,
         env={**os.environ, "RAY_ADDRESS": pool.address},
     )  # fmt: skip
     assert done.returncode == code, done.stderr

@@ -4,7 +4,7 @@ import asyncio
 import time
 
 import pytest
-from pool_actors import until, until_leased, until_waiting
+from pool_actors import DEADLINE_S, until, until_leased, until_waiting
 
 from kvpool.errors import CapacityError
 
@@ -19,11 +19,11 @@ async def fill(pool):
 
 async def test_a_release_gets_through_2000_waiting_requests(pool):
     held = await fill(pool)
-    waiting = [asyncio.create_task(pool.request_cache("m", size=PAGE, timeout_s=60)) for _ in range(2000)]
+    waiting = [asyncio.create_task(pool.request_cache("m", size=PAGE, timeout_s=600)) for _ in range(2000)]
     await until_waiting(pool, 2000)
 
     began = time.perf_counter()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(DEADLINE_S):
         await held.pop().release()
         acknowledged = time.perf_counter()
         done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -62,8 +62,8 @@ async def test_deadlines_that_pass_at_once_are_all_answered(pool):
     tickets = {answer[1] for (answer,) in answers if answer[0] == "queued"}
     seen = 0
     while tickets:
-        async with asyncio.timeout(5):
-            seen, outcomes = await pool.actor.grants.remote(pool.client_id, seen, 5.0)
+        async with asyncio.timeout(DEADLINE_S):
+            seen, outcomes = await pool.actor.grants.remote(pool.client_id, seen, 2 * DEADLINE_S)
         assert {answer[1] for _, answer in outcomes} == {"CapacityError"}
         tickets.difference_update(ticket for ticket, _ in outcomes)
     await asyncio.gather(*(cache.release() for cache in held))
@@ -95,7 +95,7 @@ async def test_a_request_cancelled_at_any_moment_leaves_no_lease(pool):
         for outcome in outcomes:
             if not isinstance(outcome, asyncio.CancelledError):
                 await outcome.release()
-        held.append(await pool.request_cache("m", size=PAGE, timeout_s=5))
+        held.append(await pool.request_cache("m", size=PAGE, timeout_s=DEADLINE_S))
     await asyncio.gather(*(cache.release() for cache in held))
     await until_leased(pool, 0)
 

@@ -218,5 +218,5 @@ def test_neither_help_nor_simulate_imports_ray_or_torch(trace: Path, arguments: 
         "sys.exit(str({'ray', 'torch'} & set(sys.modules)) if {'ray', 'torch'} & set(sys.modules) else code)"
     )
     arguments = [str(trace) if argument == "TRACE" else argument for argument in arguments]
-    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=240)
     assert (done.returncode, done.stderr) == (0, "")

@@ -63,7 +63,7 @@ async def test_who_asked_a_device_and_is_cancelled_keeps_nobody_waiting(
     trim.cancel()
     await asyncio.wait([trim])
     executor._device_answered(0, outbox.sent, [PAGE, (GRANTED, [], None)], (1, 0))
-    (answer,) = await asyncio.wait_for(waiting, 10)
+    (answer,) = await asyncio.wait_for(waiting, 60)
     assert answer[0] == "granted"
     assert not caplog.records, "it is no bug"
 
@@ -79,7 +79,7 @@ async def test_a_bug_in_what_follows_on_one_operation_is_told_and_keeps_nobody_w
     behind = await requested(executor)
     with caplog.at_level(logging.ERROR, "kvpool.pool"):
         executor._device_answered(0, outbox.sent, [(GRANTED, [], None), PAGE, (GRANTED, [], None)], (1, 0))
-    answers = [*await asyncio.wait_for(before, 10), *await asyncio.wait_for(behind, 10)]
+    answers = [*await asyncio.wait_for(before, 60), *await asyncio.wait_for(behind, 60)]
     assert [answer[0] for answer in answers] == ["granted", "granted"]
     assert "'trim'" in caplog.text
     assert "this is wrong" in caplog.text

@@ -4,7 +4,8 @@ import asyncio
 import threading
 
 import pytest
-from disk_stores import DEADLINE_S, Faults, FaultyFileSystem, content_of, key_of
+from disk_stores import DEADLINE_S, Faults, FaultyFileSystem, arrived, content_of, key_of
+from loop_clock import LONG_S, out_of_time
 
 from kvpool.actors.lower_operations import LowerOperations
 from kvpool.cache.disk.folder import folder_at
@@ -31,8 +32,7 @@ async def device(disk_bytes):
     FaultyFileSystem.faults = Faults()
     backend = HostBackend(1 << 30)
     store = DeviceStore(GPUMemoryAllocator(backend, 4 * PAGE, PAGE))
-    tiers = LowerTiers(None, DiskTier(folder_at("faulty://tier"), disk_bytes), lambda keys: None, deadline_s=0.05)
-    tiers._start_deadline_s = DEADLINE_S  # a busy machine is not a store that hangs
+    tiers = LowerTiers(None, DiskTier(folder_at("faulty://tier"), disk_bytes), lambda keys: None, deadline_s=LONG_S)
     await tiers.start()
     store.apply([("connect", "c", "default", "")])
     yield store, LowerOperations(store, tiers), FaultyFileSystem.faults
@@ -60,7 +60,8 @@ async def test_memory_that_a_write_hangs_on_is_not_used_again_before_its_end(dev
     store, operations, faults = device
     sealed(store, 1)
     gate = faults.gates["put"] = threading.Event()
-    (answer,) = await operations.persist(KEY.tenant, KEY.fingerprint, [(1, KEY.block_hash, None)])
+    persisting = operations.persist(KEY.tenant, KEY.fingerprint, [(1, KEY.block_hash, None)])
+    (answer,) = await out_of_time(persisting, arrived(faults))
     assert answer[1] == "TierError"
     assert store.apply([("release", "c", 0, [1]), ("evict", [1])]) == [[RELEASED], [1]], "held until the store lets go"
     assert store.allocator.usage().live_bytes == PAGE
@@ -75,7 +76,8 @@ async def test_memory_that_a_fill_hangs_on_is_not_used_again_before_its_end(devi
     assert store.apply([("release", "c", 0, [1]), ("evict", [1])]) == [[RELEASED], []]
     gate = faults.gates["get"] = threading.Event()
     place(store, 2)
-    assert await operations.fill(KEY.tenant, KEY.fingerprint, [(2, KEY.block_hash)]) == [None], "it is there still"
+    filling = operations.fill(KEY.tenant, KEY.fingerprint, [(2, KEY.block_hash)])
+    assert await out_of_time(filling, arrived(faults)) == [None], "it is there still"
     assert store.apply([("finish", "c", 0, [2], [None])]) == [[RELEASED]]
     assert store.allocator.usage().live_bytes == PAGE
     gate.set()
@@ -119,8 +121,7 @@ async def test_a_removal_that_hangs_is_told_as_an_error(device):
     faults.gates["delete"] = threading.Event()
     name = (1, KEY.tenant, KEY.fingerprint)
     assert await operations.carry_out(("forget", *name, [KEY.block_hash])) is True
-    async with asyncio.timeout(DEADLINE_S / 2):
-        answer = await operations.forgotten(*name)
+    answer = await out_of_time(operations.forgotten(*name))
     assert answer[:2] == ("error", "TierError")
 
 

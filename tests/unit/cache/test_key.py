@@ -82,7 +82,7 @@ def test_a_fingerprint_does_not_depend_on_the_process() -> None:
             capture_output=True,
             text=True,
             check=True,
-            timeout=60,
+            timeout=240,
         ).stdout.strip()
         for seed in ("1", "2")
     }

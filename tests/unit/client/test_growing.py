@@ -40,7 +40,7 @@ class Arena:
 
     def withdraw(self, pages: list[Any]) -> None:
         self.withdrawing.set()
-        assert self.may_withdraw.wait(10)
+        assert self.may_withdraw.wait(60)
         self.withdrawn += pages
 
 
@@ -92,7 +92,7 @@ async def test_a_resize_that_is_cancelled_after_its_answer_came_is_shown_whole()
     with pytest.raises(asyncio.CancelledError):
         await resizing
     arena.may_withdraw.set()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not connection.mapped:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
     assert arena.withdrawn == [(2, 3), (3, 4)]

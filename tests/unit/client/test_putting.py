@@ -39,7 +39,7 @@ def copying(monkeypatch):
 
     def copy(*_):
         began.set()
-        assert end.wait(30)
+        assert end.wait(60)
         events.append("copied")
 
     monkeypatch.setattr(putting, "copy_blocks", copy)
@@ -94,7 +94,7 @@ async def test_memory_is_not_released_while_one_of_several_copies_runs(monkeypat
         if destinations == [0]:
             failed.set()
             raise ZeroDivisionError
-        assert end.wait(30)
+        assert end.wait(60)
         events.append("copied")
 
     monkeypatch.setattr(putting, "copy_blocks", copy)

@@ -23,7 +23,7 @@ class Method:
 
     async def answer(self, value):
         """Answer the next call, once it is made."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             answer = await self._open.get()
         if isinstance(value, Exception):
             answer.set_exception(value)
@@ -61,7 +61,7 @@ async def test_closing_tells_everyone_who_waits(waiting):
     requests.close()
     for caller in [*callers, asyncio.create_task(requests.wait(3))]:
         with pytest.raises(CacheStateError, match="connection was closed"):
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 await caller
 
 

@@ -43,7 +43,7 @@ def doctor(home: Path, tmp_path: Path) -> Doctor:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("KVPOOL_", "RAY_"))}
         done = subprocess.run(
             [*wrapper, sys.executable, "-c", f"import sys\n{before}\n{COMMAND}", *map(str, arguments)],
-            capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path,
+            capture_output=True, text=True, timeout=240, check=False, cwd=tmp_path,
             env={**kept, "HOME": str(home), **{name: str(value) for name, value in environment.items()}},
         )  # fmt: skip
         assert done.returncode in (0, 1), done.stderr
@@ -105,7 +105,7 @@ for pages in range(520, 550):
         outcome = "refused"
     print(outcome, check_nofile(gather([]), plan, "here").result)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240, check=True)
     assert set(done.stdout.splitlines()) == {"starts ok", "refused failed"}
 
 
@@ -282,7 +282,7 @@ def test_the_token_is_the_one_that_ray_finds(home: Path, tmp_path: Path) -> None
             env=kept | environment,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=240,
             check=False,
         )
         token = find_token(environment, Path(environment["HOME"]))
@@ -322,7 +322,7 @@ def test_drivers(tmp_path: Path, init: int, driver: Driver) -> None:
     library = tmp_path / "libcuda.so.1"
     (tmp_path / "cuda.c").write_text(LIBRARY)
     build = ["cc", "-shared", "-fPIC", f"-DINIT={init}", "-o", str(library), str(tmp_path / "cuda.c")]
-    subprocess.run(build, check=True, timeout=60)
+    subprocess.run(build, check=True, timeout=240)
     assert probe_driver(str(library)) == driver
 
 

@@ -20,7 +20,7 @@ from kvpool.memory.host import HostBackend
 from kvpool.memory.page_server import PageServer
 
 TOKEN = "the right token"
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 
 
 def open_pages() -> int:

@@ -281,7 +281,7 @@ def test_an_exported_page_is_shared_with_another_process(backend: Backend, size:
         ours.send(b"x")
         assert ours.recv(100) == b"still"
         ours.shutdown(socket.SHUT_RDWR)
-        assert peer.wait(30) == 0
+        assert peer.wait(60) == 0
 
 
 def test_importing_what_is_no_page_is_refused_and_closes_it(backend: Backend, size: int) -> None:

@@ -24,8 +24,8 @@ TOKEN = "the right token"
 @pytest.fixture
 def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
     left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    left.settimeout(10)
-    right.settimeout(10)
+    left.settimeout(60)
+    right.settimeout(60)
     yield left, right
     left.close()
     right.close()
@@ -140,7 +140,7 @@ class Talker:
         heard: asyncio.Future[None] = loop.create_future()
         loop.add_reader(self.socket, lambda: heard.done() or heard.set_result(None))
         try:
-            await asyncio.wait_for(heard, 10)
+            await asyncio.wait_for(heard, 60)
         finally:
             loop.remove_reader(self.socket)
         message, descriptors = channel.recv_pages(self.socket)

@@ -42,7 +42,7 @@ def read(arena: ClientArena, index: int, access: Access = READ, size: int = 5) -
 
 async def until(true: Any) -> None:
     """For what the server does without telling its owner."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not true():  # noqa: ASYNC110
             await asyncio.sleep(0)
 

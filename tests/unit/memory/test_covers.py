@@ -77,12 +77,12 @@ def test_an_end_in_another_thread_does_not_wait_for_a_cover(zeros, covers) -> No
     def wait() -> None:
         zeros.meanwhile = lambda: None
         within.set()
-        assert ended.wait(10)
+        assert ended.wait(60)
 
     zeros.meanwhile = wait
     covering = threading.Thread(target=covers.show, args=(0, 8, 4, WRITE))
     covering.start()
-    assert within.wait(10)
+    assert within.wait(60)
     covers.end(0, 4)
     ended.set()
     covering.join()

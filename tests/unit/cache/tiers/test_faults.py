@@ -6,7 +6,8 @@ import shutil
 import threading
 
 import pytest
-from disk_stores import DEADLINE_S, FaultyFolder, key_of
+from disk_stores import DEADLINE_S, FaultyFolder, arrived, key_of
+from loop_clock import LONG_S, out_of_time
 
 from kvpool.cache.disk.folder import folder_at
 from kvpool.cache.disk.tier import DiskTier
@@ -14,7 +15,6 @@ from kvpool.cache.host_index import Kind
 
 PAGE = 64 << 10
 URL = "faulty://tier"
-LONG_S = 1000.0
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 DENIED = PermissionError(errno.EACCES, "Permission denied")
@@ -143,10 +143,10 @@ async def test_what_cannot_wait_for_a_slow_store_is_dropped_and_told(open_device
 
 
 async def test_without_a_host_tier_a_slow_store_never_sees_the_memory_that_is_used_again(open_device, faults):
-    device = await open_device(0, URL, patience_s=0.05)
+    device = await open_device(0, URL, patience_s=LONG_S)
     gate = faults.gates["put"] = threading.Event()
-    assert await device.demote(*range(12)) == [False] * 12  # and the memory is overwritten
-    device.tiers._demotion.patience_s = LONG_S
+    demoting = device.demote(*range(12))
+    assert await out_of_time(demoting, arrived(faults)) == [False] * 12  # and the memory is overwritten
     async with asyncio.timeout(DEADLINE_S):
         assert not any(await device.demote(*range(20, 32)))
     gate.set()
@@ -179,8 +179,7 @@ async def test_a_cancelled_fill_returns_when_no_thread_writes_to_its_memory_any_
     await device.demote(*range(12))
     gate = faults.gates["get"] = threading.Event()
     filling = asyncio.create_task(device.fill(*range(12)))
-    for _ in range(4):  # as many as there are threads
-        assert await asyncio.to_thread(faults.arrived.acquire, timeout=DEADLINE_S)
+    await arrived(faults, 4)  # as many as there are threads
     filling.cancel()
     done, _ = await asyncio.wait((filling,), timeout=0.01)
     assert not done
@@ -239,7 +238,7 @@ async def test_closing_with_a_store_that_hangs_waits_for_its_threads_only(open_d
     device = await open_device(0, URL)
     gate = faults.gates["put"] = threading.Event()
     writing = [asyncio.create_task(device.tiers.write_through([device.written(number)])) for number in range(20)]
-    assert await asyncio.to_thread(faults.arrived.acquire, timeout=DEADLINE_S)
+    await arrived(faults)
     closing = asyncio.create_task(device.tiers.close())
     await asyncio.sleep(0)
     assert device.found(0) == [None]

@@ -4,7 +4,7 @@ import asyncio
 import threading
 
 import pytest
-from disk_stores import DEADLINE_S, FaultyFileSystem, content_of, key_of
+from disk_stores import DEADLINE_S, FaultyFileSystem, arrived, content_of, key_of
 
 from kvpool.cache.disk.leftovers import Leftovers
 from kvpool.errors import TierError
@@ -12,11 +12,6 @@ from kvpool.memory.copying import view_at
 
 PAGE = 64 << 10
 URL = "faulty://tier"
-
-
-async def arrived(faults):
-    """Return when an operation of the store waits at a gate."""
-    assert await asyncio.to_thread(faults.arrived.acquire, timeout=DEADLINE_S)
 
 
 def files():

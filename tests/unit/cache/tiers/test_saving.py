@@ -2,7 +2,8 @@
 
 import threading
 
-from disk_stores import key_of
+from disk_stores import arrived, key_of
+from loop_clock import LONG_S, out_of_time
 
 URL = "faulty://tier"
 FULL = OSError(28, "No space left on device")
@@ -40,10 +41,11 @@ async def test_what_cannot_be_written_is_told_and_stays_in_the_host(open_device,
 
 
 async def test_a_store_that_hangs_keeps_its_entries_and_nobody_waiting(open_device, faults):
-    device = await open_device(8, URL, watermark=1.0, deadline_s=0.05)
+    device = await open_device(8, URL, watermark=1.0, deadline_s=LONG_S)
     await device.demote(1, 2)
     gate = faults.gates["put"] = threading.Event()
-    assert [error.details["cause"] for error in await device.tiers.save(None)] == ["timeout"] * 2
+    errors = await out_of_time(device.tiers.save(None), arrived(faults, 2))
+    assert [error.details["cause"] for error in errors] == ["timeout"] * 2
     entry = device.host.index.get(key_of(1))
     assert entry.holds == 1, "a thread reads it"
     gate.set()
