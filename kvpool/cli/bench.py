@@ -109,7 +109,7 @@ def evict(json_path: str | None) -> None:
 @bench.command()
 @click.option(
     "--trace",
-    type=click.Path(exists=True, path_type=Path),
+    type=click.Path(path_type=Path),
     help="Sizes of one pattern: the tokens of these requests. Default: the Mooncake conversations in the folder "
     "KVPOOL_TRACES, if it is set, else generated ones.",
 )
