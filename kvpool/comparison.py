@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from kvpool.errors import ConfigError
 from kvpool.simulate import SimulationRow, offline_bound, simulate
+from kvpool.sizes import format_count
 from kvpool.workload import TraceRequest
 
 BOUND = "offline bound"
@@ -220,4 +221,4 @@ def write(title: str, payload: dict[str, Any], table: Sequence[ComparisonRow], f
 
 
 def _name(capacity: float) -> str:
-    return f"{capacity:,} blocks" if isinstance(capacity, int) else f"{100 * capacity:g} %"
+    return format_count(capacity, "block") if isinstance(capacity, int) else f"{100 * capacity:g} %"

@@ -14,6 +14,7 @@ from kvpool.cache.index import CacheIndex
 from kvpool.cache.key import BlockHash, CacheKey, encode_block_id
 from kvpool.cache.table import NO_ROW
 from kvpool.errors import InvalidRequestError
+from kvpool.sizes import format_count
 from kvpool.workload import TraceRequest, unique_blocks
 
 _REPORT_EVERY = 256
@@ -261,7 +262,8 @@ def _unique_blocks(requests: Sequence[TraceRequest]) -> int:
     unique = unique_blocks(requests)
     if not unique:
         raise InvalidRequestError(
-            f"none of the {len(requests)} requests names a block, so nothing can be hit: use a trace with hash_ids"
+            f"of {format_count(len(requests), 'request')} none names a block, so nothing can be hit: use a "
+            "trace with hash_ids"
         )
     return unique
 

@@ -15,6 +15,7 @@ from kvpool.cli.options import JSON
 from kvpool.cli.output import print_rows, progress, write_json
 from kvpool.comparison import Cell, as_json, compare, make_folder, printable, run_cells, write
 from kvpool.simulate import SimulationRow, capacity_in_blocks
+from kvpool.sizes import format_count
 from kvpool.workload import generate, read_trace, unique_blocks
 
 _ALL = "all"
@@ -126,7 +127,7 @@ def simulate(
     ]
     with progress(f"simulating {workload}", total=len(cells) * len(requests)) as report:
         rows = run_cells(requests, cells, processes or len(os.sched_getaffinity(0)), report)
-    title = f"{workload}: {len(requests):,} requests, {unique:,} unique blocks"
+    title = f"{workload}: {format_count(len(requests), 'request')}, {format_count(unique, 'unique block')}"
     if not comparing:
         if json_path is not None:
             write_json(json_path, {"rows": rows})

@@ -14,6 +14,7 @@ from kvpool.client.view import open_view
 from kvpool.errors import KvpoolError, PoolUnavailableError, TierError, from_wire
 from kvpool.memory.backend import Access
 from kvpool.memory.dlpack import MappedTensorSource, as_numpy, as_torch
+from kvpool.sizes import format_count
 
 if TYPE_CHECKING:
     import numpy
@@ -41,7 +42,8 @@ class LeasedBlocks:
 
     def __repr__(self) -> str:
         state = ", released" if self._lease.released else ""
-        return f"<{type(self).__name__} of {self._spec.name}: {self.num_blocks} blocks{self._also()}{state}>"
+        blocks = format_count(self.num_blocks, "block")
+        return f"<{type(self).__name__} of {self._spec.name}: {blocks}{self._also()}{state}>"
 
     def _also(self) -> str:
         return ""
@@ -290,6 +292,6 @@ def check_written(outcomes: Any) -> None:
         if outcome is not True:
             error = from_wire(outcome[1:])
             if isinstance(error, TierError) and error.details.get("cause") != "gone":
-                on_disk = f" (of {len(outcomes)} blocks the first {there} are on disk)" if len(outcomes) > 1 else ""
+                on_disk = f" (on disk: the first {there} of {len(outcomes)} blocks)" if len(outcomes) > 1 else ""
                 raise TierError(f"sealed and in the pool, but not durable: {error.message}{on_disk}", **error.details)
             raise error

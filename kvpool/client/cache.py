@@ -30,7 +30,7 @@ from kvpool.memory.backend import Access
 from kvpool.memory.dlpack import MappedTensorSource, as_numpy, as_torch, check_shape, dtype_name, tensor_bytes
 from kvpool.memory.extents import Extents, checked, front
 from kvpool.memory.packing import shares_pages
-from kvpool.sizes import format_size, parse_size
+from kvpool.sizes import format_count, format_size, parse_size
 
 if TYPE_CHECKING:
     import numpy
@@ -267,7 +267,8 @@ class VirtualKVCache:
         if known is not None:
             raise CacheStateError(
                 f"cannot {kind} cache {self.id}: its block allocator decides what is backed, and hands it out "
-                f"({known.used_blocks} blocks are in use): reserve() or trim() them there, or close() it first",
+                f"(in use: {format_count(known.used_blocks, 'block')}): reserve() or trim() them there, "
+                "or close() it first",
                 cache_id=self.id,
             )
 

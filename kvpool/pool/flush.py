@@ -15,7 +15,7 @@ from kvpool.errors import InvalidatedError, TierError, UnknownCacheError
 from kvpool.pool.durability import Durability
 from kvpool.pool.instructions import Answer, Batch, Move
 from kvpool.pool.ledger import Ledger
-from kvpool.sizes import MIB
+from kvpool.sizes import MIB, format_count
 
 STEP_CACHES = 256
 STEP_BYTES = 64 * MIB
@@ -161,7 +161,8 @@ class Flushes:
             self._ledger.answer(work.batch, 0, figures)
             return
         error = TierError(
-            f"{work.failed} caches are not on disk, {work.caches} are; the first: {work.error[2]}",
+            f"not on disk: {format_count(work.failed, 'cache')}, on disk: {work.caches:,}; the first that is not: "
+            f"{work.error[2]}",
             cause=work.error[3].get("cause", "device"),
             failed=work.failed,
             **figures,

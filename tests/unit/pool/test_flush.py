@@ -71,7 +71,7 @@ def test_what_cannot_be_written_is_told(pool):
     pool.shelves[0].persist = lambda *arguments: [*real(*arguments)[:-2], error, error]
     kind, name, message, details = pool.flush()
     assert (kind, name, details["failed"], details["cause"]) == ("error", "TierError", 2, "ENOSPC")
-    assert "2 caches are not on disk" in message
+    assert "not on disk: 2 caches, on disk: " in message
 
 
 def test_without_tiers_there_is_nothing_to_write_to():
