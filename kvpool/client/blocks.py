@@ -88,7 +88,11 @@ class LeasedBlocks:
         ]
 
     def tensors(self) -> list[torch.Tensor]:
-        """Return a torch tensor over each block, without a copy."""
+        """Return a torch tensor over each block, without a copy.
+
+        The first tensor of a process imports torch, if nothing has: a second or more in which its event loop stands
+        still. Import it at the start.
+        """
         return [as_torch(view) for view in self._views()]
 
     def numpy(self) -> list[numpy.ndarray[Any, Any]]:

@@ -127,6 +127,9 @@ class VirtualKVCache:
     ) -> torch.Tensor:
         """Return a torch tensor over the cache's memory, without a copy.
 
+        The first tensor of a process imports torch, if nothing has: a second or more in which its event loop stands
+        still. Import it at the start.
+
         Parameters
         ----------
         dtype
