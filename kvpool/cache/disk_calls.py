@@ -11,6 +11,7 @@ from kvpool.cache.disk.batches import Request
 from kvpool.cache.disk.packing import Write
 from kvpool.cache.disk.reading import Read
 from kvpool.cache.disk.tier import DiskTier
+from kvpool.cache.disk.writer import FULL
 from kvpool.cache.gathering import all_of, settle
 from kvpool.cache.parties import is_small, parties
 from kvpool.cache.source import Source
@@ -93,8 +94,31 @@ class DiskCalls:
         return [outcome(*each) for each in await self._call(targets, "reading", self._reads, made, read)]
 
     async def write_through(self, sources: Sequence[Source]) -> list[TierError | None]:
-        """Store caches so that they survive a failure of power; returns for each why not, if not."""
+        """Store caches so that they survive a failure of power; returns for each why not, if not.
 
+        A pack is there as a whole or not at all, and what is written at the same moment fills a disk together. So of
+        what the store had no room for, the front is tried again: as much as fits, by halves.
+        """
+        errors = await self._write(sources)
+        refused = [
+            place for place, error in enumerate(errors) if error is not None and error.details.get("cause") in FULL
+        ]
+        keys = [source.key for source in sources]
+        self._disk.keep(keys)  # or what is stored would go for what is tried next
+        try:
+            count = len(refused) // 2
+            while count:
+                again = await self._write([sources[place] for place in refused[:count]])
+                for place, error in zip(refused, again, strict=False):
+                    errors[place] = error
+                stored = next((number for number, error in enumerate(again) if error is not None), count)
+                refused = refused[stored:]
+                count = min(count, len(refused)) if stored == count else count // 2
+        finally:
+            self._disk.unkeep(keys)
+        return errors
+
+    async def _write(self, sources: Sequence[Source]) -> list[TierError | None]:
         def made(source: Source) -> Write:
             return Write(source.key, source.parent, source.view(), durable=True)
 

@@ -297,5 +297,6 @@ def check_written(outcomes: Any) -> None:
             error = from_wire(outcome[1:])
             if isinstance(error, TierError) and error.details.get("cause") != "gone":
                 on_disk = f" (on disk: the first {there} of {len(outcomes)} blocks)" if len(outcomes) > 1 else ""
-                raise TierError(f"sealed and in the pool, but not durable: {error.message}{on_disk}", **error.details)
+                told = f"sealed and in the pool, but not durable: {error.message}{on_disk}"
+                raise TierError(told, **error.details | {"blocks_on_disk": there})
             raise error

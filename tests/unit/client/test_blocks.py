@@ -119,6 +119,6 @@ def test_what_is_not_durable_is_not_said_to_be_lost() -> None:
     told = r"sealed and in the pool, but not durable: it does not fit \(on disk: the first 1 of 2 blocks\)"
     with pytest.raises(TierError, match=told) as caught:
         check_written([True, full])
-    assert caught.value.details == {"cause": "budget"}
+    assert caught.value.details == {"cause": "budget", "blocks_on_disk": 1}
     with pytest.raises(TierError, match=r"^block 1 is not in the pool any more"):
         check_written([("error", "TierError", "block 1 is not in the pool any more", {"cause": "gone"})])
