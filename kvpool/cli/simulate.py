@@ -100,7 +100,8 @@ def simulate(
     Without TRACE it is the multi-turn workload that 'kvpool replay' generates. The prefix hit ratio is that of a pool
     with so much memory: leading resident blocks / all blocks, looked up before a request changes anything. Several
     policies, seeds, or --out give a comparison by capacity beside the offline bound, which no policy can pass that does
-    not know the future.
+    not know the future. With --host-capacity it is the bound of both tiers together: of the host it is assumed that
+    whatever it holds comes up in time, of a chain no more is hit than the device has room for.
     """
     given = [name.strip() for policy in policies for name in policy.split(",")]
     names = dict.fromkeys(
