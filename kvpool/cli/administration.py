@@ -121,7 +121,8 @@ def ls(
                 "limit_bytes": _size(each["limit_bytes"]), "bytes": format_size(each["bytes"])}
         for each in listed["models"]
     ]  # fmt: skip
-    print_rows(f"models of pool {name}", [_without(each, "fingerprint") for each in models])
+    if models:
+        print_rows(f"models of pool {name}", [_without(each, "fingerprint") for each in models])
     if listed["caches"]:
         rows = [
             each | {"id": str(each["id"]), "key": format_key(each["key"]) if each["key"] else None,
@@ -221,8 +222,8 @@ def evict(
         write_json(json_path, went)
         return
     click.echo(
-        f"{format_count(went['caches'], 'cache')} evicted, {format_size(went['bytes'])}; held, and not evicted: "
-        f"{went['leased_caches']:,}, {format_size(went['leased_bytes'])}"
+        f"{format_count(went['caches'], 'cache')} evicted, {format_size(went['bytes'])}; held, so not evicted: "
+        f"{format_count(went['leased_caches'], 'cache')}, {format_size(went['leased_bytes'])}"
     )
 
 

@@ -37,7 +37,7 @@ def doctor(json_path: str | None, here: bool, **settings: Any) -> None:
     else:
         names = ("check", "where", "result", "found", "needed")
         rows = [{name: finding.to_row()[name] for name in names} for finding in findings]
-        print_rows(f"pool {config.name} on {config.devices}", rows)
+        print_rows(f"what pool {config.name} needs, configured here as {config.devices}", rows)
         for finding in findings:
             if finding.result != OK:
                 click.echo(f"{finding.check}, {finding.where}: {finding.mend}")

@@ -13,7 +13,7 @@ from kvpool.cache.guarded_policy import make_policy
 from kvpool.cache.index import CacheIndex
 from kvpool.cli.options import JSON
 from kvpool.cli.output import print_rows, progress, write_json
-from kvpool.comparison import Cell, as_json, compare, make_folder, printable, run_cells, write
+from kvpool.comparison import Cell, as_json, compare, heading, make_folder, printable, run_cells, write
 from kvpool.simulate import SimulationRow, capacity_in_blocks
 from kvpool.sizes import format_count
 from kvpool.workload import generate, read_trace, unique_blocks
@@ -141,6 +141,6 @@ def simulate(
         write_json(json_path, payload)
     else:
         print_rows(title, _printable(rows))
-        print_rows("prefix hits, % of all blocks, by capacity", printable(table, capacities))
+        print_rows(heading(rows), printable(table, capacities))
     for file in write(title, payload, table, out) if out is not None else []:
         click.echo(f"wrote {file}", err=True)

@@ -152,6 +152,13 @@ def test_several_policies_are_compared_beside_the_bound(
         assert text in result.stdout
 
 
+def test_a_comparison_says_that_there_is_a_host_tier(trace: Path) -> None:
+    arguments = ("--policy", "lru,lfu", "--capacity", "0.1", "--processes", 1)
+    assert "host memory" not in call("simulate", trace, *arguments).stdout
+    result = call("simulate", trace, *arguments, "--host-capacity", 40)
+    assert "by capacity, with 40 blocks of host memory below" in " ".join(result.stdout.split())
+
+
 def test_a_policy_in_the_working_directory_is_found_beside_others(trace: Path, own_policies: None) -> None:
     result = call("simulate", trace, "--policy", "some_policies:latest,LRU", "--capacity", "30", "--json", "-")
     assert result.exit_code == 0, result.stderr
