@@ -110,7 +110,7 @@ async def test_who_holds_what_is_shown_and_revoked(cli: Cli, filled) -> None:
         refused = await cli("leases", *on, "--tenant", "elsewhere", "--revoke", filled.client_id, code=2)
         assert "no client" in refused.stderr
         revoked = await cli("leases", *on, "--revoke", filled.client_id)
-        assert f"{filled.client_id} held 1 caches, 1 MiB: revoked" in revoked.stdout
+        assert f"{filled.client_id} held 1 cache, 1 MiB: revoked" in revoked.stdout
 
 
 async def test_content_is_evicted_invalidated_and_trimmed(cli: Cli, filled) -> None:
