@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from kvpool.errors import ConfigError
 from kvpool.simulate import SimulationRow, offline_bound, simulate
+from kvpool.sizes import format_count
 from kvpool.workload import TraceRequest
 
 BOUND = "offline bound"
@@ -130,6 +131,13 @@ def compare(
     return [*table, ComparisonRow(BOUND, bounds, (0.0,) * len(bounds))]
 
 
+def heading(rows: Sequence[SimulationRow]) -> str:
+    """Return what the table of a comparison says, also of a host tier that all rows have below the device."""
+    below = rows[0]["host_capacity_blocks"] if rows else 0
+    host = f", with {format_count(below, 'block')} of host memory below" if below else ""
+    return f"prefix hits, % of all blocks, by capacity{host}"
+
+
 def printable(table: Sequence[ComparisonRow], capacities: Sequence[float]) -> list[dict[str, str]]:
     """Return the rows of a table for people: percent, with the deviation where there are several seeds."""
     lines = []
@@ -184,7 +192,7 @@ def write(title: str, payload: dict[str, Any], table: Sequence[ComparisonRow], f
     capacities = payload["capacities"]
     lines = printable(table, capacities)
     header = list(lines[0])
-    text = [f"# {title}", "", "Prefix hits, % of all blocks, by capacity.", ""]
+    text = [f"# {title}", "", f"{heading(payload['rows']).capitalize()}.", ""]
     text += [f"| {' | '.join(header)} |", f"|---|{'---:|' * (len(header) - 1)}"]
     text += [f"| {' | '.join(line.values())} |" for line in lines]
     written = [folder / "simulate.json", folder / "simulate.md"]
@@ -220,4 +228,4 @@ def write(title: str, payload: dict[str, Any], table: Sequence[ComparisonRow], f
 
 
 def _name(capacity: float) -> str:
-    return f"{capacity:,} blocks" if isinstance(capacity, int) else f"{100 * capacity:g} %"
+    return format_count(capacity, "block") if isinstance(capacity, int) else f"{100 * capacity:g} %"

@@ -14,6 +14,7 @@ from kvpool.cache.index import CacheIndex
 from kvpool.cache.key import BlockHash, CacheKey, encode_block_id
 from kvpool.cache.table import NO_ROW
 from kvpool.errors import InvalidRequestError
+from kvpool.sizes import format_count
 from kvpool.workload import TraceRequest, unique_blocks
 
 _REPORT_EVERY = 256
@@ -79,7 +80,8 @@ def capacity_in_blocks(capacity: float, unique: int) -> int:
 def offline_bound(requests: Sequence[TraceRequest], capacity: float, host_capacity: float | None = None) -> float:
     """Return the prefix hit ratio that no policy can pass at that capacity, because it would take the future.
 
-    With a host tier, that of both together: what lies in either is a hit.
+    With a host tier, that of both together: what lies in either is a hit, but a hit is on the device as a whole in the
+    end. So of a chain no more than ``capacity`` blocks are ever hit, from the first on, however large the host is.
 
     Raises
     ------
@@ -88,10 +90,10 @@ def offline_bound(requests: Sequence[TraceRequest], capacity: float, host_capaci
     """
     unique = _unique_blocks(requests)
     capacity_blocks = capacity_in_blocks(capacity, unique)
+    chains = [request.hash_ids[:capacity_blocks] for request in requests]
     if host_capacity is not None:
         capacity_blocks = min(capacity_blocks + capacity_in_blocks(host_capacity, unique), unique)
-    chains = [request.hash_ids for request in requests]
-    return most_prefix_hits(chains, capacity_blocks) / sum(map(len, chains))
+    return most_prefix_hits(chains, capacity_blocks) / sum(len(request.hash_ids) for request in requests)
 
 
 def simulate(
@@ -261,7 +263,8 @@ def _unique_blocks(requests: Sequence[TraceRequest]) -> int:
     unique = unique_blocks(requests)
     if not unique:
         raise InvalidRequestError(
-            f"none of the {len(requests)} requests names a block, so nothing can be hit: use a trace with hash_ids"
+            f"of {format_count(len(requests), 'request')} none names a block, so nothing can be hit: use a "
+            "trace with hash_ids"
         )
     return unique
 

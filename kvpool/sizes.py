@@ -1,4 +1,4 @@
-"""Sizes as people write them: ``"256MiB"`` to bytes and back."""
+"""Sizes and counts as people write them: ``"256MiB"`` to bytes and back, ``"1 cache"``, ``"1,000 caches"``."""
 
 from __future__ import annotations
 
@@ -65,3 +65,8 @@ def format_size(size_bytes: int) -> str:
 def round_up(size_bytes: int, multiple: int) -> int:
     """Return the smallest multiple of ``multiple`` that is at least ``size_bytes``."""
     return -(-size_bytes // multiple) * multiple
+
+
+def format_count(count: int, noun: str) -> str:
+    """Return a count with its noun, which takes an s but for one: ``"1 cache"``, ``"0 caches"``, ``"1,000 caches"``."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -11,6 +11,7 @@ import gzip
 import json
 import math
 import random
+import stat
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
@@ -22,6 +23,10 @@ from kvpool.errors import InvalidRequestError, TraceFormatError
 
 _MOST_ID = 1 << 8 * HASH_BYTES
 _ROOT = -1  # predecessor of a first block
+_KINDS = (
+    "a trace is named .jsonl (requests with block ids, in Mooncake's format) or .csv (arrivals and lengths alone, in "
+    "that of Azure's traces), or the same with .gz"
+)
 
 
 class TraceRequest(NamedTuple):
@@ -59,19 +64,23 @@ def read_trace(path: str | Path) -> Iterator[TraceRequest]:
     Raises
     ------
     InvalidRequestError
-        At once, if there is no such file or its suffix is none of these.
+        At once, if there is no such file, it cannot be read, or its suffix is none of these.
     TraceFormatError
         While reading, at the first line that cannot be used; ``details`` has ``file``, ``line`` and ``reason``.
     """
     path = Path(path)
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise InvalidRequestError(f"there is no trace file {path}: {_KINDS}", asked=str(path)) from None
+    except OSError as error:
+        raise InvalidRequestError(f"cannot read {path}: {error.strerror}", asked=str(path)) from None
+    if stat.S_ISDIR(mode):
+        raise InvalidRequestError(f"{path} is a folder, no trace file: {_KINDS}", asked=str(path))
     suffix = path.suffixes[-2] if path.suffix == ".gz" and len(path.suffixes) > 1 else path.suffix
     parse = _FORMATS.get(suffix)
     if parse is None:
-        raise InvalidRequestError(
-            f"cannot read {path}: a trace is a file named .jsonl or .csv, or the same with .gz", asked=str(path)
-        )
-    if not path.is_file():
-        raise InvalidRequestError(f"there is no trace file {path}", asked=str(path))
+        raise InvalidRequestError(f"cannot read {path}, by its name: {_KINDS}", asked=str(path))
     return _read(path, parse)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from fsspec import register_implementation
@@ -132,3 +133,19 @@ class FaultyFolder:
     def list(self, path: str) -> Iterator[Found]:
         self._faults.check("list")
         return self._folder.list(path)
+
+
+class SmallFolder(FaultyFolder):
+    """Any folder, on a disk with room for so many bytes more, which a file that does not fit leaves as it was."""
+
+    def __init__(self, url: str, room_bytes: int) -> None:
+        super().__init__(url, Faults())
+        self.room_bytes = room_bytes
+
+    def write(self, path: str, parts: Iterable[bytes | memoryview]) -> None:
+        written = [bytes(part) for part in parts]
+        size_bytes = sum(map(len, written))
+        if size_bytes > self.room_bytes:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.room_bytes -= size_bytes
+        self._folder.write(path, written)

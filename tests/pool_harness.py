@@ -93,7 +93,7 @@ class Shelf:
             "bytes": size_bytes,
             "evicted_before": 0,
             "evicted": 0,
-            "failed": 0,
+            "failed": [],
             "error": None,
         }
 

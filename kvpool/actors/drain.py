@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 
 from kvpool.errors import InvalidRequestError, PoolBusyError
 from kvpool.pool.leases import PINNER, RAISER
-from kvpool.sizes import format_size
+from kvpool.sizes import format_count, format_size
 
 _LOOK_S = 0.05
 """Time between two looks at the leases, seconds."""
@@ -48,9 +48,9 @@ async def drain(pool: str, leases: Callable[[], Awaitable[dict[str, int]]], wait
         if time.monotonic() >= deadline:
             who = ", ".join(f"{client}: {format_size(size)}" for client, size in sorted(held.items())[:8])
             raise PoolBusyError(
-                f"pool {pool!r} is in use by {len(held)} clients ({who}): release the leases, give it time to drain "
-                f"('kvpool stop --name {pool} --drain 60', delete(drain_s=60)), or end a client's leases "
-                f"('kvpool leases --name {pool} --revoke CLIENT')",
+                f"pool {pool!r} is in use by {format_count(len(held), 'client')} ({who}): release the leases, "
+                f"give it time to drain ('kvpool stop --name {pool} --drain 60', delete(drain_s=60)), "
+                f"or end a client's leases ('kvpool leases --name {pool} --revoke CLIENT')",
                 leases=held,
             )
         await asyncio.sleep(min(_LOOK_S, max(deadline - time.monotonic(), 0.0)))

@@ -226,8 +226,8 @@ class LowerOperations:
         """Write what a tenant, or anyone, has in host memory through to the disk.
 
         Returns ``{"caches", "bytes"}``, what lies on disk then; ``"evicted_before"`` and ``"evicted"``, how many files
-        the disk had ever dropped for want of room at the begin and the end of this; ``"failed"`` and ``"error"``, how
-        many could not be written, and the first error.
+        the disk had ever dropped for want of room at the begin and the end of this; ``"failed"`` and ``"error"``, the
+        keys of what could not be written, as tuples, and the first error.
         """
         before = self._evicted()
         errors = await self._tiers.save(tenant)
@@ -237,8 +237,8 @@ class LowerOperations:
             "bytes": size_bytes,
             "evicted_before": before,
             "evicted": self._evicted(),
-            "failed": len(errors),
-            "error": ("error", *errors[0].to_wire()) if errors else None,
+            "failed": [tuple(key) for key in errors],
+            "error": next((("error", *error.to_wire()) for error in errors.values()), None),
         }
 
     def _evicted(self) -> int:

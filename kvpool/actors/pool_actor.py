@@ -96,13 +96,17 @@ class PoolActor(Administration):
     # -- the pool as a whole --------------------------------------------------------------------------------------
 
     async def start(self) -> dict[str, Any]:
-        """Start the devices, once; returns :meth:`describe`.
+        """Start the devices, once; returns :meth:`describe`, and as ``"began"`` whether it was this call that did it.
 
         Raises
         ------
         UnknownPolicyError, PolicyError
             If the policy is not to be had here.
         """
+        began = self._started is None
+        return await self._running() | {"began": began}
+
+    async def _running(self) -> dict[str, Any]:
         self._check_not_ended()
         if self._unusable is not None:
             raise self._unusable
@@ -172,7 +176,7 @@ class PoolActor(Administration):
         """
         try:
             self._check_not_ended()
-            described = await self.start()
+            described = await self._running()
         except KvpoolError as error:
             return {"error": error.to_wire()}
         if client["protocol"] != PROTOCOL_VERSION:

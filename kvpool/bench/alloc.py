@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import count
 from typing import Any
 
 from kvpool.bench.rows import row
@@ -18,6 +20,7 @@ from kvpool.memory.host import HostBackend
 from kvpool.sizes import KIB, MIB, format_size
 
 _ROUNDS = 5
+STEPS = 10 * _ROUNDS
 _PAIRS = 100_000
 _LIVE = 2_000
 _MIN_BLOCK_BYTES = 4 * KIB
@@ -27,32 +30,44 @@ _PAGE_BYTES = 2 * MIB
 Churn = Sequence[tuple[int, int]]
 
 
-def run() -> dict[str, Any]:
-    """Return ``{"bench": "alloc", "rows": [...]}``; each row has name, value, unit, baseline and ratio."""
-    rng = random.Random(0)
-    arena_bytes = _MIN_BLOCK_BYTES << 20
+def run(on_progress: Callable[[int], None] = lambda _done: None) -> dict[str, Any]:
+    """Return ``{"bench": "alloc", "rows": [...]}``; each row has name, value, unit, baseline and ratio.
+
+    Parameters
+    ----------
+    on_progress
+        Told how many of :data:`STEPS` are done.
+    """
+    done = count(1)
     rows: list[dict[str, Any]] = []
-    for size_bytes in (4 * KIB, 64 * KIB, MIB):
-        churn = [(rng.randrange(_LIVE), size_bytes) for _ in range(_PAIRS)]
-        rows.append(_measure(f"buddy, {format_size(size_bytes)}", _buddy(arena_bytes, churn), churn))
-    powers = [_MIN_BLOCK_BYTES << order for order in range(8)]
-    churn = [(rng.randrange(_LIVE), rng.choice(powers)) for _ in range(_PAIRS)]
-    rows.append(_measure("buddy, churn of 8 orders", _buddy(arena_bytes, churn), churn))
-    churn = [(rng.randrange(_LIVE), rng.randrange(1, 128 * _MIN_BLOCK_BYTES)) for _ in range(_PAIRS)]
-    rows.append(_measure("buddy, churn of any sizes", _buddy(arena_bytes, churn), churn))
-    rows.append(_measure("buddy, split and merge through 20 orders", _split_and_merge, _alone(_MIN_BLOCK_BYTES)))
-    for size_bytes in (64 * KIB, _PAGE_BYTES, 8 * _PAGE_BYTES):
-        pairs = _alone(size_bytes)
-        rows.append(_measure(f"memory, {format_size(size_bytes)}, warm", lambda: _memory(pairs, live=1), pairs))  # noqa: B023
-    small = [(rng.randrange(200), rng.choice((16, 64, 256, 1024)) * KIB) for _ in range(_PAIRS // 4)]
-    rows.append(_measure("memory, churn of caches below a page", lambda: _memory(small, live=200), small))
+    for name, measure, churn in _measurements():
+        seconds = []
+        for _ in range(_ROUNDS):
+            seconds.append(measure())
+            on_progress(next(done))
+        baseline_s = min(_dict(churn) for _ in range(_ROUNDS))
+        rows.append(row(name, len(churn) / min(seconds), "pairs/s", len(churn) / baseline_s))
     return {"bench": "alloc", "rows": rows}
 
 
-def _measure(name: str, measure: Callable[[], float], churn: Churn) -> dict[str, Any]:
-    value = len(churn) / min(measure() for _ in range(_ROUNDS))
-    baseline = len(churn) / min(_dict(churn) for _ in range(_ROUNDS))
-    return row(name, value, "pairs/s", baseline)
+def _measurements() -> Iterator[tuple[str, Callable[[], float], Churn]]:
+    """Yield the name of each row, what measures its seconds once, and the pairs of that."""
+    rng = random.Random(0)
+    arena_bytes = _MIN_BLOCK_BYTES << 20
+    for size_bytes in (4 * KIB, 64 * KIB, MIB):
+        churn: Churn = [(rng.randrange(_LIVE), size_bytes) for _ in range(_PAIRS)]
+        yield f"buddy, {format_size(size_bytes)}", _buddy(arena_bytes, churn), churn
+    powers = [_MIN_BLOCK_BYTES << order for order in range(8)]
+    churn = [(rng.randrange(_LIVE), rng.choice(powers)) for _ in range(_PAIRS)]
+    yield "buddy, churn of 8 orders", _buddy(arena_bytes, churn), churn
+    churn = [(rng.randrange(_LIVE), rng.randrange(1, 128 * _MIN_BLOCK_BYTES)) for _ in range(_PAIRS)]
+    yield "buddy, churn of any sizes", _buddy(arena_bytes, churn), churn
+    yield "buddy, split and merge through 20 orders", _split_and_merge, _alone(_MIN_BLOCK_BYTES)
+    for size_bytes in (64 * KIB, _PAGE_BYTES, 8 * _PAGE_BYTES):
+        churn = _alone(size_bytes)
+        yield f"memory, {format_size(size_bytes)}, warm", partial(_memory, churn, live=1), churn
+    churn = [(rng.randrange(200), rng.choice((16, 64, 256, 1024)) * KIB) for _ in range(_PAIRS // 4)]
+    yield "memory, churn of caches below a page", partial(_memory, churn, live=200), churn
 
 
 def _alone(size_bytes: int) -> Churn:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from itertools import count, islice
 from random import Random
@@ -44,11 +44,24 @@ CHAIN = 25
 _BLOCKS = 60_000  # looked up for the cost of each
 _POOL_BLOCKS = 50_000
 _ROUNDS = 40
+_PARTS = 40
+STEPS = len(POLICIES) * 2 * (_PARTS + _ROUNDS)
 _CLIENT = "bench"
 
 
-def run() -> dict[str, Any]:
-    """Return ``{"bench": "evict", "rows": [...]}``; takes a minute. The baseline of ADAPTIVE is LRU in the same run."""
+def run(on_progress: Callable[[int], None] = lambda _done: None) -> dict[str, Any]:
+    """Return ``{"bench": "evict", "rows": [...]}``; takes a minute. The baseline of ADAPTIVE is LRU in the same run.
+
+    Parameters
+    ----------
+    on_progress
+        Told how many of :data:`STEPS` are done.
+    """
+    done = count(1)
+
+    def step() -> None:
+        on_progress(next(done))
+
     rows: list[dict[str, Any]] = []
     baseline: dict[str, float] = {}
 
@@ -60,10 +73,10 @@ def run() -> dict[str, Any]:
         for policy in POLICIES:
             for length in (1, CHAIN):
                 kind = f"requests of {length}"
-                mean_us, longest_ms = _requests(policy, length)
+                mean_us, longest_ms = _requests(policy, length, step)
                 add(policy, f"{kind}: a block, {RESIDENT:,} resident", mean_us, "us")
                 add(policy, f"{kind}: the longest request", longest_ms, "ms")
-                evictions_ms = _evictions(policy, length)
+                evictions_ms = _evictions(policy, length, step)
                 evicted = f"{kind}: {EVICTED_BYTES // BLOCK_BYTES:,} blocks evicted at once"
                 add(policy, f"{evicted}, median of {_ROUNDS}", median(evictions_ms), "ms")
                 add(policy, f"{evicted}, p99", quantile(evictions_ms, 0.99), "ms")
@@ -72,7 +85,7 @@ def run() -> dict[str, Any]:
     return {"bench": "evict", "rows": rows}
 
 
-def _requests(policy: str, length: int) -> tuple[float, float]:
+def _requests(policy: str, length: int, on_step: Callable[[], None]) -> tuple[float, float]:
     """Return the mean microseconds a block, and the milliseconds of the longest request.
 
     Half of the requests are for what was stored lately or is popular, half are new; a full index evicts for these.
@@ -82,9 +95,15 @@ def _requests(policy: str, length: int) -> tuple[float, float]:
     _freeze()
     space = index.space("bench", "bench")
     chance = Random(1)
-    known = 0
+    known = told = 0
+    a_part = -(-(RESIDENT + _BLOCKS) // (length * _PARTS))
     spent = array("d")  # a list would be gone through by the collections that it is to time
-    while len(spent) < _BLOCKS // length:
+    for requests in count():
+        if requests and not requests % a_part:
+            told += 1
+            on_step()
+        if len(spent) >= _BLOCKS // length:
+            break
         full = len(index) >= RESIDENT - length
         again = full and chance.random() < 0.5
         number = int(known * (1 - chance.random() ** 2)) if again else known
@@ -95,6 +114,8 @@ def _requests(policy: str, length: int) -> tuple[float, float]:
         _request(index, space, chain, now)
         if full:
             spent.append(time.thread_time() - began)
+    for _ in range(told, _PARTS):
+        on_step()
     return 1e6 * sum(spent) / (len(spent) * length), 1e3 * max(spent)
 
 
@@ -132,7 +153,7 @@ def _request(index: CacheIndex, space: int, chain: Sequence[BlockHash], now: flo
     index.unpin(rows[::-1], now=now)
 
 
-def _evictions(policy: str, length: int) -> list[float]:
+def _evictions(policy: str, length: int, on_step: Callable[[], None]) -> list[float]:
     """Return for each round the milliseconds in which a pool decides what goes for 512 MiB, and takes it off the books.
 
     Between the rounds these are given back, and filled with blocks again, each request storing ``length``.
@@ -144,6 +165,7 @@ def _evictions(policy: str, length: int) -> list[float]:
         while pool.free_bytes >= length * BLOCK_BYTES:
             pool.store(_chain(next(numbers), length))
         spent.append(1e3 * pool.evict(EVICTED_BYTES))
+        on_step()
     return spent
 
 

@@ -63,20 +63,33 @@ class _Buddy:
         return self._buddy.largest_free_bytes
 
 
-def run(requests: Iterable[TraceRequest]) -> dict[str, Any]:
+def run(
+    patterns: Sequence[tuple[str, Sizes, float]], on_progress: Callable[[int], None] = lambda _done: None
+) -> dict[str, Any]:
     """Return ``{"bench": "fragmentation", "rows": [...]}``, one row a pattern.
+
+    Parameters
+    ----------
+    patterns
+        What :func:`patterns` returns.
+    on_progress
+        Told how many patterns are done.
+    """
+    rows = []
+    for pattern in patterns:
+        rows.append(_measure(*pattern))
+        on_progress(len(rows))
+    return {"bench": "fragmentation", "rows": rows}
+
+
+def patterns(requests: Iterable[TraceRequest]) -> list[tuple[str, Sizes, float]]:
+    """Return (name, sizes, share of the bytes that is leased).
 
     Parameters
     ----------
     requests
         Whose tokens give the sizes of one pattern.
     """
-    rows = [_measure(*pattern) for pattern in patterns(requests)]
-    return {"bench": "fragmentation", "rows": rows}
-
-
-def patterns(requests: Iterable[TraceRequest]) -> list[tuple[str, Sizes, float]]:
-    """Return (name, sizes, share of the bytes that is leased)."""
     tokens = [each.input_length + each.output_length for each in requests]
     rng = random.Random(0)
     uniform = [rng.randrange(1, _PAGE_BLOCKS) * _MIN_BLOCK_BYTES for _ in range(1 << 14)]

@@ -11,6 +11,7 @@ from kvpool.cache.disk.batches import Request
 from kvpool.cache.disk.packing import Write
 from kvpool.cache.disk.reading import Read
 from kvpool.cache.disk.tier import DiskTier
+from kvpool.cache.disk.writer import FULL
 from kvpool.cache.gathering import all_of, settle
 from kvpool.cache.parties import is_small, parties
 from kvpool.cache.source import Source
@@ -23,6 +24,8 @@ _PARTIES_AT_ONCE = 4
 """Of small caches, which the tier does together: as many as it has threads."""
 _PARTY_CACHES, _PARTY_BYTES = 128, 8 << 20
 """All of them are well below the bound of the tier's queue, where more would be misses."""
+_SILENT_SHARE = 10
+"""A tenth of the deadline is waited for a store that let one pass: or a flush would wait for each thread in turn."""
 _LONE_PARTY_CACHES = 16
 """Where each is a call of the store by itself, and all must be done within a deadline."""
 
@@ -32,6 +35,8 @@ class _Lanes:
 
     def __init__(self) -> None:
         self.large, self.small = asyncio.Semaphore(_LARGE_AT_ONCE), asyncio.Semaphore(_PARTIES_AT_ONCE)
+        self.silent = False
+        """Whether the store has answered nothing since one of them was given up."""
         self.late: dict[asyncio.Future[Any], object] = {}
         """Those that nobody waits for any more, with what stands for the thread that each still has, or a part of."""
 
@@ -63,7 +68,8 @@ class DiskCalls:
     under_way
         Where each cache is entered: a removal gives it up.
     deadline_s
-        How long a party, or one large cache, may take, from when its turn has come.
+        How long a party, or one large cache, may take, from when its turn has come; a tenth of that while the store has
+        answered nothing since one was given up.
     """
 
     def __init__(self, disk: DiskTier, under_way: UnderWay, deadline_s: float) -> None:
@@ -93,8 +99,31 @@ class DiskCalls:
         return [outcome(*each) for each in await self._call(targets, "reading", self._reads, made, read)]
 
     async def write_through(self, sources: Sequence[Source]) -> list[TierError | None]:
-        """Store caches so that they survive a failure of power; returns for each why not, if not."""
+        """Store caches so that they survive a failure of power; returns for each why not, if not.
 
+        A pack is there as a whole or not at all, and what is written at the same moment fills a disk together. So of
+        what the store had no room for, the front is tried again: as much as fits, by halves.
+        """
+        errors = await self._write(sources)
+        refused = [
+            place for place, error in enumerate(errors) if error is not None and error.details.get("cause") in FULL
+        ]
+        keys = [source.key for source in sources]
+        self._disk.keep(keys)  # or what is stored would go for what is tried next
+        try:
+            count = len(refused) // 2
+            while count:
+                again = await self._write([sources[place] for place in refused[:count]])
+                for place, error in zip(refused, again, strict=False):
+                    errors[place] = error
+                stored = next((number for number, error in enumerate(again) if error is not None), count)
+                refused = refused[stored:]
+                count = min(count, len(refused)) if stored == count else count // 2
+        finally:
+            self._disk.unkeep(keys)
+        return errors
+
+    async def _write(self, sources: Sequence[Source]) -> list[TierError | None]:
         def made(source: Source) -> Write:
             return Write(source.key, source.parent, source.view(), durable=True)
 
@@ -169,20 +198,24 @@ class DiskCalls:
     ) -> None:
         async with lanes.small if is_small(party[0].source.size_bytes) else lanes.large:
             if lanes.late_threads >= self._disk.threads:
-                self._give_up(party, what, lanes, overdue)
+                self._give_up(party, what, lanes, overdue, self._deadline_s)
                 return
             doing = asyncio.ensure_future(do(party))
+            patience_s = self._deadline_s / _SILENT_SHARE if lanes.silent else self._deadline_s
             try:
-                await asyncio.wait((doing,), timeout=self._deadline_s)
+                await asyncio.wait((doing,), timeout=patience_s)
             except asyncio.CancelledError:
                 await settle((doing,))
                 raise
+            lanes.silent = not any(call.request.done.done() for call in party)
             if doing.done():
                 doing.result()
             else:
-                self._give_up(party, what, lanes, overdue)
+                self._give_up(party, what, lanes, overdue, patience_s)
 
-    def _give_up(self, party: Sequence[_Call], what: str, lanes: _Lanes, overdue: dict[int, TierError]) -> None:
+    def _give_up(
+        self, party: Sequence[_Call], what: str, lanes: _Lanes, overdue: dict[int, TierError], waited_s: float
+    ) -> None:
         """Wait no more for what is not done."""
         for call in party:
             done = call.request.done
@@ -191,12 +224,13 @@ class DiskCalls:
             call.request.cancel()
             if not call.work.void:
                 name = call.source.key.block_hash.hex()
-                overdue[id(call)] = self._disk.overdue(f"{what} cache {name}", self._deadline_s)
+                overdue[id(call)] = self._disk.overdue(f"{what} cache {name}", waited_s)
             if not done.done():
                 lanes.late[done] = call.request.holder
                 self._late[call.source.address] = done
                 done.add_done_callback(partial(self._ended, lanes, call.source.address))
 
     def _ended(self, lanes: _Lanes, address: int, done: asyncio.Future[Any]) -> None:
+        lanes.silent = False
         del lanes.late[done]
         del self._late[address]

@@ -220,10 +220,10 @@ class LowerTiers:
         finally:
             disk.unkeep(keys)
 
-    async def save(self, tenant: str | None) -> list[TierError]:
-        """Write what a tenant, or anyone, has in the host tier through to the disk; returns what went wrong."""
+    async def save(self, tenant: str | None) -> dict[CacheKey, TierError]:
+        """Write what a tenant, or anyone, has in the host tier through to the disk; returns why not, of what is not."""
         if self._calls is None:
-            return [self._demotion.no_disk()] * self._saving.count_alone(tenant)
+            return dict.fromkeys(self._saving.alone(tenant), self._demotion.no_disk())
         return await self._saving.save(self._calls, tenant)
 
     def on_disk(self, tenant: str | None) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from kvpool.cache.contents import LowerContents
 from kvpool.cache.disk_calls import DiskCalls
 from kvpool.cache.host_index import HostEntry, Kind
 from kvpool.cache.host_tier import HostTier
+from kvpool.cache.key import CacheKey
 from kvpool.cache.source import Source
 from kvpool.errors import TierError
 
@@ -31,24 +32,25 @@ class Saving:
     def __init__(self, contents: LowerContents) -> None:
         self._contents = contents
 
-    def count_alone(self, tenant: str | None) -> int:
-        """Return how many caches of a tenant, or of anyone, lie in the host tier and nowhere else. O(entries)."""
+    def alone(self, tenant: str | None) -> list[CacheKey]:
+        """Return the caches of a tenant, or of anyone, that lie in the host tier and nowhere else. O(entries)."""
         entries = self._contents.host.index if self._contents.host is not None else ()
-        return sum(entry.kind is Kind.SOLE and tenant in (None, entry.key.tenant) for entry in entries)
+        return [entry.key for entry in entries if entry.kind is Kind.SOLE and tenant in (None, entry.key.tenant)]
 
-    async def save(self, calls: DiskCalls, tenant: str | None) -> list[TierError]:
-        """Write what a tenant, or anyone, has in the host tier, the oldest first; returns what went wrong."""
+    async def save(self, calls: DiskCalls, tenant: str | None) -> dict[CacheKey, TierError]:
+        """Write what a tenant, or anyone, has in the host tier, the oldest first; returns why not, of what is not."""
         host = self._contents.host
         if host is None:
-            return []
+            return {}
         entries = [entry for kind in (Kind.SAVED, Kind.SOLE, Kind.COPY) for entry in host.index.idle(kind)]
         entries += [entry for entry in host.index if entry.holds]
         wanted = [entry for entry in entries if tenant in (None, entry.key.tenant)]
-        errors: list[TierError] = []
+        errors: dict[CacheKey, TierError] = {}
         for part in _parts(wanted, min(_SMALL_HELD_BYTES, host.capacity_bytes // _HELD_SHARE)):
-            outcomes = await self._save(host, calls, [entry for entry in part if host.index.get(entry.key) is entry])
-            # One that was removed meanwhile is not to be kept.
-            errors += [error for error in outcomes if error is not None and error.details.get("cause") != "removed"]
+            there = [entry for entry in part if host.index.get(entry.key) is entry]
+            for entry, error in zip(there, await self._save(host, calls, there), strict=True):
+                if error is not None and error.details.get("cause") != "removed":  # meanwhile, so it is not to be kept
+                    errors[entry.key] = error
         return errors
 
     async def _save(self, host: HostTier, calls: DiskCalls, entries: Sequence[HostEntry]) -> list[TierError | None]:

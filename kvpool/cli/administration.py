@@ -21,7 +21,7 @@ from kvpool.cli.options import JSON, MODEL, NAME, ONE_MODEL, TENANT, format_key,
 from kvpool.cli.output import cannot_write, print_rows, write_json
 from kvpool.cli.spinner import working
 from kvpool.errors import InvalidRequestError, from_wire
-from kvpool.sizes import format_size, parse_size
+from kvpool.sizes import format_count, format_size, parse_size
 from kvpool.telemetry.context import inject
 
 _ANSWER_S = 30.0
@@ -121,7 +121,8 @@ def ls(
                 "limit_bytes": _size(each["limit_bytes"]), "bytes": format_size(each["bytes"])}
         for each in listed["models"]
     ]  # fmt: skip
-    print_rows(f"models of pool {name}", [_without(each, "fingerprint") for each in models])
+    if models:
+        print_rows(f"models of pool {name}", [_without(each, "fingerprint") for each in models])
     if listed["caches"]:
         rows = [
             each | {"id": str(each["id"]), "key": format_key(each["key"]) if each["key"] else None,
@@ -130,7 +131,7 @@ def ls(
             for each in listed["caches"]
         ]  # fmt: skip
         print_rows("caches", [{("idle" if key == "idle_s" else key): row[key] for key in row} for row in rows])
-    click.echo(f"{len(listed['caches']):,} of {listed['total']:,} caches shown")
+    click.echo(f"{len(listed['caches']):,} of {format_count(listed['total'], 'cache')} shown")
 
 
 @click.command()
@@ -150,8 +151,8 @@ def leases(name: str, tenant: str | None, client: str | None, json_path: str | N
             write_json(json_path, ended)
             return
         click.echo(
-            f"{ended['client']} held {ended['caches']:,} caches, {format_size(ended['bytes'])}: revoked; it may still "
-            f"map {format_size(ended['mapped_bytes'])}"
+            f"{ended['client']} held {format_count(ended['caches'], 'cache')}, {format_size(ended['bytes'])}: revoked; "
+            f"it may still map {format_size(ended['mapped_bytes'])}"
         )
         return
     held = ask(name, "leases", tenant)
@@ -221,8 +222,8 @@ def evict(
         write_json(json_path, went)
         return
     click.echo(
-        f"{went['caches']:,} caches evicted, {format_size(went['bytes'])}; {went['leased_caches']:,} are held and "
-        f"stay, {format_size(went['leased_bytes'])}"
+        f"{format_count(went['caches'], 'cache')} evicted, {format_size(went['bytes'])}; held, so not evicted: "
+        f"{format_count(went['leased_caches'], 'cache')}, {format_size(went['leased_bytes'])}"
     )
 
 
@@ -258,11 +259,11 @@ def invalidate(
 
 def _show_invalidated(gone: Mapping[str, Any]) -> None:
     click.echo(
-        f"{gone['caches']:,} caches invalidated, {format_size(gone['bytes'])}; {gone['unsealed']:,} that were being "
-        "written cannot be sealed any more"
+        f"{format_count(gone['caches'], 'cache')} invalidated, {format_size(gone['bytes'])}; "
+        f"{gone['unsealed']:,} that were being written cannot be sealed any more"
     )
     if gone["lower_keys"]:
-        click.echo(f"{gone['lower_keys']:,} keys removed from the tiers below the devices")
+        click.echo(f"{format_count(gone['lower_keys'], 'key')} removed from the tiers below the devices")
     for client, (caches, size_bytes) in gone["held"].items():
         click.echo(f"{client} still holds {caches:,} of them, {format_size(size_bytes)}: zeroed when it lets go")
 
@@ -288,7 +289,7 @@ def defragment(name: str, json_path: str | None) -> None:
     if json_path is not None:
         write_json(json_path, done)
     else:
-        click.echo(f"{format_size(done['moved_bytes'])} moved, {done['freed_pages']:,} pages freed")
+        click.echo(f"{format_size(done['moved_bytes'])} moved, {format_count(done['freed_pages'], 'page')} freed")
 
 
 @click.command()
@@ -304,9 +305,9 @@ def flush(name: str, tenant: str | None, json_path: str | None) -> None:
     if json_path is not None:
         write_json(json_path, done)
         return
-    click.echo(f"{done['caches']:,} caches, {format_size(done['bytes'])}, are on disk")
+    click.echo(f"on disk: {format_count(done['caches'], 'cache')}, {format_size(done['bytes'])}")
     if done["displaced"]:
-        click.echo(f"{done['displaced']:,} caches made way for them: disk_budget is too small for all")
+        click.echo(f"{format_count(done['displaced'], 'cache')} made way for them: disk_budget is too small for all")
 
 
 @click.command("set-policy")

@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import click
 
 from kvpool.cli.options import JSON
-from kvpool.cli.output import print_rows, write_json
+from kvpool.cli.output import print_rows, progress, write_json
 from kvpool.cli.spinner import working
 
 _FRAGMENTATION = {
@@ -45,7 +46,7 @@ def alloc(json_path: str | None) -> None:
     """Time the allocators alone, by size class and under churn."""
     from kvpool.bench import alloc as benchmark
 
-    _report("allocators", benchmark.run, json_path)
+    _report_steps("allocators", benchmark.STEPS, benchmark.run, json_path)
 
 
 @bench.command()
@@ -102,13 +103,13 @@ def evict(json_path: str | None) -> None:
     """Time eviction in the books of a pool: for each request, at worst, and of 512 MiB at once; ADAPTIVE beside LRU."""
     from kvpool.bench import evict as benchmark
 
-    _report("eviction", benchmark.run, json_path)
+    _report_steps("eviction", benchmark.STEPS, benchmark.run, json_path)
 
 
 @bench.command()
 @click.option(
     "--trace",
-    type=click.Path(exists=True, path_type=Path),
+    type=click.Path(path_type=Path),
     help="Sizes of one pattern: the tokens of these requests. Default: the Mooncake conversations in the folder "
     "KVPOOL_TRACES, if it is set, else generated ones.",
 )
@@ -127,8 +128,9 @@ def fragmentation(trace: Path | None, json_path: str | None) -> None:
     folder = os.environ.get("KVPOOL_TRACES")
     if trace is None and folder:
         trace = Path(folder) / "mooncake_conversation.jsonl.gz"
-    requests = list(read_trace(trace) if trace else generate(1))
-    _report("churn on 256 MiB in pages of 2 MiB", lambda: benchmark.run(requests), json_path, _FRAGMENTATION)
+    patterns = benchmark.patterns(read_trace(trace) if trace else generate(1))
+    run = partial(benchmark.run, patterns)
+    _report_steps("churn on 256 MiB in pages of 2 MiB", len(patterns), run, json_path, _FRAGMENTATION)
 
 
 @bench.command("put-get")
@@ -186,16 +188,32 @@ def _ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _report(
-    title: str, run: Callable[[], dict[str, Any]], json_path: str | None, columns: Mapping[str, str] | None = None
-) -> None:
-    """Run a benchmark and print its rows, or those ``columns`` of them, by their key, under other names."""
+def _report(title: str, run: Callable[[], dict[str, Any]], json_path: str | None) -> None:
+    """Run a benchmark and print its rows."""
     with _ended_by_sigterm(), working(f"measuring {title}"):
         result = run()
+    _show(title, result, json_path)
+
+
+def _report_steps(
+    title: str,
+    steps: int,
+    run: Callable[[Callable[[int], None]], dict[str, Any]],
+    json_path: str | None,
+    columns: Mapping[str, str] | None = None,
+) -> None:
+    """Run a benchmark that tells how many of its steps are done; print its rows as :func:`_show` does."""
+    with _ended_by_sigterm(), progress(f"measuring {title}", total=steps) as done:
+        result = run(done)
+    _show(title, result, json_path, columns)
+
+
+def _show(title: str, result: dict[str, Any], json_path: str | None, columns: Mapping[str, str] | None = None) -> None:
+    """Print a benchmark's rows, or those ``columns`` of them, by their key, under other names."""
     if json_path is not None:
         write_json(json_path, result)
-    else:
-        rows = result["rows"]
-        if columns is not None:
-            rows = [{shown: _shortened(row[key]) for key, shown in columns.items()} for row in rows]
-        print_rows(title, rows)
+        return
+    rows = result["rows"]
+    if columns is not None:
+        rows = [{shown: _shortened(row[key]) for key, shown in columns.items()} for row in rows]
+    print_rows(title, rows)

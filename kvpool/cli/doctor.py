@@ -9,6 +9,7 @@ import click
 from kvpool.cli.options import JSON
 from kvpool.cli.output import print_rows, write_json
 from kvpool.cli.spinner import working
+from kvpool.sizes import format_count
 
 
 @click.command()
@@ -36,10 +37,10 @@ def doctor(json_path: str | None, here: bool, **settings: Any) -> None:
     else:
         names = ("check", "where", "result", "found", "needed")
         rows = [{name: finding.to_row()[name] for name in names} for finding in findings]
-        print_rows(f"pool {config.name} on {config.devices}", rows)
+        print_rows(f"what pool {config.name} needs, configured here as {config.devices}", rows)
         for finding in findings:
             if finding.result != OK:
                 click.echo(f"{finding.check}, {finding.where}: {finding.mend}")
         failed, warned = (sum(finding.result == result for finding in findings) for result in (FAILED, WARNING))
-        click.echo(f"{len(findings)} checks, {failed} failed, {warned} with a warning")
+        click.echo(f"{format_count(len(findings), 'check')}, {failed} failed, {warned} with a warning")
     click.get_current_context().exit(1 if any(finding.result == FAILED for finding in findings) else 0)

@@ -8,14 +8,15 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from time import monotonic
+from threading import Event
 from typing import Any
 
 from rich.console import Console
 from rich.measure import Measurement
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from kvpool.cli.spinner import called_after
 from kvpool.errors import InvalidRequestError
 
 STANDARD_OUTPUT = "-"
@@ -69,39 +70,47 @@ def print_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
 def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
     """Give a function that is told how much of ``total`` is done.
 
-    Shows it on standard error once it has taken a second: a bar in a terminal, elsewhere (the log of a job) a line for
-    each tenth.
+    Shows it on standard error once the block has taken a second, also when nothing is done yet: a bar in a terminal,
+    elsewhere (the log of a job) a line then, and one for each tenth.
     """
     console = Console(stderr=True)
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
+        TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console,
         transient=True,
     )
     task = bar.add_task(description, total=total)
-    due_s = monotonic() + _PROGRESS_AFTER_S
-    shown = False
-    tenths = 0
+    shown = Event()
+    tenths = done_so_far = 0
+
+    def tell() -> None:
+        share = 100 * done_so_far // total if total else 0
+        console.print(f"{description}: {done_so_far:,} of {total:,} ({share} %)", highlight=False, soft_wrap=True)
+
+    def show() -> None:
+        if console.is_terminal:
+            bar.start()
+        else:
+            tell()
+        shown.set()
 
     def report(done: int) -> None:
-        nonlocal shown, tenths
+        nonlocal tenths, done_so_far
+        done_so_far = done
         bar.update(task, completed=done)
-        if monotonic() < due_s:
-            return
-        if console.is_terminal and not shown:
-            shown = True
-            bar.start()
-        if not console.is_terminal and total and 10 * done // total > tenths:
-            tenths = 10 * done // total
-            console.print(f"{description}: {done:,} of {total:,} ({10 * tenths} %)", highlight=False)
+        before, tenths = tenths, 10 * done // total if total else 0
+        if tenths > before and shown.is_set() and not console.is_terminal:
+            tell()
 
     try:
-        yield report
+        with called_after(_PROGRESS_AFTER_S, show):
+            yield report
     finally:
-        if shown:
+        if shown.is_set() and console.is_terminal:  # it writes an empty line otherwise
             bar.stop()
 
 

@@ -11,7 +11,7 @@ from kvpool.cli.options import JSON, NAME
 from kvpool.cli.output import print_rows, write_json
 from kvpool.cli.spinner import working
 from kvpool.errors import InvalidRequestError, KvpoolError
-from kvpool.sizes import format_size
+from kvpool.sizes import format_count, format_size
 
 
 @click.command()
@@ -144,9 +144,10 @@ def _show(stats: Any, json_path: str | None) -> None:
         show_quotas(stats.name, stats.quotas)
     below = f" and {stats.lower_keys:,} below" if lower else ""
     click.echo(
-        f"{stats.clients} clients, {stats.keys:,} keys{below}, {stats.waiting} requests waiting; "
-        f"{stats.blocks_hit:,} of {stats.blocks_looked_up:,} blocks hit ({stats.hit_ratio:.2%}), "
-        f"{stats.evictions:,} evictions, {stats.refusals:,} refusals"
+        f"{format_count(stats.clients, 'client')}, {format_count(stats.keys, 'key')}{below}, "
+        f"{format_count(stats.waiting, 'request')} waiting; "
+        f"{stats.blocks_hit:,} of {format_count(stats.blocks_looked_up, 'block')} hit ({stats.hit_ratio:.2%}), "
+        f"{format_count(stats.evictions, 'eviction')}, {format_count(stats.refusals, 'refusal')}"
     )
 
 

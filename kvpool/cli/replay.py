@@ -9,6 +9,7 @@ import click
 
 from kvpool.cli.options import JSON
 from kvpool.cli.output import print_rows, progress, write_json
+from kvpool.sizes import format_count
 
 
 @click.command()
@@ -73,4 +74,4 @@ def replay(
     for file in written:
         click.echo(f"wrote {file}", err=True)
     if result.wrong_bytes:
-        raise click.ClickException(f"{result.wrong_bytes:,} wrong bytes: memory was corrupted")
+        raise click.ClickException(f"{format_count(result.wrong_bytes, 'wrong byte')}: memory was corrupted")

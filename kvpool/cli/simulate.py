@@ -13,8 +13,9 @@ from kvpool.cache.guarded_policy import make_policy
 from kvpool.cache.index import CacheIndex
 from kvpool.cli.options import JSON
 from kvpool.cli.output import print_rows, progress, write_json
-from kvpool.comparison import Cell, as_json, compare, make_folder, printable, run_cells, write
+from kvpool.comparison import Cell, as_json, compare, heading, make_folder, printable, run_cells, write
 from kvpool.simulate import SimulationRow, capacity_in_blocks
+from kvpool.sizes import format_count
 from kvpool.workload import generate, read_trace, unique_blocks
 
 _ALL = "all"
@@ -99,7 +100,8 @@ def simulate(
     Without TRACE it is the multi-turn workload that 'kvpool replay' generates. The prefix hit ratio is that of a pool
     with so much memory: leading resident blocks / all blocks, looked up before a request changes anything. Several
     policies, seeds, or --out give a comparison by capacity beside the offline bound, which no policy can pass that does
-    not know the future.
+    not know the future. With --host-capacity it is the bound of both tiers together: of the host it is assumed that
+    whatever it holds comes up in time, of a chain no more is hit than the device has room for.
     """
     given = [name.strip() for policy in policies for name in policy.split(",")]
     names = dict.fromkeys(
@@ -126,7 +128,7 @@ def simulate(
     ]
     with progress(f"simulating {workload}", total=len(cells) * len(requests)) as report:
         rows = run_cells(requests, cells, processes or len(os.sched_getaffinity(0)), report)
-    title = f"{workload}: {len(requests):,} requests, {unique:,} unique blocks"
+    title = f"{workload}: {format_count(len(requests), 'request')}, {format_count(unique, 'unique block')}"
     if not comparing:
         if json_path is not None:
             write_json(json_path, {"rows": rows})
@@ -139,6 +141,6 @@ def simulate(
         write_json(json_path, payload)
     else:
         print_rows(title, _printable(rows))
-        print_rows("prefix hits, % of all blocks, by capacity", printable(table, capacities))
+        print_rows(heading(rows), printable(table, capacities))
     for file in write(title, payload, table, out) if out is not None else []:
         click.echo(f"wrote {file}", err=True)

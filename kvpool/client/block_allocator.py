@@ -20,7 +20,7 @@ from kvpool.errors import (
 )
 from kvpool.memory.block_space import BlockSpace
 from kvpool.memory.extents import Extents, difference, union
-from kvpool.sizes import format_size
+from kvpool.sizes import format_count, format_size
 
 if TYPE_CHECKING:
     from kvpool.client.cache import VirtualKVCache
@@ -211,12 +211,13 @@ class BlockAllocator:
             used = self.used_blocks
             if not used:
                 raise InvalidSizeError(
-                    f"cannot reserve {count} blocks: {error.message}, so that can never be: ask for less, or start the "
-                    "pool with larger devices",
+                    f"cannot reserve {format_count(count, 'block')}: {error.message}, so that can never be: "
+                    "ask for less, or start the pool with larger devices",
                     asked_blocks=count,
                 ) from error
             raise CapacityError(
-                f"cannot reserve {count} blocks while {used} are in use: {error.message}; free some first",
+                f"cannot reserve {format_count(count, 'block')} while {used} are in use: "
+                f"{error.message}; free some first",
                 asked_blocks=count,
                 used_blocks=used,
             ) from error

@@ -14,6 +14,7 @@ from kvpool.client.view import open_view
 from kvpool.errors import KvpoolError, PoolUnavailableError, TierError, from_wire
 from kvpool.memory.backend import Access
 from kvpool.memory.dlpack import MappedTensorSource, as_numpy, as_torch
+from kvpool.sizes import format_count
 
 if TYPE_CHECKING:
     import numpy
@@ -41,7 +42,8 @@ class LeasedBlocks:
 
     def __repr__(self) -> str:
         state = ", released" if self._lease.released else ""
-        return f"<{type(self).__name__} of {self._spec.name}: {self.num_blocks} blocks{self._also()}{state}>"
+        blocks = format_count(self.num_blocks, "block")
+        return f"<{type(self).__name__} of {self._spec.name}: {blocks}{self._also()}{state}>"
 
     def _also(self) -> str:
         return ""
@@ -86,7 +88,11 @@ class LeasedBlocks:
         ]
 
     def tensors(self) -> list[torch.Tensor]:
-        """Return a torch tensor over each block, without a copy."""
+        """Return a torch tensor over each block, without a copy.
+
+        The first tensor of a process imports torch, if nothing has: a second or more in which its event loop stands
+        still. Import it at the start.
+        """
         return [as_torch(view) for view in self._views()]
 
     def numpy(self) -> list[numpy.ndarray[Any, Any]]:
@@ -290,6 +296,7 @@ def check_written(outcomes: Any) -> None:
         if outcome is not True:
             error = from_wire(outcome[1:])
             if isinstance(error, TierError) and error.details.get("cause") != "gone":
-                on_disk = f" (of {len(outcomes)} blocks the first {there} are on disk)" if len(outcomes) > 1 else ""
-                raise TierError(f"sealed and in the pool, but not durable: {error.message}{on_disk}", **error.details)
+                on_disk = f" (on disk: the first {there} of {len(outcomes)} blocks)" if len(outcomes) > 1 else ""
+                told = f"sealed and in the pool, but not durable: {error.message}{on_disk}"
+                raise TierError(told, **error.details | {"blocks_on_disk": there})
             raise error

@@ -30,7 +30,7 @@ from kvpool.memory.backend import Access
 from kvpool.memory.dlpack import MappedTensorSource, as_numpy, as_torch, check_shape, dtype_name, tensor_bytes
 from kvpool.memory.extents import Extents, checked, front
 from kvpool.memory.packing import shares_pages
-from kvpool.sizes import format_size, parse_size
+from kvpool.sizes import format_count, format_size, parse_size
 
 if TYPE_CHECKING:
     import numpy
@@ -126,6 +126,9 @@ class VirtualKVCache:
         self, dtype: Any, shape: Sequence[int] | int, *, offset_bytes: int = 0, access: Access | None = None
     ) -> torch.Tensor:
         """Return a torch tensor over the cache's memory, without a copy.
+
+        The first tensor of a process imports torch, if nothing has: a second or more in which its event loop stands
+        still. Import it at the start.
 
         Parameters
         ----------
@@ -267,7 +270,8 @@ class VirtualKVCache:
         if known is not None:
             raise CacheStateError(
                 f"cannot {kind} cache {self.id}: its block allocator decides what is backed, and hands it out "
-                f"({known.used_blocks} blocks are in use): reserve() or trim() them there, or close() it first",
+                f"(in use: {format_count(known.used_blocks, 'block')}): reserve() or trim() them there, "
+                "or close() it first",
                 cache_id=self.id,
             )
 

@@ -36,6 +36,7 @@ from kvpool.memory.backend import Access
 from kvpool.memory.client_arena import ClientArena
 from kvpool.memory.fork import watch_forks
 from kvpool.memory.host import HostBackend
+from kvpool.sizes import format_count
 
 logger = logging.getLogger("kvpool.client")
 
@@ -414,8 +415,8 @@ class Connection:
         views = sum(lease.views for lease in self.leases)
         if views:
             raise CacheStateError(
-                f"{views} tensors over memory of pool {self.config['name']!r} are still in use in this process, and "
-                "closing would unmap it under them: drop them (del) first",
+                f"still in use in this process: {format_count(views, 'tensor')} over memory of pool "
+                f"{self.config['name']!r}, which closing would unmap: drop what is left (del) first",
                 views=views,
             )
 

@@ -26,7 +26,9 @@ def source_addresses(spec: ModelSpec, tensors: Any, count: int) -> tuple[list[in
         If number, shape, dtype or device do not fit.
     """
     if len(tensors) != count:
-        raise TensorMismatchError(f"{count} hashes need {count} blocks, got {len(tensors)}", asked=len(tensors))
+        raise TensorMismatchError(
+            f"each hash needs a block: {count:,} of them, got {len(tensors):,}", asked=len(tensors)
+        )
     whole = getattr(tensors, "shape", None)
     if whole is not None and (stacked := _contiguous(tensors)) is not None:
         _check(spec, stacked, tuple(whole[1:]))

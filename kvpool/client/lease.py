@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from kvpool.errors import CacheStateError, DoubleReleaseError
+from kvpool.sizes import format_count
 
 if TYPE_CHECKING:
     from kvpool.client.connection import Connection
@@ -146,7 +147,7 @@ class Lease:
             self._connection.lease_unused()
         if not self.released and self.ids and not self._connection.closed:
             warnings.warn(
-                f"a lease on {len(self.ids)} caches was dropped without release(): use 'async with'",
+                f"a lease on {format_count(len(self.ids), 'cache')} was dropped without release(): use 'async with'",
                 ResourceWarning,
                 stacklevel=2,
             )

@@ -74,6 +74,10 @@ async def start(config: PoolConfig) -> Any:
             "another name",
             differing=sorted(differing),
         )
+    if running.get("began", False):
+        logger.info("pool %s is started, on %s", config.name, config.devices)
+    else:
+        logger.info("pool %s ran already, with the same config: joined, with all that it holds", config.name)
     return actor
 
 
@@ -90,7 +94,10 @@ class CachePool(Administration):
 
     @classmethod
     async def create(cls, config: PoolConfig | None = None, *, tenant: str = "default", **settings: Any) -> CachePool:
-        """Start a pool, unless the very same one runs already, and connect to it.
+        """Start a pool, and connect to it; one of that name that runs with the same config is joined as it is.
+
+        Which of both it was is logged (``kvpool.client``, INFO). What a pool that is joined holds stays, and whoever
+        else uses it goes on; :meth:`delete` it first for an empty one.
 
         Parameters
         ----------

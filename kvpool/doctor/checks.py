@@ -17,7 +17,7 @@ from kvpool.doctor.finding import FAILED, OK, WARNING, Finding, command
 from kvpool.doctor.plan import Plan
 from kvpool.errors import SystemLimitError
 from kvpool.memory.limits import check_descriptors, check_mappings, require_memory
-from kvpool.sizes import MIB, format_size
+from kvpool.sizes import MIB, format_count, format_size
 
 # Of Ray 2.60: the least that its object store takes, and what it takes by default.
 _STORE_LEAST_BYTES = 75 * MIB
@@ -57,7 +57,7 @@ def check_memory(facts: Facts, plan: Plan, where: str) -> Finding:
     if not plan.devices:
         return Finding("memory", where, OK, found, "nothing more: the pool runs")
     pages, page_bytes = sum(device.pages for device in plan.devices), plan.devices[0].page_bytes
-    needed = f"{format_size(pages * page_bytes)} for {len(plan.devices)} devices"
+    needed = f"{format_size(pages * page_bytes)} for {format_count(len(plan.devices), 'device')}"
     try:
         require_memory(pages, page_bytes, facts.memory)
     except SystemLimitError:

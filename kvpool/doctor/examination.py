@@ -23,6 +23,7 @@ from kvpool.doctor.finding import FAILED, OK, WARNING, Finding, command
 from kvpool.doctor.plan import plan_host
 from kvpool.doctor.survey import Pool, Survey, survey
 from kvpool.memory.host import HostBackend
+from kvpool.sizes import format_count
 from kvpool.version import __version__
 
 HERE = "here"
@@ -83,7 +84,9 @@ def check_cluster(found: Survey) -> Finding:
             "cluster", HERE, OK, "none asked: this host is checked alone", "`ray start --head` before `kvpool start`"
         )
     if found.error is None:
-        return Finding("cluster", HERE, OK, f"{len(found.nodes)} nodes, {len(found.pools)} pools")
+        return Finding(
+            "cluster", HERE, OK, f"{format_count(len(found.nodes), 'node')}, {format_count(len(found.pools), 'pool')}"
+        )
     mend = "check RAY_ADDRESS, and that this network reaches the head; `ray status` must work"
     if "Version mismatch" in found.error:
         mend = "use the Python and Ray that the cluster runs, or install these there"
@@ -141,7 +144,9 @@ def check_working(pool: Pool) -> list[Finding]:
             mend = _mend_disk(pool.name, lower["disk_problem"])
             findings.append(Finding("disk tier", where, FAILED, lower["disk_problem"], "a folder of its own", mend))
         elif lower["disk"] is not None and lower["disk"]["errors"]:
-            errors = ", ".join(f"{cause} {count:,} times" for cause, count in sorted(lower["disk"]["errors"].items()))
+            errors = ", ".join(
+                f"{cause} {format_count(count, 'time')}" for cause, count in sorted(lower["disk"]["errors"].items())
+            )
             mend = "see the log of kvpool.disk in the device's process: is there space, is it mounted?"
             findings.append(Finding("disk tier", where, WARNING, f"since its start: {errors}", "no errors", mend))
         elif lower["disk"] is not None:

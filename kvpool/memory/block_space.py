@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from kvpool.errors import CapacityError, DoubleReleaseError, InvalidRequestError, InvalidSizeError, ensure
+from kvpool.sizes import format_count
 
 _FREE, _USED = 0, 1
 
@@ -180,8 +181,8 @@ class BlockSpace:
         count = _count(count)
         if count > self.num_blocks:
             raise InvalidSizeError(
-                f"asked for {count} blocks: there are {self.num_blocks}, so that can never be: ask for less, or for a "
-                "cache with a larger max_size",
+                f"asked for {format_count(count, 'block')}, of {self.num_blocks} in all, so that can never "
+                "be: ask for less, or for a cache with a larger max_size",
                 asked_blocks=count,
                 num_blocks=self.num_blocks,
             )
@@ -296,8 +297,9 @@ class BlockSpace:
     def _too_few(self, count: int) -> CapacityError:
         unbacked = sum(map(self._size, self._leaving.union(self._unbacked)))
         return CapacityError(
-            f"asked for {count} blocks: {self.free_blocks} are free and have memory, {unbacked} have none, and "
-            f"{self.used_blocks} of {self.num_blocks} are in use: free some, or reserve() memory for more",
+            f"asked for {format_count(count, 'block')}: {self.free_blocks} are free and have memory, "
+            f"{unbacked} have none, and {self.used_blocks} of {self.num_blocks} are in use: free some, or "
+            "reserve() memory for more",
             asked_blocks=count,
             free_blocks=self.free_blocks,
             unbacked_blocks=unbacked,

@@ -34,7 +34,7 @@ from kvpool.pool.requests import CacheRequest, Orders, Shortage
 from kvpool.pool.room import Room
 from kvpool.pool.stepwise import send_stepwise, wants_memory
 from kvpool.pool.validation import check_request
-from kvpool.sizes import format_size
+from kvpool.sizes import format_count, format_size
 
 if TYPE_CHECKING:
     from kvpool.pool.backing import BackingChanges
@@ -316,8 +316,9 @@ class Allocations:
         except QueueFullError:
             retry_after_s = self.retry_after_s(now)
             error = QueueFullError(
-                f"asked for {format_size(request.size_bytes)}; there is no room, and {self._queue_limit} requests wait "
-                f"already: retry in {retry_after_s:.3g} s, or raise queue_limit",
+                f"asked for {format_size(request.size_bytes)}; there is no room, with "
+                f"{format_count(self._queue_limit, 'request')} already waiting: retry in {retry_after_s:.3g} s, "
+                "or raise queue_limit",
                 asked_bytes=request.size_bytes,
                 queue_limit=self._queue_limit,
                 retry_after_s=retry_after_s,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -15,7 +15,7 @@ from kvpool.errors import InvalidatedError, TierError, UnknownCacheError
 from kvpool.pool.durability import Durability
 from kvpool.pool.instructions import Answer, Batch, Move
 from kvpool.pool.ledger import Ledger
-from kvpool.sizes import MIB
+from kvpool.sizes import MIB, format_count
 
 STEP_CACHES = 256
 STEP_BYTES = 64 * MIB
@@ -33,7 +33,9 @@ class _Flush:
     caches: int = 0
     size_bytes: int = 0
     displaced: int = 0
-    failed: int = 0
+    failed: set[tuple[str, str, BlockHash]] = field(default_factory=set)
+    """``(tenant, fingerprint, hash)`` of what could not be written: one that is tried twice may fail twice."""
+    failed_calls: int = 0
     error: tuple[Any, ...] | None = None
     """The first."""
     lists: dict[int, deque[tuple[int, BlockHash]]] = field(default_factory=dict)
@@ -118,8 +120,9 @@ class Flushes:
         while left:
             space, rows = self._take(left, number)
             if rows:
-                model, then = self._ledger.model_in(space), partial(self._written, work, number)
-                self._durability.write(number, model, rows, then, now)
+                model, index = self._ledger.model_in(space), self._ledger.index
+                keys = [(model.tenant, model.fingerprint, index.key_of(row)) for row in rows]
+                self._durability.write(number, model, rows, partial(self._written, work, number, keys), now)
                 return
         self._save_below(work, number, last=True)
 
@@ -135,23 +138,25 @@ class Flushes:
                 size_bytes += index.size_bytes[row]
         return space, rows
 
-    def _written(self, work: _Flush, number: int, outcomes: list[Any], now: float) -> None:
-        for outcome in outcomes:
+    def _written(
+        self, work: _Flush, number: int, keys: Sequence[tuple[str, str, Any]], outcomes: list[Any], now: float
+    ) -> None:
+        for key, outcome in zip(keys, outcomes, strict=True):
             if outcome is not True and outcome[1] not in _GONE:
-                work.failed += 1
+                work.failed.add(key)
                 work.error = work.error or outcome
         self._step(work, number, now)
 
     def _saved(self, work: _Flush, number: int, answer: Answer, now: float) -> None:
         if isinstance(answer, tuple):
             if answer[1] not in _GONE:
-                work.failed += 1
+                work.failed_calls += 1
                 work.error = work.error or answer
         elif isinstance(answer, dict):
             work.caches += answer["caches"]
             work.size_bytes += answer["bytes"]
             work.displaced += answer["evicted"]
-            work.failed += answer["failed"]
+            work.failed.update(map(tuple, answer["failed"]))
             work.error = work.error or answer["error"]
         work.devices -= 1
         if work.devices:
@@ -160,10 +165,12 @@ class Flushes:
         if work.error is None:
             self._ledger.answer(work.batch, 0, figures)
             return
+        failed = len(work.failed) + work.failed_calls
         error = TierError(
-            f"{work.failed} caches are not on disk, {work.caches} are; the first: {work.error[2]}",
+            f"not on disk: {format_count(failed, 'cache')}, on disk: {work.caches:,}; the first that is not: "
+            f"{work.error[2]}",
             cause=work.error[3].get("cause", "device"),
-            failed=work.failed,
+            failed=failed,
             **figures,
         )
         self._ledger.answer(work.batch, 0, ("error", *error.to_wire()))

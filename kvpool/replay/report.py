@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kvpool.errors import ConfigError
 from kvpool.replay.driver import ReplayResult
-from kvpool.sizes import MIB, format_size
+from kvpool.sizes import MIB, format_count, format_size
 
 
 def summary(result: ReplayResult) -> list[tuple[str, str]]:
@@ -71,7 +71,8 @@ def write(result: ReplayResult, folder: Path) -> list[Path]:
     evictions.set_xlabel("requests")
     for axes in (ratio, memory, evictions):
         axes.grid(alpha=0.3)
-    figure.suptitle(f"kvpool replay: {result.requests:,} requests, {result.blocks:,} blocks, {result.policy}")
+    counted = f"{format_count(result.requests, 'request')}, {format_count(result.blocks, 'block')}"
+    figure.suptitle(f"kvpool replay: {counted}, {result.policy}")
     written.append(folder / "replay.png")
     figure.savefig(written[1], dpi=120)
     pyplot.close(figure)

@@ -17,10 +17,12 @@ from click.testing import CliRunner
 from kvpool.cli import main
 
 RAY_LOG = re.compile(r"\d{4}-\d\d-\d\d [\d:,]+\t(INFO|WARNING) ")
+SIGN_OF_LIFE = re.compile(r".* … \(\d+ s\)$|.*: [\d,]+ of [\d,]+ \(\d+ %\)$")
+"""What a command says it does, when that takes a second or two."""
 
 
 class Answer(NamedTuple):
-    """What a command printed; ``stderr`` without the log lines of Ray itself."""
+    """What a command printed; ``stderr`` without the log lines of Ray itself and signs of life."""
 
     code: int
     stdout: str
@@ -59,7 +61,8 @@ async def call_process(*arguments: object, folder: Path, code: int = 0) -> Answe
 
 
 def _own(complaints: str) -> str:
-    return "".join(line for line in complaints.splitlines(keepends=True) if not RAY_LOG.match(line))
+    lines = complaints.splitlines(keepends=True)
+    return "".join(line for line in lines if not RAY_LOG.match(line) and not SIGN_OF_LIFE.match(line))
 
 
 def _checked(answer: Answer, code: int) -> Answer:

@@ -73,7 +73,7 @@ async def test_a_pool_is_started_shown_and_stopped(cli: Cli, name: str) -> None:
         assert sum(device["live_bytes"] for device in status["devices"]) == MIB
         assert (status["clients"], status["models"]) == (1, {"m": 1})
         table = (await cli("status", "--name", name)).stdout
-        for text in (f"pool {name} (lru; placement round_robin)", "4 MiB", "1 MiB", "1 clients, 0 keys"):
+        for text in (f"pool {name} (lru; placement round_robin)", "4 MiB", "1 MiB", "1 client, 0 keys"):
             assert text in table
         refused = await cli("stop", "--name", name, code=2)
         assert refused.stderr.startswith("kvpool: ")

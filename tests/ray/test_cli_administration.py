@@ -79,7 +79,7 @@ async def test_a_name_of_digits_is_no_number(cli: Cli, filled) -> None:
     assert f"no model '{first}'" in refused.stderr
     async with await filled.request_cache(str(first), size="1KiB") as cache:
         await cache.seal(key="k")
-    assert (await cli("invalidate", *on, "--model", first, "--all")).stdout.startswith("1 caches invalidated")
+    assert (await cli("invalidate", *on, "--model", first, "--all")).stdout.startswith("1 cache invalidated")
     assert (await filled.ls("model"))["total"] == 4
     gone = json.loads((await cli("invalidate", *on, f"--model=#{first}", "--all", "--json", "-")).stdout)
     assert gone["caches"] == 4
@@ -93,7 +93,7 @@ async def test_a_key_is_the_text_that_was_sealed_whatever_it_looks_like(cli: Cli
     nothing = await cli(*command, f"hash:{digits}", code=1)
     assert nothing.stdout.startswith("0 caches invalidated")
     assert nothing.stderr == "nothing is stored under these keys\n"
-    assert (await cli(*command, digits)).stdout.startswith("1 caches invalidated")
+    assert (await cli(*command, digits)).stdout.startswith("1 cache invalidated")
     nothing = await cli(*command, digits, "--json", "-", code=1)
     assert json.loads(nothing.stdout)["caches"] == 0
 
@@ -110,7 +110,7 @@ async def test_who_holds_what_is_shown_and_revoked(cli: Cli, filled) -> None:
         refused = await cli("leases", *on, "--tenant", "elsewhere", "--revoke", filled.client_id, code=2)
         assert "no client" in refused.stderr
         revoked = await cli("leases", *on, "--revoke", filled.client_id)
-        assert f"{filled.client_id} held 1 caches, 1 MiB: revoked" in revoked.stdout
+        assert f"{filled.client_id} held 1 cache, 1 MiB: revoked" in revoked.stdout
 
 
 async def test_content_is_evicted_invalidated_and_trimmed(cli: Cli, filled) -> None:
@@ -118,10 +118,10 @@ async def test_content_is_evicted_invalidated_and_trimmed(cli: Cli, filled) -> N
     evicted = json.loads((await cli("evict", *on, "--bytes", "16KiB", "--model", "model", "--json", "-")).stdout)
     assert evicted == {"caches": 1, "bytes": BLOCK_BYTES, "leased_caches": 0, "leased_bytes": 0}
     gone = await cli("invalidate", *on, "--model", "documents", "page 1")
-    assert gone.stdout.startswith("1 caches invalidated")
+    assert gone.stdout.startswith("1 cache invalidated")
     gone = json.loads((await cli("invalidate", *on, "--model", "model", *written(2), "--json", "-")).stdout)
     assert (gone["caches"], gone["held"]) == (2, {})
-    assert (await cli("evict", *on, "--all")).stdout.startswith("1 caches evicted, 16 KiB")
+    assert (await cli("evict", *on, "--all")).stdout.startswith("1 cache evicted, 16 KiB")
     assert (await filled.stats()).total("reserve_bytes") > 0
     trimmed = json.loads((await cli("trim", *on, "--json", "-")).stdout)
     assert trimmed == {"bytes": 0}, "this process still maps the pages, so they are not free yet"

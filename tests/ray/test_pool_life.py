@@ -198,6 +198,20 @@ async def test_a_deleted_pool_frees_its_name_when_nobody_kills_its_actor(pool):
     await again.delete()
 
 
+async def test_whether_a_pool_was_started_or_joined_is_logged(local_ray, caplog):
+    settings: dict = {"name": f"t{os.getpid()}-logged", "devices": "host:1x1MiB", "page_size": "64KiB"}
+    caplog.set_level("INFO", logger="kvpool.client")
+    async with await CachePool.create(**settings) as pool:
+        async with await CachePool.create(**settings):
+            pass
+        told = [record.getMessage() for record in caplog.records if record.name == "kvpool.client"]
+        assert told == [
+            f"pool {pool.name} is started, on host:1x1MiB",
+            f"pool {pool.name} ran already, with the same config: joined, with all that it holds",
+        ]
+        await pool.delete()
+
+
 async def test_a_name_that_still_stands_for_a_dead_pool_is_looked_up_again(pool, monkeypatch):
     stale = pool.actor
     await pool.delete()

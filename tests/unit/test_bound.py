@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kvpool.bound import most_prefix_hits
 from kvpool.cache.eviction import policy_names
 from kvpool.simulate import offline_bound, simulate
-from kvpool.workload import generate, read_trace
+from kvpool.workload import TraceRequest, generate, read_trace
 
 PUBLISHED_PERCENT = {
     "mooncake_conversation": {0.01: 18.20, 0.05: 32.23, 0.10: 34.02, 0.50: 34.02},
@@ -56,6 +56,22 @@ def test_no_policy_passes_it(capacity_blocks: int) -> None:
     assert 0 < bound < 1
     for policy in policy_names():
         assert simulate(requests, policy, capacity_blocks)["prefix_hit_ratio"] <= bound, policy
+
+
+def test_of_a_chain_no_more_is_hit_than_fits_on_the_device_however_large_the_host() -> None:
+    requests = [TraceRequest(float(time_ms), 1, 1, (1, 2, 3, 4, 5)) for time_ms in range(4)]
+    assert offline_bound(requests, 2, 100) == 3 * 2 / 20, "it was 3 * 5 / 20"
+    assert offline_bound(requests, 2) == 3 * 2 / 20
+    assert offline_bound(requests, 5, 100) == 3 * 5 / 20
+
+
+@pytest.mark.parametrize("capacity_blocks", [3, 30])
+def test_no_policy_passes_it_with_a_host_tier(capacity_blocks: int) -> None:
+    requests = generate(3, sessions=60)
+    bound = offline_bound(requests, capacity_blocks, 200)
+    for policy in policy_names():
+        row = simulate(requests, policy, capacity_blocks, host_capacity=200)
+        assert row["prefix_hit_ratio"] <= bound, policy
 
 
 def test_room_for_everything_hits_every_use_but_the_first() -> None:

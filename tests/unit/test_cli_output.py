@@ -1,8 +1,13 @@
 """Tables as people read them."""
 
+from contextlib import AbstractContextManager, redirect_stderr
+from io import StringIO
+from threading import Event
+
 import pytest
 
-from kvpool.cli.output import print_rows
+from kvpool.cli.output import print_rows, progress
+from kvpool.cli.spinner import working
 
 
 def test_a_list_of_figures_is_told_by_its_ends(capsys: pytest.CaptureFixture[str]) -> None:
@@ -10,3 +15,37 @@ def test_a_list_of_figures_is_told_by_its_ends(capsys: pytest.CaptureFixture[str
     shown = capsys.readouterr().out
     assert "0.3254 to 1.969" in shown
     assert "0.32535" not in shown
+
+
+class _Log(StringIO):
+    """Standard error that is no terminal, and tells when something is written to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = Event()
+
+    def write(self, text: str) -> int:
+        length = super().write(text)
+        self.written.set()
+        return length
+
+
+def test_what_takes_a_while_says_so_in_the_log_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvpool.cli.spinner._AFTER_S", 0.0)
+    with redirect_stderr(_Log()) as log, working("measuring growth in place"):
+        assert log.written.wait(10)
+    assert log.getvalue().startswith("measuring growth in place … (0 s)")
+
+
+def test_progress_is_shown_before_the_first_step_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvpool.cli.output._PROGRESS_AFTER_S", 0.0)
+    with redirect_stderr(_Log()) as log, progress("measuring eviction", total=20):
+        assert log.written.wait(10)
+    assert log.getvalue() == "measuring eviction: 0 of 20 (0 %)\n"
+
+
+@pytest.mark.parametrize("shown", [working("asking pool kvpool"), progress("replaying", total=3)])
+def test_what_is_done_in_a_moment_says_nothing(shown: AbstractContextManager[object]) -> None:
+    with redirect_stderr(_Log()) as log, shown:
+        pass
+    assert log.getvalue() == ""

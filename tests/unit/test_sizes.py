@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvpool.errors import InvalidSizeError
-from kvpool.sizes import GIB, KIB, MIB, TIB, format_size, parse_size, round_up
+from kvpool.sizes import GIB, KIB, MIB, TIB, format_count, format_size, parse_size, round_up
 
 
 @pytest.mark.parametrize(
@@ -64,3 +64,8 @@ def test_rounding_up_gives_the_next_multiple(size_bytes, multiple):
     rounded = round_up(size_bytes, multiple)
     assert rounded % multiple == 0
     assert size_bytes <= rounded < size_bytes + multiple
+
+
+@pytest.mark.parametrize(("count", "text"), [(0, "0 caches"), (1, "1 cache"), (2, "2 caches"), (1000, "1,000 caches")])
+def test_a_count_of_one_has_no_plural(count, text):
+    assert format_count(count, "cache") == text

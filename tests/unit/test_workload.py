@@ -144,13 +144,18 @@ def test_an_azure_trace_needs_its_columns(write: Write) -> None:
 
 
 def test_a_file_that_is_no_trace_is_refused_at_once(tmp_path: Path) -> None:
-    with pytest.raises(InvalidRequestError, match=r"no trace file .*absent\.jsonl"):
-        read_trace(tmp_path / "absent.jsonl")
-    with pytest.raises(InvalidRequestError, match=r"notes\.txt.*\.jsonl or \.csv"):
-        read_trace(tmp_path / "notes.txt")
+    (tmp_path / "notes.txt").touch()
     (tmp_path / "folder.jsonl").mkdir()
-    with pytest.raises(InvalidRequestError, match="no trace file"):
-        read_trace(tmp_path / "folder.jsonl")
+    for name, reason in (
+        ("absent.jsonl", r"there is no trace file .*absent\.jsonl: .*\.jsonl .* or \.csv .*\.gz"),
+        ("absent", r"there is no trace file .*absent: "),  # it was told to be named otherwise
+        ("notes.txt/trace.jsonl", "there is no trace file"),
+        ("x" * 300 + ".jsonl", "File name too long"),
+        ("notes.txt", r"cannot read .*notes\.txt, by its name: a trace is named \.jsonl"),
+        ("folder.jsonl", r"folder\.jsonl is a folder, no trace file"),
+    ):
+        with pytest.raises(InvalidRequestError, match=reason):
+            read_trace(tmp_path / name)
 
 
 def test_unique_blocks_are_counted_once() -> None:

@@ -13,6 +13,7 @@ from kvpool.cache.disk.statistics import DiskCounters
 from kvpool.cache.disk.threads import Threads
 from kvpool.cache.key import CacheKey
 from kvpool.errors import TierError
+from kvpool.sizes import format_count
 
 
 class Removals:
@@ -92,8 +93,8 @@ class Removals:
         unsure = sum(not all(removal.decided for removal in self._stuck.get(key, ())) for key in wanted)
         if unsure:
             raise TierError(
-                f"{unsure} of {len(wanted)} caches could not be removed (the cause is counted and logged): they are "
-                "hidden, but the next start would find them; call again",
+                f"{unsure} of {format_count(len(wanted), 'cache')} could not be removed (the cause is counted and "
+                "logged): what is left is hidden, but the next start would find them; call again",
                 cause="removal",
             )
         there += len({entry.key for entry in entries})

@@ -27,7 +27,8 @@ _REFUSALS = {
     "closed": "the disk tier is closed",
 }
 _CLOCK_REALTIME_COARSE = 5  # linux/time.h; Python has no name for it
-_FULL = ("ENOSPC", "EDQUOT")
+FULL = ("ENOSPC", "EDQUOT")
+"""Causes of errors of a store that has no room."""
 
 
 def refusal(counters: DiskCounters, cause: str) -> TierError:
@@ -168,7 +169,7 @@ class Writer:
         try:
             await self._threads.run(_write_file, self._folder, entries, payloads)
         except Exception as error:
-            if cause_of(error) not in _FULL:
+            if cause_of(error) not in FULL:
                 raise
             file_bytes = sum(entry.file_bytes for entry in entries)
             victims = self._index.oldest(file_bytes, partial(self._stays, entries))

@@ -12,7 +12,9 @@ def test_each_policy_is_measured_beside_lru(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(evict, "_POOL_BLOCKS", 600)
     monkeypatch.setattr(evict, "_ROUNDS", 2)
     monkeypatch.setattr(evict, "EVICTED_BYTES", 8 * MIB)
-    rows = evict.run()["rows"]
+    told: list[int] = []
+    rows = evict.run(told.append)["rows"]
+    assert told == list(range(1, 1 + 4 * (evict._PARTS + 2)))  # progress, to its end
     half = len(rows) // 2
     assert [row["name"].split(", ", 1)[0] for row in rows] == ["lru"] * half + ["adaptive"] * half
     assert all(row["value"] > 0 for row in rows)

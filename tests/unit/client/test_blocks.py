@@ -108,17 +108,17 @@ async def test_a_fetch_that_timed_out_can_be_made_again_and_one_that_found_less_
 
 async def test_a_hit_says_what_it_is() -> None:
     hit = found(Connection(), 1, 2)
-    assert repr(sync.PrefixHit(hit)) == repr(hit) == "<PrefixHit of m: 1 blocks, 2 coming>"
+    assert repr(sync.PrefixHit(hit)) == repr(hit) == "<PrefixHit of m: 1 block, 2 coming>"
     await hit.release()
-    assert repr(hit) == "<PrefixHit of m: 1 blocks, 2 coming, released>"
+    assert repr(hit) == "<PrefixHit of m: 1 block, 2 coming, released>"
 
 
 def test_what_is_not_durable_is_not_said_to_be_lost() -> None:
     check_written([True, True])
     full = ("error", "TierError", "it does not fit", {"cause": "budget"})
-    told = r"sealed and in the pool, but not durable: it does not fit \(of 2 blocks the first 1 are on disk\)"
+    told = r"sealed and in the pool, but not durable: it does not fit \(on disk: the first 1 of 2 blocks\)"
     with pytest.raises(TierError, match=told) as caught:
         check_written([True, full])
-    assert caught.value.details == {"cause": "budget"}
+    assert caught.value.details == {"cause": "budget", "blocks_on_disk": 1}
     with pytest.raises(TierError, match=r"^block 1 is not in the pool any more"):
         check_written([("error", "TierError", "block 1 is not in the pool any more", {"cause": "gone"})])

@@ -53,7 +53,7 @@ class TestSources:
     @pytest.mark.parametrize("count", [2, 4])
     def test_as_many_blocks_as_hashes(self, make, count):
         for source in (self.values(make), list(self.values(make))):
-            with pytest.raises(TensorMismatchError, match=f"{count} hashes need {count} blocks, got 3"):
+            with pytest.raises(TensorMismatchError, match=f"each hash needs a block: {count} of them, got 3"):
                 source_addresses(SPEC, source, count)
 
     def test_shape_and_dtype_must_be_the_models(self, make):

@@ -71,7 +71,26 @@ def test_what_cannot_be_written_is_told(pool):
     pool.shelves[0].persist = lambda *arguments: [*real(*arguments)[:-2], error, error]
     kind, name, message, details = pool.flush()
     assert (kind, name, details["failed"], details["cause"]) == ("error", "TierError", 2, "ENOSPC")
-    assert "2 caches are not on disk" in message
+    assert "not on disk: 2 caches, on disk: " in message
+
+
+def test_what_fails_on_the_device_and_as_a_copy_in_host_memory_is_one_cache(pool):
+    """It was counted by the write of what is on the device, and again by that of what lies below."""
+    pool.store(range(1, 9))
+    error = ("error", *TierError("disk full", cause="ENOSPC").to_wire())
+    model = pool.state.ledger.models[0]
+    copies = [(model.tenant, model.fingerprint, key) for key in keys_of(range(6, 10))]
+    shelf, failing = pool.shelves[0], keys_of(range(6, 9))
+    persist, save = shelf.persist, shelf.save
+
+    def persist_some(store, tenant, fingerprint, entries):
+        outcomes = persist(store, tenant, fingerprint, entries)
+        return [error if entry[1] in failing else each for entry, each in zip(entries, outcomes, strict=True)]
+
+    shelf.persist = persist_some
+    shelf.save = lambda *arguments: save(*arguments) | {"failed": copies, "error": error}
+    _, _, _, details = pool.flush()
+    assert details["failed"] == 4
 
 
 def test_without_tiers_there_is_nothing_to_write_to():

@@ -6,7 +6,7 @@ import shutil
 import threading
 
 import pytest
-from disk_stores import DEADLINE_S, FaultyFolder, arrived, key_of
+from disk_stores import DEADLINE_S, FaultyFolder, SmallFolder, arrived, key_of
 from loop_clock import LONG_S, out_of_time
 
 from kvpool.cache.disk.folder import folder_at
@@ -257,3 +257,16 @@ async def test_a_folder_with_a_fault_at_any_step_yields_right_bytes_or_misses(op
         faults.errors.clear()
         await device.fill(*range(8))
     await settled(device)
+
+
+@pytest.mark.parametrize("fit", [0, 1, 7, 11, 12])
+async def test_of_a_chain_that_a_disk_has_no_room_for_the_front_is_stored(open_device, tmp_path, fit):
+    """All of it is one pack, of which nothing was stored then."""
+    folder = SmallFolder(str(tmp_path), fit * (PAGE + 4096) + 3 * 4096)  # with headers, and tables of packs
+    device = await open_device(0, folder)
+    errors = await device.tiers.write_through([device.written(number) for number in range(12)])
+    there = [error is None for error in errors]
+    assert there == [True] * fit + [False] * (12 - fit)
+    assert {error.details["cause"] for error in errors if error is not None} <= {"ENOSPC"}
+    assert device.found(*range(12)) == ["disk" if each else None for each in there]
+    assert await device.fill(*range(12)) == there

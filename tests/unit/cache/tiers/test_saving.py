@@ -15,7 +15,7 @@ async def test_all_of_the_host_tier_is_on_disk_then_copies_too(open_device, faul
     await device.demote(*range(40, 70))
     await device.copy_ahead(*range(70, 80))
     assert device.disk.statistics().files == 0
-    assert await device.tiers.save(None) == []
+    assert await device.tiers.save(None) == {}
     assert device.tiers.on_disk(None)[0] == 80
     device.host.check()
     await device.tiers.close()
@@ -27,7 +27,7 @@ async def test_of_one_tenant_alone(open_device, faults):
     device = await open_device(8, URL, watermark=1.0)
     await device.demote(1, 2, tenant="a")
     await device.demote(3, tenant="b")
-    assert await device.tiers.save("a") == []
+    assert await device.tiers.save("a") == {}
     assert [device.tiers.on_disk(tenant)[0] for tenant in ("a", "b", None)] == [2, 0, 2]
 
 
@@ -35,7 +35,7 @@ async def test_what_cannot_be_written_is_told_and_stays_in_the_host(open_device,
     device = await open_device(8, URL, watermark=1.0)
     await device.demote(1, 2)
     faults.errors["put"] = FULL
-    assert [error.details["cause"] for error in await device.tiers.save(None)] == ["ENOSPC"] * 2
+    assert [error.details["cause"] for error in (await device.tiers.save(None)).values()] == ["ENOSPC"] * 2
     assert device.found(1, 2) == ["host", "host"]
     device.host.check()
 
@@ -45,7 +45,7 @@ async def test_a_store_that_hangs_keeps_its_entries_and_nobody_waiting(open_devi
     await device.demote(1, 2)
     gate = faults.gates["put"] = threading.Event()
     errors = await out_of_time(device.tiers.save(None), arrived(faults, 2))
-    assert [error.details["cause"] for error in errors] == ["timeout"] * 2
+    assert [error.details["cause"] for error in errors.values()] == ["timeout"] * 2
     entry = device.host.index.get(key_of(1))
     assert entry.holds == 1, "a thread reads it"
     gate.set()
@@ -55,9 +55,9 @@ async def test_a_store_that_hangs_keeps_its_entries_and_nobody_waiting(open_devi
 
 async def test_without_a_disk_it_says_so_of_what_lies_in_the_host_alone(open_device):
     device = await open_device(4)
-    assert await device.tiers.save(None) == []
+    assert await device.tiers.save(None) == {}
     await device.demote(1, 2, tenant="a")
     await device.demote(3, tenant="b")
     await device.copy_ahead(4)
-    assert [error.details["cause"] for error in await device.tiers.save(None)] == ["no_disk"] * 3
+    assert [error.details["cause"] for error in (await device.tiers.save(None)).values()] == ["no_disk"] * 3
     assert len(await device.tiers.save("a")) == 2
