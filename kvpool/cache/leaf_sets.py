@@ -73,4 +73,4 @@ class LeafSets:
         rows = np.frombuffer(self._rows[device], np.int32)
         if len(rows) <= 2 * count:
             return rows.copy()
-        return rows.take((chance.random(count) * len(rows)).astype(np.intp))  # half the time of chance.integers
+        return rows[chance.integers(0, len(rows), count)]
