@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from kvpool.cache.chains import Rows, unique
 from kvpool.cache.eviction import CacheEvictionPolicy, register_policy
-from kvpool.cache.hazard import GAPS, KINDS, WIDTH, Floats, HazardTable, age_level, age_levels
+from kvpool.cache.hazard import GAPS, KINDS, LEVELS, WIDTH, Floats, HazardTable, age_level, age_levels
 from kvpool.cache.key import BlockHash
 from kvpool.cache.request_clock import RequestClock
 from kvpool.cache.sampled_ranking import SampledRanking
@@ -25,11 +25,14 @@ if TYPE_CHECKING:
     from kvpool.cache.index import CacheIndex
 
 _REBUILD_REQUESTS, _REBUILD_BLOCKS = 50, 2000
+_REBUILT_LESS_OFTEN = 8
 _MANY = 512
 _DOUBT = 0.7
 """By what the worth of a session's first turn is multiplied when it is to be admitted: less is known of it than of what
 would have to go."""
 _SWEEP_REQUESTS, _SWEEP_BLOCKS = 8, 256
+_RESIDENT_FOR_A_SWEPT_BLOCK = 256
+"""Where many are resident, each block changes less of what is known: a sweep waits for one for each so many of them."""
 _FORGOTTEN_REQUESTS = 7000
 """By how many requests what is known is older after a surprise: it leaves a quarter of it."""
 _BETWEEN_SURPRISES_REQUESTS, _BETWEEN_SURPRISES_BLOCKS = 50, 1000
@@ -91,6 +94,17 @@ class Adaptive(CacheEvictionPolicy):
     def evictable(self, rows: Sequence[int], now: float) -> None:
         ranking = self._ranking
         ranking.version += 1
+        if len(rows) == 1:  # here and below: of a single row nothing is fetched for a loop
+            row = rows[0]
+            if self._turn[row] < 0:
+                self._adopt(rows, now)
+            self._idle[row] = 1
+            if not self._children[row]:
+                if self._kind[row] == BODY and self._index.key_of(row) == self._turns.last[self._turn[row]]:
+                    self._kind[row] = TAIL
+                if ranking.where[row] != self._partition[row]:
+                    ranking.add(row, self._partition[row])
+            return
         children, turns, idle, kinds, partitions = self._children, self._turn, self._idle, self._kind, self._partition
         where = ranking.where
         for row in rows:
@@ -105,6 +119,9 @@ class Adaptive(CacheEvictionPolicy):
 
     def taken(self, rows: Sequence[int], now: float) -> None:
         self._ranking.version += 1
+        if len(rows) == 1:
+            self._idle[rows[0]] = 0
+            return
         idle = self._idle
         for row in rows:
             idle[row] = 0
@@ -115,6 +132,19 @@ class Adaptive(CacheEvictionPolicy):
     def removed(self, rows: Sequence[int]) -> None:
         ranking, table = self._ranking, self._turns
         ranking.version += 1
+        if len(rows) == 1:  # it is the next to be given out, mostly for a leaf again: it stays in the set of leaves
+            row = rows[0]
+            self._idle[row] = 0
+            turn = self._turn[row]
+            if turn >= 0:
+                self._turn[row] = NO_TURN
+                table.held[turn] = left = table.held[turn] - 1
+                if not left and not table.queued[turn]:
+                    table.bereave(turn)
+            above = self._parent[row]
+            if above >= 0 and self._idle[above] and not self._children[above]:
+                ranking.expose(above)
+            return
         if len(rows) >= _MANY:
             self._removed_many(np.array(rows, np.int64))
             return
@@ -128,11 +158,6 @@ class Adaptive(CacheEvictionPolicy):
                 held[turn] = left = held[turn] - 1
                 if not left and not queued[turn]:
                     table.bereave(turn)
-        if len(rows) == 1:  # its row is the next to be given out, mostly for a leaf again: it stays in the set
-            above = parent[rows[0]]
-            if above >= 0 and idle[above] and not children[above]:
-                ranking.expose(above)
-            return
         for row in rows:
             ranking.discard(row)
             above = parent[row]  # all are out by now, so that parents that went in the same batch do not become leaves
@@ -174,6 +199,10 @@ class Adaptive(CacheEvictionPolicy):
 
     def victim(self) -> int:
         ranking = self._ranking
+        if len(ranking.devices) == 1:
+            first = ranking.first(0)
+            if first is not None:
+                return first[1]
         lowest, victim = inf, NO_ROW
         for device in ranking.devices:
             first = ranking.first(device)
@@ -235,7 +264,7 @@ class Adaptive(CacheEvictionPolicy):
         places = _PLACES.take(kinds)
         places += np.frombuffer(table.base, np.int32).take(turns)
         places += buckets
-        worths = np.frombuffer(self._hazards.worths)
+        worths = self._hazards.all_worths
         low = worths.take(places)
         places += 1
         step = worths.take(places)
@@ -243,7 +272,7 @@ class Adaptive(CacheEvictionPolicy):
         levels -= buckets
         levels *= step
         levels += low
-        levels *= np.frombuffer(self._hazards.factors).take(np.frombuffer(table.level, np.uint8).take(turns))
+        levels *= self._hazards.all_factors.take(np.frombuffer(table.level, np.uint8).take(turns))
         return levels, born
 
     # -- requests -------------------------------------------------------------------------------------------------
@@ -270,7 +299,9 @@ class Adaptive(CacheEvictionPolicy):
         # Within one decision, here and below: the turn was found before.
         known = hashes is self._hashes and space == self._space
         turn = self._latest if known else self._turn_of(space, hashes, rows, now)
-        self._turns.set_output(turn, output_tokens)
+        digits = output_tokens.bit_length()
+        level = self._turns.level
+        level[turn] = level[turn] & -LEVELS | (digits if digits < LEVELS else LEVELS - 1)
 
     def admit(
         self,
@@ -286,9 +317,11 @@ class Adaptive(CacheEvictionPolicy):
         known = hashes is self._hashes and space == self._space
         turn = self._latest if known else self._turn_of(space, hashes, rows, now)
         missing = len(hashes) - len(rows)
-        doubt = 1.0 if table.number[turn] else _DOUBT
-        base, factors, worths = table.base[turn], self._hazards.factors, self._hazards.worths  # at age 0
-        worth = doubt * worths[base + _TAIL_PLACE] * factors[table.level[turn]]
+        factor = self._hazards.factors[table.level[turn]]
+        if not table.number[turn]:
+            factor *= _DOUBT
+        base, worths = table.base[turn], self._hazards.worths  # at age 0
+        worth = worths[base + _TAIL_PLACE] * factor
         if missing == 1 == len(devices):
             first = ranking.first(devices[0])
             if first is not None and sizes[first[1]] >= short * size_bytes:
@@ -299,7 +332,7 @@ class Adaptive(CacheEvictionPolicy):
             while left > 0 and missing and worth < victim_worth:  # tail first, as victims
                 left -= 1
                 missing -= 1
-                worth = doubt * worths[base + _BODY_PLACE] * factors[table.level[turn]]
+                worth = worths[base + _BODY_PLACE] * factor
             if left <= 0 or not missing:
                 break
             left -= sizes[row] / size_bytes
@@ -310,6 +343,13 @@ class Adaptive(CacheEvictionPolicy):
     def stored(self, space: int, hashes: Sequence[BlockHash], rows: Sequence[int], now: float) -> None:
         known = hashes is self._hashes and space == self._space
         turn = self._latest if known else self._turn_of(space, hashes, (), now)
+        if len(rows) == 1:
+            row = rows[0]
+            self._turn[row] = turn
+            self._kind[row] = BODY if len(hashes) > 1 else TAIL
+            self._uses[row] = 1
+            self._turns.held[turn] += 1
+            return
         turns, kinds, uses = self._turn, self._kind, self._uses
         kind = BODY if len(hashes) > 1 else TAIL
         for row in rows:
@@ -331,21 +371,23 @@ class Adaptive(CacheEvictionPolicy):
         """:meth:`_begin_chain` for a prompt of one block."""
         table = self._turns
         block_hash = hashes[0]
-        if rows:
-            turn = self._turn[rows[0]]
-        else:
-            turn = table.anchored_or_new(space, block_hash, clock)
-            if table.born[turn] == clock:  # it is new
-                return turn
-        if turn < 0 or table.blocks[turn] > 1 or table.last[turn] != block_hash:
+        if not rows:
+            shard = table.shard(space, block_hash)
+            turn = shard.get(block_hash, NO_TURN)
+            if turn < 0:
+                return table.add_block(space, block_hash, shard, clock)
+            if table.blocks[turn] > 1 or table.last[turn] != block_hash:
+                return self._begin_chain(space, hashes, rows, clock)
+            table.repeat(turn, clock, 0, 1)
+            return turn
+        row = rows[0]
+        turn = self._turn[row]
+        if turn < 0 or table.blocks[turn] > 1:
             return self._begin_chain(space, hashes, rows, clock)
-        shared = 0
-        if rows:
-            row = rows[0]
-            self._uses[row] = used = self._uses[row] + 1
-            shared = int(used > table.number[turn] + 2)
-            self._kind[row] = SHARED if shared else TAIL
-        table.repeat(turn, clock, shared, 1 - len(rows))
+        self._uses[row] = used = self._uses[row] + 1
+        shared = used > table.number[turn] + 2
+        self._kind[row] = SHARED if shared else TAIL
+        table.repeat(turn, clock, shared, 0)
         return turn
 
     def _begin_chain(self, space: int, hashes: Sequence[BlockHash], rows: Sequence[int], clock: float) -> int:
@@ -452,17 +494,18 @@ class Adaptive(CacheEvictionPolicy):
 
     def _keep_up(self) -> None:
         """Do a part of what has to be done now and then."""
-        requests, blocks = self._clock.requests, self._blocks
+        requests, blocks, resident = self._clock.requests, self._blocks, len(self._index)
         # More often at first, and after a surprise: each request changes more of what is known then.
         since_requests, since_blocks = requests - self._surprised_at[0], blocks - self._surprised_at[1]
-        rebuild_requests = min(_REBUILD_REQUESTS, 4 + since_requests // 8)
-        rebuild_blocks = min(_REBUILD_BLOCKS, 40 + since_blocks // 8)
+        rebuild_requests = min(_REBUILD_REQUESTS, 4 + since_requests // _REBUILT_LESS_OFTEN)
+        rebuild_blocks = min(_REBUILD_BLOCKS, 40 + since_blocks // _REBUILT_LESS_OFTEN)
+        sweep_blocks = max(_SWEEP_BLOCKS, resident // _RESIDENT_FOR_A_SWEPT_BLOCK)
         if requests - self._rebuilt_at[0] >= rebuild_requests and blocks - self._rebuilt_at[1] >= rebuild_blocks:
             self._turns.count_fresh(self._clock.now)
             self._hazards.rebuild(requests - self._rebuilt_at[0])
             self._rebuilt_at = requests, blocks
-        elif requests - self._swept_at[0] >= _SWEEP_REQUESTS and blocks - self._swept_at[1] >= _SWEEP_BLOCKS:
-            self._turns.sweep(self._clock.now, len(self._index))
+        elif requests - self._swept_at[0] >= _SWEEP_REQUESTS and blocks - self._swept_at[1] >= sweep_blocks:
+            self._turns.sweep(self._clock.now, resident, sweep_blocks)
             self._swept_at = requests, blocks
             if (
                 requests - self._rebuilt_at[0] >= _BETWEEN_SURPRISES_REQUESTS
@@ -475,4 +518,4 @@ class Adaptive(CacheEvictionPolicy):
                 self._rebuilt_at = self._surprised_at = requests, blocks
                 rebuild_blocks = 40
         # The first bounds grow: too early is harmless.
-        self._due_blocks = min(self._rebuilt_at[1] + rebuild_blocks, self._swept_at[1] + _SWEEP_BLOCKS)
+        self._due_blocks = min(self._rebuilt_at[1] + rebuild_blocks, self._swept_at[1] + sweep_blocks)

@@ -16,6 +16,7 @@ from kvpool.cache.meter import Meter
 from kvpool.cache.table import KEYED, MAX_STAMP, NO_ROW, RESIDENT, SEALED, CacheTable
 from kvpool.errors import PolicyError, ensure
 
+_COMPLETE = RESIDENT | SEALED | KEYED
 _MANY = 512
 """Caches that leave at once, from which on it pays to go through the columns as a whole."""
 
@@ -311,19 +312,22 @@ class CacheIndex(CacheTable):
 
         There is one for each of ``hashes``, which must be free; they become evictable tail first.
         """
-        shards = self._rows_by_hash[space]
-        for block_hash in hashes:
-            shard = shards[block_hash[-1] % SHARDS]
-            if block_hash in shard:
-                ensure(False, "publishing under a key that is taken", holder=shard[block_hash])
         count = len(hashes)
-        if count > 1 and len(set(hashes)) < count:
-            ensure(False, "publishing two caches under one key", caches=count)
-        if space in self._void:
-            ensure(False, "publishing where nothing is looked up", space=space)
-        rows = self._add(space, size_bytes, device, count, parent_row, now, hashes)
-        if not rows:
-            return rows
+        if count == 1:
+            rows = [self._add_block(space, size_bytes, device, hashes[0], parent_row, now)]
+        else:
+            shards = self._rows_by_hash[space]
+            for block_hash in hashes:
+                shard = shards[block_hash[-1] % SHARDS]
+                if block_hash in shard:
+                    ensure(False, "publishing under a key that is taken", holder=shard[block_hash])
+            if len(set(hashes)) < count:
+                ensure(False, "publishing two caches under one key", caches=count)
+            if space in self._void:
+                ensure(False, "publishing where nothing is looked up", space=space)
+            rows = self._add(space, size_bytes, device, count, parent_row, now, hashes)
+            if not rows:
+                return rows
         added_bytes = count * size_bytes
         if self.meter is not None:
             self.meter.charge(self.partition[rows[0]], added_bytes, added_bytes)
@@ -389,6 +393,43 @@ class CacheIndex(CacheTable):
         self._resident += count
         self.resident_bytes[device] += count * size_bytes
         return rows
+
+    def _add_block(
+        self, space: int, size_bytes: int, device: int, block_hash: BlockHash, parent_row: int, now: float
+    ) -> int:
+        """Check and :meth:`_add` a single complete block, in half the time: most requests that miss come here."""
+        shard = self._rows_by_hash[space][block_hash[-1] % SHARDS]
+        if block_hash in shard:
+            ensure(False, "publishing under a key that is taken", holder=shard[block_hash])
+        if space in self._void:
+            ensure(False, "publishing where nothing is looked up", space=space)
+        if not 0 <= device < len(self.resident_bytes):
+            ensure(False, "a device that was not added", device=device)
+        if parent_row >= 0:
+            if not self.flags[parent_row]:
+                ensure(False, "a parent that is gone", row=parent_row)
+            if self.flags[parent_row] & KEYED and not self.pins[parent_row]:
+                self.policy.sheltered(parent_row)
+        if not self._free:
+            self._grow()
+        row = self._free.pop()
+        self.parent[row] = parent_row
+        if parent_row >= 0:
+            self.children[parent_row] += 1
+        account = self._accounts[space]
+        self.partition[row] = self._partition_of(device, account) if account else self._by_device[device][0]
+        self.pins[row] = 0
+        self.device[row] = device
+        self.size_bytes[row] = size_bytes
+        self._space[row] = space
+        self.last_accessed[row] = now
+        self.access_count[row] = 0
+        self.flags[row] = _COMPLETE
+        self._hashes[row] = block_hash
+        shard[block_hash] = row
+        self._resident += 1
+        self.resident_bytes[device] += size_bytes
+        return row
 
     def adopt(self, row: int, elder: int) -> None:
         """Chain those behind a duplicate behind the cache that has its key, before they are cut off.
@@ -512,6 +553,16 @@ class CacheIndex(CacheTable):
         if not rows:
             return
         pins, flags, accessed, accesses = self.pins, self.flags, self.last_accessed, self.access_count
+        if len(rows) == 1:
+            row = rows[0]
+            leases = pins[row]
+            pins[row] = leases + 1
+            accessed[row] = now
+            accesses[row] += 1
+            if not leases and flags[row] & KEYED:
+                self.evictable_bytes[self.device[row]] -= self.size_bytes[row]
+                self._taken(rows, now)
+            return
         taken = []
         for row in rows:
             leases = pins[row]
@@ -563,6 +614,10 @@ class CacheIndex(CacheTable):
         Resident children of a removed cache stay as roots that no chain leads to any more, and go in their turn.
         Eviction never removes such a cache: it happens when memory is lost.
         """
+        if len(rows) == 1:
+            self._remove_block(rows[0])
+            self.policy.removed(rows)
+            return
         if len(rows) >= _MANY:
             self._remove_many(np.array(rows, np.int64))
             self._resident -= len(rows)
@@ -601,6 +656,35 @@ class CacheIndex(CacheTable):
                 free.append(row)
         self._resident -= len(rows)
         self.policy.removed(rows)
+
+    def _remove_block(self, row: int) -> None:
+        """Do as :meth:`remove_all` for one: two thirds of the time, as nothing is fetched for a loop."""
+        state, size_bytes, device = self.flags[row], self.size_bytes[row], self.device[row]
+        if not state:
+            ensure(False, "removing a cache that is gone", row=row)
+        pinned = self.pins[row]
+        if self.meter is not None:
+            self.meter.charge(self.partition[row], -size_bytes, -size_bytes if state & KEYED and not pinned else 0)
+        self.flags[row] = 0
+        if self.orphans:
+            self.orphans.discard(row)
+        if self.children[row]:
+            self._orphan(np.array([row]))
+        above = self.parent[row]
+        if above >= 0:
+            self.children[above] -= 1
+        self.resident_bytes[device] -= size_bytes
+        block_hash = self._hashes[row]
+        if block_hash is not None:
+            if not pinned:
+                self.evictable_bytes[device] -= size_bytes
+            del self._rows_by_hash[self._space[row]][block_hash[-1] % SHARDS][block_hash]
+            self._hashes[row] = None
+        stamp = self._stamps[row] + 1
+        self._stamps[row] = stamp
+        if stamp < MAX_STAMP:
+            self._free.append(row)
+        self._resident -= 1
 
     def _remove_many(self, rows: Rows) -> None:
         """Do as :meth:`remove_all`, column by column: a third of the time where there are thousands."""

@@ -34,7 +34,7 @@ _CHANGED_BY_REQUEST, _CHANGED_BY_REQUEST_OF_ONE = 6, 4
 for each so many leaves: the second where nothing goes behind a leaf, since a request is for a block there."""
 _LARGER_THAN_GONE = 32
 _ROWS_AT_ONCE = 8
-_LEAST_BY = 16
+_LEAST_BY, _SORTED_WHOLE = 16, 256
 
 
 class Sample(NamedTuple):
@@ -185,26 +185,25 @@ class SampledRanking:
         if self._asked == self.version and self._asked_device == device:
             return self._answer
         ranked = self._ranked[device] if device < len(self._ranked) else self._ranked_of(device)
-        turns, born, idle, children = self._turn, self._born, self._idle, self._children
         candidates = ranked.candidates
         while candidates:
             _, row, since = candidates[-1]
-            if idle[row] and born[turns[row]] == since and not children[row]:
+            if self._idle[row] and self._born[self._turn[row]] == since and not self._children[row]:
                 break
             candidates.pop()
             ranked.left -= 1
         if self._clock.requests >= ranked.resample_at or ranked.left <= 0:
             self._look(device, ranked)
             candidates = ranked.candidates
+        found = candidates[-1] if candidates else None  # others may be cheaper than what is exposed
         exposed = ranked.exposed
         while exposed:
             _, row, since = exposed[0]
-            if idle[row] and not children[row] and born[turns[row]] == since:
+            if self._idle[row] and not self._children[row] and self._born[self._turn[row]] == since:
+                if found is not None and exposed[0] < found:
+                    found = exposed[0]
                 break
             heappop(exposed)
-        found = candidates[-1] if candidates else None  # others may be cheaper than what is exposed
-        if exposed and found is not None and exposed[0] < found:
-            found = exposed[0]
         self._asked, self._asked_device, self._answer = self.version, device, found
         return found
 
@@ -340,8 +339,8 @@ def _least(worths: NDArray[np.float64], count: int) -> NDArray[np.int64]:
 
     Many may be equal, on which :func:`numpy.argpartition` takes many times as long.
     """
-    if len(worths) <= count:
-        return worths.argsort(kind="stable")
+    if len(worths) <= max(count, _SORTED_WHOLE):
+        return worths.argsort(kind="stable")[:count]
     some = worths[::_LEAST_BY].copy()
     some.sort()
     (least,) = (worths <= some[min(count // _LEAST_BY + 2, len(some) - 1)]).nonzero()

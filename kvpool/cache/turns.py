@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from array import array
-from collections import deque
 from collections.abc import Sequence
+from math import inf
 
 import numpy as np
 
-from kvpool.cache.chains import Rows, unique
-from kvpool.cache.hazard import GAPS, KINDS, LEVELS, WIDTH, HazardTable, age_level, age_levels
+from kvpool.cache.chains import Rows
+from kvpool.cache.forgetting import ForgettingLine
+from kvpool.cache.hazard import BOUNDS, GAPS, KINDS, LEVELS, WIDTH, HazardTable, age_level
 from kvpool.cache.key import SHARDS, BlockHash, KeyShards, key_shards
 
 TAIL, BODY, SHARED, OLD = range(KINDS)
@@ -21,16 +22,17 @@ CONTINUED = 1 << KINDS
 
 NO_TURN = -1
 _WATCHED = CONTINUED - 1
-_KINDS_OF = np.array([[flags & 1 << kind != 0 for kind in range(KINDS)] for flags in range(CONTINUED)])
+_KINDS_OF = np.array([[flags & 1 << kind != 0 for kind in range(KINDS)] for flags in range(2 * CONTINUED)])
 """By flags: which kinds are watched."""
 _GROUP = KINDS * WIDTH
 _NEW_LEVELS = [min(digits, LEVELS - 1) * LEVELS for digits in range(65)]
+_LATE_AT = np.concatenate([[0.0], BOUNDS, [inf]])
+"""By the age bucket up to which a turn's exposures are counted, plus one: the age from which on there are more."""
 _PLACES = [[kind * WIDTH for kind in range(KINDS) if flags & 1 << kind] for flags in range(CONTINUED)]
 """By flags: where the kinds that are watched lie behind the first class of a group."""
 _GHOSTS_AT_LEAST = 256
-_SWEPT_AT_ONCE = 1024
-_LOOKED_AT_ONCE = 512
-_ADDED = 256
+_SWEPT_FOR_A_BLOCK, _LOOKED_AT_FOR_A_BLOCK = 4, 2
+_ADDED, _ADDED_OF = 256, 64
 
 
 class TurnTable:
@@ -58,10 +60,11 @@ class TurnTable:
         self.last: list[BlockHash | None] = []
         self._last_but_one: list[BlockHash | None] = []
         self._space = array("I")
+        self._place = array("i")  # scratch: where one of several equal ones is
         self.queued = bytearray()  # in the line of those that are forgotten; 2: and renewed since
-        self._order: deque[int] = deque()
-        self._fresh = array("I")  # begun since exposures were last counted
-        self._free: list[int] = []  # their columns are as _extend leaves them
+        self._line = ForgettingLine()
+        self._fresh = array("i")  # begun since exposures were last counted
+        self._free: list[int] = []  # their columns are those of the turn of a single new block, born never
         self._anchors: list[KeyShards] = []  # by space
         self._cursor = 0
 
@@ -72,7 +75,7 @@ class TurnTable:
     @property
     def ghosts(self) -> int:
         """Records without any resident block."""
-        return sum(not self.held[turn] for turn in set(self._order))
+        return sum(not held for held in self.held) - len(self._free)
 
     def anchored(self, space: int, block_hash: BlockHash) -> int:
         """Return the latest turn whose prompt ended with this block, or with one behind it; -1 if none is known."""
@@ -81,17 +84,11 @@ class TurnTable:
         return self._anchors[space][block_hash[-1] % SHARDS].get(block_hash, NO_TURN)
 
     def shard(self, space: int, block_hash: BlockHash) -> dict[BlockHash, int]:
-        """Return the part of the anchors where this block's is, if it is known."""
+        """Return the part of the anchors where this block's is, if it is known: turns as of :meth:`anchored`."""
         anchors = self._anchors
         while space >= len(anchors):
             anchors.append(key_shards())
         return anchors[space][block_hash[-1] % SHARDS]
-
-    def set_output(self, turn: int, tokens: int) -> None:
-        """Say how long the answer was."""
-        digits = tokens.bit_length()
-        level = self.level
-        level[turn] = level[turn] & -LEVELS | (digits if digits < LEVELS else LEVELS - 1)
 
     def deepest(self, space: int, hashes: Sequence[BlockHash], resident: int) -> tuple[int, int]:
         """Return the turn whose anchor lies deepest among the hashes behind the first ``resident``, and its depth."""
@@ -107,10 +104,7 @@ class TurnTable:
     def add(
         self, space: int, hashes: Sequence[BlockHash], born: float, number: int, gap_bucket: int, shared: int, new: int
     ) -> int:
-        """Return a new record for a prompt with ``shared`` blocks of that kind and ``new`` ones behind what was known.
-
-        It stands in the line for :meth:`sweep`.
-        """
+        """Return a record for a prompt of ``shared`` blocks of that kind, and ``new`` ones behind what was known."""
         turn = self._free.pop() if self._free else self._extend()
         self._space[turn] = space
         self.last[turn] = last = hashes[-1]
@@ -120,31 +114,25 @@ class TurnTable:
             self._last_but_one[turn] = last = hashes[-2]
             self.shard(space, last)[last] = turn
         self.queued[turn] = 1
-        self._order.append(turn)
+        self._line.put_last(turn)
         self._begin(turn, born, number, gap_bucket, shared, new)
         return turn
 
-    def anchored_or_new(self, space: int, block_hash: BlockHash, born: float) -> int:
-        """Return :meth:`anchored`, or a record for a prompt of this one block, of which nothing is known."""
-        anchors = self.shard(space, block_hash)
-        turn = anchors.get(block_hash, NO_TURN)
-        if turn >= 0:
-            return turn
-        anchors[block_hash] = turn = self._free.pop() if self._free else self._extend()
+    def add_block(self, space: int, block_hash: BlockHash, shard: dict[BlockHash, int], born: float) -> int:
+        """:meth:`add` a record for a prompt of this one block, which is not in its :meth:`shard` of the anchors."""
+        shard[block_hash] = turn = self._free.pop() if self._free else self._extend()
         self._space[turn] = space
         self.last[turn] = block_hash
-        self.queued[turn] = 1
-        self._order.append(turn)
         self.born[turn] = born
-        self.level[turn] = LEVELS
-        self.flags[turn] = 1 << TAIL
+        self.queued[turn] = 1
+        self._line.put_last(turn)
         self._fresh.append(turn)
         return turn
 
     def renew(self, turn: int, born: float, number: int, gap_bucket: int, shared: int, new: int) -> None:
         """Write over the record of an equal prompt that has no blocks left; see :meth:`add`."""
         if not self.queued[turn]:
-            self._order.append(turn)
+            self._line.put_last(turn)
         self.queued[turn] = 2
         self._begin(turn, born, number, gap_bucket, shared, new)
 
@@ -188,60 +176,55 @@ class TurnTable:
         self.base[turn] = _GROUP * (GAPS + gap_bucket if gap_bucket < GAPS else 2 * GAPS - 1)
         self.counted[turn] = -1
         self.level[turn] = _NEW_LEVELS[new]
-        self.shared_blocks[turn] = shared
+        if shared:
+            self.shared_blocks[turn] = 1
         self.flags[turn] = 1 << TAIL | shared << SHARED
         self._fresh.append(turn)
         if not self.queued[turn]:
-            self._order.append(turn)
+            self._line.put_last(turn)
         self.queued[turn] = 2
 
     def bereave(self, turn: int) -> None:
         """Note that a turn has no resident block any more: it is forgotten soon, unless it is among the latest."""
         if not self.queued[turn]:
             self.queued[turn] = 1
-            self._order.appendleft(turn)
+            self._line.put_first(turn)
 
     def bereave_all(self, turns: Rows) -> None:
         """:meth:`bereave` those of different turns that have no resident block."""
         queued = np.frombuffer(self.queued, np.uint8)
         gone = turns[(np.frombuffer(self.held, np.int32)[turns] == 0) & (queued[turns] == 0)]
         queued[gone] = 1
-        self._order.extendleft(gone.tolist())
-
-    def _oldest(self, most: int) -> Rows:
-        """Take the oldest records of more than ``most`` out of the line, some at once; return those without blocks."""
-        order, next_turn = self._order, self._order.popleft
-        queued, held = np.frombuffer(self.queued, np.uint8), np.frombuffer(self.held, np.int32)
-        forgotten = [np.array([], np.int64)]
-        left = min(len(order), _LOOKED_AT_ONCE)
-        while (count := min(left, len(order) - most)) > 0:
-            left -= count
-            turns = np.array([next_turn() for _ in range(count)])
-            queued[turns] -= 1
-            renewed = queued[turns] != 0  # since they were put there
-            order.extend(turns[renewed].tolist())
-            forgotten.append(turns[~renewed & (held[turns] == 0)])
-        return np.concatenate(forgotten)
+        self._line.put_all_first(gone)
 
     def _forget_all(self, forgotten: Rows) -> None:
-        last, last_but_one = self.last, self._last_but_one
-        spaces = np.frombuffer(self._space, np.int32).take(forgotten)
-        for space in unique(spaces).tolist():
-            shards = self._anchors[space]
-            for turn in forgotten[spaces == space].tolist():
-                for anchors in (last, last_but_one):
-                    block_hash = anchors[turn]
-                    if block_hash is not None:
-                        shard = shards[block_hash[-1] % SHARDS]
-                        if shard.get(block_hash) == turn:
-                            del shard[block_hash]
-                        anchors[turn] = None
-        for column in (self.number, self.base, self.body_blocks, self.shared_blocks):
+        self._forget_anchors(forgotten, self.last)
+        blocks = np.frombuffer(self.blocks, np.int32)
+        long = forgotten[blocks.take(forgotten) > 1]
+        if len(long):
+            self._forget_anchors(long, self._last_but_one)
+            blocks[long] = 1
+            np.frombuffer(self.body_blocks, np.int32)[long] = 0
+        np.frombuffer(self.born)[forgotten] = inf
+        for column in (self.number, self.base, self.shared_blocks):
             np.frombuffer(column, np.int32)[forgotten] = 0
-        np.frombuffer(self.flags, np.uint8)[forgotten] = 0
-        np.frombuffer(self.blocks, np.int32)[forgotten] = 1
+        np.frombuffer(self.flags, np.uint8)[forgotten] = 1 << TAIL
+        np.frombuffer(self.level, np.uint8)[forgotten] = LEVELS
         np.frombuffer(self.counted, np.int8)[forgotten] = -1
         self._free.extend(forgotten.tolist())
+
+    def _forget_anchors(self, forgotten: Rows, anchors: list[BlockHash | None]) -> None:
+        spaces = np.frombuffer(self._space, np.int32).take(forgotten)
+        for space in set(spaces.tolist()):
+            shards = self._anchors[space]
+            for turn in forgotten[spaces == space].tolist():
+                block_hash = anchors[turn]
+                if block_hash is not None:
+                    anchors[turn] = None
+                    shard = shards[block_hash[-1] % SHARDS]
+                    latest = shard.pop(block_hash, turn)
+                    if latest != turn:
+                        shard[block_hash] = latest
 
     # -- learning -------------------------------------------------------------------------------------------------
 
@@ -274,17 +257,21 @@ class TurnTable:
         if kind <= BODY:
             self.hazards.gains[self.level[turn]] += share
 
-    def sweep(self, now: float, resident: int) -> None:
+    def sweep(self, now: float, resident: int, blocks: int) -> None:
         """:meth:`expose` the new records, and some of the others, so that those that nobody asks for count too.
 
         Then the oldest without resident blocks are forgotten. As many of the latest records stay as there are blocks
         ``resident``, at least 256. Takes 0.1 to 0.4 ms.
         """
         start = self._cursor
-        stop = min(start + _SWEPT_AT_ONCE, len(self.born))
+        stop = min(start + _SWEPT_FOR_A_BLOCK * blocks, len(self.born))
         self._cursor = 0 if stop == len(self.born) else stop
-        forgotten = self._oldest(max(resident, _GHOSTS_AT_LEAST))
-        self._count(np.concatenate([self._take_fresh(), np.arange(start, stop), forgotten]), now)
+        fresh = self._take_fresh()
+        queued, held = np.frombuffer(self.queued, np.uint8), np.frombuffer(self.held, np.int32)
+        forgotten = self._line.take_oldest(
+            max(resident, _GHOSTS_AT_LEAST), _LOOKED_AT_FOR_A_BLOCK * blocks, queued, held
+        )
+        self._count(np.concatenate([fresh, np.arange(start, stop), forgotten]), now)
         self._forget_all(forgotten)
 
     def count_fresh(self, now: float) -> None:
@@ -293,28 +280,30 @@ class TurnTable:
 
     def _take_fresh(self) -> Rows:
         fresh = np.array(self._fresh, np.int64)
-        self._fresh = array("I")
+        self._fresh = array("i")
         return fresh
 
     def _count(self, turns: Rows, now: float) -> None:
         """:meth:`expose` these records up to now."""
         all_counted, born = np.frombuffer(self.counted, np.int8), np.frombuffer(self.born)
-        flags = np.frombuffer(self.flags, np.uint8)
-        late = age_levels(now - born.take(turns)) >= all_counted.take(turns) + 1
-        late &= flags.take(turns) & _WATCHED != 0
-        turns = unique(turns[late])  # most of those that are not new are not late
-        buckets = age_levels(now - born.take(turns)).astype(np.int8)
-        watched, kinds = _KINDS_OF.take(flags.take(turns) & _WATCHED, axis=0).nonzero()
+        late = now - born.take(turns) >= _LATE_AT.take(all_counted.take(turns) + 1)
+        turns = turns[late]  # most of those that are not new are not late
+        place, order = np.frombuffer(self._place, np.int32), np.arange(len(turns), dtype=np.int32)
+        place[turns] = order
+        turns = turns[place.take(turns) == order]  # each once; sorting them takes five times as long
+        buckets = BOUNDS.searchsorted(now - born.take(turns), "right")
+        watched, kinds = _KINDS_OF.take(np.frombuffer(self.flags, np.uint8).take(turns), axis=0).nonzero()
         counted = all_counted.take(turns)
         all_counted[turns] = buckets
-        starts = (np.frombuffer(self.base, np.int32)[turns] + counted + 1)[watched] + kinds * WIDTH
-        stops = starts + (buckets - counted)[watched]
+        starts = (np.frombuffer(self.base, np.int32).take(turns) + counted + 1).take(watched) + kinds * WIDTH
+        stops = starts + (buckets - counted).take(watched)
         hazards = self.hazards
         entered, risen = np.frombuffer(hazards.entered), np.frombuffer(hazards.risen)
         entered += np.bincount(starts, minlength=len(entered))
         entered -= np.bincount(stops, minlength=len(entered))
-        level = np.frombuffer(self.level, np.uint8)[turns][watched]
-        expected = (risen[stops] - risen[starts]) * np.frombuffer(hazards.factors)[level] * (kinds <= BODY)
+        level = np.frombuffer(self.level, np.uint8).take(turns).take(watched)
+        expected = (risen.take(stops) - risen.take(starts)) * np.frombuffer(hazards.factors).take(level)
+        expected *= kinds <= BODY
         sums = np.bincount(level, expected, len(hazards.gains))
         gains, all_expected = np.frombuffer(hazards.gains), np.frombuffer(hazards.expected)
         gains -= sums
@@ -322,15 +311,18 @@ class TurnTable:
 
     def _extend(self) -> int:
         """Add free records, and return one of them."""
-        columns = (self.number, self.base, self.blocks, self.body_blocks, self.shared_blocks, self.old_blocks)
-        for column in (*columns, self.counted, self.held, self._space, self.born):
-            column.frombytes(bytes(_ADDED * column.itemsize))
-        for marks in (self.flags, self.level, self.queued):
-            marks.extend(bytes(_ADDED))
-        self.blocks[-_ADDED:] = array("I", [1]) * _ADDED
-        self.counted[-_ADDED:] = array("b", [-1]) * _ADDED
-        self.last.extend([None] * _ADDED)
-        self._last_but_one.extend([None] * _ADDED)
+        added = max(_ADDED, len(self.born) // _ADDED_OF)
+        columns = (self.number, self.base, self.body_blocks, self.shared_blocks, self.old_blocks)
+        for column in (*columns, self.held, self._space, self._place):
+            column.frombytes(bytes(added * column.itemsize))
+        self.blocks.extend(array("I", [1]) * added)
+        self.counted.extend(array("b", [-1]) * added)
+        self.born.extend(array("d", [inf]) * added)
+        self.flags.extend(bytes([1 << TAIL]) * added)
+        self.level.extend(bytes([LEVELS]) * added)
+        self.queued.extend(bytes(added))
+        self.last.extend([None] * added)
+        self._last_but_one.extend([None] * added)
         records = len(self.born)
-        self._free.extend(range(records - 1, records - _ADDED, -1))
-        return records - _ADDED
+        self._free.extend(range(records - 1, records - added, -1))
+        return records - added

@@ -128,6 +128,22 @@ def test_the_ratio_of_a_class_nears_one_with_age() -> None:
     assert 1 < ratios[20] < ratios[10] < 3
 
 
+def test_a_class_of_which_nothing_was_seen_is_worth_what_the_larger_one_is() -> None:
+    """Each is reckoned once; what is watched from an older age on was seen, too."""
+    hazards = HazardTable()
+    hits, entered = np.frombuffer(hazards.hits), np.frombuffer(hazards.entered)
+    old = 3 * WIDTH  # of the first gap
+    entered[old + 6] += 500.0
+    entered[old + 12] -= 500.0
+    hits[old + 6 : old + 12] += 50.0
+    hazards.rebuild(0)
+    worths = np.frombuffer(hazards.worths).reshape(2, GAPS, 4, WIDTH)
+    assert (worths[1] == worths[1, 0]).all()
+    assert (worths[0, 1:] == worths[0, 1]).all()
+    assert (worths[0, 0, :3] == worths[0, 1, :3]).all()
+    assert worths[0, 0, 3, 6] > worths[0, 1, 3, 6]
+
+
 def test_a_sudden_change_of_what_is_asked_for_makes_it_forget() -> None:
     """It lost some two passes of such a loop, 1.6 points, while what it knew of the draws faded."""
     chance = Random(1)
@@ -469,8 +485,9 @@ def test_a_row_given_out_on_another_device_is_a_leaf_there() -> None:
         index.remove(row)
 
 
-def test_the_index_of_an_age_is_the_best_rate_of_all_ages_to_stop_at() -> None:
-    hazard = np.random.default_rng(2).random((3, AGES)) / 3
+@pytest.mark.parametrize("classes", [3, 112])  # all pairs of ages at once, and some at a time
+def test_the_index_of_an_age_is_the_best_rate_of_all_ages_to_stop_at(classes: int) -> None:
+    hazard = np.random.default_rng(2).random((classes, AGES)) / 3
     found = gittins(hazard)
     starts = np.concatenate([[0.0], 2.0 ** (1 + np.arange(AGES) / 2)])
     widths = np.diff(starts)

@@ -66,6 +66,34 @@ def test_complete_caches_under_keys_that_are_not_free_change_nothing(index: Cach
     assert index.find(space, encode_block_id(4)) == -1
 
 
+def test_a_single_complete_block_is_stored_as_a_chain_is(index: CacheIndex) -> None:
+    """It goes in, and out, by a way of its own."""
+    space, void = (index.space("tenant", name) for name in ("fingerprint", "void"))
+    (root,) = publish_chain(index, space, [1])
+    index.bury_all(void)
+    (grave,) = (number for number in range(void + 2) if number not in (space, void))
+    for asked, message in (
+        ((grave, 100, 0, hashes(2)), "nothing is looked up"),
+        ((space, 100, 7, hashes(2)), "not added"),
+        ((space, 100, 0, hashes(2), root + 1), "a parent that is gone"),
+    ):
+        with pytest.raises(InvariantError, match=message):
+            index.add_complete(*asked, now=2.0)
+        index.check()
+        assert len(index) == 1
+    (row,) = index.add_complete(space, 100, 0, hashes(2), root, now=2.0)
+    index.check()
+    assert index.match(space, hashes(1, 2)) == [root, row]
+    assert list(index.policy.victims(0)) == [row, root]
+    stale = index.id_of(row)
+    index.remove_all([row])
+    index.check()
+    assert (index.resident_bytes[0], index.evictable_bytes[0], index.live_row(stale)) == (100, 100, -1)
+    with pytest.raises(InvariantError, match="that is gone"):
+        index.remove_all([row])
+    index.check()
+
+
 @pytest.mark.parametrize("keys", [1, 3])
 def test_caches_are_published_under_a_key_each(index: CacheIndex, keys: int) -> None:
     space = index.space("tenant", "fingerprint")
