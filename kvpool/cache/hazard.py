@@ -15,8 +15,8 @@ Floats = NDArray[np.float64]
 
 STAGES, GAPS, KINDS = 2, 14, 4
 """Classes: first or later turn, age bucket of the gap before it, kind of block."""
-AGES = 26
-"""Age buckets, two an octave; the first reaches from 0 to 2 requests, the last one begins at 8192 x sqrt(2)."""
+AGES = 42
+"""Age buckets, two an octave; the first reaches from 0 to 2 requests, the last one begins at 2 million."""
 WIDTH = AGES + 1
 """Columns of a class in tables by age: that of bucket ``a`` of class ``c`` is at ``c * WIDTH + a``."""
 CLASSES = STAGES * GAPS * KINDS
@@ -25,6 +25,8 @@ FEATURES, LEVELS = 2, 16
 ``first * LEVELS + second``."""
 
 _OLDEST = AGES - 1
+_LEAST_AGES = 26
+"""So many are reckoned at first, up to 11,585 requests; more when something has become as old."""
 _STARTS = np.concatenate([[0.0], 2.0 ** (1 + np.arange(AGES) / 2)])
 _WIDTHS = np.diff(_STARTS)
 BOUNDS = _STARTS[1:AGES]
@@ -95,27 +97,29 @@ class HazardTable:
     def rebuild(self, requests: int) -> None:
         """Derive everything anew; the counts fade by what ``requests`` requests leave of them. Takes 0.3 ms."""
         all_hits, entered = np.frombuffer(self.hits), np.frombuffer(self.entered)
-        hits = all_hits.reshape(STAGES, GAPS, KINDS, WIDTH)[..., :AGES]
-        exposures = np.cumsum(entered.reshape(STAGES, GAPS, KINDS, WIDTH), axis=-1)[..., :AGES]
+        exposures = np.cumsum(entered.reshape(STAGES, GAPS, KINDS, WIDTH), axis=-1)
         np.maximum(exposures, 0, out=exposures)  # not exactly 0 after some thousand steps up and down
+        ages = min(max(_LEAST_AGES, int((exposures.sum((0, 1, 2)) > _SEEN).nonzero()[0].max(initial=0)) + 2), AGES)
+        hits, exposures = all_hits.reshape(STAGES, GAPS, KINDS, WIDTH)[..., :ages], exposures[..., :ages]
         turns = float(exposures[:, :, 0, 0].sum())  # each has one tail, watched from the first bucket on
         weight = _PARENT_WEIGHT + _MORE_AT_FIRST * _FEW_TURNS / (_FEW_TURNS + turns)
         # Of most classes nothing was seen: they are as the larger one that they lean on, and reckoned once.
         seen = (exposures.sum(-1).ravel() > _SEEN).nonzero()[0]
-        hits_seen, exposures_seen = (counts.reshape(CLASSES, AGES).take(seen, axis=0) for counts in (hits, exposures))
+        hits_seen, exposures_seen = (counts.reshape(CLASSES, ages).take(seen, axis=0) for counts in (hits, exposures))
         hits, exposures = hits.sum(1), exposures.sum(1)  # by stage and kind
         hits_of_kinds, exposures_of_kinds = hits.sum(0), exposures.sum(0)
         hazard = _from_the_youngest(hits_of_kinds.sum(0), exposures_of_kinds.sum(0))
         hazard = _smooth(hits_of_kinds, exposures_of_kinds, hazard, weight)
-        hazard = _smooth(hits, exposures, hazard, weight).reshape(STAGES * KINDS, AGES)
+        hazard = _smooth(hits, exposures, hazard, weight).reshape(STAGES * KINDS, ages)
         hazard_seen = _smooth(hits_seen, exposures_seen, hazard.take(_LEANS_ON.take(seen), axis=0), weight)
         reckoned = _LEANS_ON.copy()
         reckoned[seen] = np.arange(len(hazard), len(hazard) + len(seen))
         hazard = np.minimum(np.concatenate([hazard, hazard_seen]), 1.0)
         risen, worths = (np.frombuffer(column).reshape(CLASSES, WIDTH) for column in (self.risen, self.worths))
-        risen[:, 1:] = np.cumsum(hazard, axis=1).take(reckoned, axis=0)
-        worths[:, :AGES] = gittins(hazard).take(reckoned, axis=0)
-        worths[:, AGES] = worths[:, AGES - 1]
+        risen[:, 1 : ages + 1] = np.cumsum(hazard, axis=1).take(reckoned, axis=0)
+        risen[:, ages + 1 :] = risen[:, [ages]]
+        worths[:, :ages] = gittins(hazard).take(reckoned, axis=0)
+        worths[:, ages:] = worths[:, [ages - 1]]
         gains, expected = np.frombuffer(self.gains), np.frombuffer(self.expected)
         for feature, weights in enumerate(self._weights):
             gained, awaited = (counts.reshape((LEVELS,) * FEATURES).sum(1 - feature) for counts in (gains, expected))
@@ -173,15 +177,16 @@ def gittins(hazard: Floats) -> Floats:
     at the present age alone would throw out what will be used soon, but not at once.
     """
     hazard = np.ascontiguousarray(hazard.T)  # ages first: each step below goes through memory in order
+    ages = len(hazard)
     survival = np.cumprod(1 - hazard, axis=0)
     before = np.concatenate([np.ones((1, hazard.shape[1])), survival[:-1]]) + 1e-12
-    reward, time = before * hazard, (before + survival) / 2 * _WIDTHS[:, None]
+    reward, time = before * hazard, (before + survival) / 2 * _WIDTHS[:ages, None]
     rewards, times = np.cumsum(reward, axis=0), np.cumsum(time, axis=0)
     rewards_before, times_before = rewards - reward, times - time
     best = reward / time
     at_once = max(_ELEMENTS // hazard.size, 1)
-    for start in range(0, AGES, at_once):  # of all pairs of ages some at a time, as they fit the cache
-        stop = min(start + at_once, AGES)
+    for start in range(0, ages, at_once):  # of all pairs of ages some at a time, as they fit the cache
+        stop = min(start + at_once, ages)
         rates = rewards[start:stop, None] - rewards_before[:stop]
         times_held = times[start:stop, None] - times_before[:stop]
         times_held += _NEVER[start:stop, :stop]

@@ -80,8 +80,15 @@ class LazyGroup(click.Group):
             return super().invoke(ctx)
         except KvpoolError as error:
             fail(trace.get_current_span(), type(error).__name__, error.message)
-            click.echo(f"kvpool: {' '.join(str(error).split())}", err=True)
+            click.echo(f"kvpool: {_told(error)}", err=True)
             ctx.exit(EXIT_ERROR)
+
+
+def _told(error: BaseException) -> str:
+    """Return an error in one line, with the one whose clean-up it came up in: that is what went wrong first."""
+    first = None if error.__suppress_context__ else error.__context__
+    told = " ".join(str(error).split()) or type(error).__name__
+    return told if first is None else f"{told} (while this was handled: {_told(first)})"
 
 
 @click.group(

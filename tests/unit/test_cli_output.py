@@ -1,13 +1,18 @@
 """Tables as people read them."""
 
+import sys
 from contextlib import AbstractContextManager, redirect_stderr
 from io import StringIO
 from threading import Event
+from types import ModuleType
 
+import click
 import pytest
 
+from kvpool.cli import EXIT_ERROR, LazyGroup
 from kvpool.cli.output import print_rows, progress
 from kvpool.cli.spinner import working
+from kvpool.errors import CacheStateError, CapacityError
 
 
 def test_a_list_of_figures_is_told_by_its_ends(capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,3 +54,23 @@ def test_what_is_done_in_a_moment_says_nothing(shown: AbstractContextManager[obj
     with redirect_stderr(_Log()) as log, shown:
         pass
     assert log.getvalue() == ""
+
+
+def test_an_error_of_cleaning_up_does_not_hide_what_went_wrong_first(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails() -> None:
+        try:
+            raise CapacityError("no room for 4 MiB")
+        finally:
+            raise CacheStateError("1 tensors are still in use")
+
+    module = ModuleType("failing")
+    module.fails = click.command()(fails)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "failing", module)
+    group = LazyGroup("kvpool", lazy_commands={"fails": ("failing:fails", "Fails.")})
+    with pytest.raises(SystemExit) as ended:
+        group.main(["fails"], prog_name="kvpool")
+    assert ended.value.code == EXIT_ERROR
+    told = "kvpool: 1 tensors are still in use (while this was handled: no room for 4 MiB)\n"
+    assert capsys.readouterr().err == told

@@ -77,6 +77,13 @@ def test_it_is_no_worse_than_lru_on_workloads_without_sessions(name: str) -> Non
         assert adaptive >= lru - 0.005, capacity
 
 
+def test_it_is_no_worse_than_lru_where_memory_holds_what_is_old() -> None:
+    """All that was older than 11,585 requests was taken for equally old: 12 to 17 points were lost on this."""
+    requests = single_blocks(recent(60_000, Random(5), mean_distance=8000))
+    lru, adaptive = (simulate(requests, policy, 0.5)["prefix_hit_ratio"] for policy in ("lru", "adaptive"))
+    assert adaptive >= lru - 0.005
+
+
 def shifting(count: int, of: int, chance: Random) -> list[int]:
     step = of // 100
     return [(block + step * (number // 200)) % of for number, block in enumerate(zipf(count, of, chance))]
