@@ -24,7 +24,10 @@ from kvpool.errors import ensure
 if TYPE_CHECKING:
     from kvpool.cache.index import CacheIndex
 
-_REBUILD_REQUESTS, _REBUILD_BLOCKS = 50, 2000
+_REBUILD_REQUESTS, _REBUILD_BLOCKS, _REBUILD_BLOCKS_AT_FIRST = 50, 2000, 40
+_RESIDENT_FOR_A_REBUILD = 32_768
+"""Where many are resident, tables last longer, and surprises come less often, for the same reason as sweeps: by so many
+times as there are so many."""
 _REBUILT_LESS_OFTEN = 8
 _MANY = 512
 _DOUBT = 0.7
@@ -498,7 +501,10 @@ class Adaptive(CacheEvictionPolicy):
         # More often at first, and after a surprise: each request changes more of what is known then.
         since_requests, since_blocks = requests - self._surprised_at[0], blocks - self._surprised_at[1]
         rebuild_requests = min(_REBUILD_REQUESTS, 4 + since_requests // _REBUILT_LESS_OFTEN)
-        rebuild_blocks = min(_REBUILD_BLOCKS, 40 + since_blocks // _REBUILT_LESS_OFTEN)
+        scale = max(1, resident // _RESIDENT_FOR_A_REBUILD)
+        most_blocks, least_blocks = _REBUILD_BLOCKS * scale, _REBUILD_BLOCKS_AT_FIRST * scale
+        rebuild_blocks = min(most_blocks, least_blocks + since_blocks // _REBUILT_LESS_OFTEN)
+        patience_blocks = self._patience_blocks * scale
         sweep_blocks = max(_SWEEP_BLOCKS, resident // _RESIDENT_FOR_A_SWEPT_BLOCK)
         if requests - self._rebuilt_at[0] >= rebuild_requests and blocks - self._rebuilt_at[1] >= rebuild_blocks:
             self._turns.count_fresh(self._clock.now)
@@ -509,13 +515,13 @@ class Adaptive(CacheEvictionPolicy):
             self._swept_at = requests, blocks
             if (
                 requests - self._rebuilt_at[0] >= _BETWEEN_SURPRISES_REQUESTS
-                and since_blocks >= self._patience_blocks
+                and since_blocks >= patience_blocks
                 and self._hazards.surprised()
             ):
-                soon = since_blocks < _SOON_AGAIN * self._patience_blocks
+                soon = since_blocks < _SOON_AGAIN * patience_blocks
                 self._patience_blocks = 2 * self._patience_blocks if soon else _BETWEEN_SURPRISES_BLOCKS
                 self._hazards.rebuild(requests - self._rebuilt_at[0] + _FORGOTTEN_REQUESTS)
                 self._rebuilt_at = self._surprised_at = requests, blocks
-                rebuild_blocks = 40
+                rebuild_blocks = least_blocks
         # The first bounds grow: too early is harmless.
         self._due_blocks = min(self._rebuilt_at[1] + rebuild_blocks, self._swept_at[1] + sweep_blocks)
