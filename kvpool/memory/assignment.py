@@ -6,12 +6,16 @@ add up to it (:mod:`kvpool.memory.subset`): first of those that lie in the way, 
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from bisect import bisect_left, bisect_right, insort
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
 from kvpool.memory.compaction import Part, Snapshot, bytes_in_use, linked_pages, pages_under
 from kvpool.memory.shelves import Shelf, unit_of
-from kvpool.memory.subset import SubsetSums
+from kvpool.memory.subset import SubsetSums, evenly
+
+_LEAST_SHARE = 256
+"""No shelf is filled better in which less than this part of a page is free: hundreds of them waste a page or two."""
 
 
 class Assignment:
@@ -50,6 +54,8 @@ class Assignment:
                 self._loose.append(part)
         #: Caches that may be taken, by size in units.
         self._stock: dict[int, deque[Part]] = {}
+        #: These sizes, ascending.
+        self._sizes: list[int] = []
         rank = self._ranks(snapshot)
         for part in sorted(self._loose, key=lambda part: rank.get(part.offset & -self._page_bytes, 0)):
             self._put(part)
@@ -67,8 +73,9 @@ class Assignment:
                 inside[shelf].append(part)
             else:
                 self._put(part)
-        for shelf in self._roomiest_first():
-            self._fill(shelf, 0)
+        if self._large_bytes:
+            for shelf in self._roomiest_first():
+                self._fill(shelf, 0)
         for shelf in self._roomiest_first():
             self._exchange(shelf)
         return {cache_id: offset for shelf, parts in inside.items() for cache_id, offset in _places(shelf, parts)}
@@ -99,7 +106,7 @@ class Assignment:
     def _exchange(self, shelf: Shelf) -> None:
         """Put others in the place of one cache, if they fill the shelf better."""
         room_bytes, inside = self._room_bytes(shelf), self._inside[shelf]
-        if not room_bytes or not inside:
+        if room_bytes * _LEAST_SHARE < self._page_bytes or not inside:
             return
         sums = self._sums(room_bytes + max(part.size_bytes for part in inside), 0)
         gains = [self._most_bytes(sums, room_bytes + part.size_bytes) - part.size_bytes for part in inside]
@@ -110,18 +117,28 @@ class Assignment:
             self._put(leaving)
 
     def _sums(self, most_bytes: int, least_bytes: int) -> SubsetSums:
-        least = least_bytes // self._unit_bytes
-        stock = Counter({size: len(parts) for size, parts in self._stock.items() if size >= least})
-        return SubsetSums(stock, most_bytes // self._unit_bytes)
+        least, most = least_bytes // self._unit_bytes, most_bytes // self._unit_bytes
+        sizes = evenly(self._sizes[bisect_left(self._sizes, least) : bisect_right(self._sizes, most)])
+        return SubsetSums({size: len(self._stock[size]) for size in sizes}, most)
 
     def _most_bytes(self, sums: SubsetSums, room_bytes: int) -> int:
         return sums.at_most(room_bytes // self._unit_bytes) * self._unit_bytes
 
     def _take(self, sums: SubsetSums, size_bytes: int) -> list[Part]:
-        return [self._stock[size].popleft() for size in sums.parts(size_bytes // self._unit_bytes)]
+        taken = []
+        for size in sums.parts(size_bytes // self._unit_bytes):
+            parts = self._stock[size]
+            taken.append(parts.popleft())
+            if not parts:
+                del self._stock[size], self._sizes[bisect_left(self._sizes, size)]
+        return taken
 
     def _put(self, part: Part) -> None:
-        self._stock.setdefault(part.size_bytes // self._unit_bytes, deque()).append(part)
+        size = part.size_bytes // self._unit_bytes
+        if size not in self._stock:
+            self._stock[size] = deque()
+            insort(self._sizes, size)
+        self._stock[size].append(part)
 
     def _ranks(self, snapshot: Snapshot) -> dict[int, int]:
         """Return numbers of pages from which caches are taken first: of the emptiest groups, each from its end on."""
