@@ -247,11 +247,13 @@ class Mover:
 
     def _plan_emptying(self, survey: Survey, budget_bytes: int, most_pages: int, looks: int | None) -> Plan:
         """Plan to empty the emptiest of all pages; else what is possible where there are not too many caches."""
-        if survey.tenant in self._loose:  # before anything else moves what the filling left so
+        if survey.tenant in self._loose:
             self._loose.remove(survey.tenant)
-            plan = self._plan_join(survey, survey.for_join(), len(survey.pages) * self._page_bytes, len(survey.pages))
-            if plan.moves:
-                return plan
+            if looks is None:  # before anything else moves what the filling left so
+                everything = len(survey.pages) * self._page_bytes
+                plan = self._plan_join(survey, islice(survey.for_join(), 1), everything, len(survey.pages))
+                if plan.moves:
+                    return plan
         sources = survey.emptiest(budget_bytes, most_pages)
         # No more pages than could come free: the others are those that these are emptied into.
         fitting = sources[: self.possible(survey.tenant)]
@@ -306,6 +308,7 @@ class Mover:
         return plan
 
     def _plan_join(self, survey: Survey, snapshots: Iterable[Snapshot], budget_bytes: int, most_pages: int) -> Plan:
+        """Join pages of the first snapshot in which one could come free by it."""
         for snapshot in snapshots:
             pages = choose_join(snapshot, budget_bytes, most_pages)
             if pages:

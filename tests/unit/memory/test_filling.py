@@ -11,7 +11,7 @@ from kvpool.errors import CapacityError
 from kvpool.memory import mover
 from kvpool.memory.allocation import Allocation
 from kvpool.memory.allocator import GPUMemoryAllocator
-from kvpool.memory.compaction import Move, Part, Plan, Snapshot
+from kvpool.memory.compaction import Move, Part, Plan, Snapshot, choose_join
 from kvpool.memory.evacuation import plan_evacuation
 from kvpool.memory.exchange import plan_exchange
 from kvpool.memory.filling import plan_filling
@@ -199,6 +199,35 @@ def test_little_is_wasted_though_a_tenth_is_leased(size: Callable[[int], int], m
         assert all(memory.allocation(cache_id) == place for cache_id, place in places.items())
         assert memory.usage().fragmentation <= most_wasted
         assert memory.compact() == (0, 0, False)
+    backend.close()
+
+
+def test_a_step_in_the_background_after_a_fill_plans_for_one_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It planned for all pages that the fill had left loose, whatever it was told."""
+    filled: list[Move] = []
+    asked: list[int] = []
+
+    def plan(snapshot: Snapshot) -> Plan:
+        found = plan_filling(snapshot)
+        filled.extend(found.moves)
+        return found
+
+    def choose(snapshot: Snapshot, budget_bytes: int, most_pages: int) -> tuple[int, ...]:
+        asked.append(most_pages)
+        return choose_join(snapshot, budget_bytes, most_pages)
+
+    monkeypatch.setattr(mover, "plan_filling", plan)
+    monkeypatch.setattr(mover, "choose_join", choose)
+    leases, backend = Leases(), HostBackend()
+    with closing(GPUMemoryAllocator(backend, PAGES * PAGE, PAGE, MIN, owner=leases)) as memory:
+        churn(memory, leases, lambda _: 9, 2)
+        while not filled:
+            assert memory.compact(PAGE // 4).more
+        asked.clear()
+        while memory.compact_a_little(PAGE).more:
+            pass
+        assert set(asked) == {1}
+        memory.check()
     backend.close()
 
 
