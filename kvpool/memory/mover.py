@@ -332,6 +332,7 @@ class Mover:
     def _carry_out(self, tenant: str, plan: Plan, owner: Movable) -> Compaction:
         """Move batch by batch, then give back the pages that are empty: not before, a later batch may go there."""
         moves = plan.moves
+        filled = self._filled.pop(tenant, None)  # an error undoes that: pages that were added are not to stay for it
         added = self._shared.extend(tenant, sorted(plan.added))
         if added is None:
             return Compaction(0, 0, False)
@@ -349,6 +350,8 @@ class Mover:
             freed_pages = self._shared.put_empty(tenant, sorted(emptied)) - len(added)
             moved_bytes = self._count(done, freed_pages)
             self._clean(tenant, done)
+        if filled is not None:
+            self._filled[tenant] = filled
         return Compaction(moved_bytes, freed_pages, True)
 
     def _count(self, done: Iterable[Moves], freed_pages: int) -> int:
