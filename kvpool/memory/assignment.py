@@ -99,34 +99,36 @@ class Assignment:
 
     def _fill(self, shelf: Shelf, least_bytes: int) -> None:
         """Put caches of at least so many bytes into a shelf, as fill it best."""
-        room_bytes = self._room_bytes(shelf)
-        sums = self._sums(room_bytes, least_bytes)
-        self._inside[shelf] += self._take(sums, self._most_bytes(sums, room_bytes))
+        room = self._room_bytes(shelf) // self._unit_bytes
+        sums = SubsetSums(self._counts(room, least_bytes // self._unit_bytes), room)
+        self._inside[shelf] += self._take(sums, sums.at_most(room))
 
     def _exchange(self, shelf: Shelf) -> None:
         """Put others in the place of one cache, if they fill the shelf better."""
         room_bytes, inside = self._room_bytes(shelf), self._inside[shelf]
         if room_bytes * _LEAST_SHARE < self._page_bytes or not inside:
             return
-        sums = self._sums(room_bytes + max(part.size_bytes for part in inside), 0)
-        gains = [self._most_bytes(sums, room_bytes + part.size_bytes) - part.size_bytes for part in inside]
-        gain_bytes = max(gains)
-        if gain_bytes > 0:
-            leaving = inside.pop(gains.index(gain_bytes))
-            inside += self._take(sums, leaving.size_bytes + gain_bytes)
+        room = room_bytes // self._unit_bytes
+        sizes = [part.size_bytes // self._unit_bytes for part in inside]
+        most = room + max(sizes)
+        sums = SubsetSums(self._counts(most, 0), most)
+        gains = [sums.at_most(room + size) - size for size in sizes]
+        gain = max(gains)
+        if gain > 0:
+            number = gains.index(gain)
+            leaving = inside.pop(number)
+            inside += self._take(sums, sizes[number] + gain)
             self._put(leaving)
 
-    def _sums(self, most_bytes: int, least_bytes: int) -> SubsetSums:
-        least, most = least_bytes // self._unit_bytes, most_bytes // self._unit_bytes
+    def _counts(self, most: int, least: int) -> dict[int, int]:
+        """Return how many there are in stock of sizes from ``least`` to ``most`` units, not of too many sizes."""
         sizes = evenly(self._sizes[bisect_left(self._sizes, least) : bisect_right(self._sizes, most)])
-        return SubsetSums({size: len(self._stock[size]) for size in sizes}, most)
+        return {size: len(self._stock[size]) for size in sizes}
 
-    def _most_bytes(self, sums: SubsetSums, room_bytes: int) -> int:
-        return sums.at_most(room_bytes // self._unit_bytes) * self._unit_bytes
-
-    def _take(self, sums: SubsetSums, size_bytes: int) -> list[Part]:
+    def _take(self, sums: SubsetSums, total: int) -> list[Part]:
+        """Take caches of so many units together out of the stock."""
         taken = []
-        for size in sums.parts(size_bytes // self._unit_bytes):
+        for size in sums.parts(total):
             parts = self._stock[size]
             taken.append(parts.popleft())
             if not parts:

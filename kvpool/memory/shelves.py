@@ -61,13 +61,8 @@ class Shelves(NamedTuple):
     fill_bytes: int
     #: What is left in them then.
     rest_bytes: int
-    #: Of what they take, what lies elsewhere now.
-    copied_bytes: int
-
-    @property
-    def worth(self) -> float:
-        """What they take, less what moving it costs. (Half of the rest: small caches may fill it, or may not.)"""
-        return self.fill_bytes + self.rest_bytes / 2 - self.copied_bytes / _WORTH
+    #: What they take, less what moving it costs. (Half of the rest: small caches may fill it, or may not.)
+    worth: float
 
     def beside(self, other: Shelves) -> Shelves:
         """Return both."""
@@ -76,11 +71,11 @@ class Shelves(NamedTuple):
             self.kept + other.kept,
             self.fill_bytes + other.fill_bytes,
             self.rest_bytes + other.rest_bytes,
-            self.copied_bytes + other.copied_bytes,
+            self.worth + other.worth,
         )
 
 
-_NONE = Shelves((), (), 0, 0, 0)
+_NONE = Shelves((), (), 0, 0, 0.0)
 
 
 def fixed_pages(snapshot: Snapshot) -> set[int]:
@@ -268,7 +263,8 @@ class _Gaps:
         first, last = bisect_left(self._starts, shelf.start), bisect_right(self._ends, shelf.end)
         there_bytes = max(self._sums_bytes[last] - self._sums_bytes[first], 0)  # (a cache may lie across both ends)
         copied_bytes = max(fill_bytes - there_bytes, 0)
-        return Shelves((shelf,), kept, fill_bytes, shelf.size_bytes - fill_bytes, copied_bytes)
+        rest_bytes = shelf.size_bytes - fill_bytes
+        return Shelves((shelf,), kept, fill_bytes, rest_bytes, fill_bytes + rest_bytes / 2 - copied_bytes / _WORTH)
 
     def _usable(self, page: int) -> bool:
         return page not in self._fixed and (page in self._known or page in self._snapshot.room)
