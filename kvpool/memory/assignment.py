@@ -62,17 +62,20 @@ class Assignment:
 
     def goals(self) -> dict[int, int]:
         """Return where caches are to lie, by id; those that are not in it may lie anywhere else."""
-        inside, small = self._inside, []
+        inside, small = self._inside, {}
         for shelf, parts in inside.items():
-            small += [(shelf, part) for part in parts if part.size_bytes < self._large_bytes]
+            small[shelf] = [part for part in parts if part.size_bytes < self._large_bytes]
             inside[shelf] = [part for part in parts if part.size_bytes >= self._large_bytes]
         for shelf in self._roomiest_first():
             self._fill(shelf, self._large_bytes)
-        for shelf, part in small:
-            if part.size_bytes <= self._room_bytes(shelf):
-                inside[shelf].append(part)
-            else:
-                self._put(part)
+        for shelf, parts in small.items():
+            room_bytes = self._room_bytes(shelf)
+            for part in parts:
+                if part.size_bytes <= room_bytes:
+                    inside[shelf].append(part)
+                    room_bytes -= part.size_bytes
+                else:
+                    self._put(part)
         if self._large_bytes:
             for shelf in self._roomiest_first():
                 self._fill(shelf, 0)

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import accumulate
 from math import gcd
+from operator import itemgetter
 from typing import NamedTuple
 
 from kvpool.memory.compaction import Snapshot, pages_under
@@ -119,7 +120,7 @@ def choose_shelves(snapshot: Snapshot, fixed: set[int], large_bytes: int, least_
     for choices, likely in zip(gaps, _likely(gaps, snapshot.page_bytes, all_large_bytes), strict=True):
         best, chosen = _with_gap(best, choices, range(likely - _NEAR, likely + _NEAR + 1))
         taken.append(chosen)
-    fewest, kept = len(snapshot.pages) - len(fixed) - least_pages + 1, -1
+    fewest, kept = len(snapshot.pages) - len(fixed) - least_pages + 1, -1  # so many are too many
     for number, (_, fill_bytes, rest_bytes) in sorted(best.items()):
         loose_large_bytes = all_large_bytes - fill_bytes
         # (What the shelves would take of large ones beyond what there is, small ones may have, too.)
@@ -154,10 +155,10 @@ def _likely(gaps: Sequence[Sequence[Shelves]], page_bytes: int, most_bytes: int)
             gains = [(each.fill_bytes - now.fill_bytes) / (len(each.kept) - len(now.kept)) for each in left]
             best = max(gains)
             then = left[gains.index(best)]
-            steps.append((-best, number, now, then))
+            steps.append((best, number, now, then))
             now = then
-    for lost, number, now, then in sorted(steps):
-        if -lost < page_bytes or most_bytes <= 0:
+    for gain, number, now, then in sorted(steps, key=itemgetter(0), reverse=True):  # (of one gap they descend already)
+        if gain < page_bytes or most_bytes <= 0:
             break
         kept[number] = len(then.kept)
         most_bytes -= then.fill_bytes - now.fill_bytes
@@ -222,30 +223,32 @@ class _Gaps:
     def _between(self, start: int | None, end: int | None) -> Iterator[Shelves]:
         """Yield the shelves that a gap may have. ``None``: nothing is there."""
         page_bytes = self._page_bytes
-        first = None if start is None else -(-start // page_bytes) * page_bytes
-        last = None if end is None else end // page_bytes * page_bytes
         most = 2 * MOST_KEPT
-        if start is not None and end is not None and first is not None and last is not None:
+        if start is not None and end is not None:
             under = range(start // page_bytes * page_bytes, end, page_bytes)
-            between = range(first, last, page_bytes)
+            between = range(-(-start // page_bytes) * page_bytes, end // page_bytes * page_bytes, page_bytes)
             if len(between) <= most and all(page in self._fixed or self._usable(page) for page in under):
                 yield self._filled(Shelf(start, end), tuple(between))
+            if start // page_bytes == end // page_bytes:
+                return
             # (Where no page is between them, the shelf that ends at both is the better one; where it cannot be, one
             # of the pages is not among those that are looked at.)
             most = max(len(between) - 1, 0)
-            if start // page_bytes == end // page_bytes:
-                return
-        tails = [] if start is None or first is None else [*self._growing(start, first, 1, last)]
-        heads = [] if end is None or last is None else [*self._growing(end, last, -1, first)]
+        tails = () if start is None else tuple(self._growing(start, 1, end))
+        heads = () if end is None else tuple(self._growing(end, -1, start))
         for tail in (_NONE, *tails):
             for head in (_NONE, *heads):
                 if len(tail.kept) + len(head.kept) <= most:
                     yield tail.beside(head)
 
-    def _growing(self, bound: int, edge: int, way: int, stop: int | None) -> Iterator[Shelves]:
-        """Yield the shelf from a bound to the edge of its page, and on in one page after the other."""
+    def _growing(self, bound: int, way: int, stop: int | None) -> Iterator[Shelves]:
+        """Yield the shelf from a bound to the edge of its page, and on in one page after the other.
+
+        ``way`` is 1 where it goes up and -1 where it goes down, to ``stop`` at most.
+        """
         page_bytes = self._page_bytes
-        if bound == edge or (edge if way < 0 else edge - page_bytes) not in self._fixed:
+        edge = -(-bound // page_bytes) * page_bytes if way > 0 else bound // page_bytes * page_bytes
+        if bound == edge or bound // page_bytes * page_bytes not in self._fixed:
             return
         kept: tuple[int, ...] = ()
         while True:
