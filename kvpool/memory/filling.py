@@ -72,7 +72,8 @@ def _plan(snapshot: Snapshot, large_bytes: int, least_pages: int) -> Plan:
     kept = fixed.union(*(each.kept for each in chosen))
     added = kept.difference(snapshot.pages)
     if len(added) > snapshot.spare_pages:
-        return _plan(snapshot._replace(room=frozenset(), spare_pages=0), large_bytes, least_pages)
+        room = frozenset(sorted(added)[: snapshot.spare_pages])
+        return _plan(snapshot._replace(room=room), large_bytes, least_pages)
     assignment = Assignment(snapshot, kept, [shelf for each in chosen for shelf in each.shelves], large_bytes)
     goals = assignment.goals()
     order = Rearrangement(snapshot, goals, kept)
