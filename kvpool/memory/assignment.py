@@ -6,12 +6,16 @@ add up to it (:mod:`kvpool.memory.subset`): first of those that lie in the way, 
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from bisect import bisect_left, bisect_right, insort
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
 from kvpool.memory.compaction import Part, Snapshot, bytes_in_use, linked_pages, pages_under
 from kvpool.memory.shelves import Shelf, unit_of
-from kvpool.memory.subset import SubsetSums
+from kvpool.memory.subset import SubsetSums, evenly
+
+_LEAST_SHARE = 256
+"""No shelf is filled better in which less than this part of a page is free: hundreds of them waste a page or two."""
 
 
 class Assignment:
@@ -50,25 +54,31 @@ class Assignment:
                 self._loose.append(part)
         #: Caches that may be taken, by size in units.
         self._stock: dict[int, deque[Part]] = {}
+        #: These sizes, ascending.
+        self._sizes: list[int] = []
         rank = self._ranks(snapshot)
         for part in sorted(self._loose, key=lambda part: rank.get(part.offset & -self._page_bytes, 0)):
             self._put(part)
 
     def goals(self) -> dict[int, int]:
         """Return where caches are to lie, by id; those that are not in it may lie anywhere else."""
-        inside, small = self._inside, []
+        inside, small = self._inside, {}
         for shelf, parts in inside.items():
-            small += [(shelf, part) for part in parts if part.size_bytes < self._large_bytes]
+            small[shelf] = [part for part in parts if part.size_bytes < self._large_bytes]
             inside[shelf] = [part for part in parts if part.size_bytes >= self._large_bytes]
         for shelf in self._roomiest_first():
             self._fill(shelf, self._large_bytes)
-        for shelf, part in small:
-            if part.size_bytes <= self._room_bytes(shelf):
-                inside[shelf].append(part)
-            else:
-                self._put(part)
-        for shelf in self._roomiest_first():
-            self._fill(shelf, 0)
+        for shelf, parts in small.items():
+            room_bytes = self._room_bytes(shelf)
+            for part in parts:
+                if part.size_bytes <= room_bytes:
+                    inside[shelf].append(part)
+                    room_bytes -= part.size_bytes
+                else:
+                    self._put(part)
+        if self._large_bytes:
+            for shelf in self._roomiest_first():
+                self._fill(shelf, 0)
         for shelf in self._roomiest_first():
             self._exchange(shelf)
         return {cache_id: offset for shelf, parts in inside.items() for cache_id, offset in _places(shelf, parts)}
@@ -92,36 +102,48 @@ class Assignment:
 
     def _fill(self, shelf: Shelf, least_bytes: int) -> None:
         """Put caches of at least so many bytes into a shelf, as fill it best."""
-        room_bytes = self._room_bytes(shelf)
-        sums = self._sums(room_bytes, least_bytes)
-        self._inside[shelf] += self._take(sums, self._most_bytes(sums, room_bytes))
+        room = self._room_bytes(shelf) // self._unit_bytes
+        sums = SubsetSums(self._counts(room, least_bytes // self._unit_bytes), room)
+        self._inside[shelf] += self._take(sums, sums.at_most(room))
 
     def _exchange(self, shelf: Shelf) -> None:
         """Put others in the place of one cache, if they fill the shelf better."""
         room_bytes, inside = self._room_bytes(shelf), self._inside[shelf]
-        if not room_bytes or not inside:
+        if room_bytes * _LEAST_SHARE < self._page_bytes or not inside:
             return
-        sums = self._sums(room_bytes + max(part.size_bytes for part in inside), 0)
-        gains = [self._most_bytes(sums, room_bytes + part.size_bytes) - part.size_bytes for part in inside]
-        gain_bytes = max(gains)
-        if gain_bytes > 0:
-            leaving = inside.pop(gains.index(gain_bytes))
-            inside += self._take(sums, leaving.size_bytes + gain_bytes)
+        room = room_bytes // self._unit_bytes
+        sizes = [part.size_bytes // self._unit_bytes for part in inside]
+        most = room + max(sizes)
+        sums = SubsetSums(self._counts(most, 0), most)
+        gains = [sums.at_most(room + size) - size for size in sizes]
+        gain = max(gains)
+        if gain > 0:
+            number = gains.index(gain)
+            leaving = inside.pop(number)
+            inside += self._take(sums, sizes[number] + gain)
             self._put(leaving)
 
-    def _sums(self, most_bytes: int, least_bytes: int) -> SubsetSums:
-        least = least_bytes // self._unit_bytes
-        stock = Counter({size: len(parts) for size, parts in self._stock.items() if size >= least})
-        return SubsetSums(stock, most_bytes // self._unit_bytes)
+    def _counts(self, most: int, least: int) -> dict[int, int]:
+        """Return how many there are in stock of sizes from ``least`` to ``most`` units, not of too many sizes."""
+        sizes = evenly(self._sizes[bisect_left(self._sizes, least) : bisect_right(self._sizes, most)])
+        return {size: len(self._stock[size]) for size in sizes}
 
-    def _most_bytes(self, sums: SubsetSums, room_bytes: int) -> int:
-        return sums.at_most(room_bytes // self._unit_bytes) * self._unit_bytes
-
-    def _take(self, sums: SubsetSums, size_bytes: int) -> list[Part]:
-        return [self._stock[size].popleft() for size in sums.parts(size_bytes // self._unit_bytes)]
+    def _take(self, sums: SubsetSums, total: int) -> list[Part]:
+        """Take caches of so many units together out of the stock."""
+        taken = []
+        for size in sums.parts(total):
+            parts = self._stock[size]
+            taken.append(parts.popleft())
+            if not parts:
+                del self._stock[size], self._sizes[bisect_left(self._sizes, size)]
+        return taken
 
     def _put(self, part: Part) -> None:
-        self._stock.setdefault(part.size_bytes // self._unit_bytes, deque()).append(part)
+        size = part.size_bytes // self._unit_bytes
+        if size not in self._stock:
+            self._stock[size] = deque()
+            insort(self._sizes, size)
+        self._stock[size].append(part)
 
     def _ranks(self, snapshot: Snapshot) -> dict[int, int]:
         """Return numbers of pages from which caches are taken first: of the emptiest groups, each from its end on."""

@@ -39,7 +39,7 @@ def plan_filling(snapshot: Snapshot) -> Plan:
     best, most = NOTHING, 0
     for before in (snapshot, _without_anchored(snapshot)):
         for large_bytes in _large(before):
-            plan = _plan(before, large_bytes)
+            plan = _plan(before, large_bytes, most + 1)
             gained = _freed_after(snapshot, plan) - len(plan.added) if plan.moves else 0
             if gained > most:
                 best, most = plan, gained
@@ -63,15 +63,17 @@ def _large(snapshot: Snapshot) -> list[int]:
     return sorted({0, *(sizes_bytes[number] for number in least if number < len(sizes_bytes))})
 
 
-def _plan(snapshot: Snapshot, large_bytes: int) -> Plan:
+def _plan(snapshot: Snapshot, large_bytes: int, least_pages: int) -> Plan:
+    """Plan with shelves chosen for large caches, if so many pages could come free by it."""
     fixed = fixed_pages(snapshot)
-    chosen = choose_shelves(snapshot, fixed, large_bytes)
+    chosen = choose_shelves(snapshot, fixed, large_bytes, least_pages)
     if chosen is None:
         return NOTHING
     kept = fixed.union(*(each.kept for each in chosen))
     added = kept.difference(snapshot.pages)
     if len(added) > snapshot.spare_pages:
-        return _plan(snapshot._replace(room=frozenset(), spare_pages=0), large_bytes)
+        room = frozenset(sorted(added)[: snapshot.spare_pages])
+        return _plan(snapshot._replace(room=room), large_bytes, least_pages)
     assignment = Assignment(snapshot, kept, [shelf for each in chosen for shelf in each.shelves], large_bytes)
     goals = assignment.goals()
     order = Rearrangement(snapshot, goals, kept)

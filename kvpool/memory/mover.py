@@ -247,11 +247,13 @@ class Mover:
 
     def _plan_emptying(self, survey: Survey, budget_bytes: int, most_pages: int, looks: int | None) -> Plan:
         """Plan to empty the emptiest of all pages; else what is possible where there are not too many caches."""
-        if survey.tenant in self._loose:  # before anything else moves what the filling left so
+        if survey.tenant in self._loose:
             self._loose.remove(survey.tenant)
-            plan = self._plan_join(survey, survey.for_join(), len(survey.pages) * self._page_bytes, len(survey.pages))
-            if plan.moves:
-                return plan
+            if looks is None:  # before anything else moves what the filling left so
+                everything = len(survey.pages) * self._page_bytes
+                plan = self._plan_join(survey, islice(survey.for_join(), 1), everything, len(survey.pages))
+                if plan.moves:
+                    return plan
         sources = survey.emptiest(budget_bytes, most_pages)
         # No more pages than could come free: the others are those that these are emptied into.
         fitting = sources[: self.possible(survey.tenant)]
@@ -306,6 +308,7 @@ class Mover:
         return plan
 
     def _plan_join(self, survey: Survey, snapshots: Iterable[Snapshot], budget_bytes: int, most_pages: int) -> Plan:
+        """Join pages of the first snapshot in which one could come free by it."""
         for snapshot in snapshots:
             pages = choose_join(snapshot, budget_bytes, most_pages)
             if pages:
@@ -329,6 +332,7 @@ class Mover:
     def _carry_out(self, tenant: str, plan: Plan, owner: Movable) -> Compaction:
         """Move batch by batch, then give back the pages that are empty: not before, a later batch may go there."""
         moves = plan.moves
+        filled = self._filled.pop(tenant, None)  # an error undoes that: pages that were added are not to stay for it
         added = self._shared.extend(tenant, sorted(plan.added))
         if added is None:
             return Compaction(0, 0, False)
@@ -346,6 +350,8 @@ class Mover:
             freed_pages = self._shared.put_empty(tenant, sorted(emptied)) - len(added)
             moved_bytes = self._count(done, freed_pages)
             self._clean(tenant, done)
+        if filled is not None:
+            self._filled[tenant] = filled
         return Compaction(moved_bytes, freed_pages, True)
 
     def _count(self, done: Iterable[Moves], freed_pages: int) -> int:

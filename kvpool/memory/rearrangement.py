@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
+from collections import deque
 from collections.abc import Iterable, Mapping
 
 from kvpool.memory.anchors import side_by_side
@@ -45,25 +46,26 @@ class Rearrangement:
         away
             Caches without a place that may not stay where they are.
         """
-        waiting = [cache_id for cache_id, goal in self._goals.items() if self._parts[cache_id].offset != goal]
+        ready = deque(cache_id for cache_id, goal in self._goals.items() if self._parts[cache_id].offset != goal)
+        #: By what is in their way: those that wait until it is gone.
+        waiting: dict[int, list[int]] = {}
         evaded: set[int] = set()
-        while waiting:
-            blocked = [cache_id for cache_id in waiting if not self._reach(cache_id)]
-            if len(blocked) == len(waiting):
-                # The first one waits for one without a place, or they wait for each other in a circle.
-                other = self._in_the_way(self._parts[blocked[0]], self._goals[blocked[0]])
-                if other is None or other.cache_id in evaded or not self._evade(other):
+        while ready or waiting:
+            if ready:
+                cache_id = ready.popleft()
+                part, goal = self._parts[cache_id], self._goals[cache_id]
+                other = self._in_the_way(part, goal)
+                if other is not None:
+                    waiting.setdefault(other.cache_id, []).append(cache_id)
+                    continue
+                self._move(part, goal)
+            else:  # for one without a place, or for each other in a circle
+                cache_id = next(iter(waiting))
+                if cache_id in evaded or not self._evade(self._parts[cache_id]):
                     return False
-                evaded.add(other.cache_id)
-            waiting = blocked
+                evaded.add(cache_id)
+            ready += waiting.pop(cache_id, ())
         return all(self._evade(self._parts[cache_id]) for cache_id in away if cache_id not in evaded)
-
-    def _reach(self, cache_id: int) -> bool:
-        part, goal = self._parts[cache_id], self._goals[cache_id]
-        if self._in_the_way(part, goal) is not None:
-            return False
-        self._move(part, goal)
-        return True
 
     def _in_the_way(self, part: Part, offset: int) -> Part | None:
         """Return what a cache cannot go to ``offset`` for; itself, if it would have to slide up."""
@@ -74,10 +76,8 @@ class Rearrangement:
             before = self._by_start[self._starts[position]]
             if before.end > offset and before is not part:
                 return before
-        for start in self._starts[position + 1 :]:
-            if start >= offset + part.size_bytes:
-                break
-            if start != part.offset:
+        for start in self._starts[position + 1 : position + 3]:  # the cache itself, perhaps, and the next one
+            if start < offset + part.size_bytes and start != part.offset:
                 return self._by_start[start]
         return None
 
@@ -116,10 +116,11 @@ class Rearrangement:
     def _hole(self, size_bytes: int) -> int | None:
         """Return the first hole of so many bytes."""
         for start, end in side_by_side(self._open, self._page_bytes):
-            position = bisect_right(self._starts, start) - 1
-            if position >= 0:
-                start = max(start, self._by_start[self._starts[position]].end)
-            for offset in self._starts[position + 1 :]:
+            behind = bisect_right(self._starts, start)
+            if behind:
+                start = max(start, self._by_start[self._starts[behind - 1]].end)
+            for position in range(behind, len(self._starts)):
+                offset = self._starts[position]
                 if offset - start >= size_bytes or offset >= end:
                     break
                 start = self._by_start[offset].end

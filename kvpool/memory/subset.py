@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 _MOST_SIZES = 64
 """Different sizes that are tried; of more, as many are taken evenly."""
+
+
+def evenly(sizes: Sequence[int]) -> Sequence[int]:
+    """Return as many of some sizes as are tried."""
+    if len(sizes) <= _MOST_SIZES:
+        return sizes
+    return [sizes[number * len(sizes) // _MOST_SIZES] for number in range(_MOST_SIZES)]
 
 
 class SubsetSums:
@@ -23,9 +30,7 @@ class SubsetSums:
     """
 
     def __init__(self, stock: Mapping[int, int], most: int) -> None:
-        sizes = sorted(size for size, count in stock.items() if count and size <= most)
-        if len(sizes) > _MOST_SIZES:
-            sizes = [sizes[number * len(sizes) // _MOST_SIZES] for number in range(_MOST_SIZES)]
+        sizes = evenly(sorted(size for size, count in stock.items() if count and size <= most))
         #: Each so many of a size at once, by powers of two, with the sums that could be made before.
         self._steps: list[tuple[int, int, int]] = []
         self._sums = 1

@@ -2,16 +2,17 @@
 
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 
 import pytest
 
-from kvpool.errors import CapacityError
+from kvpool.errors import BackendError, CapacityError
 from kvpool.memory import mover
 from kvpool.memory.allocation import Allocation
 from kvpool.memory.allocator import GPUMemoryAllocator
-from kvpool.memory.compaction import Move, Part, Plan, Snapshot
+from kvpool.memory.backend import Copy
+from kvpool.memory.compaction import Move, Part, Plan, Snapshot, choose_join
 from kvpool.memory.evacuation import plan_evacuation
 from kvpool.memory.exchange import plan_exchange
 from kvpool.memory.filling import plan_filling
@@ -43,6 +44,14 @@ def test_a_hole_at_the_end_of_a_page_that_stays_goes_on_in_a_page_that_is_added(
     plan = plan_filling(snapshot(*pages, room=(1, 2), spare_pages=2))
     assert {move.destination for move in plan.moves} == {5, 10}
     assert plan.added == (8,)
+
+
+def test_as_many_pages_are_added_as_there_are_where_more_would_be_better() -> None:
+    """None was added then."""
+    loose = [(9, "cccccccc"), (10, "ccccc..."), (12, "dddddddd"), (13, "ddddd...")]
+    pages = [(0, "AAA....."), *loose, (20, "BBB.....")]
+    assert plan_filling(snapshot(*pages, room=(1, 21), spare_pages=2)).added == (8, 168)
+    assert plan_filling(snapshot(*pages, room=(1, 21), spare_pages=1)).added == (8,)
 
 
 def test_a_gap_between_two_pages_that_stay_is_closed_where_sizes_add_up_to_it() -> None:
@@ -107,6 +116,19 @@ class Leases:
         assert allocation.cache_id not in self.leased
 
 
+class RefusingBackend(HostBackend):
+    """Host memory that refuses one copy, once it is told to."""
+
+    refuses = False
+
+    def copy(self, copies: Iterable[Copy]) -> None:
+        for each in copies:
+            if self.refuses:
+                self.refuses = False
+                raise BackendError("refused", errno=5)
+            super().copy([each])
+
+
 def any_size(number: int) -> int:
     return random.Random(number).randint(1, BLOCKS - 1)
 
@@ -134,6 +156,11 @@ def churn(memory: GPUMemoryAllocator, leases: Leases, size: Callable[[int], int]
         for cache_id in [each for number, each in enumerate(live) if number % 2 and each not in leases.leased]:
             memory.free(cache_id)
             del live[cache_id]
+
+
+def compact_all(memory: GPUMemoryAllocator, budget_bytes: int | None) -> None:
+    while memory.compact(budget_bytes).more:
+        pass
 
 
 def fewest_pages(anchors: list[tuple[int, int]], size: int, count: int) -> int:
@@ -199,6 +226,66 @@ def test_little_is_wasted_though_a_tenth_is_leased(size: Callable[[int], int], m
         assert all(memory.allocation(cache_id) == place for cache_id, place in places.items())
         assert memory.usage().fragmentation <= most_wasted
         assert memory.compact() == (0, 0, False)
+    backend.close()
+
+
+@pytest.mark.parametrize("budget_bytes", [None, PAGE // 4])
+def test_pages_added_for_a_fill_that_the_system_refuses_do_not_stay(
+    budget_bytes: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Holes were not filled again until bytes changed, as if the copy had not been refused."""
+    backed = []
+    for refusal in (False, True):
+        leases, backend = Leases(), RefusingBackend()
+        refusals = [refusal]
+
+        def plan(snapshot: Snapshot, backend: RefusingBackend = backend, refusals: list[bool] = refusals) -> Plan:
+            found = plan_filling(snapshot)
+            if found.moves and refusals:
+                backend.refuses = refusals.pop()
+            return found
+
+        monkeypatch.setattr(mover, "plan_filling", plan)
+        with closing(GPUMemoryAllocator(backend, PAGES * PAGE, PAGE, MIN, owner=leases)) as memory:
+            churn(memory, leases, lambda _: 9, 2)
+            if refusal:
+                with pytest.raises(BackendError):
+                    compact_all(memory, budget_bytes)
+                memory.check()
+            compact_all(memory, budget_bytes)
+            memory.check()
+            backed.append(memory.usage().backed_bytes)
+        assert not refusals
+        backend.close()
+    assert backed[1] == backed[0]
+
+
+def test_a_step_in_the_background_after_a_fill_plans_for_one_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It planned for all pages that the fill had left loose, whatever it was told."""
+    filled: list[Move] = []
+    asked: list[int] = []
+
+    def plan(snapshot: Snapshot) -> Plan:
+        found = plan_filling(snapshot)
+        filled.extend(found.moves)
+        return found
+
+    def choose(snapshot: Snapshot, budget_bytes: int, most_pages: int) -> tuple[int, ...]:
+        asked.append(most_pages)
+        return choose_join(snapshot, budget_bytes, most_pages)
+
+    monkeypatch.setattr(mover, "plan_filling", plan)
+    monkeypatch.setattr(mover, "choose_join", choose)
+    leases, backend = Leases(), HostBackend()
+    with closing(GPUMemoryAllocator(backend, PAGES * PAGE, PAGE, MIN, owner=leases)) as memory:
+        churn(memory, leases, lambda _: 9, 2)
+        while not filled:
+            assert memory.compact(PAGE // 4).more
+        asked.clear()
+        while memory.compact_a_little(PAGE).more:
+            pass
+        assert set(asked) == {1}
+        memory.check()
     backend.close()
 
 
