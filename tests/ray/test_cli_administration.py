@@ -6,7 +6,9 @@ import asyncio
 import json
 import os
 import signal
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
@@ -175,13 +177,22 @@ def test_each_command_explains_itself(command: str) -> None:
 async def test_each_command_that_asks_a_pool_gives_a_sign_of_life(
     cli: Cli, untouched: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shown: list[tuple[bool, str]] = []
+    told: list[str] = []
 
-    def status(console: Console, text: str) -> nullcontext[None]:
-        shown.append((console.stderr, text))
-        return nullcontext()
+    @contextmanager
+    def at_once(_after_s: float, tell: Callable[[], None], again_s: float) -> Iterator[None]:
+        tell()
+        yield
 
-    monkeypatch.setattr(Console, "status", status)
+    def record(console: Console, text: Any = "", **options: Any) -> None:
+        if console.stderr:
+            told.append(text)
+        else:
+            shown(console, text, **options)
+
+    shown = Console.print
+    monkeypatch.setattr("kvpool.cli.spinner.called_after", at_once)
+    monkeypatch.setattr(Console, "print", record)
     started = f"{untouched}-2"
     settings = ("--devices", "host:1x2MiB", "--name")
     for command in (
@@ -190,10 +201,9 @@ async def test_each_command_that_asks_a_pool_gives_a_sign_of_life(
         ("set-policy", "lru", "--name", untouched),
     ):  # fmt: skip
         await cli(*command)
-        [(stderr, text)] = shown
-        assert stderr, "standard output is for the answer alone"
+        [text] = told  # standard output is for the answer alone
         assert command[-1] in text
-        shown.clear()
+        told.clear()
 
 
 def removed(key: bytes | None, model: str = "model", size_bytes: int = BLOCK_BYTES) -> dict[str, object]:

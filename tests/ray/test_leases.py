@@ -54,7 +54,7 @@ async def test_close_refuses_while_tensors_are_alive(pool):
     async with await CachePool.connect(pool.name) as another:
         cache = await another.request_cache("m", size="64KiB")
         view = cache.numpy("uint8", (10,))
-        with pytest.raises(CacheStateError, match="1 tensors"):
+        with pytest.raises(CacheStateError, match="1 tensor over"):
             await another.close()
         view[:] = 1
         assert await own_bytes(another) == 65536  # nothing was closed
@@ -94,7 +94,7 @@ async def test_an_error_is_not_hidden_by_the_tensors_that_its_traceback_keeps(po
 
     with pytest.raises(ZeroDivisionError):
         await fail()
-    assert "stays connected: 1 tensors" in caplog.text
+    assert "stays connected: still in use in this process: 1 tensor" in caplog.text
     await until_leased(pool, 0)  # it did, so that the end of the tensor could be told
     await opened.pop().close()
 
@@ -231,7 +231,7 @@ async def test_closing_looks_for_tensors_again_when_the_last_calls_are_answered(
             await drained()
 
         another._connection.releases.drain = drain
-        with pytest.raises(CacheStateError, match="1 tensors"):
+        with pytest.raises(CacheStateError, match="1 tensor over"):
             await another.close()
         cache, _ = views.pop()
         del _

@@ -63,7 +63,7 @@ def test_an_error_of_cleaning_up_does_not_hide_what_went_wrong_first(
         try:
             raise CapacityError("no room for 4 MiB")
         finally:
-            raise CacheStateError("1 tensors are still in use")
+            raise CacheStateError("a tensor is still in use")
 
     module = ModuleType("failing")
     module.fails = click.command()(fails)  # type: ignore[attr-defined]
@@ -72,5 +72,5 @@ def test_an_error_of_cleaning_up_does_not_hide_what_went_wrong_first(
     with pytest.raises(SystemExit) as ended:
         group.main(["fails"], prog_name="kvpool")
     assert ended.value.code == EXIT_ERROR
-    told = "kvpool: 1 tensors are still in use (while this was handled: no room for 4 MiB)\n"
+    told = "kvpool: a tensor is still in use (while this was handled: no room for 4 MiB)\n"
     assert capsys.readouterr().err == told
