@@ -228,7 +228,7 @@ async def test_tensors_that_do_not_fit(pool):
         for blocks, says in (
             (torch.zeros((2, 4, 8), dtype=torch.float16), r"bfloat16\[4, 8\], got float16"),
             (torch.zeros((2, 8, 4), dtype=torch.bfloat16), r"got bfloat16\[8, 4\]"),
-            (torch.zeros((3, 4, 8), dtype=torch.bfloat16), "2 hashes need 2 blocks, got 3"),
+            (torch.zeros((3, 4, 8), dtype=torch.bfloat16), "each hash needs a block: 2 of them, got 3"),
             ([np.zeros((4, 8), np.float32)] * 2, "got float32"),
             ([[1, 2], [3, 4]], "torch tensors or numpy arrays"),
         ):

@@ -65,7 +65,7 @@ def failed(rows: Rows, pool: CachePool | None = None) -> list[tuple[str, str]]:
 async def test_nodes_and_pools_are_looked_at(doctor: Doctor, pool: CachePool) -> None:
     rows = await doctor("--devices", "host:1x16MiB")
     assert failed(rows, pool) == []
-    assert one(rows, "cluster")["found"].startswith("1 nodes, ")
+    assert one(rows, "cluster")["found"].startswith("1 node, ")
     assert one(rows, "pool", pool.name)["result"] == "ok"
     node = {row["check"] for row in rows if row["where"].startswith("node ")}
     assert {"nofile", "max_map_count", "memory", "sockets", "shm", "versions", "pages", "peer", "driver"} <= node
