@@ -95,11 +95,11 @@ class HazardTable:
         self.rebuild(0)
 
     def rebuild(self, requests: int) -> None:
-        """Derive everything anew; the counts fade by what ``requests`` requests leave of them. Takes 0.3 ms."""
+        """Derive everything anew; the counts fade by what ``requests`` requests leave of them. Takes 0.3 to 0.5 ms."""
         all_hits, entered = np.frombuffer(self.hits), np.frombuffer(self.entered)
         exposures = np.cumsum(entered.reshape(STAGES, GAPS, KINDS, WIDTH), axis=-1)
         np.maximum(exposures, 0, out=exposures)  # not exactly 0 after some thousand steps up and down
-        ages = min(max(_LEAST_AGES, int((exposures.sum((0, 1, 2)) > _SEEN).nonzero()[0].max(initial=0)) + 2), AGES)
+        ages = _ages_reckoned(exposures)
         hits, exposures = all_hits.reshape(STAGES, GAPS, KINDS, WIDTH)[..., :ages], exposures[..., :ages]
         turns = float(exposures[:, :, 0, 0].sum())  # each has one tail, watched from the first bucket on
         weight = _PARENT_WEIGHT + _MORE_AT_FIRST * _FEW_TURNS / (_FEW_TURNS + turns)
@@ -136,6 +136,12 @@ class HazardTable:
         expected = float(np.frombuffer(self.expected).sum()) - self._expected_before
         both = max(expected, 0.0) + max(expected + gained, 0.0)
         return abs(gained) > _DEVIATIONS * sqrt(both + 1) + _SHARE * both
+
+
+def _ages_reckoned(exposures: Floats) -> int:
+    """Return how many age buckets are derived: those reached so far, and one of which nothing is known yet."""
+    reached = (exposures.sum((0, 1, 2)) > _SEEN).nonzero()[0]
+    return min(max(_LEAST_AGES, int(reached.max(initial=0)) + 2), AGES)
 
 
 def _from_the_youngest(hits: Floats, exposures: Floats) -> Floats:
