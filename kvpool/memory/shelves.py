@@ -28,7 +28,7 @@ MOST_KEPT = 8
 """Most pages that one shelf goes on in, but for those that end at something unmovable on both sides: twice as many."""
 
 _WORTH = 32
-"""A byte more in a shelf is worth so many that are copied, so of choices that fill about the same the cheaper one wins."""
+"""A byte more in a shelf is worth copying so many; of choices that fill about the same the cheaper one wins."""
 
 _NEAR = 2 * MOST_KEPT
 """Numbers of pages that are looked at on either side of the likely one: as many as one gap may keep."""
