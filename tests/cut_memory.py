@@ -73,6 +73,10 @@ class CutMemory(HostBackend):
         self._step()
         super().map(address, handle)
 
+    def remap(self, address: int, handle: int, source: int) -> None:
+        self._step()
+        super().remap(address, handle, source)
+
     def set_access(self, address: int, size_bytes: int, access: Access) -> None:
         self._step()
         super().set_access(address, size_bytes, access)

@@ -95,6 +95,14 @@ class Backend(Protocol):
         """Map a whole page at an unmapped page boundary of a reserved range, without access."""
         ...
 
+    def remap(self, address: int, handle: int, source: int) -> None:
+        """Map a page that is mapped at ``source`` also at ``address``, with the access that it has there.
+
+        For a page that moves, and is to be unmapped at ``source`` then: what the system set up when its memory was
+        touched there goes to the new address.
+        """
+        ...
+
     def set_access(self, address: int, size_bytes: int, access: Access) -> None:
         """Set the access of one contiguous run of mapped pages (in one call for the whole run: it is a slow one)."""
         ...

@@ -235,10 +235,17 @@ class ClientArena:
                     replaced[serials[index]] = None
                     self._unmap(access, index)
                 for view in self._indexes:
-                    if self._indexes[view].get(serial, index) != index:
+                    if view != access and self._indexes[view].get(serial, index) != index:
                         self._unmap_serial(view, serial)  # the owner moved it: nothing of its old place is in use
-                self._backend.map(base + index * self._page_size_bytes, handle)
-                mapped[index] = serial
+                before = indexes.get(serial)
+                if before is None:
+                    self._backend.map(base + index * self._page_size_bytes, handle)
+                    mapped[index] = serial
+                else:  # here, too: what was read there is read here without a fault
+                    source = base + before * self._page_size_bytes
+                    self._backend.remap(base + index * self._page_size_bytes, handle, source)
+                    mapped[index] = serial
+                    self._unmap(access, before)
             for start, count in runs(sorted(mapped)):
                 self._backend.set_access(base + start * self._page_size_bytes, count * self._page_size_bytes, access)
         except BaseException:

@@ -7,6 +7,7 @@ Each call takes page-aligned addresses and sizes in bytes, and raises :class:`kv
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import sys
@@ -19,6 +20,7 @@ from kvpool.sizes import format_size
 _PROT_NONE = 0
 _MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
 _MADV_DONTFORK = 10
+_MREMAP_MAYMOVE, _MREMAP_FIXED, _MREMAP_DONTUNMAP = 1, 2, 4
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _PROTECTION = {
     Access.NONE: _PROT_NONE,
@@ -32,6 +34,9 @@ _libc = ctypes.PyDLL(None, use_errno=True)
 _mmap = _libc.mmap
 _mmap.restype = ctypes.c_void_p
 _mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
+_mremap = _libc.mremap
+_mremap.restype = ctypes.c_void_p
+_mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
 ADDRESSES = memoryview((ctypes.c_char * sys.maxsize).from_address(0)).cast("B")
 """All bytes that this process may address: a slice names them by their addresses.
 
@@ -66,6 +71,21 @@ def map_shared(address: int, size_bytes: int, descriptor: int, access: Access = 
         code = ctypes.get_errno()
         reserve_addresses(size_bytes, address, access)
         refused("madvise", code)
+
+
+def map_again(address: int, source: int, size_bytes: int) -> bool:
+    """Map what is mapped at ``source`` over reserved addresses as well, as it is there, forks included.
+
+    The page tables go along, so that nothing at ``address`` faults that was touched at ``source``; there it does again.
+    Returns whether the kernel knows how to: for shared memory since Linux 5.13. Else nothing is changed.
+    """
+    flags = _MREMAP_MAYMOVE | _MREMAP_FIXED | _MREMAP_DONTUNMAP
+    if _mremap(source, size_bytes, size_bytes, flags, address) != _MAP_FAILED:
+        return True
+    code = ctypes.get_errno()
+    if code != errno.EINVAL:
+        refused("mremap", code)
+    return False
 
 
 def protect(address: int, size_bytes: int, access: Access) -> None:

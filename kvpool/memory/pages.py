@@ -117,10 +117,14 @@ class PageTable:
         ensure(all(page.tenant == tenant for page in pages), "pages stay with their tenant", tenant=tenant)
         mapped = 0
         try:
-            self._unmap(pages)
             for page in pages:
-                self._backend.map(self._address(index + mapped), page.handle)
-                mapped += 1
+                if page.index == UNMAPPED:
+                    self._backend.map(self._address(index + mapped), page.handle)
+                    mapped += 1
+                else:
+                    self._backend.remap(self._address(index + mapped), page.handle, self._address(page.index))
+                    mapped += 1
+                    self._unmap((page,))
             self._backend.set_access(self._address(index), mapped * self.page_size_bytes, Access.READ_WRITE)
         except BaseException:
             if mapped:
@@ -144,9 +148,8 @@ class PageTable:
         mapped = 0
         try:
             for page in pages:
-                self._backend.map(self._address(index + mapped), page.handle)
+                self._backend.remap(self._address(index + mapped), page.handle, self._address(page.index))
                 mapped += 1
-            self._backend.set_access(self._address(index), mapped * self.page_size_bytes, Access.READ_WRITE)
         except BaseException:
             if mapped:
                 self._backend.unmap(self._address(index), mapped * self.page_size_bytes)

@@ -146,6 +146,61 @@ def test_one_page_at_two_addresses_is_the_same_memory(backend: Backend, size: in
     assert ctypes.string_at(address + size, 5) == b"hello"
 
 
+def test_a_page_that_moves_keeps_its_bytes_and_access(backend: Backend, size: int) -> None:
+    here, there = (backend.reserve(2 * size, size) for _ in range(2))
+    for access in (Access.READ_WRITE, Access.READ):
+        handle = mapped(backend, here, size)
+        ctypes.memmove(here, b"words", 5)
+        backend.set_access(here, size, access)
+        backend.remap(there + size, handle, here)
+        for address in (here, there + size):  # both, until it is unmapped at one
+            assert ctypes.string_at(address, 5) == b"words"
+            assert writable(address) == (access is Access.READ_WRITE)
+        backend.unmap(here, size)
+        assert not accessible(here)
+        backend.release(handle)
+        assert ctypes.string_at(there + size, 5) == b"words"
+        assert writable(there + size) == (access is Access.READ_WRITE)
+        backend.unmap(there + size, size)
+        assert not accessible(there + size)
+    backend.unreserve(here)
+    backend.unreserve(there)
+
+
+def test_a_page_that_was_imported_twice_moves(backend: Backend, size: int) -> None:
+    address = backend.reserve(2 * size, size)
+    first = backend.create(size)
+    backend.map(address, first)
+    backend.set_access(address, size, Access.READ_WRITE)
+    again = backend.import_(backend.export(first), size)
+    backend.release(first)
+    backend.remap(address + size, again, address)
+    backend.release(again)
+    backend.unmap(address, size)
+    ctypes.memset(address + size, 1, size)
+
+
+def test_misplaced_moves_are_refused(backend: Backend, size: int) -> None:
+    address, large = backend.reserve(3 * size, size), backend.reserve(2 * size, 2 * size)
+    handle, other = mapped(backend, address, size), mapped(backend, address + size, size)
+    for place, page, source in (
+        (address + size, handle, address),  # over a mapped page
+        (address, handle, address),
+        (address + 2 * size, handle, address + size // 2),  # off the boundary
+        (address + 2 * size - size // 2, handle, address),
+        (address + 3 * size, handle, address),  # outside
+        (address + 2 * size, handle, address + 2 * size),  # nothing is mapped there
+        (address + 2 * size, handle, large),
+        (large, handle, address),  # a range of pages of another size
+        (address + 2 * size, other, address),  # another page is mapped there
+        (address + 2 * size, 999_999, address),  # no such page
+    ):
+        with pytest.raises(InvalidRequestError):
+            backend.remap(place, page, source)
+    assert not accessible(address + 2 * size)
+    assert writable(address)
+
+
 def test_a_page_released_while_mapped_lives_on(backend: Backend, size: int) -> None:
     address = backend.reserve(size, size)
     handle = mapped(backend, address, size)

@@ -233,6 +233,30 @@ async def test_failed_mapping_is_undone_and_told(owner, arena, backend, monkeypa
     assert arena.mapped_pages == 4
 
 
+async def test_failed_move_is_undone_and_told(owner, arena, backend, monkeypatch, mapped_page_count) -> None:
+    before = mapped_page_count()
+    serials = [owner.add(index, b"moves")[1] for index in range(2)]
+    await ensure(arena, list(enumerate(serials)))
+    for index in range(2):
+        owner.pages[8 + index] = owner.pages.pop(index)
+    moved = [(8 + index, serial) for index, serial in enumerate(serials)]
+    remap_page, calls = backend.remap, []
+
+    def fails_at_the_second(address: int, handle: int, source: int) -> None:
+        calls.append(address)
+        if len(calls) == 2:
+            raise BackendError("refused", errno=12)
+        remap_page(address, handle, source)
+
+    monkeypatch.setattr(backend, "remap", fails_at_the_second)
+    with pytest.raises(BackendError):
+        await ensure(arena, moved)
+    assert mapped_page_count() == before + 1  # the second, where it was
+    await ensure(arena, moved)
+    assert [read(arena, 8), read(arena, 9)] == [b"moves"] * 2
+    assert mapped_page_count() == before + 2
+
+
 async def test_close_gives_everything_back_and_tells_the_owner(owner, backend, mapped_page_count) -> None:
     def threads() -> list[str]:
         return [thread.name for thread in threading.enumerate() if "kvpool-pages" in thread.name]

@@ -99,6 +99,34 @@ def test_access_that_the_system_refuses_is_undone(backend: HostBackend, monkeypa
     backend.set_access(address, 3 * SIZE, Access.READ_WRITE)
 
 
+def faults_of_writing(address: int, size_bytes: int) -> int:
+    before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+    ctypes.memset(address, 1, size_bytes)
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
+
+
+def test_a_page_that_moves_takes_its_page_tables_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = 1 << 21
+    backend = HostBackend()
+    address = backend.reserve(3 * size, size)
+    handle = backend.create(size)
+    backend.map(address, handle)
+    backend.set_access(address, size, Access.READ_WRITE)
+    assert faults_of_writing(address, size) >= size // (1 << 16)  # the kernel may map some at once
+    backend.remap(address + size, handle, address)
+    backend.unmap(address, size)
+    moved = faults_of_writing(address + size, size)
+    # A kernel that cannot do that maps the page anew.
+    monkeypatch.setattr(mman, "map_again", lambda *_: False)
+    backend.remap(address + 2 * size, handle, address + size)
+    backend.unmap(address + size, size)
+    anew = faults_of_writing(address + 2 * size, size)
+    assert ctypes.string_at(address + 2 * size, size) == b"\1" * size
+    backend.close()
+    if tuple(map(int, os.uname().release.split(".")[:2])) >= (5, 13):
+        assert moved < 16 < anew
+
+
 def test_a_forked_child_has_neither_descriptors_nor_mappings(backend: HostBackend) -> None:
     address = backend.reserve(SIZE, SIZE)
     handle = backend.create(SIZE)

@@ -39,6 +39,10 @@ class FailingBackend(HostBackend):
         self._refuse("map")
         super().map(address, handle)
 
+    def remap(self, address: int, handle: int, source: int) -> None:
+        self._refuse("remap")
+        super().remap(address, handle, source)
+
     def set_access(self, address: int, size_bytes: int, access: Access) -> None:
         self._refuse("set_access")
         super().set_access(address, size_bytes, access)
@@ -217,7 +221,7 @@ def test_creating_is_all_or_nothing(table: PageTable, backend: FailingBackend, a
     assert backend.mem_info().free_bytes == 64 * PAGE
 
 
-@pytest.mark.parametrize(("operation", "after"), [("map", 0), ("map", 2), ("set_access", 0)])
+@pytest.mark.parametrize(("operation", "after"), [("remap", 0), ("remap", 1), ("map", 0), ("set_access", 0)])
 def test_a_mapping_that_fails_half_way_leaves_nothing(
     table: PageTable, backend: FailingBackend, operation: str, after: int
 ) -> None:
@@ -233,6 +237,20 @@ def test_a_mapping_that_fails_half_way_leaves_nothing(
     table.holder_gone("client")
     taken = table.map("a", 8, table.create("a", 8))  # the addresses are free again, and so is the memory
     assert len(taken.pages) == 8
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_relocating_is_all_or_nothing(table: PageTable, backend: FailingBackend, after: int) -> None:
+    lying = [table.map("a", index, table.create("a", 1)).pages[0] for index in (1, 3, 4)]
+    for page in lying:
+        fill(table, page.index, page.index)
+    backend.operation, backend.after = "remap", after
+    with pytest.raises(BackendError, match="refused by the test"):
+        table.relocate(lying, 8)
+    assert [read(table, index) for index in (1, 3, 4)] == [bytes([index]) * PAGE for index in (1, 3, 4)]
+    moved = table.relocate(lying, 8)
+    assert [index for index, _ in moved.refs] == [8, 9, 10]
+    assert [read(table, index) for index in (8, 9, 10)] == [bytes([index]) * PAGE for index in (1, 3, 4)]
 
 
 def test_sizes_that_cannot_be() -> None:
