@@ -27,6 +27,9 @@ from kvpool.memory.pages import PageTable
 from kvpool.version import __version__
 
 _GREETING_S = 5.0
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+"""What the system makes shared memory of: ``always within_size advise [never] deny force``, brackets around what holds.
+(Linux, Documentation/admin-guide/mm/transhuge.rst.)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,8 @@ class Token:
 class Facts:
     """One host. Bytes; what was tried holds the error's text, None when it worked.
 
-    ``niceness`` is that of an actor started where the facts were gathered.
+    ``niceness`` is that of an actor started where the facts were gathered; ``huge_pages`` when shared memory is made of
+    these, None if the system does not tell.
     """
 
     host: str
@@ -62,6 +66,7 @@ class Facts:
     page_error: str | None
     peer_error: str | None
     niceness: int
+    huge_pages: str | None
     socket_errors: list[str] = field(default_factory=list)
     left_behind: list[str] = field(default_factory=list)
 
@@ -89,6 +94,7 @@ def gather(sockets: list[Path], *, proc: Path = Path("/proc"), shm: Path = Path(
         page_error=_error_of(_try_page),
         peer_error=_error_of(_try_peer),
         niceness=niceness(),
+        huge_pages=_chosen(_HUGE_PAGES),
         socket_errors=[error for error in socket_errors if error],
         left_behind=[
             str(path)
@@ -185,6 +191,15 @@ async def _serve_and_greet(path: Path) -> None:
     finally:
         await server.close()
         pages.close()
+
+
+def _chosen(setting: Path) -> str | None:
+    """Return which word of a setting stands in brackets."""
+    try:
+        words = setting.read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        return None
+    return next((word[1:-1] for word in words if word.startswith("[")), None)
 
 
 def _error_of(attempt: Callable[[], None]) -> str | None:

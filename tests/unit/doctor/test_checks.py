@@ -37,6 +37,7 @@ HEALTHY = Facts(
     page_error=None,
     peer_error=None,
     niceness=0,
+    huge_pages="within_size",
 )
 TWO_OF_A_GIB = plan_host(load_config(devices="host:2x1GiB"), 4096)
 
@@ -64,6 +65,8 @@ def test_nothing_is_wrong_with_a_healthy_host() -> None:
         ("memory", {"memory": MemoryInfo(2 * GIB, 24 * GIB)}, OK, "2 GiB free", ""),
         ("niceness", {"niceness": 15}, WARNING, "run at 15", "RAY_worker_niceness=0"),
         ("niceness", {"niceness": -5}, OK, "run at -5", ""),
+        ("huge_pages", {"huge_pages": "never"}, OK, "never: each page is made of 4 KiB", ""),
+        ("huge_pages", {"huge_pages": None}, OK, "none: each page is made of 4 KiB", ""),
         ("shm", {"shm": MemoryInfo(64 * MIB, 64 * MIB)}, FAILED, "64 MiB free", "--shm-size"),
         ("shm", {"shm": MemoryInfo(1 * GIB, 64 * GIB)}, WARNING, "1 GiB free", "--object-store-memory"),
         ("shm", {"shm": None}, FAILED, "no /dev/shm", "emptyDir"),

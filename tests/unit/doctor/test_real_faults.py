@@ -64,7 +64,7 @@ def test_all_checks_are_made(doctor: Doctor) -> None:
     for check in ("nofile", "max_map_count", "memory", "sockets", "pages", "peer", "driver", "token", "versions"):
         assert rows[check]["result"] == "ok", rows[check]
     assert set(rows) == {"cluster", "shm", "torch", "nofile", "max_map_count", "memory", "sockets", "pages", "peer",
-                         "driver", "token", "versions", "niceness"}  # fmt: skip
+                         "driver", "token", "versions", "niceness", "huge_pages"}  # fmt: skip
 
 
 # -- limits -----------------------------------------------------------------------------------------------------------
