@@ -15,6 +15,7 @@ from random import Random
 from typing import Any
 
 from kvpool.bench import background
+from kvpool.bench.memcpy import Memcpy
 from kvpool.bench.rows import median, quantile, row
 from kvpool.cache.store import STEP_BYTES
 from kvpool.config import PoolConfig
@@ -60,15 +61,15 @@ async def measure() -> dict[str, Any]:
 def _rows() -> list[dict[str, Any]]:
     rows = []
     gc.freeze()  # as a device does: else a collection of all that was imported is measured with one of the rounds
-    memory = _Memcpy()
+    memcpy = Memcpy(_CAPACITY_BYTES // 2, _PAGE_BYTES)
     for size_bytes in _SIZES:
-        compacted, copied = [], [memory.gb_per_s()]
+        compacted, copied = [], [memcpy.gb_per_s()]
         for _ in range(_REPEATS):  # in turn, so that both meet the same load
             compacted.append(_compact_gb_per_s(size_bytes))
-            copied.append(memory.gb_per_s())
+            copied.append(memcpy.gb_per_s())
         name = f"compaction of caches of {format_size(size_bytes)}, beside memcpy"
         rows.append(row(name, max(compacted), "GB/s", max(copied)))
-    del memory
+    del memcpy
     rows.append(_stepwise_row())
     for size_bytes in _FOREGROUND_SIZES:
         rows += _foreground_rows(size_bytes)
@@ -198,19 +199,3 @@ class _Foreground:
             if pacer is not None:
                 pacer.operated(self._now)
         return latencies
-
-
-class _Memcpy:
-    """Memmove between as much warm memory, a page at a time."""
-
-    def __init__(self) -> None:
-        self._source, self._destination = (ctypes.create_string_buffer(_CAPACITY_BYTES // 2) for _ in range(2))
-        self.gb_per_s()  # memory that this process touches for the first time takes many times as long
-
-    def gb_per_s(self) -> float:
-        """Return the billions of bytes copied in a second of this thread."""
-        source, destination = ctypes.addressof(self._source), ctypes.addressof(self._destination)
-        start = time.thread_time()
-        for offset in range(0, _CAPACITY_BYTES // 2, _PAGE_BYTES):
-            ctypes.memmove(destination + offset, source + offset, _PAGE_BYTES)
-        return _CAPACITY_BYTES / 2 / (time.thread_time() - start) / 1e9
