@@ -85,10 +85,10 @@ class LazyGroup(click.Group):
 
 
 def _told(error: BaseException) -> str:
-    """Return an error in one line, with the one whose clean-up it came up in: that is what went wrong first."""
+    """Return an error in one line; what went wrong first comes first, if this one came up in its clean-up."""
     first = None if error.__suppress_context__ else error.__context__
     told = " ".join(str(error).split()) or type(error).__name__
-    return told if first is None else f"{told} (while this was handled: {_told(first)})"
+    return told if first is None else f"{_told(first)} (then, in cleaning up: {told})"
 
 
 @click.group(

@@ -72,5 +72,5 @@ def test_an_error_of_cleaning_up_does_not_hide_what_went_wrong_first(
     with pytest.raises(SystemExit) as ended:
         group.main(["fails"], prog_name="kvpool")
     assert ended.value.code == EXIT_ERROR
-    told = "kvpool: a tensor is still in use (while this was handled: no room for 4 MiB)\n"
+    told = "kvpool: no room for 4 MiB (then, in cleaning up: a tensor is still in use)\n"
     assert capsys.readouterr().err == told
