@@ -25,7 +25,6 @@ from kvpool.errors import ConfigError, InvalidSizeError, StaleCacheError, Unknow
 from kvpool.memory.backend import Access, Backend
 from kvpool.memory.page import UNMAPPED, Page, PageRange, runs
 
-
 _MAPPED_TWICE = 64
 """Most pages that are mapped in two places at a time as they move: together they are unmapped in fewer calls, but each
 counts as two mappings until then."""
