@@ -115,7 +115,7 @@ def test_a_page_that_moves_takes_its_page_tables_along(monkeypatch: pytest.Monke
     handle = backend.create(size)
     backend.map(address, handle)
     backend.set_access(address, size, Access.READ_WRITE)
-    assert faults_of_writing(address, size) >= size // (1 << 16)  # the kernel may map some at once
+    first = faults_of_writing(address, size)
     backend.remap(address + size, handle, address)
     backend.unmap(address, size)
     moved = faults_of_writing(address + size, size)
@@ -126,7 +126,8 @@ def test_a_page_that_moves_takes_its_page_tables_along(monkeypatch: pytest.Monke
     anew = faults_of_writing(address + 2 * size, size)
     assert ctypes.string_at(address + 2 * size, size) == b"\1" * size
     backend.close()
-    if tuple(map(int, os.uname().release.split(".")[:2])) >= (5, 13):
+    # The kernel may map some of them at once; all, if it has made them one huge page: then nothing is to be seen here.
+    if first > 16 and tuple(map(int, os.uname().release.split(".")[:2])) >= (5, 13):
         assert moved < 16 < anew
 
 
