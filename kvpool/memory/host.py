@@ -159,6 +159,8 @@ class HostBackend:
             self._created_bytes += size_bytes
         # Not under the guard: this takes a millisecond. A fork now closes the descriptor, which is in the table.
         try:
+            # Its size first: by that alone Linux before 6.12 decides whether huge pages are "within_size".
+            os.ftruncate(descriptor, size_bytes)
             # Allocates and charges the memory now, to this process; touching the page later cannot fail.
             os.posix_fallocate(descriptor, 0, size_bytes)
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)

@@ -55,6 +55,18 @@ def test_memory_is_allocated_when_a_page_is_created(backend: HostBackend) -> Non
     os.close(descriptor)
 
 
+def test_a_page_has_its_size_before_its_memory(backend: HostBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, allocate = [], os.posix_fallocate
+
+    def look(descriptor: int, *range_: int) -> None:
+        found.append(os.fstat(descriptor).st_size)
+        allocate(descriptor, *range_)
+
+    monkeypatch.setattr(os, "posix_fallocate", look)
+    backend.create(SIZE)
+    assert found == [SIZE]
+
+
 def test_budget_counts_pages_until_they_are_unmapped(backend: HostBackend) -> None:
     address = backend.reserve(SIZE, SIZE)
     handles = [backend.create(SIZE) for _ in range(4)]
