@@ -159,6 +159,8 @@ class HostBackend:
             self._created_bytes += size_bytes
         # Not under the guard: this takes a millisecond. A fork now closes the descriptor, which is in the table.
         try:
+            # Its size first: by that alone Linux before 6.12 decides whether huge pages are "within_size".
+            os.ftruncate(descriptor, size_bytes)
             # Allocates and charges the memory now, to this process; touching the page later cannot fail.
             os.posix_fallocate(descriptor, 0, size_bytes)
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
@@ -181,7 +183,8 @@ class HostBackend:
         with fork_guard:
             page = self._page(handle)
             reservation = self._open(address, page)
-            mman.map_shared(address, page.size_bytes, page.descriptor, reservation.unmapped_access(address))
+            unmapped = reservation.unmapped_access(address)
+            mman.map_shared(address, page.size_bytes, page.descriptor, unmapped, unmapped)
             page.mappings += 1
             reservation.mappings[address] = _Mapping(page)
 
@@ -193,8 +196,9 @@ class HostBackend:
             if mapping is None or mapping.page.inode != page.inode:
                 raise InvalidRequestError(f"page {handle} is not mapped at {source:#x}", handle=handle, address=source)
             reservation = self._open(address, page)
-            if not mman.map_again(address, source, page.size_bytes):
-                mman.map_shared(address, page.size_bytes, page.descriptor, mapping.access)
+            unmapped = reservation.unmapped_access(address)
+            if not mman.map_again(address, source, page.size_bytes, unmapped):
+                mman.map_shared(address, page.size_bytes, page.descriptor, mapping.access, unmapped)
             page.mappings += 1
             reservation.mappings[address] = _Mapping(page, mapping.access)
 

@@ -6,8 +6,10 @@ Each call takes page-aligned addresses and sizes in bytes, and raises :class:`kv
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
+import functools
 import mmap
 import os
 import sys
@@ -63,29 +65,54 @@ def reserve_addresses(size_bytes: int, address: int | None = None, access: Acces
     return int(found)
 
 
-def map_shared(address: int, size_bytes: int, descriptor: int, access: Access = Access.NONE) -> None:
-    """Map a whole file over reserved addresses, not inherited by forks."""
-    if _mmap(address, size_bytes, _PROTECTION[access], mmap.MAP_SHARED | _MAP_FIXED, descriptor, 0) == _MAP_FAILED:
-        refused("mmap", ctypes.get_errno())
-    if _madvise(address, size_bytes, _MADV_DONTFORK):
-        code = ctypes.get_errno()
-        reserve_addresses(size_bytes, address, access)
-        refused("madvise", code)
+def map_shared(address: int, size_bytes: int, descriptor: int, access: Access, unmapped: Access) -> None:
+    """Map a whole file over reserved addresses, not inherited by forks.
+
+    If the system refuses, the addresses are reserved as before: ``unmapped`` is what may be done with them then.
+    """
+    call = "mmap"
+    if _mmap(address, size_bytes, _PROTECTION[access], mmap.MAP_SHARED | _MAP_FIXED, descriptor, 0) != _MAP_FAILED:
+        call = "madvise"
+        if not _madvise(address, size_bytes, _MADV_DONTFORK):
+            return
+    _refused_over(address, size_bytes, unmapped, call)
 
 
-def map_again(address: int, source: int, size_bytes: int) -> bool:
+def map_again(address: int, source: int, size_bytes: int, unmapped: Access) -> bool:
     """Map what is mapped at ``source`` over reserved addresses as well, as it is there, forks included.
 
     The page tables go along, so that nothing at ``address`` faults that was touched at ``source``; there it does again.
-    Returns whether the kernel knows how to: for shared memory since Linux 5.13. Else nothing is changed.
+
+    Returns whether the system can do that with ``source``: not before Linux 5.13, nor before 6.17 if something was set
+    for a part of it only (by ``mlock``, say). If not, the caller is to map over ``address`` in the other way, at once:
+    it may be unmapped. If the system has no more mappings or memory, that raises, as :func:`map_shared` does.
     """
+    if not _knows_map_again():
+        return False
     flags = _MREMAP_MAYMOVE | _MREMAP_FIXED | _MREMAP_DONTUNMAP
     if _mremap(source, size_bytes, size_bytes, flags, address) != _MAP_FAILED:
         return True
-    code = ctypes.get_errno()
-    if code != errno.EINVAL:
-        refused("mremap", code)
+    if ctypes.get_errno() == errno.ENOMEM:
+        _refused_over(address, size_bytes, unmapped, "mremap")
     return False
+
+
+@functools.cache
+def _knows_map_again() -> bool:
+    """Return whether the kernel maps shared memory again: since Linux 5.13.
+
+    Asked with memory and a place that nobody else uses. For Linux 5.7 to 5.12 unmap the new address before they refuse,
+    and until it is mapped it would be a fault to those who read zeros there, and free to be taken by other threads.
+    """
+    source = _mmap(None, mmap.PAGESIZE, _PROT_NONE, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS, -1, 0)
+    if source == _MAP_FAILED:
+        refused("mmap", ctypes.get_errno())
+    again = _mremap(source, mmap.PAGESIZE, mmap.PAGESIZE, _MREMAP_MAYMOVE | _MREMAP_DONTUNMAP, None)
+    unmap_addresses(source, mmap.PAGESIZE)
+    if again == _MAP_FAILED:
+        return False
+    unmap_addresses(again, mmap.PAGESIZE)
+    return True
 
 
 def protect(address: int, size_bytes: int, access: Access) -> None:
@@ -102,6 +129,14 @@ def refused(what: str, code: int | None) -> NoReturn:
     """Raise :class:`kvpool.errors.BackendError` for a system call that failed with ``code``."""
     code = code or 0
     raise BackendError(f"the system refused {what}: {os.strerror(code)}", errno=code)
+
+
+def _refused_over(address: int, size_bytes: int, unmapped: Access, what: str) -> NoReturn:
+    """Raise for a mapping over reserved addresses that the system refused, perhaps after it had unmapped them."""
+    code = ctypes.get_errno()
+    with contextlib.suppress(BackendError):  # at the limit of mappings: then it has refused before that
+        reserve_addresses(size_bytes, address, unmapped)
+    refused(what, code)
 
 
 def _check(result: int, what: str) -> None:

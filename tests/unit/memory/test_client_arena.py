@@ -257,6 +257,23 @@ async def test_failed_move_is_undone_and_told(owner, arena, backend, monkeypatch
     assert mapped_page_count() == before + 2
 
 
+@pytest.mark.parametrize("access", [READ, WRITE])
+async def test_pages_that_changed_places_come_in_one_request(owner, arena, mapped_page_count, access: Access) -> None:
+    before = mapped_page_count()
+    serials = [owner.add(index, b"%05d" % index)[1] for index in range(4)]
+    await ensure(arena, list(enumerate(serials)), READ)
+    await ensure(arena, list(enumerate(serials)), WRITE)
+    first, second, third, fourth = (owner.pages.pop(index) for index in range(4))
+    # Two that changed places, and one that came where another was before it, which moved on.
+    owner.pages.update({0: second, 1: first, 3: third, 4: fourth})
+    places = {0: 1, 1: 0, 3: 2, 4: 3}
+    await ensure(arena, [(index, serials[page]) for index, page in places.items()], access)
+    assert [read(arena, index, access) for index in places] == [b"%05d" % page for page in places.values()]
+    assert arena.mapped_pages == 4  # nothing of their old places, in the other view neither
+    assert mapped_page_count() == before + 4
+    assert owner.holders["a"] == set(serials)
+
+
 async def test_close_gives_everything_back_and_tells_the_owner(owner, backend, mapped_page_count) -> None:
     def threads() -> list[str]:
         return [thread.name for thread in threading.enumerate() if "kvpool-pages" in thread.name]
