@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from fsspec import register_implementation
 from fsspec.implementations.memory import MemoryFileSystem
 
 from kvpool.cache.disk.folder import Found, PackRead, folder_at
+from kvpool.cache.disk.names import packed_path
+from kvpool.cache.disk.pack import rounded_up
 from kvpool.cache.disk.tier import DiskTier
 from kvpool.cache.key import CacheKey, encode_block_id
 
@@ -149,3 +152,44 @@ class SmallFolder(FaultyFolder):
             raise OSError(errno.ENOSPC, "No space left on device")
         self.room_bytes -= size_bytes
         self._folder.write(path, written)
+
+
+class FullDisk(FaultyFolder):
+    """Any folder, on a disk of so many bytes, of which what is removed gives its own back.
+
+    ``crowded`` says how many writes of a file that holds a cache find no room more, as they do where the files of
+    others that are being written have it for a moment.
+    """
+
+    def __init__(self, url: str, room_bytes: int) -> None:
+        super().__init__(url, Faults())
+        self.room_bytes = room_bytes
+        self.crowded: Counter[bytes] = Counter()
+        self._changing = threading.Lock()
+
+    def write(self, path: str, parts: Iterable[bytes | memoryview]) -> None:
+        written = b"".join(map(bytes, parts))
+        with self._changing:
+            crowded = [content for content in self.crowded if content in written]
+            self.crowded.subtract(crowded)
+            self.crowded = +self.crowded
+            if crowded or rounded_up(len(written)) > self.room_bytes:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            self._folder.write(path, (written,))
+            self.room_bytes -= rounded_up(len(written))
+
+    def write_together(self, files: Sequence[Any]) -> None:
+        for path, parts in files:
+            self.write(path, parts)
+
+    def remove(self, path: str) -> None:
+        self._free((path,))
+        self._folder.remove(path)
+
+    def remove_packed(self, pack: str, names: Sequence[str]) -> None:
+        self._free([packed_path(pack, name) for name in names])
+        self._folder.remove_packed(pack, names)
+
+    def _free(self, paths: Iterable[str]) -> None:
+        with self._changing:
+            self.room_bytes += sum(rounded_up(self._folder.size(path) or 0) for path in paths)

@@ -210,14 +210,12 @@ class LowerOperations:
         wanted = [position for position, outcome in enumerate(outcomes) if outcome is None]
         # Held beyond the client's lease, which may end with the client while a thread reads this.
         self._store.hold([entries[position][0] for position in wanted])
-        # What this call has written must not go for what it writes next.
-        with self._tiers.keeping_on_disk([source.key for source in sources]):
-            try:
-                errors = await self._tiers.write_through(sources)
-            finally:
-                for place, source in zip(wanted, sources, strict=True):
-                    self._hold_while_late(entries[place][0], source)
-                    self._store.unhold([entries[place][0]])
+        try:
+            errors = await self._tiers.write_through(sources)
+        finally:
+            for place, source in zip(wanted, sources, strict=True):
+                self._hold_while_late(entries[place][0], source)
+                self._store.unhold([entries[place][0]])
         for position, failed in zip(wanted, errors, strict=True):
             outcomes[position] = True if failed is None else ("error", *failed.to_wire())
         return outcomes

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,7 +12,8 @@ from kvpool.cache.disk.batches import Request
 from kvpool.cache.disk.packing import Write
 from kvpool.cache.disk.reading import Read
 from kvpool.cache.disk.tier import DiskTier
-from kvpool.cache.disk.writer import FULL
+from kvpool.cache.disk.writer import FULL, NO_ROOM
+from kvpool.cache.fronts import Fronts, cause_of
 from kvpool.cache.gathering import all_of, settle
 from kvpool.cache.parties import is_small, parties
 from kvpool.cache.source import Source
@@ -99,28 +101,61 @@ class DiskCalls:
         return [outcome(*each) for each in await self._call(targets, "reading", self._reads, made, read)]
 
     async def write_through(self, sources: Sequence[Source]) -> list[TierError | None]:
-        """Store caches so that they survive a failure of power; returns for each why not, if not.
+        """Store caches together so that they survive a failure of power; returns for each why not, if not.
 
-        A pack is there as a whole or not at all, and what is written at the same moment fills a disk together. So of
-        what the store had no room for, the front is tried again: as much as fits, by halves.
+        None of them goes for another but for one that it is of no use without: where not all have room, the front of
+        a chain is stored, as much as fits.
         """
+        with self._keeping(sources):
+            return await self._front_first(sources, await self._write(sources))
+
+    async def write_each(self, sources: Sequence[Source]) -> list[TierError | None]:
+        """Store caches as :meth:`write_through` does, but one may go for those behind it if the budget is too small."""
         errors = await self._write(sources)
-        refused = [
-            place for place, error in enumerate(errors) if error is not None and error.details.get("cause") in FULL
-        ]
+        with self._keeping(sources):  # or what is stored would go for what is tried again
+            return await self._front_first(sources, errors)
+
+    @contextmanager
+    def _keeping(self, sources: Sequence[Source]) -> Iterator[None]:
         keys = [source.key for source in sources]
-        self._disk.keep(keys)  # or what is stored would go for what is tried next
+        self._disk.keep(keys)
         try:
-            count = len(refused) // 2
-            while count:
-                again = await self._write([sources[place] for place in refused[:count]])
-                for place, error in zip(refused, again, strict=False):
-                    errors[place] = error
-                stored = next((number for number, error in enumerate(again) if error is not None), count)
-                refused = refused[stored:]
-                count = min(count, len(refused)) if stored == count else count // 2
+            yield
         finally:
             self._disk.unkeep(keys)
+
+    async def _front_first(self, sources: Sequence[Source], errors: list[TierError | None]) -> list[TierError | None]:
+        """Try again what found no room, the front first; returns the errors that are left.
+
+        What is written at the same moment fills a disk together, a pack is there as a whole or not at all, and what
+        went for one write may have made room for another. So some are refused though they would fit, and others are
+        stored behind them. Those go first for what is tried again: as many as they make room for, then by halves. Each
+        round fills the first gap, or is half of the one before; the smallest, too, takes something away behind the gap,
+        or is the last.
+        """
+        fronts = Fronts(sources, NO_ROOM)
+        most = len(sources)
+        while refused := fronts.refused(errors):
+            cause = cause_of(errors[refused[0]])
+            behind = fronts.behind(errors)
+            tried = fronts.worth_filling(refused, behind)[:most]
+            if not tried and cause in FULL:
+                tried = refused[: min(most, (len(refused) + 1) // 2)]
+            if not tried:
+                break
+            with self._disk.giving_way([sources[place].key for place in behind]):
+                again = await self._write([sources[place] for place in tried])
+            for place, error in zip(tried, again, strict=True):
+                errors[place] = error
+            went = [place for place in behind if self._disk.find(sources[place].key) is None]
+            for place in went:
+                errors[place] = TierError(
+                    "a cache is not on disk any more: it went for one before it in its chain", cause=cause
+                )
+            if any(again):
+                if len(tried) == 1 and not went:
+                    break
+                most = max(len(tried) // 2, 1)
         return errors
 
     async def _write(self, sources: Sequence[Source]) -> list[TierError | None]:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from kvpool.cache.contents import Location, LowerContents
@@ -200,25 +199,15 @@ class LowerTiers:
     async def write_through(self, sources: Sequence[Source]) -> list[TierError | None]:
         """Write caches to the disk; None for each that survives the death of every process and a failure of power.
 
+        What this call has written does not go for what it writes next: where the disk has no room for all, the front of
+        a chain is stored, as much as fits.
+
         Raises
         ------
         InvalidRequestError
             If a source cannot be one; nothing was changed.
         """
         return await self._demotion.write_through(self._calls, check_sources(sources))
-
-    @contextmanager
-    def keeping_on_disk(self, keys: Collection[CacheKey]) -> Iterator[None]:
-        """Let no file of these keys go for another within the block: what is made durable together stays together."""
-        disk = self._contents.disk
-        if disk is None:
-            yield
-            return
-        disk.keep(keys)
-        try:
-            yield
-        finally:
-            disk.unkeep(keys)
 
     async def save(self, tenant: str | None) -> dict[CacheKey, TierError]:
         """Write what a tenant, or anyone, has in the host tier through to the disk; returns why not, of what is not."""

@@ -58,7 +58,7 @@ class Saving:
         for entry in entries:
             index.hold(entry)
         try:
-            errors = await calls.write_through(
+            errors = await calls.write_each(
                 [Source(entry.key, entry.parent, entry.address, entry.size_bytes) for entry in entries]
             )
         finally:

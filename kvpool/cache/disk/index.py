@@ -106,6 +106,14 @@ class DiskIndex:
         self._stamp(key, self._next_stamp)
         self._next_stamp += 1
 
+    def age(self, keys: Sequence[CacheKey]) -> None:
+        """Make those of the keys that are there the least recently used, in this order."""
+        for key in reversed(keys):
+            if key in self._entries:
+                self._entries.move_to_end(key, last=False)
+                self._first_stamp -= 1
+                self._stamp(key, self._first_stamp)
+
     def add(self, entry: DiskEntry) -> None:
         """Enter a cache as the most recently used."""
         ensure(entry.key not in self._entries, "a key is entered twice in the disk index")
@@ -116,11 +124,9 @@ class DiskIndex:
 
     def restore(self, entries: Sequence[DiskEntry]) -> None:
         """Enter caches again whose files could not be removed: they go first next time, in this order."""
-        for entry in reversed(entries):
+        for entry in entries:
             self.add(entry)
-            self._entries.move_to_end(entry.key, last=False)
-            self._first_stamp -= 1
-            self._stamp(entry.key, self._first_stamp)
+        self.age([entry.key for entry in entries])
 
     def drop(self, key: CacheKey) -> DiskEntry | None:
         """Forget a cache, and return what it was."""

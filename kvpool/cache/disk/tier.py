@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 from kvpool.cache.disk.admission import Admission
@@ -161,6 +162,18 @@ class DiskTier:
             self._kept[key] -= 1
             if not self._kept[key]:
                 del self._kept[key]
+
+    @contextmanager
+    def giving_way(self, keys: Sequence[CacheKey]) -> Iterator[None]:
+        """Let files of keys that the caller keeps go within the block, before all others; the last of a chain first."""
+        self.unkeep(keys)
+        self._index.age(keys)
+        try:
+            yield
+        finally:
+            self.keep(keys)
+            for key in keys:
+                self.touch(key)
 
     def keys_of(self, tenant: str, fingerprint: str) -> list[CacheKey]:
         """Return the keys of a tenant and fingerprint that can be found. O(files)."""

@@ -29,6 +29,8 @@ _REFUSALS = {
 _CLOCK_REALTIME_COARSE = 5  # linux/time.h; Python has no name for it
 FULL = ("ENOSPC", "EDQUOT")
 """Causes of errors of a store that has no room."""
+NO_ROOM = (*FULL, "budget")
+"""Causes of all errors for want of room."""
 
 
 def refusal(counters: DiskCounters, cause: str) -> TierError:

@@ -6,10 +6,11 @@ import shutil
 import threading
 
 import pytest
-from disk_stores import DEADLINE_S, FaultyFolder, SmallFolder, arrived, key_of
+from disk_stores import DEADLINE_S, FaultyFolder, FullDisk, SmallFolder, arrived, content_of, key_of
 from loop_clock import LONG_S, out_of_time
 
 from kvpool.cache.disk.folder import folder_at
+from kvpool.cache.disk.index import DiskEntry
 from kvpool.cache.disk.tier import DiskTier
 from kvpool.cache.host_index import Kind
 
@@ -270,3 +271,112 @@ async def test_of_a_chain_that_a_disk_has_no_room_for_the_front_is_stored(open_d
     assert {error.details["cause"] for error in errors if error is not None} <= {"ENOSPC"}
     assert device.found(*range(12)) == ["disk" if each else None for each in there]
     assert await device.fill(*range(12)) == there
+
+
+CHAIN = 24
+ON_DISK = PAGE + 4096  # with its header, in whole blocks of the file system
+
+
+class DiskOfFiles(FullDisk):
+    """One that takes no packs."""
+
+    takes_packs = False
+
+
+def chain(device, numbers):
+    """A chain with its bytes in the device's memory."""
+    numbers = list(numbers)
+    parents = [None, *(key_of(number).block_hash for number in numbers)]
+    return [device.written(number)._replace(parent=parent) for number, parent in zip(numbers, parents, strict=False)]
+
+
+@pytest.mark.parametrize("kind", [FullDisk, DiskOfFiles])
+@pytest.mark.parametrize("old", [0, 6, 19])
+@pytest.mark.parametrize("crowded", [(5,), (0, 9), (18,), (3, 4, 5, 6)])
+async def test_a_chain_that_a_full_disk_has_no_room_for_has_no_gap(open_device, tmp_path, kind, old, crowded):
+    """Those that found no room for a moment let others behind them take theirs: these go for them first."""
+    fit = 19
+    folder = kind(str(tmp_path), fit * ON_DISK + 12 * 4096)  # tables of packs
+    device = await open_device(0, folder, 16 * 4 * ON_DISK)  # packs of four
+    for number in range(100, 100 + old):
+        (error,) = await device.tiers.write_through([device.written(number)])
+        assert error is None
+    # Each is tried again when something old has gone for it.
+    folder.crowded.update({bytes(content_of(number, 4096)): 2 if old else 1 for number in crowded})
+    errors = await device.tiers.write_through(chain(device, range(CHAIN)))
+    there = [error is None for error in errors]
+    assert there == [True] * fit + [False] * (CHAIN - fit)
+    assert {error.details["cause"] for error in errors if error is not None} == {"ENOSPC"}
+    assert device.found(*range(CHAIN)) == ["disk" if each else None for each in there]
+    assert await device.fill(*range(CHAIN)) == there
+    device.disk._index.check()
+
+
+@pytest.mark.parametrize("kind", [FullDisk, DiskOfFiles])
+async def test_of_a_full_disk_nothing_old_goes_that_need_not(open_device, tmp_path, kind):
+    device = await open_device(0, kind(str(tmp_path), 20 * ON_DISK + 4 * 4096), 16 * 4 * ON_DISK)
+    for number in range(100, 115):
+        await device.tiers.write_through([device.written(number)])
+    assert await device.tiers.write_through(chain(device, range(8))) == [None] * 8
+    left = sum(device.disk.find(key_of(number)) is not None for number in range(100, 115))
+    assert left == 12 if kind is DiskOfFiles else left >= 8, "a pack takes the room of as many as it has"
+
+
+async def test_what_lies_behind_a_gap_goes_before_what_is_old(open_device, tmp_path, monkeypatch):
+    folder = DiskOfFiles(str(tmp_path), 12 * ON_DISK)
+    device = await open_device(0, folder)
+    await device.tiers.write_through([device.written(100)])
+    real, kept = device.disk.giving_way, [key_of(100)]
+    device.disk.keep(kept)
+
+    def giving_way(keys):
+        device.disk.unkeep(kept)  # once: from here on it could go
+        kept.clear()
+        return real(keys)
+
+    monkeypatch.setattr(device.disk, "giving_way", giving_way)
+    folder.crowded[bytes(content_of(2, 4096))] = 1
+    errors = await device.tiers.write_through(chain(device, range(11)))
+    assert errors == [None] * 11
+    assert device.found(100) == ["disk"]
+    errors = await device.tiers.write_through(chain(device, range(12)))
+    assert errors == [None] * 12
+    assert device.gone == [key_of(100)], "it goes for the chain, as what is old does"
+
+
+async def test_a_chain_longer_than_the_budget_has_no_gap_though_its_room_was_in_use(open_device, monkeypatch):
+    device = await open_device(0, URL, 12 * DiskEntry(key_of(0), None, PAGE).file_bytes)
+    await device.demote(*range(100, 104))
+    real, kept = device.disk._writer.claim, [key_of(number) for number in range(100, 104)]
+    device.disk.keep(kept)
+
+    def claim(entry):
+        victims = real(entry)
+        if victims is None:  # those in use are free for what comes next
+            device.disk.unkeep(kept)
+            kept.clear()
+        return victims
+
+    monkeypatch.setattr(device.disk._writer, "claim", claim)
+    errors = await device.tiers.write_through(chain(device, range(14)))
+    assert [error is None for error in errors] == [True] * 12 + [False] * 2
+    assert {error.details["cause"] for error in errors[12:]} == {"budget"}
+    assert device.found(*range(14)) == ["disk"] * 12 + [None] * 2
+
+
+async def test_what_is_stored_for_itself_alone_gives_no_way(open_device, tmp_path):
+    folder = DiskOfFiles(str(tmp_path), 6 * ON_DISK)
+    device = await open_device(0, folder)
+    folder.crowded[bytes(content_of(2, 4096))] = 1
+    errors = await device.tiers.write_through([device.written(number) for number in range(8)])
+    assert [error is None for error in errors].count(True) == 6
+    assert device.gone == []
+
+
+async def test_a_disk_that_takes_nothing_more_is_not_asked_forever(open_device, tmp_path):
+    folder = DiskOfFiles(str(tmp_path), 12 * ON_DISK)
+    device = await open_device(0, folder)
+    folder.crowded[bytes(content_of(2, 4096))] = 1 << 30
+    errors = await device.tiers.write_through(chain(device, range(12)))
+    assert [error is None for error in errors] == [True] * 2 + [False] * 10
+    assert device.found(*range(12)) == ["disk"] * 2 + [None] * 10
