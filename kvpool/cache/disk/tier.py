@@ -22,7 +22,7 @@ from kvpool.cache.disk.folder import Folder
 from kvpool.cache.disk.folder_syncs import FolderSyncs
 from kvpool.cache.disk.index import DiskEntry, DiskIndex
 from kvpool.cache.disk.key_locks import KeyLocks
-from kvpool.cache.disk.packing import MOST_PACKED_BYTES, Packing, Write
+from kvpool.cache.disk.packing import Packing, Write
 from kvpool.cache.disk.reading import Read, Reading
 from kvpool.cache.disk.removal import Removal
 from kvpool.cache.disk.removals import Removals
@@ -253,7 +253,7 @@ class DiskTier:
 
     def _store(self, write: Write) -> None:
         entry = write.entry
-        if entry.size_bytes <= MOST_PACKED_BYTES and self._folder.takes_packs and self._writer.is_new(entry.key):
+        if self._folder.takes_packs and self._writer.is_new(entry.key):
             self._packing.add(write)
         else:
             self._writes.begin(write, self._store_alone(write))
