@@ -96,6 +96,7 @@ class Packing(Batches[Write, None]):
         others: list[Write] = []
         size_bytes = 0
         most_bytes = min(self._most_bytes, max(_WORTH_A_THREAD_BYTES, self._share_bytes(waiting)))
+        kind: object = None
         while waiting and len(batch) < MOST_CACHES:
             write = waiting.popleft()
             entry = write.entry
@@ -104,14 +105,19 @@ class Packing(Batches[Write, None]):
             if (refusal := self._refused(entry.key)) is not None:
                 write.fail(refusal)
                 continue
-            if batch and (_kind(entry) != _kind(batch[0].entry) or size_bytes + entry.file_bytes > most_bytes):
+            if batch and _kind(entry) != kind:
                 others.append(write)
                 continue
+            file_bytes = entry.file_bytes
+            if batch and size_bytes + file_bytes > most_bytes:
+                others.append(write)
+                break  # what is behind it would come before it; and to look at all of that for each batch takes time
             victims = self._writer.claim(entry)
             if victims is not None:
                 write.victims = victims
                 batch.append(write)
-                size_bytes += entry.file_bytes
+                size_bytes += file_bytes
+                kind = _kind(entry)
             elif batch:  # there may be room when these are there, and can go for it
                 others.append(write)
                 break
