@@ -1,9 +1,9 @@
 """The disk tier of one device, as its event loop uses it.
 
-**One file a cache, but for small ones.** Four threads that each write, sync and rename files of 2 MiB reach 1.3 GiB/s
-where one file of the same bytes with one sync at its end reaches 0.8 to 1.5 (two cores, ext4 on a virtual disk): the
-journal commits what several threads ask for at once. One thread reaches 0.5; many files written by one thread and
-synced together 0.7. With caches of 64 KiB that is 0.02 to 0.1 of one file, whether each is synced or one ``syncfs``
+**One file a cache, but for small ones.** Four threads that each write a few files of 2 MiB, let the disk begin with each
+at once, and then sync and rename them, take 0.6 to 0.8 of the time of one file of the same bytes with one sync at its
+end (two cores, ext4 on a virtual disk): the disk always has something to do. Without being told to begin it takes 1.1
+times as long, and so do four threads with one file at a time; one thread twice as long. With caches of 64 KiB that is 0.02 to 0.1 of one file, whether each is synced or one ``syncfs``
 serves all: making a file takes 50 to 500 µs of a core (the more, the more were removed in the last minute). So small
 caches that wait together are written as one file, a pack, from which each can still go by itself
 (:mod:`~kvpool.cache.disk.pack`).
