@@ -1,11 +1,12 @@
 """The disk tier of one device, as its event loop uses it.
 
-**One file a cache, but for small ones.** Four threads that each write a few files of 2 MiB, let the disk begin with each
-at once, and then sync and rename them, take 0.6 to 0.8 of the time of one file of the same bytes with one sync at its
-end (two cores, ext4 on a virtual disk): the disk always has something to do. Without being told to begin it takes 1.1
-times as long, and so do four threads with one file at a time; one thread twice as long. With caches of 64 KiB that is 0.02 to 0.1 of one file, whether each is synced or one ``syncfs``
-serves all: making a file takes 50 to 500 µs of a core (the more, the more were removed in the last minute). So small
-caches that wait together are written as one file, a pack, from which each can still go by itself
+**One file a cache, but for small ones.** Four threads that each write a few files of 2 MiB, let the disk begin with
+each at once, and sync and rename them then, take 0.6 to 0.9 of the time of one file of the same bytes with one sync at
+its end (two cores, ext4 on a virtual disk): the disk always has something to do. Without being told to begin they take
+as long as that file or a quarter longer, four threads with one file at a time as long as it, and one thread twice as
+long. With caches of 64 KiB that is 10 to 50 times as long, whether each is synced or one ``syncfs`` serves all: making
+a file takes 50 to 500 µs of a core (the more, the more were removed in the last minute). So small caches that wait
+together are written as one file, a pack, from which each can still go by itself
 (:mod:`~kvpool.cache.disk.pack`).
 """
 
