@@ -11,7 +11,7 @@ from typing import Any
 from fsspec import register_implementation
 from fsspec.implementations.memory import MemoryFileSystem
 
-from kvpool.cache.disk.folder import Found, PackRead, folder_at
+from kvpool.cache.disk.folder import Found, NewFile, PackRead, folder_at
 from kvpool.cache.disk.tier import DiskTier
 from kvpool.cache.key import CacheKey, encode_block_id
 
@@ -126,6 +126,10 @@ class FaultyFolder:
         self._faults.check("read")
         return self._folder.read_packed(pack, reads)
 
+    def write_together(self, files: Sequence[NewFile]) -> None:
+        self._faults.check("write")
+        self._folder.write_together(files)
+
     def remove_packed(self, pack: str, names: Sequence[str]) -> None:
         self._faults.check("remove")
         self._folder.remove_packed(pack, names)
@@ -149,3 +153,7 @@ class SmallFolder(FaultyFolder):
             raise OSError(errno.ENOSPC, "No space left on device")
         self.room_bytes -= size_bytes
         self._folder.write(path, written)
+
+    def write_together(self, files: Sequence[NewFile]) -> None:
+        for path, parts in files:
+            self.write(path, parts)
