@@ -75,6 +75,10 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})
+
+
 def __getattr__(name: str) -> Any:
     # Loaded when first used: `kvpool simulate` and the decisions need neither Ray nor torch.
     if name not in _HOMES:

@@ -23,18 +23,20 @@ _UNITS = {
 _TEXT = re.compile(r"\s*([0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([a-zA-Z]*)\s*")  # bounded: Python refuses 4,301 digits
 
 
-def parse_size(size: int | str) -> int:
+def parse_size(size: int | str, least_bytes: int = 1) -> int:
     """Return ``size`` in bytes.
 
     Parameters
     ----------
     size
-        Bytes as a positive integer, or text with a unit: ``"64KiB"``, ``"1.5 GiB"``, ``"500MB"``.
+        Bytes as an integer, or text with a unit: ``"64KiB"``, ``"1.5 GiB"``, ``"500MB"``.
+    least_bytes
+        What it must be at least.
 
     Raises
     ------
     InvalidSizeError
-        If it is not readable, zero or negative.
+        If it is not readable, or less than ``least_bytes``.
     """
     if isinstance(size, bool) or not isinstance(size, (int, str)):
         raise InvalidSizeError(f"a size is bytes (int) or text such as '256MiB', not {size!r}", asked=repr(size))
@@ -49,8 +51,9 @@ def parse_size(size: int | str) -> int:
         size_bytes = int(float(match.group(1)) * unit) if "." in match.group(1) else int(match.group(1)) * unit
     else:
         size_bytes = size
-    if size_bytes <= 0:
-        raise InvalidSizeError(f"a size must be at least 1 byte, asked for {size_bytes}", asked_bytes=size_bytes)
+    if size_bytes < least_bytes:
+        least = format_count(least_bytes, "byte")
+        raise InvalidSizeError(f"a size must be at least {least}, asked for {size_bytes}", asked_bytes=size_bytes)
     return size_bytes
 
 

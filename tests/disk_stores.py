@@ -12,7 +12,7 @@ from typing import Any
 from fsspec import register_implementation
 from fsspec.implementations.memory import MemoryFileSystem
 
-from kvpool.cache.disk.folder import Found, PackRead, folder_at
+from kvpool.cache.disk.folder import Found, NewFile, PackRead, folder_at
 from kvpool.cache.disk.names import packed_path
 from kvpool.cache.disk.pack import rounded_up
 from kvpool.cache.disk.tier import DiskTier
@@ -129,6 +129,10 @@ class FaultyFolder:
         self._faults.check("read")
         return self._folder.read_packed(pack, reads)
 
+    def write_together(self, files: Sequence[NewFile]) -> None:
+        self._faults.check("write")
+        self._folder.write_together(files)
+
     def remove_packed(self, pack: str, names: Sequence[str]) -> None:
         self._faults.check("remove")
         self._folder.remove_packed(pack, names)
@@ -152,6 +156,10 @@ class SmallFolder(FaultyFolder):
             raise OSError(errno.ENOSPC, "No space left on device")
         self.room_bytes -= size_bytes
         self._folder.write(path, written)
+
+    def write_together(self, files: Sequence[NewFile]) -> None:
+        for path, parts in files:
+            self.write(path, parts)
 
 
 class FullDisk(FaultyFolder):
@@ -178,7 +186,7 @@ class FullDisk(FaultyFolder):
             self._folder.write(path, (written,))
             self.room_bytes -= rounded_up(len(written))
 
-    def write_together(self, files: Sequence[Any]) -> None:
+    def write_together(self, files: Sequence[NewFile]) -> None:
         for path, parts in files:
             self.write(path, parts)
 

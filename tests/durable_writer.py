@@ -20,13 +20,14 @@ from kvpool.cache.disk.folder import folder_at
 from kvpool.cache.disk.tier import DiskTier
 
 CACHES = 400  # more than a child lives to store
-LANES = 12  # more than there are threads, so that some go into a pack together
+LANES = 12  # more than there are threads, so that some go into a pack together, and some large ones to one thread
 
 
 def stored_content(number: int) -> bytes:
     """The bytes of a cache: of a size and a content that only its number has."""
     rng = random.Random(number)
-    return rng.randbytes(64) * rng.randrange(1, 3000)
+    times = rng.randrange(8200, 12000) if number % 3 == 0 else rng.randrange(1, 3000)  # too large for a pack, or not
+    return rng.randbytes(64) * times
 
 
 def tell(line: str) -> None:

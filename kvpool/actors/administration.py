@@ -185,7 +185,7 @@ class Administration:
         return dict(await self._decide(RevokeRequested(Batch(1), client, tenant)))
 
     async def trim(self) -> int:
-        """Give warm pages back to the system; returns their bytes. Pages that clients still map become zombies."""
+        """Give warm pages back to the system; returns their bytes, those included that are zombies first."""
         given = await asyncio.gather(*(self._fleet.operate(number, ("trim",)) for number in self._alive()))
         return sum(size_bytes for size_bytes in given if isinstance(size_bytes, int))
 

@@ -277,7 +277,7 @@ def trim(name: str, json_path: str | None) -> None:
     if json_path is not None:
         write_json(json_path, {"bytes": size_bytes})
     else:
-        click.echo(f"{format_size(size_bytes)} given back; what clients still map follows")
+        click.echo(f"{format_size(size_bytes)} given back, as soon as clients that still map some of it let go")
 
 
 @click.command()

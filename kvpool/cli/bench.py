@@ -82,7 +82,7 @@ def concurrency(json_path: str | None) -> None:
     type=click.Path(exists=True, file_okay=False, writable=True, path_type=Path),
     default=".",
     show_default=True,
-    help="Where to write 0.6 GiB for a while: a folder on the disk to be measured.",
+    help="Where to write 0.8 GiB for a while: a folder on the disk to be measured.",
 )
 @JSON
 def disk(folder: Path, json_path: str | None) -> None:

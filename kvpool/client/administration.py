@@ -160,7 +160,10 @@ class Administration:
         )
 
     async def trim(self) -> int:
-        """Give the warm pages of the whole pool back to the system; returns their bytes."""
+        """Give the warm pages of the whole pool back to the system; returns their bytes.
+
+        What clients still map they are asked for, and the system has it when they have let go: moments later.
+        """
         return int(await self._connection.call(self._connection.actor.trim, timeout_s=STEPS_S))
 
     async def defragment(self) -> dict[str, int]:

@@ -229,7 +229,7 @@ class VirtualKVCache:
         Of several changes at once the last word counts, byte by byte: one that gives memory back takes its bytes from
         growth that still waits, too, which then ends, as far as that goes, as though it had been first.
         """
-        size_bytes = size if size == 0 and isinstance(size, int) else parse_size(size)
+        size_bytes = parse_size(size, least_bytes=0)
         ranges = ((0, size_bytes),) if size_bytes else ()
         if size_bytes > self.max_size_bytes:
             raise InvalidSizeError(

@@ -340,7 +340,7 @@ class GPUMemoryAllocator:
                 self._ranges.bound()
 
     def trim(self, tenant: str | None = None) -> int:
-        """Give warm pages back, of ``tenant`` or of all. Returns the bytes free by that; what clients map follows."""
+        """Give warm pages of ``tenant``, or of all, back; returns their bytes, zombies (that clients map) included."""
         return self._ranges.trim(tenant) * self.page_size_bytes
 
     def trim_idle(self, now: float, idle_s: float, most_bytes: int) -> int:

@@ -212,11 +212,11 @@ class RangeAllocator:
             self._trim_oldest(None)
 
     def trim(self, tenant: str | None) -> int:
-        """Give the warm pages of ``tenant``, or of all, back to the system; returns how many are free by that now."""
-        free_pages = self.table.free_pages
+        """Give the warm pages of ``tenant``, or of all, back to the system; returns how many, zombies included."""
+        warm_pages = self.table.warm_pages
         while self._trim_oldest(tenant):
             pass
-        return self.table.free_pages - free_pages
+        return warm_pages - self.table.warm_pages
 
     def trim_idle(self, now: float, idle_s: float, most_pages: int) -> int:
         """Give warm ranges back that were put away ``idle_s`` ago, until ``most_pages`` are gone; returns how many.

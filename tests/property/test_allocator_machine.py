@@ -255,8 +255,11 @@ class AllocatorMachine(RuleBasedStateMachine):
 
     @rule(tenant=st.none() | TENANTS)
     def trim(self, tenant: str | None) -> None:
-        free_bytes = self.allocator.usage().free_bytes
-        assert self.allocator.trim(tenant) == self.allocator.usage().free_bytes - free_bytes
+        before = self.allocator.usage()
+        given_bytes = self.allocator.trim(tenant)
+        after = self.allocator.usage()
+        assert given_bytes == before.reserve_bytes - after.reserve_bytes
+        assert given_bytes == after.free_bytes + after.zombie_bytes - before.free_bytes - before.zombie_bytes
         if tenant is None:
             assert self.allocator.usage().reserve_bytes == 0
 

@@ -124,9 +124,10 @@ async def test_content_is_evicted_invalidated_and_trimmed(cli: Cli, filled) -> N
     gone = json.loads((await cli("invalidate", *on, "--model", "model", *written(2), "--json", "-")).stdout)
     assert (gone["caches"], gone["held"]) == (2, {})
     assert (await cli("evict", *on, "--all")).stdout.startswith("1 cache evicted, 16 KiB")
-    assert (await filled.stats()).total("reserve_bytes") > 0
+    warm_bytes = (await filled.stats()).total("reserve_bytes")
+    assert warm_bytes > 0
     trimmed = json.loads((await cli("trim", *on, "--json", "-")).stdout)
-    assert trimmed == {"bytes": 0}, "this process still maps the pages, so they are not free yet"
+    assert trimmed == {"bytes": warm_bytes}, "also what this process still maps"
     assert (await filled.stats()).total("reserve_bytes") == 0
     assert "given back" in (await cli("trim", *on)).stdout
     assert json.loads((await cli("set-policy", *on, "LRU", "--json", "-")).stdout) == {"policy": "lru"}

@@ -69,3 +69,9 @@ def test_rounding_up_gives_the_next_multiple(size_bytes, multiple):
 @pytest.mark.parametrize(("count", "text"), [(0, "0 caches"), (1, "1 cache"), (2, "2 caches"), (1000, "1,000 caches")])
 def test_a_count_of_one_has_no_plural(count, text):
     assert format_count(count, "cache") == text
+
+
+def test_nothing_is_a_size_where_it_may_be() -> None:
+    assert parse_size(0, least_bytes=0) == parse_size("0 MiB", least_bytes=0) == 0
+    with pytest.raises(InvalidSizeError, match="at least 0 bytes, asked for -1"):
+        parse_size(-1, least_bytes=0)

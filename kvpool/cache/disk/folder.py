@@ -26,6 +26,10 @@ PackRead = tuple[CacheName, Sequence[bytearray | memoryview]]
 """A cache, named without its pack, and what its header and payload are read into."""
 
 
+NewFile = tuple[str, Iterable[bytes | memoryview]]
+"""A file to be written: its path, and its parts, which are of single bytes."""
+
+
 class Folder(Protocol):
     """A folder of files, in which names have at most one ``/``. All calls block and may raise anything an I/O can.
 
@@ -68,6 +72,13 @@ class Folder(Protocol):
 
     def write(self, path: str, parts: Iterable[bytes | memoryview]) -> None:
         """Write a file: whole or not at all, its bytes on disk before its name is there. Parts are of single bytes."""
+        ...
+
+    def write_together(self, files: Sequence[NewFile]) -> None:
+        """Write several files, each as :meth:`write` does, at once where that is faster; with an error some are there.
+
+        Asked for only where packs may be written.
+        """
         ...
 
     def read(self, path: str, parts: Sequence[bytearray | memoryview]) -> int:

@@ -10,10 +10,10 @@ import stat
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from kvpool.cache.disk.folder import Found, PackRead
+from kvpool.cache.disk.folder import Found, NewFile, PackRead
 from kvpool.cache.disk.local_packs import LocalPacks, gives_room_back
 from kvpool.cache.disk.names import LOCK_NAME, TEMPORARY_SUFFIX, is_pack, split_pack
-from kvpool.cache.disk.parts import read_all, write_all
+from kvpool.cache.disk.parts import begin_to_write_out, read_all, write_all
 from kvpool.errors import TierError
 
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -111,25 +111,41 @@ class LocalFolder:
             return None
 
     def write(self, path: str, parts: Iterable[bytes | memoryview]) -> None:
+        self.write_together(((path, parts),))
+
+    def write_together(self, files: Sequence[NewFile]) -> None:
         self._check()
-        final = self._root / path
-        temporary = self._root / (path + TEMPORARY_SUFFIX)
+        finals: dict[Path, Path] = {}
         try:
-            file = os.open(temporary, _NEW_FILE, 0o600)
-        except FileNotFoundError:
-            self._make(final.parent)
-            file = os.open(temporary, _NEW_FILE, 0o600)
-        try:
-            try:
-                write_all(file, parts)
-                os.fsync(file)
-            finally:
-                os.close(file)
-            os.replace(temporary, final)
+            with contextlib.ExitStack() as opened:
+                unsynced: list[int] = []
+                for path, parts in files:
+                    temporary, final = self._root / (path + TEMPORARY_SUFFIX), self._root / path
+                    file = self._open_new(temporary)
+                    opened.callback(os.close, file)
+                    finals[temporary] = final
+                    write_all(file, parts)
+                    begin_to_write_out(file)  # the disk is at it while the next is copied
+                    unsynced.append(file)
+                for file in unsynced:
+                    os.fsync(file)
+            while finals:
+                temporary, final = next(iter(finals.items()))
+                os.replace(temporary, final)
+                del finals[temporary]
         except Exception:
-            with contextlib.suppress(OSError):  # the first error is the one to tell; the next start removes the file
-                temporary.unlink()
+            for temporary in finals:
+                # The first error is the one to tell; the next start removes the file.
+                with contextlib.suppress(OSError):
+                    temporary.unlink()
             raise
+
+    def _open_new(self, temporary: Path) -> int:
+        try:
+            return os.open(temporary, _NEW_FILE, 0o600)
+        except FileNotFoundError:
+            self._make(temporary.parent)
+            return os.open(temporary, _NEW_FILE, 0o600)
 
     def read(self, path: str, parts: Sequence[bytearray | memoryview]) -> int:
         try:

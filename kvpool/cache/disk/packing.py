@@ -1,4 +1,4 @@
-"""Small caches that wait for a thread, written by it as one file."""
+"""Caches that wait for a thread, written by it together: small ones as one file."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from kvpool.cache.key import BlockHash, CacheKey, check_hash
 from kvpool.errors import InvalidSizeError, KvpoolError, TierError
 
 MOST_PACKED_BYTES = 512 << 10
-"""Caches of more bytes have files of their own: those reach what the disk does."""
+"""Caches of more bytes have files of their own: several that are synced together reach what the disk does."""
 _MOST_BYTES = 16 << 20
-"""Of a pack. Larger ones are not faster, and whoever waits for one waits longer."""
+"""Of what is written together. More is not faster, and whoever waits for it waits longer."""
 _WORTH_A_THREAD_BYTES = 4 << 20
-"""What waits is shared among the threads that are free, in packs of so much at least: a sync has its price, too."""
+"""What waits is shared among the threads that are free, so much for each at least: a sync has its price, too."""
 _BUDGET_SHARE = 16
-"""Of the budget a pack takes one part in so many: while it is written nothing in it can go for others."""
+"""Of the budget what is written together takes one part in so many: meanwhile none of it can go for others."""
 
 
 class Write(Request[None]):
@@ -61,9 +61,9 @@ class Write(Request[None]):
 
 
 class Packing(Batches[Write, None]):
-    """Packs what waits of one tenant and fingerprint; what is alone gets a file of its own.
+    """Writes together what waits of one tenant and fingerprint: small caches as a pack, larger ones as a file each.
 
-    Of these caches nothing is on disk, and their keys are held.
+    A small one that is alone has its own file, too. Of these caches nothing is on disk, and their keys are held.
 
     Parameters
     ----------
@@ -96,6 +96,7 @@ class Packing(Batches[Write, None]):
         others: list[Write] = []
         size_bytes = 0
         most_bytes = min(self._most_bytes, max(_WORTH_A_THREAD_BYTES, self._share_bytes(waiting)))
+        kind: object = None
         while waiting and len(batch) < MOST_CACHES:
             write = waiting.popleft()
             entry = write.entry
@@ -104,21 +105,26 @@ class Packing(Batches[Write, None]):
             if (refusal := self._refused(entry.key)) is not None:
                 write.fail(refusal)
                 continue
-            if batch and (entry.key[:2] != batch[0].entry.key[:2] or size_bytes + entry.file_bytes > most_bytes):
+            if batch and _kind(entry) != kind:
                 others.append(write)
                 continue
+            file_bytes = entry.file_bytes
+            if batch and size_bytes + file_bytes > most_bytes:
+                others.append(write)
+                break  # what is behind it would come before it; and to look at all of that for each batch takes time
             victims = self._writer.claim(entry)
             if victims is not None:
                 write.victims = victims
                 batch.append(write)
-                size_bytes += entry.file_bytes
+                size_bytes += file_bytes
+                kind = _kind(entry)
             elif batch:  # there may be room when these are there, and can go for it
                 others.append(write)
                 break
             else:
                 write.fail(self._writer.no_room())
         waiting.extendleft(reversed(others))
-        pack = new_pack_name() if len(batch) > 1 else None
+        pack = new_pack_name() if len(batch) > 1 and _is_small(batch[0].entry) else None
         for write in batch:  # before anybody can ask for its removal
             key, parent, size_bytes, _ = write.entry
             self._writing[key] = write.entry = DiskEntry(key, parent, size_bytes, pack)
@@ -155,3 +161,12 @@ class Packing(Batches[Write, None]):
                 write.fail(error)
         for write in durable:
             write.succeed(None)
+
+
+def _kind(entry: DiskEntry) -> tuple[str, str, bool]:
+    """Return what those that are written together have in common."""
+    return entry.key.tenant, entry.key.fingerprint, _is_small(entry)
+
+
+def _is_small(entry: DiskEntry) -> bool:
+    return entry.size_bytes <= MOST_PACKED_BYTES

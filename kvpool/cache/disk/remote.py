@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
-from kvpool.cache.disk.folder import Found, PackRead
+from kvpool.cache.disk.folder import Found, NewFile, PackRead
 from kvpool.cache.disk.names import TEMPORARY_SUFFIX, packed_path
 
 # Stores in which a put is seen whole or not at all: a temporary name would only cost a second copy.
@@ -82,6 +82,10 @@ class RemoteFolder:
             with contextlib.suppress(Exception):  # the first error is the one to tell; the next start removes the file
                 self._filesystem.rm_file(temporary)
             raise
+
+    def write_together(self, files: Sequence[NewFile]) -> None:
+        for path, parts in files:
+            self.write(path, parts)
 
     def read(self, path: str, parts: Sequence[bytearray | memoryview]) -> int:
         content = memoryview(self._filesystem.cat_file(self._path(path)))

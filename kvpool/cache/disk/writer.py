@@ -1,4 +1,4 @@
-"""Writing caches, one file each or several in a pack: evict for them, write, and only then let them be found."""
+"""Writing caches, to files of their own or to a pack: evict for them, write, and only then let them be found."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ class Writer:
     async def write_claimed(
         self, entries: Sequence[DiskEntry], payloads: Sequence[memoryview], victims: Sequence[DiskEntry]
     ) -> None:
-        """Write one cache to its file, or several to their pack; all or none of them are there then.
+        """Write caches to a file each, or several to their pack; all or none of them are there then.
 
         Parameters
         ----------
@@ -167,9 +167,9 @@ class Writer:
             self._counters.written_bytes += entry.size_bytes
 
     async def _write(self, entries: Sequence[DiskEntry], payloads: Sequence[memoryview]) -> None:
-        """Write a file; where the store is full though the budget is not, once more when others have gone for it."""
+        """Write files; where the store is full though the budget is not, once more when others have gone for them."""
         try:
-            await self._threads.run(_write_file, self._folder, entries, payloads)
+            await self._threads.run(_write_files, self._folder, entries, payloads)
         except Exception as error:
             if cause_of(error) not in FULL:
                 raise
@@ -180,7 +180,7 @@ class Writer:
             self._counters.count_error(f"writing {entries[0].path}", error)
             self._take(victims)
             await self._evict(victims)
-            await self._threads.run(_write_file, self._folder, entries, payloads)
+            await self._threads.run(_write_files, self._folder, entries, payloads)
 
     def _stays(self, entries: Sequence[DiskEntry], key: CacheKey) -> bool:
         """Whether a cache must not go for others."""
@@ -212,17 +212,27 @@ class Writer:
     def _failure(self, entry: DiskEntry, error: Exception, caches: int = 1) -> TierError:
         """Count an error of the store, and return what it means for one or more caches, of which one is named."""
         cause = self._counters.count_error(f"writing {entry.path}", error)
-        more = f" and {caches - 1} more in one file are" if caches > 1 else " is"
+        more = f" and {caches - 1} more that go with it are" if caches > 1 else " is"
         return TierError(f"cache {entry.key.block_hash.hex()}{more} not written to disk: {error}", cause=cause)
 
 
-def _write_file(folder: Folder, entries: Sequence[DiskEntry], payloads: Sequence[memoryview]) -> None:
+def _write_files(folder: Folder, entries: Sequence[DiskEntry], payloads: Sequence[memoryview]) -> None:
     first = entries[0]
-    if first.pack is None:
-        folder.write(first.path, (make_header(first.key, first.parent, payloads[0]), payloads[0]))
-    else:
+    if first.pack is not None:
         path = f"{space_name(first.key.tenant, first.key.fingerprint)}/{first.pack}"
         folder.write(path, _pack_parts(entries, payloads))
+    elif len(entries) == 1:
+        folder.write(first.path, tuple(_file_parts(first, payloads[0])))
+    else:
+        folder.write_together(
+            [(entry.path, _file_parts(entry, payload)) for entry, payload in zip(entries, payloads, strict=True)]
+        )
+
+
+def _file_parts(entry: DiskEntry, payload: memoryview) -> Iterator[bytes | memoryview]:
+    """Yield the parts of a cache's own file; the checksum is made when its turn has come, and its bytes are near."""
+    yield make_header(entry.key, entry.parent, payload)
+    yield payload
 
 
 def _pack_parts(entries: Sequence[DiskEntry], payloads: Sequence[memoryview]) -> Iterator[bytes | memoryview]:

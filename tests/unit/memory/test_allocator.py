@@ -248,7 +248,7 @@ def test_trim_gives_back_what_one_or_all_keep_warm(make: Callable[..., GPUMemory
         allocator.free(i)
     assert allocator.trim("a") == 4 * PAGE
     assert allocator.usage().reserve_bytes == 2 * PAGE
-    assert allocator.trim() == PAGE  # the other one becomes a zombie
+    assert allocator.trim() == 2 * PAGE  # one of them is a zombie first
     assert allocator.usage().zombie_bytes == PAGE
     assert allocator.trim("nobody") == 0
     allocator.holder_gone("client")
