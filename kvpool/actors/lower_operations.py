@@ -225,14 +225,17 @@ class LowerOperations:
 
         Returns ``{"caches", "bytes"}``, what lies on disk then; ``"evicted_before"`` and ``"evicted"``, how many files
         the disk had ever dropped for want of room at the begin and the end of this; ``"failed"`` and ``"error"``, the
-        keys of what could not be written, as tuples, and the first error.
+        keys of what could not be written, or was and cannot be counted on, as tuples, and the first error.
         """
         before = self._evicted()
         errors = await self._tiers.save(tenant)
-        caches, size_bytes = self._tiers.on_disk(tenant)
+        entries, unsure = await self._tiers.on_disk(tenant)
+        if unsure is not None:
+            errors |= {entry.key: unsure for entry in entries}
+            entries = []
         return {
-            "caches": caches,
-            "bytes": size_bytes,
+            "caches": len(entries),
+            "bytes": sum(entry.size_bytes for entry in entries),
             "evicted_before": before,
             "evicted": self._evicted(),
             "failed": [tuple(key) for key in errors],

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from kvpool.cache.disk.batches import Request
 from kvpool.cache.disk.packing import Write
 from kvpool.cache.disk.reading import Read
+from kvpool.cache.disk.threads import uncancelled
 from kvpool.cache.disk.tier import DiskTier
 from kvpool.cache.disk.writer import FULL, NO_ROOM
 from kvpool.cache.fronts import Fronts, cause_of
@@ -82,6 +83,18 @@ class DiskCalls:
     def late(self, address: int) -> asyncio.Future[Any] | None:
         """Return what ends with the call that was given up and still uses the memory at an address, None if none is."""
         return self._late.get(address)
+
+    async def check_there(self) -> TierError | None:
+        """Return why what the tier has cannot be counted on, if so: the folder is gone, the store hangs."""
+        checking = asyncio.ensure_future(self._disk.check_there())
+        await uncancelled(asyncio.wait((checking,), timeout=self._deadline_s))
+        if not checking.done():  # nobody's memory is in use: it may end when it will
+            checking.add_done_callback(lambda late: late.cancelled() or late.exception())
+            return self._disk.overdue("looking for the folder", self._deadline_s)
+        error = checking.exception()
+        if error is not None and not isinstance(error, TierError):
+            raise error
+        return error
 
     async def read(self, targets: Sequence[Source]) -> list[bool]:
         """Fill memory with caches' bytes; False is a miss."""

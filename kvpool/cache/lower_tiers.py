@@ -215,12 +215,16 @@ class LowerTiers:
             return dict.fromkeys(self._saving.alone(tenant), self._demotion.no_disk())
         return await self._saving.save(self._calls, tenant)
 
-    def on_disk(self, tenant: str | None) -> tuple[int, int]:
-        """Return how many caches of a tenant, or of anyone, lie on the disk, and their bytes. O(files)."""
-        disk = self._contents.disk
-        entries = disk.entries() if disk is not None else []
-        sizes = [entry.size_bytes for entry in entries if tenant in (None, entry.key.tenant)]
-        return len(sizes), sum(sizes)
+    async def on_disk(self, tenant: str | None) -> tuple[list[DiskEntry], TierError | None]:
+        """Return what of a tenant, or of anyone, lies on the disk, and why that cannot be counted on, if so. O(files).
+
+        The store is asked: a folder may have vanished since something was last read there or written.
+        """
+        disk, calls = self._contents.disk, self._calls
+        if disk is None or calls is None:
+            return [], None
+        unsure = await calls.check_there()
+        return [entry for entry in disk.entries() if tenant in (None, entry.key.tenant)], unsure
 
     async def fill(self, targets: Sequence[Source]) -> list[bool]:
         """Bring caches up into memory of the device; for each, whether all its bytes are there.

@@ -35,7 +35,10 @@ class TierCounters:
 def tier_statistics(
     host: HostTier | None, disk: DiskTier | None, problem: str | None, counters: TierCounters
 ) -> dict[str, Any]:
-    """Return all figures, built-in types only; ``host`` and ``disk`` are None where there is no such tier."""
+    """Return all figures, built-in types only; ``host`` and ``disk`` are None where there is no such tier.
+
+    ``problem`` is why there is no disk; of one that there is, ``disk_problem`` is what is the matter with it now.
+    """
     in_host = None
     if host is not None:
         in_host = {
@@ -52,10 +55,11 @@ def tier_statistics(
             "dropped": counters.dropped,
             "errors": dict(host.errors),
         }
+    on_disk = None if disk is None else disk.statistics()
     return {
         "host": in_host,
-        "disk": None if disk is None else asdict(disk.statistics()),
-        "disk_problem": problem,
+        "disk": None if on_disk is None else asdict(on_disk),
+        "disk_problem": problem if on_disk is None else on_disk.problem,
         "demoted": counters.demoted,
         "not_kept": counters.not_kept,
         "copied_ahead": counters.copied_ahead,

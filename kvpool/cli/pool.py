@@ -136,6 +136,9 @@ def _show(stats: Any, json_path: str | None) -> None:
     lower = [device for device in stats.devices if device.lower is not None]
     if lower:
         print_rows("below the devices", [_lower_row(device.name, device.lower) for device in lower])
+        for device in lower:
+            if device.lower["disk"] is not None and device.lower["disk_problem"]:
+                click.echo(f"{device.name}: {device.lower['disk_problem']}")
     if stats.policy_failure is not None:
         click.echo(f"{stats.policy} decides since the policy failed: {stats.policy_failure}")
     if stats.quotas:
@@ -155,6 +158,8 @@ def _lower_row(name: str, lower: dict[str, Any]) -> dict[str, Any]:
     host, disk = lower["host"], lower["disk"]
     if disk is not None:
         on_disk = f"{format_size(disk['used_bytes'])} of {format_size(disk['budget_bytes'])}"
+        if disk.get("lost"):  # a pool of an earlier version does not tell
+            on_disk = f"lost: {format_size(disk['used_bytes'])} out of reach"
     else:
         on_disk = lower["disk_problem"] or "-"
     if lower["leftover_folders"]:
@@ -166,5 +171,10 @@ def _lower_row(name: str, lower: dict[str, Any]) -> dict[str, Any]:
         "went down": lower["demoted"],
         "came up": lower["fills"],
         "dropped": lower["not_kept"] + (host["dropped"] if host else 0),
-        "errors": sum(disk["errors"].values()) if disk is not None else 0,
+        "errors": _told(disk["errors"]) if disk is not None and disk["errors"] else 0,
     }
+
+
+def _told(errors: dict[str, int]) -> str:
+    causes = ", ".join(cause if len(errors) == 1 else f"{cause} {count:,}" for cause, count in sorted(errors.items()))
+    return f"{sum(errors.values()):,} ({causes})"

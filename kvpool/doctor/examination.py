@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from kvpool.actors.compatibility import protocol_difference, version_of
+from kvpool.cache.disk.advice import advice_on
 from kvpool.config import PoolConfig
 from kvpool.doctor.checks import (
     check_host,
@@ -140,17 +142,11 @@ def check_working(pool: Pool) -> list[Finding]:
         lower = device["lower"]
         if lower is None or device["lost"]:
             continue
-        if lower["disk_problem"]:
+        if lower["disk"] is not None:
+            findings.append(_check_disk(where, lower["disk"]))
+        elif lower["disk_problem"]:
             mend = _mend_disk(pool.name, lower["disk_problem"])
             findings.append(Finding("disk tier", where, FAILED, lower["disk_problem"], "a folder of its own", mend))
-        elif lower["disk"] is not None and lower["disk"]["errors"]:
-            errors = ", ".join(
-                f"{cause} {format_count(count, 'time')}" for cause, count in sorted(lower["disk"]["errors"].items())
-            )
-            mend = "see the log of kvpool.disk in the device's process: is there space, is it mounted?"
-            findings.append(Finding("disk tier", where, WARNING, f"since its start: {errors}", "no errors", mend))
-        elif lower["disk"] is not None:
-            findings.append(Finding("disk tier", where, OK, "in use"))
     left = {
         url
         for device in pool.statistics.get("devices", ())
@@ -172,6 +168,23 @@ def check_working(pool: Pool) -> list[Finding]:
             Finding("quotas", f"pool {pool.name}", WARNING, quotas[0]["warning"], "guarantees within the memory", mend)
         )
     return findings
+
+
+def _check_disk(where: str, disk: dict[str, Any]) -> Finding:
+    """Judge a disk tier that was started: what failed, now or before, in which folder, and what each cause means."""
+    url, errors = disk.get("url", "its folder"), disk["errors"]  # a pool of an earlier version does not tell
+    lost = disk.get("lost", False)
+    if not errors:
+        return Finding("disk tier", where, OK, f"in use: {url}")
+    counts = ", ".join(f"{cause} {format_count(count, 'time')}" for cause, count in sorted(errors.items()))
+    found = f"{url}, since its start: {counts}"
+    if lost:
+        found += "; the folder is not there now"
+    advice = ". ".join(f"{cause}: {advice_on(cause)}" for cause in sorted(errors))
+    # Logged by the device's process, the first of each cause; here unless Ray was told of another folder.
+    log = command("grep", "-rh", f"disk tier {url}", "/tmp/ray/session_latest/logs")
+    mend = f"{advice}. The first error of each cause, with its file, on the device's node: {log}"
+    return Finding("disk tier", where, FAILED if lost else WARNING, found, "no errors", mend)
 
 
 def _mend_disk(name: str, problem: str) -> str:

@@ -231,7 +231,13 @@ async def test_a_pool_goes_on_when_its_disk_vanishes(make_pool, tmp_path):
         assert await put(model, number) == CHAIN
     assert await read(model, 19) == CHAIN
     assert all([await read(model, number) <= CHAIN for number in range(20)])
-    assert (await tiers(pool))["disk"]["errors"]
+    figures = await tiers(pool)
+    assert set(figures["disk"]["errors"]) == {"ESTALE"}
+    assert figures["disk"]["lost"]
+    assert f"{folder}/" in figures["disk_problem"]
+    with pytest.raises(TierError, match="mount its disk again") as caught:
+        await pool.flush()
+    assert (caught.value.details["caches"], caught.value.details["cause"]) == (0, "ESTALE")
 
 
 async def test_a_folder_that_cannot_be_used_leaves_a_pool_without_disk(make_pool, tmp_path):

@@ -6,8 +6,14 @@ import errno
 import logging
 from collections import Counter
 from dataclasses import dataclass
+from typing import NamedTuple
+
+from kvpool.cache.disk.advice import advice_on
 
 logger = logging.getLogger("kvpool.disk")
+
+_LOST = "ESTALE"
+"""The cause where the folder that was opened is not at its place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +47,19 @@ class DiskStatistics:
     that it did not answer in time: ``timeout``."""
     given_up: dict[str, int]
     """Writes that were not even tried, by cause: ``queue_full``, ``budget``, ``removed``, ``closed``."""
+    url: str
+    """Of the folder."""
+    problem: str | None
+    """What the store answered last, which folder that was, what it means and what to do; None if that was no error, or
+    nothing has failed. One of a write stays until something is written, unless the folder was lost and is back."""
+    lost: bool
+    """Whether the folder was not there any more by the last answer: what is counted as files may not be there."""
+
+
+class _Problem(NamedTuple):
+    cause: str
+    told: str
+    reading: bool
 
 
 class DiskCounters:
@@ -54,6 +73,7 @@ class DiskCounters:
 
     def __init__(self, url: str) -> None:
         self._url = url
+        self._problem: _Problem | None = None
         self.hits = self.misses = 0
         self.written_files = self.written_bytes = self.read_bytes = 0
         self.evicted_files = self.removed_files = self.leftover_files = 0
@@ -65,8 +85,37 @@ class DiskCounters:
         """Count an error of the store; returns its cause."""
         cause = cause_of(error)
         self.errors[cause] += 1
+        told = f"the disk tier at {self._url}: {what} failed: {error}; {advice_on(cause)}"
+        self._problem = _Problem(cause, told, what.startswith("reading "))
         self._log(self.errors, cause, "%s failed: %s", what, error)
         return cause
+
+    def count_written(self, size_bytes: int) -> None:
+        """Count a cache that was written: the store works."""
+        self.written_files += 1
+        self.written_bytes += size_bytes
+        self._problem = None
+
+    def count_hit(self, size_bytes: int) -> None:
+        """Count a cache that was read: the store gives, whatever it takes."""
+        self.hits += 1
+        self.read_bytes += size_bytes
+        self.answered()
+
+    def answered(self) -> None:
+        """Note that the folder is there and can be read."""
+        if self._problem is not None and (self._problem.cause == _LOST or self._problem.reading):
+            self._problem = None
+
+    @property
+    def problem(self) -> str | None:
+        """What the store answered last if that was an error, and what to do."""
+        return None if self._problem is None else self._problem.told
+
+    @property
+    def lost(self) -> bool:
+        """Whether the folder was not there by that answer."""
+        return self._problem is not None and self._problem.cause == _LOST
 
     def count_bad(self, cause: str, path: str) -> None:
         """Count a file that is not what its name says."""

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from functools import partial
 
 from kvpool.cache.disk.admission import Admission
+from kvpool.cache.disk.advice import advice_on
 from kvpool.cache.disk.batches import answered
 from kvpool.cache.disk.folder import Folder
 from kvpool.cache.disk.folder_syncs import FolderSyncs
@@ -121,7 +122,9 @@ class DiskTier:
             if isinstance(error, KvpoolError) or not isinstance(error, Exception):
                 raise
             cause = self._counters.count_error("opening the folder", error)
-            raise TierError(f"the disk tier at {self._folder.url} cannot be used: {error}", cause=cause) from error
+            raise TierError(
+                f"the disk tier at {self._folder.url} cannot be used: {error}; {advice_on(cause)}", cause=cause
+            ) from error
         self._removals.take_over(removals, unread)
         self._open = True
         return list(self._index)
@@ -196,11 +199,33 @@ class DiskTier:
                 raise TierError("caches cannot be removed: the disk tier is closed", cause="closed")
             return await uncancelled(self._removals.space(tenant, fingerprint))
 
+    async def check_there(self) -> None:
+        """Return when the store has answered that the folder is there.
+
+        Raises
+        ------
+        TierError
+            If it is not, or that is not known: nothing of what the index has can be counted on.
+        """
+        async with self._removers.one():
+            if not self._open:
+                raise TierError("the disk tier is closed", cause="closed")
+            try:
+                await uncancelled(self._removers.run(self._folder.sync, ""))
+            except Exception as error:
+                cause = self._counters.count_error("looking for the folder", error)
+                raise TierError(
+                    f"what lies in the disk tier at {self._folder.url} cannot be counted on: {error}; "
+                    f"{advice_on(cause)}",
+                    cause=cause,
+                ) from error
+        self._counters.answered()
+
     def overdue(self, what: str, deadline_s: float) -> TierError:
         """Count a call that a caller gave up because the store did not answer in time, and return its error."""
         error = TimeoutError(f"no answer within {deadline_s:g} s")
         cause = self._counters.count_error(what, error)
-        return TierError(f"the disk tier at {self._folder.url}: {what}: {error}", cause=cause)
+        return TierError(f"the disk tier at {self._folder.url}: {what}: {error}; {advice_on(cause)}", cause=cause)
 
     def statistics(self) -> DiskStatistics:
         """Return the figures of now."""
@@ -221,6 +246,9 @@ class DiskTier:
             leftover_files=counters.leftover_files,
             errors=dict(counters.errors),
             given_up=dict(counters.given_up),
+            url=self._folder.url,
+            problem=counters.problem,
+            lost=counters.lost,
         )
 
     # -- writing --------------------------------------------------------------------------------------------------
@@ -333,8 +361,7 @@ class DiskTier:
         if done.cancelled() or done.exception() is not None:
             return
         if done.result():
-            self._counters.hits += 1
-            self._counters.read_bytes += read.payload.nbytes
+            self._counters.count_hit(read.payload.nbytes)
         else:
             self._counters.misses += 1
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 
+from kvpool.cache.disk.advice import advice_on
 from kvpool.cache.disk.folder import Folder, remove_all
 from kvpool.cache.disk.folder_syncs import FolderSyncs
 from kvpool.cache.disk.header import header_bytes, make_header
@@ -22,7 +23,8 @@ from kvpool.errors import KvpoolError, TierError
 _REFUSALS = {
     "queue_full": "as many writes wait as may",
     "budget": "it does not fit into the disk tier's budget (disk_budget), or all that could go for it is in use, is "
-    "its own chain, or is made durable by the same call",
+    "its own chain, or is made durable by the same call: make less durable at once, or start the pool with a larger "
+    "budget",
     "removed": "it was removed meanwhile",
     "closed": "the disk tier is closed",
 }
@@ -163,8 +165,7 @@ class Writer:
             raise self._failure(entries[0], error, len(entries)) from error
         for entry in entries:
             self._index.add(entry)
-            self._counters.written_files += 1
-            self._counters.written_bytes += entry.size_bytes
+            self._counters.count_written(entry.size_bytes)
 
     async def _write(self, entries: Sequence[DiskEntry], payloads: Sequence[memoryview]) -> None:
         """Write files; where the store is full though the budget is not, once more when others have gone for them."""
@@ -213,7 +214,11 @@ class Writer:
         """Count an error of the store, and return what it means for one or more caches, of which one is named."""
         cause = self._counters.count_error(f"writing {entry.path}", error)
         more = f" and {caches - 1} more that go with it are" if caches > 1 else " is"
-        return TierError(f"cache {entry.key.block_hash.hex()}{more} not written to disk: {error}", cause=cause)
+        return TierError(
+            f"cache {entry.key.block_hash.hex()}{more} not written to the disk tier at {self._folder.url}: {error}; "
+            f"{advice_on(cause)}",
+            cause=cause,
+        )
 
 
 def _write_files(folder: Folder, entries: Sequence[DiskEntry], payloads: Sequence[memoryview]) -> None:

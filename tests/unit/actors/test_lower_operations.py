@@ -99,7 +99,7 @@ async def test_what_one_call_makes_durable_does_not_go_for_the_rest_of_it(device
     answers = await operations.persist(KEY.tenant, KEY.fingerprint, entries)
     assert answers[:2] == [True, True]
     assert [answer[3]["cause"] for answer in answers[2:]] == ["budget", "budget"]
-    assert operations._tiers.on_disk(None)[0] == 2
+    assert len((await operations._tiers.on_disk(None))[0]) == 2
     assert [operations._tiers.find(key) for key in keys[:2]] == ["disk", "disk"]
     # By another call the last may go, not what it hangs on.
     (answer,) = await operations.persist(KEY.tenant, KEY.fingerprint, [entries[3]])
@@ -166,3 +166,46 @@ async def test_compaction_does_not_move_what_is_on_its_way_down(kind, name, monk
         assert view_at(target, size) == content_of(number, size)
     await tiers.close()
     store.allocator.close()
+
+
+async def test_what_lies_in_a_folder_that_is_gone_is_not_counted_as_on_disk(tmp_path):
+    """Nothing is to be written, so nothing else would tell."""
+    store = DeviceStore(GPUMemoryAllocator(HostBackend(1 << 30), 4 * PAGE, PAGE))
+    disk = DiskTier(folder_at(str(tmp_path / "tier")), 1 << 30)
+    tiers = LowerTiers(None, disk, lambda keys: None)
+    await tiers.start()
+    for number in range(3):
+        await disk.write_through(key_of(number), None, content_of(number))
+    await disk.write_through(key_of(9, "other"), None, content_of(9))
+    operations = LowerOperations(store, tiers)
+    there = await operations.save("default")
+    assert (there["caches"], there["failed"], there["error"]) == (3, [], None)
+    (tmp_path / "tier").rename(tmp_path / "elsewhere")
+    gone = await operations.save("default")
+    assert (gone["caches"], gone["bytes"]) == (0, 0)
+    assert sorted(gone["failed"]) == [tuple(key_of(number)) for number in range(3)]
+    kind, name, message, details = gone["error"]
+    assert (kind, name, details["cause"]) == ("error", "TierError", "ESTALE")
+    assert f"{tmp_path}/tier" in message
+    (tmp_path / "elsewhere").rename(tmp_path / "tier")
+    assert (await operations.save(None))["caches"] == 4
+    await tiers.close()
+    store.allocator.close()
+
+
+async def test_a_store_that_does_not_say_what_it_has_is_not_waited_for_for_ever(device):
+    store, operations, _ = device
+    sealed(store, 1)
+    await operations.persist(KEY.tenant, KEY.fingerprint, [(1, KEY.block_hash, None)])
+    gate = threading.Event()
+    folder, arrived_there = operations._tiers._contents.disk._folder, threading.Semaphore(0)
+    folder.sync = lambda path: (arrived_there.release(), gate.wait(DEADLINE_S))
+
+    async def asked():
+        assert await asyncio.to_thread(arrived_there.acquire, timeout=DEADLINE_S)
+
+    answer = await out_of_time(operations.save(None), asked())
+    gate.set()
+    assert (answer["caches"], answer["error"][3]["cause"]) == (0, "timeout")
+    del folder.sync
+    store.apply([("release", "c", 0, [1]), ("evict", [1])])

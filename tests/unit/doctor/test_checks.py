@@ -208,7 +208,15 @@ def working(policy_failure: str | None = None, quotas: tuple[dict[str, Any], ...
         (Pool("p", error="the pool did not answer"), []),
         (working(), []),
         (working(disk={"errors": {}}), [("disk tier", OK, "")]),
-        (working(disk={"errors": {"ENOSPC": 2}}), [("disk tier", WARNING, "is there space")]),
+        (working(disk={"errors": {"ENOSPC": 2}}), [("disk tier", WARNING, "ENOSPC: its file system is full")]),
+        (
+            working(disk={"errors": {"EACCES": 1, "ENOSPC": 2}, "url": "file:///d/p/host-0", "lost": False}),
+            [("disk tier", WARNING, "`grep -rh 'disk tier file:///d/p/host-0' /tmp/ray/session_latest/logs`")],
+        ),
+        (
+            working(disk={"errors": {"ESTALE": 196}, "url": "file:///d/p/host-0", "lost": True}, disk_problem="…"),
+            [("disk tier", FAILED, "mount its disk again, or put the folder back")],
+        ),
         (working(disk_problem="file:///x: Permission denied"), [("disk tier", FAILED, "name another folder")]),
         (
             working(disk_problem="file:///d/p/host-0 is in use by another process: give …"),
@@ -227,6 +235,14 @@ def test_what_a_running_pool_does_without(pool: Pool, findings: list[tuple[str, 
     found = check_working(pool)
     assert [(finding.check, finding.result) for finding in found] == [each[:2] for each in findings]
     assert all(mend in finding.mend for finding, (_, _, mend) in zip(found, findings, strict=True))
+
+
+def test_of_a_disk_that_failed_the_folder_is_named() -> None:
+    disk = {"errors": {"ESTALE": 196, "ENOSPC": 1}, "url": "file:///d/p/host-0", "lost": True}
+    (finding,) = check_working(working(disk=disk))
+    assert finding.found == (
+        "file:///d/p/host-0, since its start: ENOSPC 1 time, ESTALE 196 times; the folder is not there now"
+    )
 
 
 def test_sockets_are_planned_where_devices_will_listen() -> None:

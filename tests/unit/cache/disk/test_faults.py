@@ -423,3 +423,65 @@ async def test_closing_finishes_what_runs_and_gives_up_what_waits(open_tier, fau
     await closing
     assert await asyncio.gather(*writes) == [True, False, False, False]
     assert tier.statistics().given_up == {"closed": 3}
+
+
+# -- what is said of them ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (FULL, "free space there"),
+        (PermissionError(errno.EPERM, "Operation not permitted"), "chattr -i"),
+        (DENIED, "read and write there"),
+        (BROKEN, "replace it"),
+        (DriverError("throttled"), "disk_url"),
+    ],
+)
+async def test_an_error_says_which_folder_and_what_to_do(open_tier, tmp_path, faults, error, advice):
+    tier = await open_tier(FaultyFolder(str(tmp_path), faults))
+    faults.errors["write"] = error
+    with pytest.raises(TierError) as caught:
+        await tier.write_through(key_of(0), None, content_of(0))
+    problem = tier.statistics().problem
+    for told in (str(caught.value), problem):
+        assert str(tmp_path) in told
+        assert str(error) in told
+        assert advice in told
+
+
+async def test_a_problem_is_told_until_the_store_works_again(open_tier, tmp_path, faults):
+    tier = await open_tier(FaultyFolder(str(tmp_path), faults))
+    assert (tier.statistics().problem, tier.statistics().lost) == (None, False)
+    await tier.write_through(key_of(0), None, content_of(0))
+    faults.errors["write"] = DENIED
+    assert not await tier.write_back(key_of(1), None, content_of(1))
+    assert await read(tier, key_of(0)) == content_of(0)
+    assert "Permission denied" in tier.statistics().problem, "that it can be read does not mean that it can be written"
+    faults.errors.clear()
+    assert await tier.write_back(key_of(1), None, content_of(1))
+    assert tier.statistics().problem is None
+    faults.errors["read"] = BROKEN
+    assert await read(tier, key_of(0)) is None
+    assert "Input/output" in tier.statistics().problem
+    faults.errors.clear()
+    assert await read(tier, key_of(0)) == content_of(0)
+    assert tier.statistics().problem is None
+    assert tier.statistics().errors == {"EACCES": 1, "EIO": 1}
+
+
+@pytest.mark.parametrize("use", ["read", "check_there"])
+async def test_a_folder_that_is_lost_is_told_until_it_is_back(open_tier, tmp_path, use):
+    tier = await open_tier(str(tmp_path / "tier"))
+    await tier.write_through(key_of(0), None, content_of(0))
+    (tmp_path / "tier").rename(tmp_path / "elsewhere")
+    with pytest.raises(TierError, match="mount its disk again"):
+        await tier.write_through(key_of(1), None, content_of(1))
+    with pytest.raises(TierError, match="cannot be counted on"):
+        await tier.check_there()
+    figures = tier.statistics()
+    assert figures.lost
+    assert f"{tmp_path}/tier is not the folder that was opened" in figures.problem
+    (tmp_path / "elsewhere").rename(tmp_path / "tier")
+    await (tier.check_there() if use == "check_there" else read(tier, key_of(0)))
+    assert (tier.statistics().problem, tier.statistics().lost) == (None, False)

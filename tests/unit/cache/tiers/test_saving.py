@@ -16,7 +16,7 @@ async def test_all_of_the_host_tier_is_on_disk_then_copies_too(open_device, faul
     await device.copy_ahead(*range(70, 80))
     assert device.disk.statistics().files == 0
     assert await device.tiers.save(None) == {}
-    assert device.tiers.on_disk(None)[0] == 80
+    assert len((await device.tiers.on_disk(None))[0]) == 80
     device.host.check()
     await device.tiers.close()
     again = await open_device(0, URL)
@@ -28,7 +28,7 @@ async def test_of_one_tenant_alone(open_device, faults):
     await device.demote(1, 2, tenant="a")
     await device.demote(3, tenant="b")
     assert await device.tiers.save("a") == {}
-    assert [device.tiers.on_disk(tenant)[0] for tenant in ("a", "b", None)] == [2, 0, 2]
+    assert [len((await device.tiers.on_disk(tenant))[0]) for tenant in ("a", "b", None)] == [2, 0, 2]
 
 
 async def test_what_cannot_be_written_is_told_and_stays_in_the_host(open_device, faults):

@@ -1,0 +1,59 @@
+"""What ``kvpool status`` says of a disk below a device."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kvpool.cli.pool import _show
+
+PROBLEM = "the disk tier at file:///d/p/host-0: writing x failed: it is not the folder; mount its disk again"
+
+
+def stats(disk: dict[str, Any], problem: str | None) -> Any:
+    lower = {"host": None, "disk": disk, "disk_problem": problem, "leftover_folders": []}
+    lower |= {"demoted": 0, "fills": 0, "not_kept": 0}
+    return SimpleNamespace(
+        name="p",
+        policy="lru",
+        policy_requested="lru",
+        policy_failure=None,
+        placement="least_loaded",
+        devices=[
+            SimpleNamespace(
+                name="host-0",
+                kind="host",
+                lost=None,
+                lower=lower,
+                **dict.fromkeys(("capacity_bytes", "live_bytes", "backed_bytes", "reserve_bytes", "zombie_bytes"), 0),
+                **dict.fromkeys(("pinned_bytes", "caches", "evictions"), 0),
+            )
+        ],
+        quotas=(),
+        hit_ratio=0.0,
+        **dict.fromkeys(("clients", "keys", "lower_keys", "waiting", "blocks_hit", "blocks_looked_up"), 0),
+        **dict.fromkeys(("evictions", "refusals"), 0),
+    )
+
+
+def shown(capsys: pytest.CaptureFixture[str], disk: dict[str, Any], problem: str | None) -> str:
+    _show(stats({"used_bytes": 18 << 20, "budget_bytes": 10 << 30} | disk, problem), None)
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_a_folder_that_is_gone_is_told_with_its_cause(capsys: pytest.CaptureFixture[str]) -> None:
+    told = shown(capsys, {"errors": {"ESTALE": 112}, "lost": True}, PROBLEM)
+    assert f"host-0: {PROBLEM}" in told
+    assert "lost: 18 MiB" in told
+    assert "112 (ESTALE)" in told
+    assert "of 10 GiB" not in told
+
+
+def test_errors_that_are_over_are_told_by_their_causes(capsys: pytest.CaptureFixture[str]) -> None:
+    told = shown(capsys, {"errors": {"ESTALE": 2, "ENOSPC": 3}, "lost": False}, None)
+    assert "5 (ENOSPC 3, ESTALE 2)" in told
+    assert "18 MiB of 10 GiB" in told
+
+
+def test_a_disk_in_order_has_no_errors_and_an_older_pool_tells_less(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "18 MiB of 10 GiB" in shown(capsys, {"errors": {}}, None)
