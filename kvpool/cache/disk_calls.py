@@ -146,6 +146,8 @@ class DiskCalls:
         round fills the first gap, or is half of the one before; the smallest, too, takes something away behind the gap,
         or is the last.
         """
+        if not any(errors):
+            return errors
         fronts = Fronts(sources, NO_ROOM)
         most = len(sources)
         while refused := fronts.refused(errors):

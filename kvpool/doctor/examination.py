@@ -172,17 +172,17 @@ def check_working(pool: Pool) -> list[Finding]:
 
 def _check_disk(where: str, disk: dict[str, Any]) -> Finding:
     """Judge a disk tier that was started: what failed, now or before, in which folder, and what each cause means."""
-    url, errors = disk.get("url", "its folder"), disk["errors"]  # a pool of an earlier version does not tell
-    lost = disk.get("lost", False)
+    # A pool of an earlier version does not tell where, nor whether it is there.
+    url, lost, errors = disk.get("url", ""), disk.get("lost", False), disk["errors"]
     if not errors:
-        return Finding("disk tier", where, OK, f"in use: {url}")
+        return Finding("disk tier", where, OK, f"in use: {url}" if url else "in use")
     counts = ", ".join(f"{cause} {format_count(count, 'time')}" for cause, count in sorted(errors.items()))
-    found = f"{url}, since its start: {counts}"
+    found = f"{url or 'its folder'}, since its start: {counts}"
     if lost:
         found += "; the folder is not there now"
     advice = ". ".join(f"{cause}: {advice_on(cause)}" for cause in sorted(errors))
     # Logged by the device's process, the first of each cause; here unless Ray was told of another folder.
-    log = command("grep", "-rh", f"disk tier {url}", "/tmp/ray/session_latest/logs")
+    log = command("grep", "-rhs", "--include=worker-*.err", f"disk tier {url}".strip(), "/tmp/ray")
     mend = f"{advice}. The first error of each cause, with its file, on the device's node: {log}"
     return Finding("disk tier", where, FAILED if lost else WARNING, found, "no errors", mend)
 

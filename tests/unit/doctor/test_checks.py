@@ -211,7 +211,7 @@ def working(policy_failure: str | None = None, quotas: tuple[dict[str, Any], ...
         (working(disk={"errors": {"ENOSPC": 2}}), [("disk tier", WARNING, "ENOSPC: its file system is full")]),
         (
             working(disk={"errors": {"EACCES": 1, "ENOSPC": 2}, "url": "file:///d/p/host-0", "lost": False}),
-            [("disk tier", WARNING, "`grep -rh 'disk tier file:///d/p/host-0' /tmp/ray/session_latest/logs`")],
+            [("disk tier", WARNING, "`grep -rhs '--include=worker-*.err' 'disk tier file:///d/p/host-0' /tmp/ray`")],
         ),
         (
             working(disk={"errors": {"ESTALE": 196}, "url": "file:///d/p/host-0", "lost": True}, disk_problem="…"),
