@@ -140,6 +140,8 @@ class Plan(NamedTuple):
     freed: tuple[int, ...]
     #: Pages that moves go to, and that are to be added first if they are not there.
     added: tuple[int, ...] = ()
+    #: How many of the pages that were looked at, and added, no plan goes below, as far as it is known.
+    least_pages: int = 0
 
 
 NOTHING = Plan(Moves(), ())
