@@ -59,6 +59,7 @@ def main() -> int:
             print("demo:", " ".join(command), flush=True)
             return subprocess.run(command, check=False).returncode
         finally:
+            print("demo: stopping Ray, which takes up to half a minute ...", flush=True)
             cluster.terminate()
             cluster.wait()
             print("demo: Ray is stopped", flush=True)

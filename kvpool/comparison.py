@@ -19,6 +19,9 @@ from kvpool.workload import TraceRequest
 
 BOUND = "offline bound"
 _REPORT_EVERY_S = 0.2
+_LINES = ("-", "--", "-.", ":")
+_MARKERS = "os^Dv"
+"""Of the lines of a plot: as many as have no factor in common with the kinds of lines."""
 
 
 class Cell(NamedTuple):
@@ -133,9 +136,13 @@ def compare(
 
 def heading(rows: Sequence[SimulationRow]) -> str:
     """Return what the table of a comparison says, also of a host tier that all rows have below the device."""
-    below = rows[0]["host_capacity_blocks"] if rows else 0
-    host = f", with {format_count(below, 'block')} of host memory below" if below else ""
-    return f"prefix hits, % of all blocks, by capacity{host}"
+    host = _below(rows)
+    return f"prefix hits, % of all blocks, by capacity{host and f', {host}'}"
+
+
+def _below(rows: Sequence[SimulationRow]) -> str:
+    blocks = rows[0]["host_capacity_blocks"] if rows else 0
+    return f"with {format_count(blocks, 'block')} of host memory below (its hits included)" if blocks else ""
 
 
 def printable(table: Sequence[ComparisonRow], capacities: Sequence[float]) -> list[dict[str, str]]:
@@ -211,16 +218,20 @@ def write(title: str, payload: dict[str, Any], table: Sequence[ComparisonRow], f
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     places = range(len(capacities))
-    for row in table:
-        style: dict[str, Any] = {"color": "black", "linestyle": "--"} if row.policy == BOUND else {"marker": "o"}
+    for number, row in enumerate(table):
+        style: dict[str, Any] = {"color": "black", "linewidth": 1}
+        if row.policy != BOUND:  # of policies with the same values each is seen: through the gaps, and by its marker
+            style = {"linestyle": _LINES[number % len(_LINES)], "marker": _MARKERS[number % len(_MARKERS)]}
+            style |= {"markersize": 9, "fillstyle": "none"}
         axes.errorbar(places, row.percents, yerr=row.deviations, label=row.policy, capsize=3, **style)
     axes.set_xticks(list(places), [_name(capacity) for capacity in capacities])
     axes.set_xlabel("capacity")
     axes.set_ylabel("prefix hits (% of blocks)")
-    axes.set_ylim(bottom=0)
+    highest = max(max(map(sum, zip(row.percents, row.deviations, strict=True))) for row in table)
+    axes.set_ylim(0, 1.06 * highest or 1)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.suptitle(title)
+    figure.suptitle(f"{title}\n{_below(payload['rows'])}".strip())
     written.append(folder / "simulate.png")
     figure.savefig(written[2], dpi=120)
     pyplot.close(figure)

@@ -115,7 +115,7 @@ class LowerContents:
     def with_descendants(self, keys: Iterable[CacheKey]) -> set[CacheKey]:
         """Return these keys, and those of all that lies below and is chained behind them. O(entries)."""
         children: dict[CacheKey, list[CacheKey]] = {}
-        saved: Iterable[DiskEntry] = self.disk.entries() if self.disk is not None else ()
+        saved: Iterable[DiskEntry] = self.disk.known() if self.disk is not None else ()
         for entry in (*(self.host.index if self.host is not None else ()), *saved):
             if entry.parent is not None:
                 children.setdefault(entry.key._replace(block_hash=entry.parent), []).append(entry.key)

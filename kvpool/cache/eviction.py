@@ -10,13 +10,16 @@ pins) stays in the index, worth stays in the policy, so a new policy is one func
 
 from __future__ import annotations
 
+import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from kvpool.cache.key import BlockHash
+from kvpool.cache.policy_module import has_changed, import_own, innermost_line, was_imported
 from kvpool.errors import ConfigError, UnknownPolicyError
 
 if TYPE_CHECKING:
@@ -136,6 +139,8 @@ _POLICIES: dict[str, PolicyFactory] = {}
 def register_policy(name: str) -> Callable[[_Factory], _Factory]:
     """Class decorator: make a policy known under ``name`` (compared without case).
 
+    One of the same module and class name takes the place of that before (a cell of a notebook that is run again).
+
     Raises
     ------
     ConfigError
@@ -143,18 +148,32 @@ def register_policy(name: str) -> Callable[[_Factory], _Factory]:
     """
 
     def register(factory: _Factory) -> _Factory:
-        if _POLICIES.setdefault(name.lower(), factory) is not factory:
-            raise ConfigError(f"an eviction policy named {name!r} exists already: choose another name", asked=name)
+        before = _POLICIES.get(name.lower(), factory)
+        if before is not factory and _origin(before) != _origin(factory):
+            raise ConfigError(
+                f"an eviction policy named {name!r} exists already, in module {_origin(before)[0]!r}: choose another "
+                "name",
+                asked=name,
+            )
+        _POLICIES[name.lower()] = factory
         return factory
 
     return register
 
 
+def _origin(factory: PolicyFactory) -> tuple[str | None, str | None]:
+    return getattr(factory, "__module__", None), getattr(factory, "__qualname__", None)
+
+
 def policy_names() -> list[str]:
-    """Return the names of all eviction policies, sorted."""
+    """Return the names of all eviction policies as they are to be given, sorted: ``module:name`` if not built in."""
     for module in BUILT_IN:
         import_module(module)
-    return sorted(_POLICIES)
+    origins = {name: _origin(factory)[0] for name, factory in _POLICIES.items()}
+    return sorted(
+        (name if origin is None or origin in BUILT_IN else f"{origin}:{name}" for name, origin in origins.items()),
+        key=lambda name: (":" in name, name),
+    )
 
 
 def plain_name(name: str) -> str:
@@ -162,12 +181,32 @@ def plain_name(name: str) -> str:
     return name if ":" in name else name.lower()
 
 
+def load_present_code(name: str) -> None:
+    """Import the module of that policy once more if its file has changed since it was imported.
+
+    What it registered before is forgotten; policies that were made of it are not touched. Modules that it imports
+    stay as they are.
+
+    Raises
+    ------
+    UnknownPolicyError
+        If it can no longer be imported; what it registered before stays.
+    """
+    module = name.rpartition(":")[0]
+    if not module and name.lower() in _POLICIES:
+        origin = _origin(_POLICIES[name.lower()])[0]
+        module = origin if origin is not None and was_imported(origin) else ""
+    if has_changed(module):
+        _import(name, module)
+
+
 def find_policy(name: str) -> PolicyFactory:
     """Return what makes the policy of that name.
 
     A name of the form ``module:name`` imports the module first, which registers the policy; so one that is not built in
     is known wherever its module can be imported, in the pool actor too. Where the module registers none of that name,
-    its attribute of that name is the factory.
+    its attribute of that name is the factory. A module that is imported is taken as it is: see
+    :func:`load_present_code`.
 
     Raises
     ------
@@ -177,15 +216,7 @@ def find_policy(name: str) -> PolicyFactory:
     module, _, name_there = name.rpartition(":")
     attribute = None
     if module:
-        try:
-            attribute = getattr(import_module(module), name_there, None)
-        except Exception as error:
-            raise UnknownPolicyError(
-                f"policy {name!r} needs module {module!r}, which cannot be imported here "
-                f"({type(error).__name__}: {error}): it must be on the Python path of this process, and for a pool "
-                "installed where its actor runs",
-                asked=name,
-            ) from error
+        attribute = getattr(sys.modules[module] if module in sys.modules else _import(name, module), name_there, None)
     names = policy_names()
     factory = _POLICIES.get(name_there.lower())
     if factory is None and callable(attribute):
@@ -198,11 +229,39 @@ def find_policy(name: str) -> PolicyFactory:
             possible=names,
         )
     if factory is None:
-        near = get_close_matches(name_there.lower(), names, 1)
+        bare = {known.rpartition(":")[2]: known for known in names}
+        near = get_close_matches(name_there.lower(), bare, 1)
         raise UnknownPolicyError(
-            f"no eviction policy is named {name!r}{f' (did you mean {near[0]!r}?)' if near else ''}: there is "
+            f"no eviction policy is named {name!r}{f' (did you mean {bare[near[0]]!r}?)' if near else ''}: there is "
             f"{', '.join(names)}",
             asked=name,
             possible=names,
         )
     return factory
+
+
+def _import(name: str, module: str) -> ModuleType:
+    """Import the module of a policy; if that fails, what it registered before is all that is left of it."""
+    before = _registered_by(module)
+    for known in before:
+        del _POLICIES[known]
+    try:
+        return import_own(module)
+    except Exception as error:
+        for known in _registered_by(module):
+            del _POLICIES[known]
+        _POLICIES.update(before)
+        why = f"{type(error).__name__}: {error}{innermost_line(error, module)}"
+        if not isinstance(error, ImportError):
+            why = f"which fails as it is imported: {why}"
+        else:
+            why = (
+                f"which the process that decides by it cannot import ({why}). For a pool that is its actor: the module "
+                "must be installed where that runs, or on the PYTHONPATH of Ray's processes; PYTHONPATH and working "
+                "directory of the command that asks do not count there"
+            )
+        raise UnknownPolicyError(f"policy {name!r} needs module {module!r}, {why}", asked=name) from error
+
+
+def _registered_by(module: str) -> dict[str, PolicyFactory]:
+    return {known: factory for known, factory in _POLICIES.items() if _origin(factory)[0] == module}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvpool.cache.eviction import BUILT_IN, CacheEvictionPolicy, find_policy, plain_name
 from kvpool.cache.key import BlockHash
+from kvpool.cache.policy_module import innermost_line
 from kvpool.cache.table import KEYED
 from kvpool.errors import PolicyError
 
@@ -42,7 +43,9 @@ def make_policy(name: str, index: CacheIndex) -> CacheEvictionPolicy:
         policy = factory(index)
     except Exception as error:
         raise PolicyError(
-            f"policy {name!r} could not be made: {_text(error)} (it is made by calling it with the index)", asked=name
+            f"policy {name!r} could not be made: {_text(error, factory.__module__)} (it is made by calling it with the "
+            "index)",
+            asked=name,
         ) from error
     missing = [hook for hook in _HOOKS if not callable(getattr(policy, hook, None))]
     if missing:
@@ -51,7 +54,7 @@ def make_policy(name: str, index: CacheIndex) -> CacheEvictionPolicy:
             "return a LeafFirst, or an instance of a class that inherits CacheEvictionPolicy",
             asked=name,
         )
-    return GuardedPolicy(plain_name(name), policy, index)
+    return GuardedPolicy(plain_name(name), policy, index, factory.__module__)
 
 
 class GuardedPolicy(CacheEvictionPolicy):
@@ -65,10 +68,13 @@ class GuardedPolicy(CacheEvictionPolicy):
         Which decides.
     index
         The index it serves.
+    module
+        Name of the module that its code is in: of an error, messages tell the line there.
     """
 
-    def __init__(self, name: str, policy: CacheEvictionPolicy, index: CacheIndex) -> None:
+    def __init__(self, name: str, policy: CacheEvictionPolicy, index: CacheIndex, module: str) -> None:
         self._name = name
+        self._module = module
         self._policy = policy
         self._index = index
         self._now = 0.0
@@ -218,11 +224,8 @@ class GuardedPolicy(CacheEvictionPolicy):
         PolicyError
             Where it was not put in charge yet, or nothing takes its place.
         """
-        error = PolicyError(
-            f"policy {self._name!r} failed in {hook}(): {wrong if isinstance(wrong, str) else _text(wrong)}",
-            asked=self._name,
-            hook=hook,
-        )
+        text = wrong if isinstance(wrong, str) else _text(wrong, self._module)
+        error = PolicyError(f"policy {self._name!r} failed in {hook}(): {text}", asked=self._name, hook=hook)
         error.__cause__ = wrong if isinstance(wrong, Exception) else None
         if self._index.policy is not self:
             raise error
@@ -241,5 +244,6 @@ def _why_no_worth(found: Any) -> str:
     return ""
 
 
-def _text(error: Exception) -> str:
-    return error.message if isinstance(error, PolicyError) else f"{type(error).__name__}: {error}"
+def _text(error: Exception, module: str) -> str:
+    text = error.message if isinstance(error, PolicyError) else f"{type(error).__name__}: {error}"
+    return text + innermost_line(error, module)

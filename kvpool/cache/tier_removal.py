@@ -146,7 +146,9 @@ class TierRemoval:
             found = await disk.space(tenant, fingerprint) if disk is not None else set()
         except TierError:
             if disk is not None:
-                await self._remove_own({*keys, *disk.keys_of(tenant, fingerprint)})  # hidden, at least
+                space = (tenant, fingerprint)
+                known = {entry.key for entry in disk.known() if entry.key[:2] == space}
+                await self._remove_own(known.union(keys))  # hidden, at least
             raise
         await self._remove_own(found.union(keys))
         await self._remove_left(tenant, fingerprint)

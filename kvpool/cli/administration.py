@@ -315,7 +315,10 @@ def flush(name: str, tenant: str | None, json_path: str | None) -> None:
 @click.argument("policy")
 @JSON
 def set_policy(name: str, policy: str, json_path: str | None) -> None:
-    """Let another eviction policy decide from now on; it takes over what is resident."""
+    """Let another eviction policy decide from now on; it takes over what is resident.
+
+    POLICY is a name, or module:name of one's own; what the module's file says now is what decides.
+    """
     now = ask(name, "set_policy", policy)
     if json_path is not None:
         write_json(json_path, {"policy": now})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from kvpool.errors import InvalidRequestError
 
 STANDARD_OUTPUT = "-"
 _PROGRESS_AFTER_S = 1.0
+_PROGRESS_AGAIN_S = 10.0
 
 
 def write_json(destination: str | Path, payload: Mapping[str, Any]) -> None:
@@ -71,7 +73,7 @@ def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
     """Give a function that is told how much of ``total`` is done.
 
     Shows it on standard error once the block has taken a second, also when nothing is done yet: a bar in a terminal,
-    elsewhere (the log of a job) a line then, and one for each tenth.
+    elsewhere (the log of a job) a line then, and one every ten seconds.
     """
     console = Console(stderr=True)
     bar = Progress(
@@ -85,32 +87,27 @@ def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
     )
     task = bar.add_task(description, total=total)
     shown = Event()
-    tenths = done_so_far = 0
+    done_so_far = 0
 
     def tell() -> None:
         share = 100 * done_so_far // total if total else 0
         console.print(f"{description}: {done_so_far:,} of {total:,} ({share} %)", highlight=False, soft_wrap=True)
 
     def show() -> None:
-        if console.is_terminal:
-            bar.start()
-        else:
-            tell()
+        bar.start()
         shown.set()
 
     def report(done: int) -> None:
-        nonlocal tenths, done_so_far
+        nonlocal done_so_far
         done_so_far = done
         bar.update(task, completed=done)
-        before, tenths = tenths, 10 * done // total if total else 0
-        if tenths > before and shown.is_set() and not console.is_terminal:
-            tell()
 
+    told = (show, math.inf) if console.is_terminal else (tell, _PROGRESS_AGAIN_S)
     try:
-        with called_after(_PROGRESS_AFTER_S, show):
+        with called_after(_PROGRESS_AFTER_S, *told):
             yield report
     finally:
-        if shown.is_set() and console.is_terminal:  # it writes an empty line otherwise
+        if shown.is_set():  # it writes an empty line otherwise
             bar.stop()
 
 

@@ -24,7 +24,7 @@ from kvpool.sizes import format_count
 )
 @click.option("--block-bytes", default=65536, show_default=True, help="Size of a block.")
 @click.option("--replicas", default=3, show_default=True, help="Model actors.")
-@click.option("--in-flight", default=3, show_default=True, help="Requests in flight at most.")
+@click.option("--in-flight", default=3, show_default=True, help="Requests at once. What one still writes, others miss.")
 @click.option("--speed", default="max", show_default=True, help="max, 1x or 10x the trace's pace.")
 @click.option("--policy", default="lru", show_default=True, help="Eviction policy.")
 @click.option("--limit", type=click.IntRange(min=1), help="Replay only the first so many requests.")

@@ -14,6 +14,7 @@ from kvpool.cache.index import CacheIndex
 from kvpool.cli.options import JSON
 from kvpool.cli.output import print_rows, progress, write_json
 from kvpool.comparison import Cell, as_json, compare, heading, make_folder, printable, run_cells, write
+from kvpool.errors import InvalidRequestError
 from kvpool.simulate import SimulationRow, capacity_in_blocks
 from kvpool.sizes import format_count
 from kvpool.workload import generate, read_trace, unique_blocks
@@ -32,6 +33,13 @@ def parse_capacity(text: str | float) -> float:
         raise click.BadParameter(
             f"{text!r} is neither a share such as 0.05 nor a number of blocks such as 5000"
         ) from None
+
+
+def _check(capacity: float, unique: int, option: str) -> None:
+    try:
+        capacity_in_blocks(capacity, unique)
+    except InvalidRequestError as error:
+        raise InvalidRequestError(f"{option}: {error.message}", **error.details) from None
 
 
 def _printable(rows: Sequence[SimulationRow]) -> list[dict[str, object]]:
@@ -100,8 +108,9 @@ def simulate(
     Without TRACE it is the multi-turn workload that 'kvpool replay' generates. The prefix hit ratio is that of a pool
     with so much memory: leading resident blocks / all blocks, looked up before a request changes anything. Several
     policies, seeds, or --out give a comparison by capacity beside the offline bound, which no policy can pass that does
-    not know the future. With --host-capacity it is the bound of both tiers together: of the host it is assumed that
-    whatever it holds comes up in time, of a chain no more is hit than the device has room for.
+    not know the future. With --host-capacity the prefix hit ratio is that of both tiers together: it contains the host
+    hit ratio, what came up from the host. So is the bound: of the host it is assumed that whatever it holds comes up in
+    time, of a chain no more is hit than the device has room for.
     """
     given = [name.strip() for policy in policies for name in policy.split(",")]
     names = dict.fromkeys(
@@ -118,8 +127,10 @@ def simulate(
     requests = generate(_SEED) if trace is None else list(read_trace(trace))
     unique = unique_blocks(requests)
     if unique:
-        for capacity in (*capacities, *(() if host_capacity is None else (host_capacity,))):
-            capacity_in_blocks(capacity, unique)
+        for capacity in capacities:
+            _check(capacity, unique, "--capacity")
+        if host_capacity is not None:
+            _check(host_capacity, unique, "--host-capacity")
     cells = [
         Cell(policy, capacity, seed, host_capacity)
         for policy in names

@@ -1,7 +1,9 @@
 """Which caches go into shelves.
 
-What lies in a shelf already stays in it, and slides together. The rest is made of caches from elsewhere whose sizes
-add up to it (:mod:`kvpool.memory.subset`): first of those that lie in the way, then of those in the emptiest pages.
+The largest come first, class by class: of each class what lies in a shelf already stays in it, if there is room, and
+slides together; what is left is made of caches from elsewhere whose sizes add up to it (:mod:`kvpool.memory.subset`),
+first of those that lie in the way, then of those in the emptiest pages. So small caches, which may be scarce, are not
+used up where large ones would have done.
 """
 
 from __future__ import annotations
@@ -17,6 +19,9 @@ from kvpool.memory.subset import SubsetSums, evenly
 _LEAST_SHARE = 256
 """No shelf is filled better in which less than this part of a page is free: hundreds of them waste a page or two."""
 
+_CLASSES = 9
+"""Classes of sizes: each goes down to two thirds of where the one before it ends, the last one to nothing."""
+
 
 class Assignment:
     """Where each cache is to lie.
@@ -29,18 +34,17 @@ class Assignment:
         Pages that stay.
     shelves
         Room in these; they do not overlap.
-    large_bytes
-        Caches of so many bytes or more are chosen first, whatever smaller ones lie in the shelves.
     """
 
-    def __init__(self, snapshot: Snapshot, kept: set[int], shelves: Iterable[Shelf], large_bytes: int) -> None:
+    def __init__(self, snapshot: Snapshot, kept: set[int], shelves: Iterable[Shelf]) -> None:
         self._page_bytes = snapshot.page_bytes
         self._unit_bytes = unit_of(snapshot)
-        self._large_bytes = large_bytes
         self._kept = kept
         self._inside: dict[Shelf, list[Part]] = {shelf: [] for shelf in sorted(shelves)}
         #: In no shelf at first.
         self._loose: list[Part] = []
+        #: In shelves at first, and it is not said yet whether they stay.
+        self._open: dict[Shelf, list[Part]] = {}
         left = iter(self._inside)
         shelf = next(left, None)
         for part in snapshot.parts:
@@ -49,9 +53,11 @@ class Assignment:
             while shelf is not None and shelf.end <= part.offset:
                 shelf = next(left, None)
             if shelf is not None and shelf.start <= part.offset and part.end <= shelf.end:
-                self._inside[shelf].append(part)
+                self._open.setdefault(shelf, []).append(part)
             else:
                 self._loose.append(part)
+        #: Bytes for which a shelf has room.
+        self._room_bytes = {shelf: shelf.size_bytes for shelf in self._inside}
         #: Caches that may be taken, by size in units.
         self._stock: dict[int, deque[Part]] = {}
         #: These sizes, ascending.
@@ -62,26 +68,33 @@ class Assignment:
 
     def goals(self) -> dict[int, int]:
         """Return where caches are to lie, by id; those that are not in it may lie anywhere else."""
-        inside, small = self._inside, {}
-        for shelf, parts in inside.items():
-            small[shelf] = [part for part in parts if part.size_bytes < self._large_bytes]
-            inside[shelf] = [part for part in parts if part.size_bytes >= self._large_bytes]
-        for shelf in self._roomiest_first():
-            self._fill(shelf, self._large_bytes)
-        for shelf, parts in small.items():
-            room_bytes = self._room_bytes(shelf)
-            for part in parts:
-                if part.size_bytes <= room_bytes:
-                    inside[shelf].append(part)
-                    room_bytes -= part.size_bytes
-                else:
-                    self._put(part)
-        if self._large_bytes:
+        for parts in self._open.values():
+            parts.sort(key=lambda part: part.size_bytes)
+        for least in self._classes():
+            for shelf, parts in self._open.items():
+                while parts and parts[-1].size_bytes >= least * self._unit_bytes:
+                    part = parts.pop()
+                    if part.size_bytes <= self._room_bytes[shelf]:
+                        self._enter(shelf, part)
+                    else:
+                        self._put(part)
             for shelf in self._roomiest_first():
-                self._fill(shelf, 0)
+                if not self._fill(shelf, least):
+                    break
         for shelf in self._roomiest_first():
+            if self._room_bytes[shelf] * _LEAST_SHARE < self._page_bytes:
+                break
             self._exchange(shelf)
-        return {cache_id: offset for shelf, parts in inside.items() for cache_id, offset in _places(shelf, parts)}
+        return {cache_id: offset for shelf, parts in self._inside.items() for cache_id, offset in _places(shelf, parts)}
+
+    def _classes(self) -> Iterator[int]:
+        """Yield the smallest size of each class, in units."""
+        sizes_bytes = [self._sizes[-1] * self._unit_bytes] if self._sizes else []
+        sizes_bytes += (parts[-1].size_bytes for parts in self._open.values())
+        largest = max(sizes_bytes, default=0) // self._unit_bytes
+        for number in range(1, _CLASSES):
+            yield largest * 2**number // 3**number
+        yield 0
 
     def in_the_way(self) -> Iterable[Part]:
         """Return what was in no shelf and cannot stay: in a shelf in part, or across the border of pages that do."""
@@ -95,23 +108,29 @@ class Assignment:
         return across or any(shelf.start < part.end and part.offset < shelf.end for shelf in self._inside)
 
     def _roomiest_first(self) -> list[Shelf]:
-        return sorted(self._inside, key=self._room_bytes, reverse=True)
+        return sorted(self._inside, key=self._room_bytes.__getitem__, reverse=True)
 
-    def _room_bytes(self, shelf: Shelf) -> int:
-        return shelf.size_bytes - sum(part.size_bytes for part in self._inside[shelf])
+    def _enter(self, shelf: Shelf, part: Part) -> None:
+        self._inside[shelf].append(part)
+        self._room_bytes[shelf] -= part.size_bytes
 
-    def _fill(self, shelf: Shelf, least_bytes: int) -> None:
-        """Put caches of at least so many bytes into a shelf, as fill it best."""
-        room = self._room_bytes(shelf) // self._unit_bytes
-        sums = SubsetSums(self._counts(room, least_bytes // self._unit_bytes), room)
-        self._inside[shelf] += self._take(sums, sums.at_most(room))
+    def _fill(self, shelf: Shelf, least: int) -> bool:
+        """Put caches of at least so many units into a shelf, as fill it best; whether there are any that fit."""
+        room = self._room_bytes[shelf] // self._unit_bytes
+        counts = self._counts(room, least)
+        if not counts:
+            return False
+        sums = SubsetSums(counts, room)
+        for part in self._take(sums, sums.at_most(room)):
+            self._enter(shelf, part)
+        return True
 
     def _exchange(self, shelf: Shelf) -> None:
         """Put others in the place of one cache, if they fill the shelf better."""
-        room_bytes, inside = self._room_bytes(shelf), self._inside[shelf]
-        if room_bytes * _LEAST_SHARE < self._page_bytes or not inside:
+        inside = self._inside[shelf]
+        if not inside:
             return
-        room = room_bytes // self._unit_bytes
+        room = self._room_bytes[shelf] // self._unit_bytes
         sizes = [part.size_bytes // self._unit_bytes for part in inside]
         most = room + max(sizes)
         sums = SubsetSums(self._counts(most, 0), most)
@@ -120,7 +139,9 @@ class Assignment:
         if gain > 0:
             number = gains.index(gain)
             leaving = inside.pop(number)
-            inside += self._take(sums, sizes[number] + gain)
+            self._room_bytes[shelf] += leaving.size_bytes
+            for part in self._take(sums, sizes[number] + gain):
+                self._enter(shelf, part)
             self._put(leaving)
 
     def _counts(self, most: int, least: int) -> dict[int, int]:

@@ -3,7 +3,8 @@
 Only caches smaller than a page are moved. A larger one owns its pages, which need not lie anywhere in particular: what
 it wastes is the end of its last page, and no move would change that.
 
-There are five ways, tried in this order where the blocks of :mod:`kvpool.memory.fitting` do not help:
+There are five ways, tried in this order where the blocks of :mod:`kvpool.memory.fitting` do not help (if all pages that
+could come free are wanted, those after the first are tried from the one that frees most at once on):
 
 *Evacuate* (:mod:`kvpool.memory.evacuation`): the emptiest pages that hold nothing unmovable are emptied into the holes
 of the others. At most a page is copied for a page that comes free.
@@ -140,6 +141,8 @@ class Plan(NamedTuple):
     freed: tuple[int, ...]
     #: Pages that moves go to, and that are to be added first if they are not there.
     added: tuple[int, ...] = ()
+    #: How many of the pages that were looked at, and added, no plan goes below, as far as it is known.
+    least_pages: int = 0
 
 
 NOTHING = Plan(Moves(), ())

@@ -69,9 +69,13 @@ def plan_evacuation(snapshot: Snapshot, budget_bytes: int, most_pages: int) -> P
         if failures == _MOST_FAILURES or len(freed) == most_pages:
             break
         if number >= last:  # else nothing goes there
-            received |= pages_of(destinations[known:], sizes_bytes[known:], page_bytes)
-            known = len(destinations)
+            if known < len(destinations):
+                received |= pages_of(destinations[known:], sizes_bytes[known:], page_bytes)
+                known = len(destinations)
             if page in received:
+                continue
+            if last <= number + 1 and not holes.fit(filling.largest_bytes(page)):
+                failures += 1
                 continue
         page_ids, offsets, page_sizes = filling.inside(page)
         cost = sum(page_sizes)
@@ -193,6 +197,11 @@ class _Filling:
             ids, offsets, sizes_bytes = ([column[each] for each in ranked] for column in (ids, offsets, sizes_bytes))
         return ids, offsets, sizes_bytes
 
+    def largest_bytes(self, page: int) -> int:
+        """Return the size of the largest that lies in a page and has not left."""
+        first, last = self._inside[page]
+        return max(self._sizes_bytes[first:last], default=0)
+
     def leave(self, page: int) -> None:
         """Note that nothing lies in a page any more, nor what goes on from there in its neighbours."""
         first, last = self._inside[page]
@@ -242,6 +251,10 @@ class _Holes:
     def readmit(self, page: int) -> None:
         """End :meth:`withhold`."""
         self._withheld.discard(page)
+
+    def fit(self, size_bytes: int) -> bool:
+        """Whether any hole has so many bytes."""
+        return any(map(self._offsets.__getitem__, reversed(self._sizes[bisect_left(self._sizes, size_bytes) :])))
 
     def take(self, wanted: Sequence[tuple[int, int]]) -> list[int] | None:
         """Return places for all of (bytes, how many), in this order, or ``None``, and the holes are as they were."""

@@ -82,8 +82,8 @@ class Mover:
         self.net_pages = 0
         #: By tenant: the free bytes in its pages when no plan was found.
         self._futile: dict[str, int] = {}
-        #: By tenant: bytes of caches, and pages, when holes were filled last.
-        self._filled: dict[str, tuple[int, int]] = {}
+        #: By tenant, when holes were filled last: bytes of caches, pages, and how many no plan goes below.
+        self._filled: dict[str, tuple[int, int, int]] = {}
         #: Tenants whose holes were filled by the last plan: pages come free when the rest slides together.
         self._loose: set[str] = set()
         #: By tenant: in how many parcels of its pages no plan was found, one after the other.
@@ -254,6 +254,8 @@ class Mover:
                 plan = self._plan_join(survey, islice(survey.for_join(), 1), everything, len(survey.pages))
                 if plan.moves:
                     return plan
+        if self._is_settled(survey):
+            return NOTHING
         sources = survey.emptiest(budget_bytes, most_pages)
         # No more pages than could come free: the others are those that these are emptied into.
         fitting = sources[: self.possible(survey.tenant)]
@@ -271,19 +273,46 @@ class Mover:
             plan = plan_evacuation(survey.emptier(8 * _MOST_CACHES), budget_bytes, most_pages)
             if plan.freed:
                 return plan
+        ways = self._ways(survey, parcel, budget_bytes, most_pages, looks)
+        return next((plan for plan in ways if plan.moves), NOTHING)
+
+    def _is_settled(self, survey: Survey) -> bool:
+        """Whether all that a filling promised came free: then no more is searched for. (Once: leases end.)"""
+        held_bytes, pages, least_pages = self._filled.get(survey.tenant, (0, 0, 0))
+        if survey.held[0] != held_bytes or survey.held[1] > least_pages:
+            return False
+        self._filled[survey.tenant] = held_bytes, pages, 0
+        return True
+
+    def _ways(
+        self, survey: Survey, parcel: Survey, budget_bytes: int, most_pages: int, looks: int | None
+    ) -> Iterator[Plan]:
+        """Yield what else is possible, that first which costs least for what is wanted.
+
+        Where one page is wanted, this is what frees one page after the other. Where all that can come free are, filling
+        frees most of them at once, and moves less than all of the other ways together.
+        """
+        all_wanted = looks is None and most_pages >= self.possible(survey.tenant)
+        if all_wanted:
+            yield self._fill(survey, parcel)
+        else:
+            yield self._slide(parcel, budget_bytes, most_pages, looks)
+        snapshots = islice(survey.for_join(), looks if parcel is survey else 1)
+        yield self._plan_join(survey, snapshots, budget_bytes, most_pages)
+        if all_wanted:
+            yield self._slide(parcel, budget_bytes, most_pages, looks)
+        if looks is None:
+            yield plan_exchange(parcel.whole(), most_pages)
+            if not all_wanted:
+                yield self._fill(survey, parcel)
+            yield plan_regrouping(parcel.whole(), most_pages)
+
+    def _slide(self, parcel: Survey, budget_bytes: int, most_pages: int, looks: int | None) -> Plan:
         for snapshot in islice(parcel.for_slides(most_pages), looks):
             plan = plan_slide(snapshot, budget_bytes, most_pages)
             if plan.freed:
                 return plan
-        snapshots = islice(survey.for_join(), looks if parcel is survey else 1)
-        plan = self._plan_join(survey, snapshots, budget_bytes, most_pages)
-        if plan.moves:
-            return plan
-        if looks is not None:
-            return NOTHING
-        plan = plan_exchange(parcel.whole(), most_pages)
-        plan = plan if plan.freed else self._fill(survey, parcel)
-        return plan if plan.moves else plan_regrouping(parcel.whole(), most_pages)
+        return NOTHING
 
     def _next_parcel(self, survey: Survey) -> Survey:
         """Return where to look this time: the pages that come after those that were looked at last in vain.
@@ -303,7 +332,7 @@ class Mover:
             return NOTHING
         plan = plan_filling(parcel.for_filling())
         if plan.moves:
-            self._filled[survey.tenant] = survey.held
+            self._filled[survey.tenant] = (*survey.held, plan.least_pages if parcel is survey else 0)
             self._loose.add(survey.tenant)
         return plan
 

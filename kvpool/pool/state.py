@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from kvpool.cache.eviction import plain_name
+from kvpool.cache.eviction import load_present_code, plain_name
 from kvpool.cache.key import fingerprint
 from kvpool.errors import (
     DeviceLostError,
@@ -216,13 +216,16 @@ class PoolState:
     def set_policy(self, name: str, now: float) -> None:
         """Let another eviction policy decide from now on; it takes over what is resident.
 
+        One of one's own is what its file says now, though it was imported before.
+
         Raises
         ------
         UnknownPolicyError
-            If there is none of that name; nothing is changed.
+            If there is none of that name, or its module cannot be imported; nothing is changed.
         PolicyError
             If it fails as it takes over; nothing is changed.
         """
+        load_present_code(name)
         self.ledger.index.replace_policy(name, now=now)
         self.policy_name = plain_name(name)
         self.policy_failure = None

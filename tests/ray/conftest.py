@@ -10,7 +10,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ import model_process
 import storm_process
 from command_line import Cli, call_here
 from driver import START_TRIES, TOO_SLOW
-from footprint import Footprint, descendants, footprint, state
+from footprint import Footprint, birth, descendants, footprint, state
 from pool_actors import (
     DEADLINE_S,
     device_actors,
@@ -90,22 +90,26 @@ def holders() -> dict[int, Footprint]:
     return {pid: held for pid in descendants(os.getpid()) if (held := footprint(pid)).page_mappings}
 
 
+def _living(pids: Iterable[int]) -> dict[int, str]:
+    return {pid: began for pid in pids if (began := birth(pid)) is not None}
+
+
 class Pools:
     """Pools of one test: small, each with a name of its own."""
 
     def __init__(self) -> None:
-        self._made: list[tuple[CachePool, list[int]]] = []
+        self._made: list[tuple[CachePool, dict[int, str | None]]] = []
 
     async def __call__(self, devices: str = "host:1x2MiB", page_size: str = "64KiB", **settings: Any) -> CachePool:
         name = settings.pop("name", f"t{os.getpid()}-{next(_numbers)}")
         pool = await CachePool.create(name=name, devices=devices, page_size=page_size, **settings)
-        self._made.append((pool, await pids_of_actors(pool)))
+        self._made.append((pool, {pid: birth(pid) for pid in await pids_of_actors(pool)}))
         return pool
 
     async def end(self) -> None:
-        for pool, pids in self._made:
+        for pool, births in self._made:
             await self._end(pool)
-            await until(lambda pids=pids: all(state(pid) in ("gone", "Z") for pid in pids), "the end of the actors")
+            await until(lambda births=births: not births.items() & _living(births).items(), "the end of the actors")
 
     async def _end(self, pool: CachePool) -> None:
         await pool.close()

@@ -93,6 +93,15 @@ def state(pid: int) -> str:
         return "gone"
 
 
+def birth(pid: int) -> str | None:
+    """Return when a process began, None if it is dead: by that it differs from a later one with the same number."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] == "Z" else fields[19]
+
+
 def _links(pid: int) -> list[str]:
     links = []
     for name in os.listdir(f"/proc/{pid}/fd"):

@@ -77,7 +77,9 @@ def test_the_demo_replays_a_trace_prints_the_figures_and_stops_its_ray(tmp_path:
     assert (tmp_path / "demo-out" / "replay.png").read_bytes().startswith(b"\x89PNG")
 
     assert any("raylet" in command for command in seen.values()), "while it runs, its processes can be seen"
-    assert printed.rstrip().endswith("demo: Ray is stopped")
+    stopping, stopped = printed.splitlines()[-2:]
+    assert stopping.startswith("demo: stopping Ray")
+    assert stopped == "demo: Ray is stopped"
     deadline_s = monotonic() + 60
     while (left := started_with(mark)) and monotonic() < deadline_s:
         sleep(0.1)  # killed processes are reaped in their own time

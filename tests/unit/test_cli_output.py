@@ -49,6 +49,17 @@ def test_progress_is_shown_before_the_first_step_is_done(monkeypatch: pytest.Mon
     assert log.getvalue() == "measuring eviction: 0 of 20 (0 %)\n"
 
 
+def test_progress_is_told_again_while_the_first_tenth_is_not_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvpool.cli.output._PROGRESS_AFTER_S", 0.0)
+    monkeypatch.setattr("kvpool.cli.output._PROGRESS_AGAIN_S", 0.001)
+    with redirect_stderr(_Log()) as log, progress("measuring eviction", total=20) as report:
+        for text in ("0 of 20 (0 %)", "1 of 20 (5 %)"):
+            while f"measuring eviction: {text}\n" * 2 not in log.getvalue():
+                log.written.clear()
+                assert log.written.wait(10)
+            report(1)
+
+
 @pytest.mark.parametrize("shown", [working("asking pool kvpool"), progress("replaying", total=3)])
 def test_what_is_done_in_a_moment_says_nothing(shown: AbstractContextManager[object]) -> None:
     with redirect_stderr(_Log()) as log, shown:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from matplotlib.figure import Figure
 
 import kvpool
 from kvpool.cache.eviction import policy_names
@@ -91,20 +92,25 @@ def test_a_table_is_printed_by_default_and_json_goes_to_a_file(trace: Path, tmp_
     [
         (("--policy", "optimal"), "no eviction policy is named 'optimal': there is adaptive, lfu, lru"),
         (("--policy", "lru,adaptve"), "named 'adaptve' (did you mean 'adaptive'?): there is"),
-        (("--policy", "absent_policies:x"), "cannot be imported here (ModuleNotFoundError"),
+        (("--policy", "absent_policies:x"), "cannot import (ModuleNotFoundError"),
         (
             ("--policy", "some_policies:nothing"),
             "'some_policies:nothing' could not be made: None is no eviction",
         ),
         (("--policy", "some_policies:newest"), "'some_policies:newest': module 'some_policies' registers none"),
-        (("--policy", "some_policies:divides"), "failed in evictable(): ZeroDivisionError: division by zero"),
+        (("--policy", "some_policies:divides"), "ZeroDivisionError: division by zero ({here}/some_policies.py:3)"),
         (("--policy", "some_policies:divides,lru", "--processes", "2"), "failed in evictable(): ZeroDivisionError"),
         (("--policy", "some_policies:text"), "failed in evictable(): TypeError"),
         (("--capacity", "0.0"), "above 0 and at most 1.0"),
         (("--capacity", "1.5"), "above 0 and at most 1.0"),
         (("--capacity", "nan"), "above 0 and at most 1.0"),
         (("--capacity", "-3"), "at least 1, asked for -3"),
-        (("--capacity", "0.05", "--capacity", "0"), "at least 1, asked for 0"),
+        (("--capacity", "0.05", "--capacity", "0"), "--capacity: a capacity in blocks is a whole number of at least 1"),
+        (
+            ("--host-capacity", "0"),
+            "--host-capacity: a capacity in blocks is a whole number of at least 1, asked for 0",
+        ),
+        (("--host-capacity", "1.5"), "--host-capacity: a capacity is a share of the unique blocks above 0"),
         (("--json", "/does/not/exist/rows.json"), "cannot write JSON to /does/not/exist/rows.json"),
     ],
 )
@@ -112,7 +118,7 @@ def test_bad_input_is_one_clear_line(trace: Path, own_policies: None, arguments:
     result = call("simulate", trace, *arguments)
     assert result.exit_code == 2
     assert result.stdout == ""
-    assert message in result.stderr
+    assert message.replace("{here}", str(Path.cwd())) in result.stderr
     *progress, error = result.stderr.splitlines()
     assert error.startswith("kvpool: ")
     assert all(line.startswith("simulating ") for line in progress)  # how far it was, if that took a second
@@ -157,6 +163,24 @@ def test_a_comparison_says_that_there_is_a_host_tier(trace: Path) -> None:
     assert "host memory" not in call("simulate", trace, *arguments).stdout
     result = call("simulate", trace, *arguments, "--host-capacity", 40)
     assert "by capacity, with 40 blocks of host memory below" in " ".join(result.stdout.split())
+
+
+def test_the_plot_shows_each_policy_the_bound_and_that_there_is_a_host_tier(
+    trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    arguments = ("--policy", "lru,size_aware_lru", "--capacity", 0.1, "--capacity", 1.0, "--processes", 1)
+    result = call("simulate", trace, *arguments, "--host-capacity", 40, "--out", tmp_path)
+    assert result.exit_code == 0, result.stderr
+    [figure] = figures
+    assert "with 40 blocks of host memory below" in figure.get_suptitle()
+    [axes] = figure.axes
+    lru, same, bound = (container.lines[0] for container in axes.containers)
+    assert list(lru.get_ydata()) == list(same.get_ydata())
+    assert (lru.get_linestyle(), lru.get_marker()) != (same.get_linestyle(), same.get_marker())
+    assert {lru.get_fillstyle(), same.get_fillstyle()} == {"none"}, "a marker does not hide another"
+    assert max(bound.get_ydata()) < 0.96 * axes.get_ylim()[1]
 
 
 def test_a_policy_in_the_working_directory_is_found_beside_others(trace: Path, own_policies: None) -> None:

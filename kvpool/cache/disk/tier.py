@@ -184,6 +184,10 @@ class DiskTier:
         space = (tenant, fingerprint)
         return [each.key for each in self._index if each.key[:2] == space and self.find(each.key) is not None]
 
+    def known(self) -> list[DiskEntry]:
+        """Return all that is on disk, and what is being evicted: should the store refuse that, it is found again."""
+        return [*self._index, *self._writer.evicting.values()]
+
     async def space(self, tenant: str, fingerprint: str) -> set[CacheKey]:
         """Return the keys of a tenant and fingerprint of which there are files, or may be, to :meth:`remove` them.
 
@@ -197,7 +201,8 @@ class DiskTier:
         async with self._removers.one():
             if not self._open:
                 raise TierError("caches cannot be removed: the disk tier is closed", cause="closed")
-            return await uncancelled(self._removals.space(tenant, fingerprint))
+            found = await uncancelled(self._removals.space(tenant, fingerprint))
+        return found.union(entry.key for entry in self.known() if entry.key[:2] == (tenant, fingerprint))
 
     async def check_there(self) -> None:
         """Return when the store has answered that the folder is there.

@@ -90,7 +90,8 @@ def test_whatever_fails_lru_takes_over_in_the_middle_of_it(register, hook: str, 
     lru_takes_over(index, failures)
     assert use(index) == expected
     assert len(failures) == 1
-    assert failures[0] == f"policy 'own' failed in {hook}(): ZeroDivisionError: division by zero"
+    line = failing_in.__code__.co_firstlineno + 7
+    assert failures[0] == f"policy 'own' failed in {hook}(): ZeroDivisionError: division by zero ({__file__}:{line})"
 
 
 class BrokenInside(LeafFirstLRU):

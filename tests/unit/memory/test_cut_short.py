@@ -155,7 +155,7 @@ def test_a_scrub_spares_what_a_move_has_copied_so_far(memory: GPUMemoryAllocator
     scrubs = 0
     for live in halves(memory, backend):
         scrubs += 1
-        assert memory.scrub("default", scrubs, 2 * PAGES * PAGE)
+        assert memory.scrub("default", scrubs, 4 * PAGES * PAGE)
         assert intact(memory, live)
     assert scrubs
 

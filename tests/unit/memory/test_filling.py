@@ -278,7 +278,7 @@ def test_a_step_in_the_background_after_a_fill_plans_for_one_page(monkeypatch: p
     monkeypatch.setattr(mover, "choose_join", choose)
     leases, backend = Leases(), HostBackend()
     with closing(GPUMemoryAllocator(backend, PAGES * PAGE, PAGE, MIN, owner=leases)) as memory:
-        churn(memory, leases, lambda _: 9, 2)
+        churn(memory, leases, lambda _: 17, 2)
         while not filled:
             assert memory.compact(PAGE // 4).more
         asked.clear()
@@ -321,3 +321,35 @@ def test_pages_added_for_a_fill_that_leases_stop_half_way_do_not_stay_when_the_l
             backed.append(memory.usage().backed_bytes)
         backend.close()
     assert backed[1] == backed[0]
+
+
+def test_what_a_filling_promised_is_not_searched_for_more_until_something_changes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Half of the time of a compaction was looking again where nothing could be left to find."""
+    plans: list[str] = []
+
+    def count(name: str) -> None:
+        plan = getattr(mover, name)
+
+        def counted(*asked: object) -> Plan:
+            plans.append(name)
+            return plan(*asked)
+
+        monkeypatch.setattr(mover, name, counted)
+
+    for name in ("plan_evacuation", "plan_slide", "plan_exchange", "plan_filling", "plan_regrouping"):
+        count(name)
+    leases, backend = Leases(), HostBackend()
+    with closing(GPUMemoryAllocator(backend, PAGES * PAGE, PAGE, MIN, owner=leases)) as memory:
+        churn(memory, leases, lambda _: 17, 2)
+        plans.clear()
+        memory.compact()
+        assert plans.count("plan_filling") == 1
+        assert plans[-1] == "plan_filling"
+        backed_bytes = memory.usage().backed_bytes
+        leases.leased = set()
+        assert memory.compact().freed_pages > 0, "leases end, and not a byte came or went"
+        assert memory.usage().backed_bytes < backed_bytes
+        memory.check()
+    backend.close()

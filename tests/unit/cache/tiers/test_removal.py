@@ -7,6 +7,7 @@ import pytest
 from disk_stores import DEADLINE_S, FaultyFileSystem, arrived, content_of, key_of
 
 from kvpool.cache.disk.leftovers import Leftovers
+from kvpool.cache.disk.names import space_name
 from kvpool.errors import TierError
 from kvpool.memory.copying import view_at
 
@@ -81,6 +82,55 @@ async def test_a_space_whose_files_the_index_does_not_know_goes_too(open_device,
     faults.errors.clear()
     assert await device.tiers.remove_space("default", "f") == 0
     assert files() == 0
+
+
+class Once(dict):
+    """Errors of which each is raised once."""
+
+    def __getitem__(self, operation):
+        return self.pop(operation)
+
+
+@pytest.mark.parametrize("listing", [True, False])
+async def test_a_space_goes_with_what_was_to_make_room_and_could_not(open_device, faults, listing):
+    """While its file is being removed for another, a cache is not found; then the store refuses to, and it is again."""
+    device = await open_device(0, URL, PAGE + PAGE // 2)
+    assert await device.demote(1) == [True]
+    gate = faults.gates["delete"] = threading.Event()
+    faults.errors = Once(delete=OSError(5, "I/O error"))
+    if not listing:
+        device.disk._removals._doubtful.add(space_name("default", "f"))
+        faults.errors["list"] = OSError(5, "I/O error")
+    coming = asyncio.ensure_future(device.demote(2))
+    await arrived(faults)
+    removal = asyncio.ensure_future(device.tiers.remove_space("default", "f"))
+    await asyncio.wait((removal,), timeout=0.1)  # it has looked at what there is by now
+    del faults.gates["delete"]
+    gate.set()
+    assert await coming == [False]
+    if listing:
+        assert await removal == 0
+    else:
+        with pytest.raises(TierError):
+            await removal
+    assert device.found(1) == [None]
+    assert await device.fill(1) == [False]
+    assert files() == 0
+
+
+async def test_what_is_to_make_room_is_still_known_as_a_descendant(open_device, faults):
+    device = await open_device(0, URL, PAGE + PAGE // 2)
+    child = device.written(2)._replace(parent=key_of(1).block_hash)
+    assert await device.tiers.demote([child]) == [True]
+    gate = faults.gates["delete"] = threading.Event()
+    coming = asyncio.ensure_future(device.demote(3))
+    await arrived(faults)
+    try:
+        assert device.tiers.with_descendants([key_of(1)]) == {key_of(1), child.key}
+    finally:
+        gate.set()
+    assert await coming == [True]
+    assert device.tiers.with_descendants([key_of(1)]) == {key_of(1)}
 
 
 @pytest.mark.parametrize("how", ["remove", "remove_space"])
