@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -86,12 +86,16 @@ class DiskCalls:
 
     async def check_there(self) -> TierError | None:
         """Return why what the tier has cannot be counted on, if so: the folder is gone, the store hangs."""
-        checking = asyncio.ensure_future(self._disk.check_there())
-        await uncancelled(asyncio.wait((checking,), timeout=self._deadline_s))
-        if not checking.done():  # nobody's memory is in use: it may end when it will
-            checking.add_done_callback(lambda late: late.cancelled() or late.exception())
-            return self._disk.overdue("looking for the folder", self._deadline_s)
-        error = checking.exception()
+        return await self._in_time("looking for the folder", self._disk.check_there())
+
+    async def _in_time(self, what: str, doing: Coroutine[Any, Any, None]) -> TierError | None:
+        """Do what may end late, as it uses nobody's memory; returns why it has failed, or that it has not ended."""
+        task = asyncio.ensure_future(doing)
+        await uncancelled(asyncio.wait((task,), timeout=self._deadline_s))
+        if not task.done():
+            task.add_done_callback(lambda late: late.cancelled() or late.exception())
+            return self._disk.overdue(what, self._deadline_s)
+        error = task.exception()
         if error is not None and not isinstance(error, TierError):
             raise error
         return error
@@ -143,8 +147,8 @@ class DiskCalls:
         What is written at the same moment fills a disk together, a pack is there as a whole or not at all, and what
         went for one write may have made room for another. So some are refused though they would fit, and others are
         stored behind them. Those go first for what is tried again: as many as they make room for, then by halves. Each
-        round fills the first gap, or is half of the one before; the smallest, too, takes something away behind the gap,
-        or is the last.
+        round fills the first gap, or is half of the one before. Where one alone has no room, all behind it goes before
+        it is tried for the last time: nobody can use that.
         """
         if not any(errors):
             return errors
@@ -158,8 +162,11 @@ class DiskCalls:
                 tried = refused[: min(most, (len(refused) + 1) // 2)]
             if not tried:
                 break
-            with self._disk.giving_way([sources[place].key for place in behind]):
+            cut_off = [sources[place].key for place in behind]
+            with self._disk.giving_way(cut_off):
                 again = await self._write([sources[place] for place in tried])
+                if cut_off and len(tried) == 1 and cause_of(again[0]) in NO_ROOM:
+                    await self._in_time("evicting", self._disk.evict(cut_off))
             for place, error in zip(tried, again, strict=True):
                 errors[place] = error
             went = [place for place in behind if self._disk.find(sources[place].key) is None]

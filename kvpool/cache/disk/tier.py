@@ -179,6 +179,12 @@ class DiskTier:
             for key in keys:
                 self.touch(key)
 
+    async def evict(self, keys: Sequence[CacheKey]) -> None:
+        """Let those of the caches go that nobody uses or keeps, as if for others."""
+        async with self._writers.one():
+            if self._open:
+                await uncancelled(self._writer.evict(keys))
+
     def keys_of(self, tenant: str, fingerprint: str) -> list[CacheKey]:
         """Return the keys of a tenant and fingerprint that can be found. O(files)."""
         space = (tenant, fingerprint)

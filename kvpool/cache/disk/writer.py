@@ -183,6 +183,16 @@ class Writer:
             await self._evict(victims)
             await self._threads.run(_write_files, self._folder, entries, payloads)
 
+    async def evict(self, keys: Sequence[CacheKey]) -> None:
+        """Let those of the caches go that nobody uses or keeps, as for others; what cannot be removed stays."""
+        free = [key for key in keys if key not in self._kept and not self._locks.is_held(key)]
+        victims = [entry for key in free if (entry := self._index.get(key)) is not None]
+        self._take(victims)
+        try:
+            await self._evict(victims)
+        except Exception as error:  # noqa: BLE001  drivers raise what they like
+            self._counters.count_error("evicting", error)
+
     def _stays(self, entries: Sequence[DiskEntry], key: CacheKey) -> bool:
         """Whether a cache must not go for others."""
         return key in self._kept or self._locks.is_held(key) or any(key == entry.above for entry in entries)

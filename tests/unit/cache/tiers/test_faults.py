@@ -364,6 +364,18 @@ async def test_a_chain_longer_than_the_budget_has_no_gap_though_its_room_was_in_
     assert device.found(*range(14)) == ["disk"] * 12 + [None] * 2
 
 
+async def test_a_small_one_behind_a_gap_goes_for_a_larger_one(open_device, tmp_path):
+    """It takes less than that, but there is room beside it."""
+    folder = DiskOfFiles(str(tmp_path), 4 * ON_DISK)
+    device = await open_device(0, folder)
+    folder.crowded[bytes(content_of(3, 4096))] = 1
+    sources = chain(device, range(5))
+    sources[4] = sources[4]._replace(size_bytes=PAGE // 2)
+    errors = await device.tiers.write_through(sources)
+    assert [error is None for error in errors] == [True] * 4 + [False]
+    assert device.found(*range(5)) == ["disk"] * 4 + [None]
+
+
 async def test_what_is_stored_for_itself_alone_gives_no_way(open_device, tmp_path):
     folder = DiskOfFiles(str(tmp_path), 6 * ON_DISK)
     device = await open_device(0, folder)
