@@ -501,7 +501,7 @@ class Adaptive(CacheEvictionPolicy):
         rebuild_requests = min(_REBUILD_REQUESTS, 4 + since_requests // _REBUILT_LESS_OFTEN)
         scale = max(1, resident // _RESIDENT_FOR_A_REBUILD)
         most_blocks, least_blocks = _REBUILD_BLOCKS * scale, _REBUILD_BLOCKS_AT_FIRST * scale
-        rebuild_blocks = min(most_blocks, least_blocks + since_blocks // _REBUILT_LESS_OFTEN)
+        rebuild_blocks = min(most_blocks, least_blocks + since_blocks * scale // _REBUILT_LESS_OFTEN)
         patience_blocks = self._patience_blocks * scale
         sweep_blocks = max(_SWEEP_BLOCKS, resident // _RESIDENT_FOR_A_SWEPT_BLOCK)
         if requests - self._rebuilt_at[0] >= rebuild_requests and blocks - self._rebuilt_at[1] >= rebuild_blocks:
