@@ -324,7 +324,7 @@ class Adaptive(CacheEvictionPolicy):
         short: int,
         now: float,
     ) -> int:
-        table, ranking, sizes = self._turns, self._ranking, self._index.size_bytes
+        table = self._turns
         known = hashes is self._hashes and space == self._space
         turn = self._latest if known else self._turn_of(space, hashes, rows, now)
         missing = len(hashes) - len(rows)
@@ -333,7 +333,8 @@ class Adaptive(CacheEvictionPolicy):
             factor *= _DOUBT
         base, worths = table.base[turn], self._hazards.worths  # at age 0
         worth = worths[base + _TAIL_PLACE] * factor
-        if missing == 1 == len(devices):
+        ranking, sizes = self._ranking, self._index.size_bytes
+        if missing == 1 and len(devices) == 1:
             first = ranking.first(devices[0])
             if first is not None and sizes[first[1]] >= short * size_bytes:
                 return 1 if worth >= first[0] else 0

@@ -185,16 +185,18 @@ class SampledRanking:
             return self._answer
         ranked = self._ranked[device] if device < len(self._ranked) else self._ranked_of(device)
         candidates = ranked.candidates
+        found = None
         while candidates:
-            _, row, since = candidates[-1]
-            if self._idle[row] and self._born[self._turn[row]] == since and not self._children[row]:
+            found = candidates[-1]
+            row = found[1]
+            if self._idle[row] and self._born[self._turn[row]] == found[2] and not self._children[row]:
                 break
             candidates.pop()
             ranked.left -= 1
+            found = None
         if self._clock.requests >= ranked.resample_at or ranked.left <= 0:
             self._look(device, ranked)
-            candidates = ranked.candidates
-        found = candidates[-1] if candidates else None  # others may be cheaper than what is exposed
+            found = ranked.candidates[-1] if ranked.candidates else None  # others may be cheaper than what is exposed
         exposed = ranked.exposed
         while exposed:
             _, row, since = exposed[0]
