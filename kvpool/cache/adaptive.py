@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _REBUILD_REQUESTS, _REBUILD_BLOCKS, _REBUILD_BLOCKS_AT_FIRST = 50, 2000, 40
 _RESIDENT_FOR_A_REBUILD = 32_768
 """Where many are resident, tables last longer, and surprises come less often, for the same reason as sweeps: by so many
-times as there are so many."""
+times as there are so many. After a surprise tables get to last that long as much sooner."""
 _REBUILT_LESS_OFTEN = 8
 _MANY = 512
 _DOUBT = 0.7

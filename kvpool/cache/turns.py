@@ -37,8 +37,6 @@ _PLACES = [[kind * WIDTH for kind in range(KINDS) if flags & 1 << kind] for flag
 """By flags: where the kinds that are watched lie behind the first class of a group."""
 _GHOSTS_AT_LEAST = 256
 _SWEPT_FOR_A_BLOCK, _LOOKED_AT_FOR_A_BLOCK = 4, 2
-_MANY_RESIDENT, _SWEPT_FOR_A_BLOCK_OF_MANY = 65_536, 2
-"""Of so many each says less, and grows older before it is asked for, which is when it would be counted without that."""
 _ADDED, _ADDED_OF = 256, 64
 
 
@@ -282,8 +280,7 @@ class TurnTable:
         ``resident``, at least 256. Takes 0.1 to 0.4 ms.
         """
         start = self._cursor
-        swept = _SWEPT_FOR_A_BLOCK if resident < _MANY_RESIDENT else _SWEPT_FOR_A_BLOCK_OF_MANY
-        stop = min(start + swept * blocks, len(self.born))
+        stop = min(start + _SWEPT_FOR_A_BLOCK * blocks, len(self.born))
         self._cursor = 0 if stop == len(self.born) else stop
         fresh = self._take_fresh()
         queued, held = np.frombuffer(self.queued, np.uint8), np.frombuffer(self.held, np.int32)
