@@ -144,7 +144,7 @@ class Adaptive(CacheEvictionPolicy):
                 turns[row] = NO_TURN
                 held = table.held
                 held[turn] = left = held[turn] - 1
-                if not left and not table.queued[turn]:
+                if not left:
                     table.bereave(turn)
             above = self._parent[row]
             if above >= 0 and self._idle[above] and not self._children[above]:

@@ -574,8 +574,11 @@ class CacheIndex(CacheTable):
             accessed[row] = now
             accesses[row] += 1
             if not leases and flags[row] & KEYED:
-                self.evictable_bytes[self.device[row]] -= self.size_bytes[row]
-                self._taken(rows, now)
+                size_bytes = self.size_bytes[row]
+                self.evictable_bytes[self.device[row]] -= size_bytes
+                self.policy.taken(rows, now)
+                if self.meter is not None:
+                    self.meter.charge(self.partition[row], 0, -size_bytes)
             return
         taken = []
         for row in rows:

@@ -128,7 +128,10 @@ class TurnTable:
 
         -1 if the block is the anchor of a longer prompt: that one's session may go on.
         """
-        shard = self.shard(space, block_hash)
+        try:
+            shard = self._anchors[space][block_hash[-1] % SHARDS]
+        except IndexError:
+            shard = self.shard(space, block_hash)
         turn = shard.get(block_hash)
         if turn is None:  # add(), with what a free record is made for
             shard[block_hash] = turn = self._free.pop() if self._free else self._extend()
@@ -202,8 +205,9 @@ class TurnTable:
 
     def bereave(self, turn: int) -> None:
         """Note that a turn has no resident block any more: it is forgotten soon, unless it is among the latest."""
-        if not self.queued[turn]:
-            self.queued[turn] = 1
+        queued = self.queued
+        if not queued[turn]:
+            queued[turn] = 1
             self._line.put_first(turn)
 
     def bereave_all(self, turns: Rows) -> None:
