@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _REBUILD_REQUESTS, _REBUILD_BLOCKS, _REBUILD_BLOCKS_AT_FIRST = 50, 2000, 40
 _RESIDENT_FOR_A_REBUILD = 32_768
 """Where many are resident, tables last longer, and surprises come less often, for the same reason as sweeps: by so many
-times as there are so many."""
+times as there are so many. After a surprise tables get to last that long as much sooner."""
 _REBUILT_LESS_OFTEN = 8
 _MANY = 512
 _DOUBT = 0.7
@@ -96,7 +96,7 @@ class Adaptive(CacheEvictionPolicy):
 
     def evictable(self, rows: Sequence[int], now: float) -> None:
         ranking = self._ranking
-        ranking.version += 1
+        ranking.changed = True
         if len(rows) == 1:  # here and below: of a single row nothing is fetched for a loop
             row = rows[0]
             if self._turn[row] < 0:
@@ -121,7 +121,7 @@ class Adaptive(CacheEvictionPolicy):
                     ranking.add(row, partitions[row])
 
     def taken(self, rows: Sequence[int], now: float) -> None:
-        self._ranking.version += 1
+        self._ranking.changed = True
         if len(rows) == 1:
             self._idle[rows[0]] = 0
             return
@@ -130,19 +130,21 @@ class Adaptive(CacheEvictionPolicy):
             idle[row] = 0
 
     def sheltered(self, row: int) -> None:
-        self._ranking.version += 1
+        self._ranking.changed = True
 
     def removed(self, rows: Sequence[int]) -> None:
         ranking, table = self._ranking, self._turns
-        ranking.version += 1
+        ranking.changed = True
         if len(rows) == 1:  # it is the next to be given out, mostly for a leaf again: it stays in the set of leaves
             row = rows[0]
             self._idle[row] = 0
-            turn = self._turn[row]
+            turns = self._turn
+            turn = turns[row]
             if turn >= 0:
-                self._turn[row] = NO_TURN
-                table.held[turn] = left = table.held[turn] - 1
-                if not left and not table.queued[turn]:
+                turns[row] = NO_TURN
+                held = table.held
+                held[turn] = left = held[turn] - 1
+                if not left:
                     table.bereave(turn)
             above = self._parent[row]
             if above >= 0 and self._idle[above] and not self._children[above]:
@@ -202,12 +204,13 @@ class Adaptive(CacheEvictionPolicy):
 
     def victim(self) -> int:
         ranking = self._ranking
-        if len(ranking.devices) == 1:
+        devices = ranking.devices
+        if len(devices) == 1:
             first = ranking.first(0)
             if first is not None:
                 return first[1]
         lowest, victim = inf, NO_ROW
-        for device in ranking.devices:
+        for device in devices:
             first = ranking.first(device)
             if first is not None:
                 worth, row, _ = first
@@ -282,14 +285,19 @@ class Adaptive(CacheEvictionPolicy):
 
     def looked_up(self, space: int, hashes: Sequence[BlockHash], rows: Sequence[int], now: float) -> None:
         """Begin the turn of a request: find its session, learn from what it hits, and take that over."""
-        if not hashes:
+        count = len(hashes)
+        if not count:
             return
-        self._ranking.version += 1
-        self._blocks += len(hashes)
+        self._ranking.changed = True
+        self._blocks += count
         clock = self._clock.advance(now)
-        if len(hashes) == 1:
-            turn = self._begin_block(space, hashes, rows, clock)
-        else:
+        turn = NO_TURN
+        if count == 1:
+            if not rows:
+                turn = self._turns.ask_for_block(space, hashes[0], clock)
+            else:
+                turn = self._repeat_block(rows[0], clock)
+        if turn < 0:
             turn = self._begin_chain(space, hashes, rows, clock)
         self._space, self._hashes, self._latest = space, hashes, turn
         if self._blocks >= self._due_blocks:
@@ -298,7 +306,7 @@ class Adaptive(CacheEvictionPolicy):
     def answered(
         self, space: int, hashes: Sequence[BlockHash], rows: Sequence[int], output_tokens: int, now: float
     ) -> None:
-        self._ranking.version += 1
+        self._ranking.changed = True
         # Within one decision, here and below: the turn was found before.
         known = hashes is self._hashes and space == self._space
         turn = self._latest if known else self._turn_of(space, hashes, rows, now)
@@ -316,7 +324,7 @@ class Adaptive(CacheEvictionPolicy):
         short: int,
         now: float,
     ) -> int:
-        table, ranking, sizes = self._turns, self._ranking, self._index.size_bytes
+        table = self._turns
         known = hashes is self._hashes and space == self._space
         turn = self._latest if known else self._turn_of(space, hashes, rows, now)
         missing = len(hashes) - len(rows)
@@ -325,7 +333,8 @@ class Adaptive(CacheEvictionPolicy):
             factor *= _DOUBT
         base, worths = table.base[turn], self._hazards.worths  # at age 0
         worth = worths[base + _TAIL_PLACE] * factor
-        if missing == 1 == len(devices):
+        ranking, sizes = self._ranking, self._index.size_bytes
+        if missing == 1 and len(devices) == 1:
             first = ranking.first(devices[0])
             if first is not None and sizes[first[1]] >= short * size_bytes:
                 return 1 if worth >= first[0] else 0
@@ -346,15 +355,15 @@ class Adaptive(CacheEvictionPolicy):
     def stored(self, space: int, hashes: Sequence[BlockHash], rows: Sequence[int], now: float) -> None:
         known = hashes is self._hashes and space == self._space
         turn = self._latest if known else self._turn_of(space, hashes, (), now)
+        kind = BODY if len(hashes) > 1 else TAIL
         if len(rows) == 1:
             row = rows[0]
             self._turn[row] = turn
-            self._kind[row] = BODY if len(hashes) > 1 else TAIL
+            self._kind[row] = kind
             self._uses[row] = 1
             self._turns.held[turn] += 1
             return
         turns, kinds, uses = self._turn, self._kind, self._uses
-        kind = BODY if len(hashes) > 1 else TAIL
         for row in rows:
             turns[row] = turn
             kinds[row] = kind
@@ -370,24 +379,14 @@ class Adaptive(CacheEvictionPolicy):
         self._space, self._hashes, self._latest = space, hashes, turn
         return turn
 
-    def _begin_block(self, space: int, hashes: Sequence[BlockHash], rows: Sequence[int], clock: float) -> int:
-        """:meth:`_begin_chain` for a prompt of one block."""
+    def _repeat_block(self, row: int, clock: float) -> int:
+        """:meth:`_begin_chain` for a prompt of one block that is resident; -1 if its turn was for a longer one."""
         table = self._turns
-        block_hash = hashes[0]
-        if not rows:
-            shard = table.shard(space, block_hash)
-            turn = shard.get(block_hash, NO_TURN)
-            if turn < 0:
-                return table.add_block(space, block_hash, shard, clock)
-            if table.blocks[turn] > 1 or table.last[turn] != block_hash:
-                return self._begin_chain(space, hashes, rows, clock)
-            table.repeat(turn, clock, 0, 1)
-            return turn
-        row = rows[0]
         turn = self._turn[row]
         if turn < 0 or table.blocks[turn] > 1:
-            return self._begin_chain(space, hashes, rows, clock)
-        self._uses[row] = used = self._uses[row] + 1
+            return NO_TURN
+        uses = self._uses
+        uses[row] = used = uses[row] + 1
         shared = used > table.number[turn] + 2
         self._kind[row] = SHARED if shared else TAIL
         table.repeat(turn, clock, shared, 0)
@@ -503,7 +502,7 @@ class Adaptive(CacheEvictionPolicy):
         rebuild_requests = min(_REBUILD_REQUESTS, 4 + since_requests // _REBUILT_LESS_OFTEN)
         scale = max(1, resident // _RESIDENT_FOR_A_REBUILD)
         most_blocks, least_blocks = _REBUILD_BLOCKS * scale, _REBUILD_BLOCKS_AT_FIRST * scale
-        rebuild_blocks = min(most_blocks, least_blocks + since_blocks // _REBUILT_LESS_OFTEN)
+        rebuild_blocks = min(most_blocks, least_blocks + since_blocks * scale // _REBUILT_LESS_OFTEN)
         patience_blocks = self._patience_blocks * scale
         sweep_blocks = max(_SWEEP_BLOCKS, resident // _RESIDENT_FOR_A_SWEPT_BLOCK)
         if requests - self._rebuilt_at[0] >= rebuild_requests and blocks - self._rebuilt_at[1] >= rebuild_blocks:

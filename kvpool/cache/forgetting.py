@@ -25,13 +25,11 @@ class ForgettingLine:
         self._begin = 0  # in _turns; those before it have left
         self.put_last = self._turns.append
         """Put a turn at the end, which is not in line."""
+        self.put_first = self._first.append
+        """Put a turn at the front, which is not in line."""
 
     def __len__(self) -> int:
         return len(self._first) + len(self._turns) - self._begin
-
-    def put_first(self, turn: int) -> None:
-        """Put a turn at the front, which is not in line."""
-        self._first.append(turn)
 
     def put_all_first(self, turns: Rows) -> None:
         """:meth:`put_first` several."""

@@ -314,20 +314,19 @@ class CacheIndex(CacheTable):
         """
         count = len(hashes)
         if count == 1:
-            rows = [self._add_block(space, size_bytes, device, hashes[0], parent_row, now)]
-        else:
-            shards = self._rows_by_hash[space]
-            for block_hash in hashes:
-                shard = shards[block_hash[-1] % SHARDS]
-                if block_hash in shard:
-                    ensure(False, "publishing under a key that is taken", holder=shard[block_hash])
-            if len(set(hashes)) < count:
-                ensure(False, "publishing two caches under one key", caches=count)
-            if space in self._void:
-                ensure(False, "publishing where nothing is looked up", space=space)
-            rows = self._add(space, size_bytes, device, count, parent_row, now, hashes)
-            if not rows:
-                return rows
+            return self._add_block(space, size_bytes, device, hashes[0], parent_row, now, chain)
+        shards = self._rows_by_hash[space]
+        for block_hash in hashes:
+            shard = shards[block_hash[-1] % SHARDS]
+            if block_hash in shard:
+                ensure(False, "publishing under a key that is taken", holder=shard[block_hash])
+        if len(set(hashes)) < count:
+            ensure(False, "publishing two caches under one key", caches=count)
+        if space in self._void:
+            ensure(False, "publishing where nothing is looked up", space=space)
+        rows = self._add(space, size_bytes, device, count, parent_row, now, hashes)
+        if not rows:
+            return rows
         added_bytes = count * size_bytes
         if self.meter is not None:
             self.meter.charge(self.partition[rows[0]], added_bytes, added_bytes)
@@ -395,29 +394,38 @@ class CacheIndex(CacheTable):
         return rows
 
     def _add_block(
-        self, space: int, size_bytes: int, device: int, block_hash: BlockHash, parent_row: int, now: float
-    ) -> int:
-        """Check and :meth:`_add` a single complete block, in half the time: most requests that miss come here."""
+        self,
+        space: int,
+        size_bytes: int,
+        device: int,
+        block_hash: BlockHash,
+        parent_row: int,
+        now: float,
+        chain: Sequence[BlockHash],
+    ) -> list[int]:
+        """:meth:`add_complete` a single block, in half the time: most requests that miss come here."""
         shard = self._rows_by_hash[space][block_hash[-1] % SHARDS]
         if block_hash in shard:
             ensure(False, "publishing under a key that is taken", holder=shard[block_hash])
         if space in self._void:
             ensure(False, "publishing where nothing is looked up", space=space)
-        if not 0 <= device < len(self.resident_bytes):
-            ensure(False, "a device that was not added", device=device)
+        partition = self._partitions.get((device, self._accounts[space]))
+        if partition is None:
+            if not 0 <= device < len(self.resident_bytes):
+                ensure(False, "a device that was not added", device=device)
+            partition = self._partition_of(device, self._accounts[space])
+        if not self._free:
+            self._grow()
         if parent_row >= 0:
             if not self.flags[parent_row]:
                 ensure(False, "a parent that is gone", row=parent_row)
             if self.flags[parent_row] & KEYED and not self.pins[parent_row]:
                 self.policy.sheltered(parent_row)
-        if not self._free:
-            self._grow()
-        row = self._free.pop()
-        self.parent[row] = parent_row
-        if parent_row >= 0:
             self.children[parent_row] += 1
-        account = self._accounts[space]
-        self.partition[row] = self._partition_of(device, account) if account else self._by_device[device][0]
+        row = self._free.pop()
+        shard[block_hash] = row
+        self.parent[row] = parent_row
+        self.partition[row] = partition
         self.pins[row] = 0
         self.device[row] = device
         self.size_bytes[row] = size_bytes
@@ -426,10 +434,16 @@ class CacheIndex(CacheTable):
         self.access_count[row] = 0
         self.flags[row] = _COMPLETE
         self._hashes[row] = block_hash
-        shard[block_hash] = row
         self._resident += 1
         self.resident_bytes[device] += size_bytes
-        return row
+        if self.meter is not None:
+            self.meter.charge(partition, size_bytes, size_bytes)
+        rows = [row]
+        if chain:
+            self.policy.stored(space, chain, rows, now)
+        self.evictable_bytes[device] += size_bytes
+        self.policy.evictable(rows, now)
+        return rows
 
     def adopt(self, row: int, elder: int) -> None:
         """Chain those behind a duplicate behind the cache that has its key, before they are cut off.
@@ -560,8 +574,11 @@ class CacheIndex(CacheTable):
             accessed[row] = now
             accesses[row] += 1
             if not leases and flags[row] & KEYED:
-                self.evictable_bytes[self.device[row]] -= self.size_bytes[row]
-                self._taken(rows, now)
+                size_bytes = self.size_bytes[row]
+                self.evictable_bytes[self.device[row]] -= size_bytes
+                self.policy.taken(rows, now)
+                if self.meter is not None:
+                    self.meter.charge(self.partition[row], 0, -size_bytes)
             return
         taken = []
         for row in rows:
@@ -577,7 +594,26 @@ class CacheIndex(CacheTable):
 
     def unpin(self, rows: Sequence[int], *, now: float) -> None:
         """Take a lease off each; a chain tail first. A published cache that loses its last one may go from then on."""
+        if not rows:
+            return
         pins, flags, accessed = self.pins, self.flags, self.last_accessed
+        if len(rows) == 1:
+            row = rows[0]
+            leases = pins[row]
+            if leases > 1:
+                pins[row] = leases - 1
+                return
+            if not leases:
+                ensure(False, "a lease given back that nobody holds", row=row)
+            pins[row] = 0
+            accessed[row] = now
+            if flags[row] & KEYED:
+                size_bytes = self.size_bytes[row]
+                self.evictable_bytes[self.device[row]] += size_bytes
+                self.policy.evictable(rows, now)
+                if self.meter is not None:
+                    self.meter.charge(self.partition[row], 0, size_bytes)
+            return
         devices, sizes, evictable_bytes = self.device, self.size_bytes, self.evictable_bytes
         evictable = []
         for row in rows:
@@ -615,8 +651,7 @@ class CacheIndex(CacheTable):
         Eviction never removes such a cache: it happens when memory is lost.
         """
         if len(rows) == 1:
-            self._remove_block(rows[0])
-            self.policy.removed(rows)
+            self._remove_block(rows)
             return
         if len(rows) >= _MANY:
             self._remove_many(np.array(rows, np.int64))
@@ -657,14 +692,15 @@ class CacheIndex(CacheTable):
         self._resident -= len(rows)
         self.policy.removed(rows)
 
-    def _remove_block(self, row: int) -> None:
+    def _remove_block(self, rows: Sequence[int]) -> None:
         """Do as :meth:`remove_all` for one: two thirds of the time, as nothing is fetched for a loop."""
+        row = rows[0]
         state, size_bytes, device = self.flags[row], self.size_bytes[row], self.device[row]
         if not state:
             ensure(False, "removing a cache that is gone", row=row)
-        pinned = self.pins[row]
+        idle = state & KEYED and not self.pins[row]
         if self.meter is not None:
-            self.meter.charge(self.partition[row], -size_bytes, -size_bytes if state & KEYED and not pinned else 0)
+            self.meter.charge(self.partition[row], -size_bytes, -size_bytes if idle else 0)
         self.flags[row] = 0
         if self.orphans:
             self.orphans.discard(row)
@@ -674,17 +710,17 @@ class CacheIndex(CacheTable):
         if above >= 0:
             self.children[above] -= 1
         self.resident_bytes[device] -= size_bytes
+        if idle:
+            self.evictable_bytes[device] -= size_bytes
         block_hash = self._hashes[row]
         if block_hash is not None:
-            if not pinned:
-                self.evictable_bytes[device] -= size_bytes
-            del self._rows_by_hash[self._space[row]][block_hash[-1] % SHARDS][block_hash]
             self._hashes[row] = None
-        stamp = self._stamps[row] + 1
-        self._stamps[row] = stamp
+            del self._rows_by_hash[self._space[row]][block_hash[-1] % SHARDS][block_hash]
+        self._stamps[row] = stamp = self._stamps[row] + 1
         if stamp < MAX_STAMP:
             self._free.append(row)
         self._resident -= 1
+        self.policy.removed(rows)
 
     def _remove_many(self, rows: Rows) -> None:
         """Do as :meth:`remove_all`, column by column: a third of the time where there are thousands."""

@@ -15,8 +15,8 @@ class LeafSets:
 
     def __init__(self) -> None:
         self._rows: list[array[int]] = []  # by device
-        self.devices = range(0)
-        """Devices that had leaves so far."""
+        self.devices: list[int] = []
+        """Devices that had leaves so far, from 0 on."""
         self.where = array("i")
         """By row, the device in whose set it is; negative: it is in none."""
         self._place = array("I")  # by row: where it is in that set
@@ -37,8 +37,8 @@ class LeafSets:
             return
         self.discard(row)
         while device >= len(self._rows):
+            self.devices.append(len(self._rows))
             self._rows.append(array("i"))
-            self.devices = range(len(self._rows))
         there = self._rows[device]
         self._place[row] = len(there)
         self.where[row] = device

@@ -50,14 +50,11 @@ class Drawn:
 
     Parameters
     ----------
-    version
-        Of what they depend on.
     rank
         Appends to rows and worths, and pauses now and then.
     """
 
-    def __init__(self, version: int, rank: Callable[[list[int], list[float]], Iterator[None]]) -> None:
-        self.version = version
+    def __init__(self, rank: Callable[[list[int], list[float]], Iterator[None]]) -> None:
         self.rows: list[int] = []
         self.worths: list[float] = []
         self._more = rank(self.rows, self.worths)
@@ -137,17 +134,14 @@ class SampledRanking:
         """Take a row out, which may not be in."""
         self.where = self._leaves.where
         """By row, the device among whose leaves it is, negative if it is none."""
+        self.devices = self._leaves.devices
+        """Devices that had leaves so far, from 0 on."""
         self._ranked: list[_Ranked] = []  # by device
         self._known: dict[int, Drawn] = {}
-        self.version = 0
-        """Of everything that an answer depends on."""
-        self._asked = self._asked_device = -1  # version and device for which :meth:`first` was asked last
+        self.changed = True
+        """Whether anything has changed, since it was asked last, on which an answer depends. To be set by who does."""
+        self._asked_device = -1  # for which :meth:`first` was asked since
         self._answer: Candidate | None = None
-
-    @property
-    def devices(self) -> range:
-        """Devices that had leaves so far."""
-        return self._leaves.devices
 
     def grow(self, rows: int) -> None:
         """Make room for row numbers below ``rows``."""
@@ -171,10 +165,10 @@ class SampledRanking:
 
     def of(self, device: int) -> Drawn:
         """Return the victims of a device, the first to go first."""
-        known = self._known.get(device)
-        if known is None or known.version != self.version:
+        known = None if self.changed else self._known.get(device)
+        if known is None:
             self.first(device)  # a look for new candidates, if it is time
-            known = self._known[device] = Drawn(self.version, partial(self._rank, device))
+            known = self._known[device] = Drawn(partial(self._rank, device))
         return known
 
     def first(self, device: int) -> Candidate | None:
@@ -182,20 +176,26 @@ class SampledRanking:
 
         None: that takes a look for more, see :meth:`of`.
         """
-        if self._asked == self.version and self._asked_device == device:
+        if self.changed:
+            self.changed = False
+            if self._known:
+                self._known = {}
+        elif self._asked_device == device:
             return self._answer
         ranked = self._ranked[device] if device < len(self._ranked) else self._ranked_of(device)
         candidates = ranked.candidates
+        found = None
         while candidates:
-            _, row, since = candidates[-1]
-            if self._idle[row] and self._born[self._turn[row]] == since and not self._children[row]:
+            found = candidates[-1]
+            row = found[1]
+            if self._idle[row] and self._born[self._turn[row]] == found[2] and not self._children[row]:
                 break
             candidates.pop()
             ranked.left -= 1
+            found = None
         if self._clock.requests >= ranked.resample_at or ranked.left <= 0:
             self._look(device, ranked)
-            candidates = ranked.candidates
-        found = candidates[-1] if candidates else None  # others may be cheaper than what is exposed
+            found = ranked.candidates[-1] if ranked.candidates else None  # others may be cheaper than what is exposed
         exposed = ranked.exposed
         while exposed:
             _, row, since = exposed[0]
@@ -204,7 +204,7 @@ class SampledRanking:
                     found = exposed[0]
                 break
             heappop(exposed)
-        self._asked, self._asked_device, self._answer = self.version, device, found
+        self._asked_device, self._answer = device, found
         return found
 
     def _look(self, device: int, ranked: _Ranked) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_right
 from collections.abc import Sequence
 from math import inf
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from kvpool.cache.chains import Rows
 from kvpool.cache.forgetting import ForgettingLine
-from kvpool.cache.hazard import BOUNDS, GAPS, KINDS, LEVELS, WIDTH, HazardTable, age_level
+from kvpool.cache.hazard import AGES, BOUNDS, GAPS, KINDS, LEVELS, WIDTH, HazardTable
 from kvpool.cache.key import SHARDS, BlockHash, KeyShards, key_shards
 
 TAIL, BODY, SHARED, OLD = range(KINDS)
@@ -25,9 +26,13 @@ _WATCHED = CONTINUED - 1
 _KINDS_OF = np.array([[flags & 1 << kind != 0 for kind in range(KINDS)] for flags in range(2 * CONTINUED)])
 """By flags: which kinds are watched."""
 _GROUP = KINDS * WIDTH
+_BOUNDS: list[float] = BOUNDS.tolist()
+_BASES_AFTER = [_GROUP * (GAPS + min(bucket // 2 + 1, GAPS - 1)) for bucket in range(AGES)]
+"""By the age bucket in which a block is asked for again: where the first class of its next turn is."""
+_TAIL_ONLY = 1 << TAIL
 _NEW_LEVELS = [min(digits, LEVELS - 1) * LEVELS for digits in range(65)]
 _LATE_AT = np.concatenate([[0.0], BOUNDS, [inf]])
-"""By the age bucket up to which a turn's exposures are counted, plus one: the age from which on there are more."""
+"""By the age bucket from which on a turn's exposures are not counted: the age from which on there are some."""
 _PLACES = [[kind * WIDTH for kind in range(KINDS) if flags & 1 << kind] for flags in range(CONTINUED)]
 """By flags: where the kinds that are watched lie behind the first class of a group."""
 _GHOSTS_AT_LEAST = 256
@@ -54,7 +59,7 @@ class TurnTable:
         self.shared_blocks = array("I")
         self.old_blocks = array("I")
         self.flags = bytearray()
-        self.counted = array("b")  # age bucket up to which its exposures are counted
+        self.uncounted = bytearray()  # age bucket from which on its exposures are not counted yet
         self.held = array("I")  # resident blocks it touched last
         self.level = bytearray()  # of both features
         self.last: list[BlockHash | None] = []
@@ -118,15 +123,28 @@ class TurnTable:
         self._begin(turn, born, number, gap_bucket, shared, new)
         return turn
 
-    def add_block(self, space: int, block_hash: BlockHash, shard: dict[BlockHash, int], born: float) -> int:
-        """:meth:`add` a record for a prompt of this one block, which is not in its :meth:`shard` of the anchors."""
-        shard[block_hash] = turn = self._free.pop() if self._free else self._extend()
-        self._space[turn] = space
-        self.last[turn] = block_hash
-        self.born[turn] = born
-        self.queued[turn] = 1
-        self._line.put_last(turn)
-        self._fresh.append(turn)
+    def ask_for_block(self, space: int, block_hash: BlockHash, born: float) -> int:
+        """Return the record for a prompt of one block that is not resident: a new one, or that of an equal prompt.
+
+        -1 if the block is the anchor of a longer prompt: that one's session may go on.
+        """
+        try:
+            shard = self._anchors[space][block_hash[-1] % SHARDS]
+        except IndexError:
+            shard = self.shard(space, block_hash)
+        turn = shard.get(block_hash)
+        if turn is None:  # add(), with what a free record is made for
+            shard[block_hash] = turn = self._free.pop() if self._free else self._extend()
+            self._space[turn] = space
+            self.last[turn] = block_hash
+            self.born[turn] = born
+            self.queued[turn] = 1
+            self._line.put_last(turn)
+            self._fresh.append(turn)
+            return turn
+        if self.blocks[turn] > 1 or self.last[turn] != block_hash:
+            return NO_TURN
+        self.repeat(turn, born, 0, 1)
         return turn
 
     def renew(self, turn: int, born: float, number: int, gap_bucket: int, shared: int, new: int) -> None:
@@ -140,7 +158,7 @@ class TurnTable:
         self.born[turn] = born
         self.number[turn] = number
         self.base[turn] = _GROUP * (GAPS + gap_bucket if number else gap_bucket)
-        self.counted[turn] = -1
+        self.uncounted[turn] = 0
         self.level[turn] = _NEW_LEVELS[new.bit_length()]
         self.shared_blocks[turn] = shared
         self.body_blocks[turn] = body = self.blocks[turn] - 1 - shared
@@ -149,45 +167,47 @@ class TurnTable:
 
     def repeat(self, turn: int, born: float, shared: int, new: int) -> None:
         """Count a prompt of one block that is asked for again, and :meth:`renew` its record."""
-        level = age_level(born - self.born[turn])
-        bucket = int(level)
-        hazards = self.hazards
-        if self.flags[turn] == 1 << TAIL:  # expose() and hit() at once: this is all that lookups of single blocks do
-            start = self.base[turn]
-            first, stop = start + self.counted[turn] + 1, start + bucket + 1
-            features = self.level[turn]
-            if first < stop:
-                hazards.entered[first] += 1.0
-                hazards.entered[stop] -= 1.0
-                expected = (hazards.risen[stop] - hazards.risen[first]) * hazards.factors[features]
+        bucket = bisect_right(_BOUNDS, born - self.born[turn])
+        hazards, flags, base, uncounted, level = self.hazards, self.flags, self.base, self.uncounted, self.level
+        if flags[turn] == _TAIL_ONLY:  # expose() and hit() at once: this is all that lookups of single blocks do
+            start, features, gains = base[turn], level[turn], hazards.gains
+            first, last = start + uncounted[turn], start + bucket
+            if first <= last:
+                entered, risen, stop = hazards.entered, hazards.risen, last + 1
+                entered[first] += 1.0
+                entered[stop] -= 1.0
+                expected = (risen[stop] - risen[first]) * hazards.factors[features]
                 hazards.expected[features] += expected
-                hazards.gains[features] += 1.0 - expected
+                gains[features] += 1.0 - expected
             else:
-                hazards.gains[features] += 1.0
-            hazards.hits[stop - 1] += 1.0
+                gains[features] += 1.0
+            hazards.hits[last] += 1.0
         else:
             self.expose(turn, bucket)
             self.hit(turn, TAIL, bucket, 1.0)
-            if self.flags[turn] & 1 << SHARED:
+            if flags[turn] & 1 << SHARED:
                 self.hit(turn, SHARED, bucket, 1.0)
-        gap_bucket = int(level / 2) + 1
         self.born[turn] = born
         self.number[turn] += 1
-        self.base[turn] = _GROUP * (GAPS + gap_bucket if gap_bucket < GAPS else 2 * GAPS - 1)
-        self.counted[turn] = -1
-        self.level[turn] = _NEW_LEVELS[new]
+        base[turn] = _BASES_AFTER[bucket]
+        uncounted[turn] = 0
+        level[turn] = _NEW_LEVELS[new]
         if shared:
             self.shared_blocks[turn] = 1
-        self.flags[turn] = 1 << TAIL | shared << SHARED
+            flags[turn] = _TAIL_ONLY | 1 << SHARED
+        else:
+            flags[turn] = _TAIL_ONLY
         self._fresh.append(turn)
-        if not self.queued[turn]:
+        queued = self.queued
+        if not queued[turn]:
             self._line.put_last(turn)
-        self.queued[turn] = 2
+        queued[turn] = 2
 
     def bereave(self, turn: int) -> None:
         """Note that a turn has no resident block any more: it is forgotten soon, unless it is among the latest."""
-        if not self.queued[turn]:
-            self.queued[turn] = 1
+        queued = self.queued
+        if not queued[turn]:
+            queued[turn] = 1
             self._line.put_first(turn)
 
     def bereave_all(self, turns: Rows) -> None:
@@ -210,7 +230,7 @@ class TurnTable:
             np.frombuffer(column, np.int32)[forgotten] = 0
         np.frombuffer(self.flags, np.uint8)[forgotten] = 1 << TAIL
         np.frombuffer(self.level, np.uint8)[forgotten] = LEVELS
-        np.frombuffer(self.counted, np.int8)[forgotten] = -1
+        np.frombuffer(self.uncounted, np.uint8)[forgotten] = 0
         self._free.extend(forgotten.tolist())
 
     def _forget_anchors(self, forgotten: Rows, anchors: list[BlockHash | None]) -> None:
@@ -231,10 +251,10 @@ class TurnTable:
     def expose(self, turn: int, bucket: int) -> None:
         """Count that what is still watched of a turn reached an age bucket without a hit before it."""
         flags = self.flags[turn] & _WATCHED
-        first = self.counted[turn] + 1
+        first = self.uncounted[turn]
         if bucket < first or not flags:
             return
-        self.counted[turn] = bucket
+        self.uncounted[turn] = bucket + 1
         hazards = self.hazards
         entered, risen = hazards.entered, hazards.risen
         start, behind = self.base[turn] + first, bucket + 1 - first
@@ -285,18 +305,19 @@ class TurnTable:
 
     def _count(self, turns: Rows, now: float) -> None:
         """:meth:`expose` these records up to now."""
-        all_counted, born = np.frombuffer(self.counted, np.int8), np.frombuffer(self.born)
-        late = now - born.take(turns) >= _LATE_AT.take(all_counted.take(turns) + 1)
+        uncounted, born = np.frombuffer(self.uncounted, np.uint8), np.frombuffer(self.born)
+        late = now - born.take(turns) >= _LATE_AT.take(uncounted.take(turns))
         turns = turns[late]  # most of those that are not new are not late
         place, order = np.frombuffer(self._place, np.int32), np.arange(len(turns), dtype=np.int32)
         place[turns] = order
         turns = turns[place.take(turns) == order]  # each once; sorting them takes five times as long
         buckets = BOUNDS.searchsorted(now - born.take(turns), "right")
         watched, kinds = _KINDS_OF.take(np.frombuffer(self.flags, np.uint8).take(turns), axis=0).nonzero()
-        counted = all_counted.take(turns)
-        all_counted[turns] = buckets
-        starts = (np.frombuffer(self.base, np.int32).take(turns) + counted + 1).take(watched) + kinds * WIDTH
-        stops = starts + (buckets - counted).take(watched)
+        first = uncounted.take(turns)
+        buckets += 1
+        uncounted[turns] = buckets
+        starts = (np.frombuffer(self.base, np.int32).take(turns) + first).take(watched) + kinds * WIDTH
+        stops = starts + (buckets - first).take(watched)
         hazards = self.hazards
         entered, risen = np.frombuffer(hazards.entered), np.frombuffer(hazards.risen)
         entered += np.bincount(starts, minlength=len(entered))
@@ -316,7 +337,7 @@ class TurnTable:
         for column in (*columns, self.held, self._space, self._place):
             column.frombytes(bytes(added * column.itemsize))
         self.blocks.extend(array("I", [1]) * added)
-        self.counted.extend(array("b", [-1]) * added)
+        self.uncounted.extend(bytes(added))
         self.born.extend(array("d", [inf]) * added)
         self.flags.extend(bytes([1 << TAIL]) * added)
         self.level.extend(bytes([LEVELS]) * added)
