@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import Any
 
 from kvpool.actors.cluster import ActorLost, submit
+from kvpool.errors import InvariantError
 from kvpool.pool.instructions import Send
+
+logger = logging.getLogger("kvpool.pool")
+
+_UNKNOWN_ZOMBIES = (0, 0)
+"""Older than any figure, so it changes none."""
 
 
 class Outbox:
@@ -60,6 +67,10 @@ class Outbox:
                         answers, zombies = await submit(self._actor.apply, operations)
                 except ActorLost as error:
                     self._lost(sent, str(error))
+                except Exception as error:  # a bug there: whoever asked must not wait for ever
+                    logger.exception("a device could not answer %s", [send.operation[0] for send in sent])
+                    wrong = ("error", *InvariantError(f"a device could not answer: {error}").to_wire())
+                    self._answered(sent, [wrong] * len(sent), _UNKNOWN_ZOMBIES)
                 else:
                     self._answered(sent, answers, zombies)
         finally:

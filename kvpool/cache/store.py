@@ -47,6 +47,7 @@ is kept from everybody (:mod:`kvpool.memory.pages`). Its figures are ``(caches, 
 from __future__ import annotations
 
 import hmac
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -58,6 +59,7 @@ from kvpool.errors import (
     CacheStateError,
     CapacityError,
     DoubleReleaseError,
+    InvariantError,
     KvpoolError,
     LeaseRevokedError,
     ProtocolError,
@@ -68,6 +70,8 @@ from kvpool.memory.allocation import Allocation
 from kvpool.memory.allocator import GPUMemoryAllocator
 from kvpool.memory.extents import Extents
 from kvpool.sizes import MIB
+
+logger = logging.getLogger("kvpool.device")
 
 RELEASED, FREED = 0, 1
 
@@ -160,6 +164,10 @@ class DeviceStore:
                     answers.append(self._handlers[operation[0]](*operation[1:]))
                 except KvpoolError as error:
                     answers.append(("error", *error.to_wire()))
+                except Exception as error:  # a bug: those who wait for the others' answers are to get them
+                    logger.exception("operation %r failed", operation[0])
+                    wrong = InvariantError(f"operation {operation[0]!r} of a device failed: {error!r}")
+                    answers.append(("error", *wrong.to_wire()))
                 if done is not None:
                     done(operation, answers[-1])
         return answers

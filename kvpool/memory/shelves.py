@@ -280,7 +280,9 @@ class Gaps:
             found.sort(key=lambda each: (len(each.kept), -each.worth))
         best = [found.pop(0) if found and not found[0].kept else _NONE]
         for each in found:
-            if each.fill_bytes - best[-1].fill_bytes > (len(each.kept) - len(best[-1].kept)) * self.page_bytes:
+            more = len(each.kept) - len(best[-1].kept)
+            # (Of those that keep as many the first is worth most.)
+            if more and each.fill_bytes - best[-1].fill_bytes > more * self.page_bytes:
                 best.append(each)
         return best
 

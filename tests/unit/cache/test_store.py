@@ -198,6 +198,18 @@ def test_finish_keeps_the_lease_of_what_it_could_not_seal(store):
     assert store.leases() == {"a": PAGE}
 
 
+def test_a_bug_in_one_operation_is_its_answer_and_the_others_are_carried_out(store, caplog, monkeypatch):
+    def wrong():
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setitem(store._handlers, "compact", wrong)
+    before, bug, after = store.apply([("trim",), ("compact",), ("trim",)])
+    assert (before, after) == (0, 0)
+    assert bug[:2] == ("error", "InvariantError")
+    assert "ZeroDivisionError" in bug[2]
+    assert "Traceback" in caplog.text
+
+
 # -- evict and trim ---------------------------------------------------------------------------------------------------
 
 

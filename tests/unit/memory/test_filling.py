@@ -20,6 +20,7 @@ from kvpool.memory.host import HostBackend
 from kvpool.memory.pages import PageTable
 from kvpool.memory.ranges import RangeAllocator
 from kvpool.memory.reserve import Shape
+from kvpool.memory.shelves import Gaps
 
 MIN = 4096
 BLOCKS = 32
@@ -44,6 +45,17 @@ def test_a_hole_at_the_end_of_a_page_that_stays_goes_on_in_a_page_that_is_added(
     plan = plan_filling(snapshot(*pages, room=(1, 2), spare_pages=2))
     assert {move.destination for move in plan.moves} == {5, 10}
     assert plan.added == (8,)
+
+
+def test_of_shelves_that_keep_as_many_pages_one_is_looked_at() -> None:
+    """Between the two that stay, one shelf over two pages takes more, but two shelves are worth more."""
+    sizes = {680: 7, 832: 3, 835: 9, 2012: 7, 2019: 17, 2044: 3}
+    parts = tuple(Part(offset, size, offset, offset not in (2012, 2044)) for offset, size in sizes.items())
+    found = Snapshot(16, tuple(index * 16 for index in (42, 52, 125, 126, 127)), parts)
+    assert len(plan_filling(found).freed) <= 3
+    for each in Gaps(found).choices(9):
+        kept = [len(shelves.kept) for shelves in each]
+        assert kept == sorted(set(kept))
 
 
 def test_as_many_pages_are_added_as_there_are_where_more_would_be_better() -> None:
