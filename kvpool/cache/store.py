@@ -71,7 +71,7 @@ from kvpool.memory.allocator import GPUMemoryAllocator
 from kvpool.memory.extents import Extents
 from kvpool.sizes import MIB
 
-logger = logging.getLogger("kvpool.device")
+logger = logging.getLogger("kvpool.device.store")
 
 RELEASED, FREED = 0, 1
 

@@ -198,7 +198,7 @@ def test_finish_keeps_the_lease_of_what_it_could_not_seal(store):
     assert store.leases() == {"a": PAGE}
 
 
-def test_a_bug_in_one_operation_is_its_answer_and_the_others_are_carried_out(store, caplog, monkeypatch):
+def test_a_bug_in_one_operation_is_its_answer_and_the_others_are_carried_out(store, device_bugs, monkeypatch):
     def wrong():
         raise ZeroDivisionError("division by zero")
 
@@ -207,7 +207,7 @@ def test_a_bug_in_one_operation_is_its_answer_and_the_others_are_carried_out(sto
     assert (before, after) == (0, 0)
     assert bug[:2] == ("error", "InvariantError")
     assert "ZeroDivisionError" in bug[2]
-    assert "Traceback" in caplog.text
+    assert "Traceback" in device_bugs.pop()
 
 
 # -- evict and trim ---------------------------------------------------------------------------------------------------
