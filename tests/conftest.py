@@ -30,7 +30,7 @@ class _Kept(logging.Handler):
 
 @pytest.fixture(autouse=True)
 def device_bugs() -> Iterator[list[str]]:
-    """What a device's store in this process logs as a bug: it goes on, but the test fails (unless it takes that out)."""
+    """What a device's store here logs as a bug: it goes on, but the test fails (unless it takes that out)."""
     kept = _Kept()
     logger = logging.getLogger("kvpool.device.store")
     logger.addHandler(kept)
