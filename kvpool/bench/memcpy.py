@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import time
 
+from kvpool.errors import ensure
+
 
 class Memcpy:
     """Memmove between two private buffers that are warm: this process has touched them before.
@@ -12,12 +14,13 @@ class Memcpy:
     Parameters
     ----------
     size_bytes
-        Of each. As much as what is compared with it moves: less would stay in the processor's cache.
+        Of each, whole pages. As much as what is compared with it moves: less would stay in the processor's cache.
     page_bytes
         Copied at once.
     """
 
     def __init__(self, size_bytes: int, page_bytes: int) -> None:
+        ensure(size_bytes % page_bytes == 0, "whole pages are copied", size_bytes=size_bytes, page_bytes=page_bytes)
         self._size_bytes, self._page_bytes = size_bytes, page_bytes
         self._source, self._destination = (ctypes.create_string_buffer(size_bytes) for _ in range(2))
         self.gb_per_s()  # memory that is touched for the first time takes many times as long

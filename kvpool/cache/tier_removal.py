@@ -146,9 +146,7 @@ class TierRemoval:
             found = await disk.space(tenant, fingerprint) if disk is not None else set()
         except TierError:
             if disk is not None:
-                space = (tenant, fingerprint)
-                known = {entry.key for entry in disk.known() if entry.key[:2] == space}
-                await self._remove_own(known.union(keys))  # hidden, at least
+                await self._remove_own(disk.known_of(tenant, fingerprint).union(keys))  # hidden, at least
             raise
         await self._remove_own(found.union(keys))
         await self._remove_left(tenant, fingerprint)

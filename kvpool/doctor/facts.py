@@ -71,15 +71,17 @@ class Facts:
     left_behind: list[str] = field(default_factory=list)
 
 
-def gather(sockets: list[Path], *, proc: Path = Path("/proc"), shm: Path = Path("/dev/shm")) -> Facts:
+def gather(
+    sockets: list[Path], *, proc: Path = Path("/proc"), shm: Path = Path("/dev/shm"), huge_pages: Path = _HUGE_PAGES
+) -> Facts:
     """Return the facts of this host. Takes well under a second; leaves nothing behind.
 
     Parameters
     ----------
     sockets
         Where devices on this host would listen.
-    proc, shm
-        Where the system tells of its memory, and where Ray's object store lies.
+    proc, shm, huge_pages
+        Where the system tells of its memory, where Ray's object store lies, and what shared memory is made of.
     """
     socket_errors = [_error_of(partial(_try_socket, path)) for path in sockets]
     return Facts(
@@ -94,7 +96,7 @@ def gather(sockets: list[Path], *, proc: Path = Path("/proc"), shm: Path = Path(
         page_error=_error_of(_try_page),
         peer_error=_error_of(_try_peer),
         niceness=niceness(),
-        huge_pages=_chosen(_HUGE_PAGES),
+        huge_pages=_chosen(huge_pages),
         socket_errors=[error for error in socket_errors if error],
         left_behind=[
             str(path)

@@ -194,6 +194,10 @@ class DiskTier:
         """Return all that is on disk, and what is being evicted: should the store refuse that, it is found again."""
         return [*self._index, *self._writer.evicting.values()]
 
+    def known_of(self, tenant: str, fingerprint: str) -> set[CacheKey]:
+        """Return the keys of a tenant and fingerprint among :meth:`known`. O(files)."""
+        return {entry.key for entry in self.known() if entry.key[:2] == (tenant, fingerprint)}
+
     async def space(self, tenant: str, fingerprint: str) -> set[CacheKey]:
         """Return the keys of a tenant and fingerprint of which there are files, or may be, to :meth:`remove` them.
 
@@ -208,7 +212,7 @@ class DiskTier:
             if not self._open:
                 raise TierError("caches cannot be removed: the disk tier is closed", cause="closed")
             found = await uncancelled(self._removals.space(tenant, fingerprint))
-        return found.union(entry.key for entry in self.known() if entry.key[:2] == (tenant, fingerprint))
+        return found | self.known_of(tenant, fingerprint)
 
     async def check_there(self) -> None:
         """Return when the store has answered that the folder is there.

@@ -331,6 +331,15 @@ def test_no_driver_and_a_library_that_is_none(tmp_path: Path) -> None:
     assert "cuDriverGetVersion" in (probe_driver("libc.so.6").error or "")
 
 
+def test_what_shared_memory_is_made_of_is_read(tmp_path: Path) -> None:
+    setting = tmp_path / "shmem_enabled"
+    assert gather([], huge_pages=setting).huge_pages is None, "an old kernel has none"
+    setting.write_text("always within_size [advise] never deny force\n")
+    assert gather([], huge_pages=setting).huge_pages == "advise"
+    setting.write_bytes(b"\xff")
+    assert gather([], huge_pages=setting).huge_pages is None
+
+
 def test_a_missing_shm(tmp_path: Path) -> None:
     assert gather([], shm=tmp_path / "absent").shm is None
     assert (gather([], shm=tmp_path).shm or (0, 0))[1] > MIB
