@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from kvpool.cache.disk.tier import DiskTier
 from kvpool.cache.disk.writer import FULL, NO_ROOM
 from kvpool.cache.fronts import Fronts, cause_of
 from kvpool.cache.gathering import all_of, settle
+from kvpool.cache.key import CacheKey
 from kvpool.cache.parties import is_small, parties
 from kvpool.cache.source import Source
 from kvpool.cache.under_way import UnderWay, Work
@@ -123,14 +124,19 @@ class DiskCalls:
         None of them goes for another but for one that it is of no use without: where not all have room, the front of
         a chain is stored, as much as fits.
         """
-        with self._keeping(sources):
-            return await self._front_first(sources, await self._write(sources))
+        with self._watching(sources) as removed, self._keeping(sources):
+            return await self._front_first(sources, await self._write(sources), removed)
 
     async def write_each(self, sources: Sequence[Source]) -> list[TierError | None]:
         """Store caches as :meth:`write_through` does, but one may go for those behind it if the budget is too small."""
-        errors = await self._write(sources)
-        with self._keeping(sources):  # or what is stored would go for what is tried again
-            return await self._front_first(sources, errors)
+        with self._watching(sources) as removed:
+            errors = await self._write(sources)
+            with self._keeping(sources):  # or what is stored would go for what is tried again
+                return await self._front_first(sources, errors, removed)
+
+    def _watching(self, sources: Sequence[Source]) -> AbstractContextManager[Collection[CacheKey]]:
+        """Know of what is removed between two tries: its memory may be another's by then."""
+        return self._under_way.watching(source.key for source in sources)
 
     @contextmanager
     def _keeping(self, sources: Sequence[Source]) -> Iterator[None]:
@@ -141,7 +147,9 @@ class DiskCalls:
         finally:
             self._disk.unkeep(keys)
 
-    async def _front_first(self, sources: Sequence[Source], errors: list[TierError | None]) -> list[TierError | None]:
+    async def _front_first(
+        self, sources: Sequence[Source], errors: list[TierError | None], removed: Collection[CacheKey]
+    ) -> list[TierError | None]:
         """Try again what found no room, the front first; returns the errors that are left.
 
         What is written at the same moment fills a disk together, a pack is there as a whole or not at all, and what
@@ -154,7 +162,7 @@ class DiskCalls:
             return errors
         fronts = Fronts(sources, NO_ROOM)
         most = len(sources)
-        while refused := fronts.refused(errors):
+        while refused := fronts.refused(_without(removed, sources, errors)):
             cause = cause_of(errors[refused[0]])
             behind = fronts.behind(errors)
             tried = fronts.worth_filling(refused, behind)[:most]
@@ -186,7 +194,7 @@ class DiskCalls:
 
         def outcome(call: _Call | None, error: Exception | None) -> TierError | None:
             if call is None:
-                return TierError("a cache is not written to disk: it was removed meanwhile", cause="removed")
+                return _removed_meanwhile()
             if error is not None and not isinstance(error, TierError):
                 raise error
             return error
@@ -291,3 +299,17 @@ class DiskCalls:
         lanes.silent = False
         del lanes.late[done]
         del self._late[address]
+
+
+def _without(
+    removed: Collection[CacheKey], sources: Sequence[Source], errors: list[TierError | None]
+) -> list[TierError | None]:
+    """Return the errors, in which it is entered of what was removed."""
+    for place, source in enumerate(sources):
+        if source.key in removed:
+            errors[place] = _removed_meanwhile()
+    return errors
+
+
+def _removed_meanwhile() -> TierError:
+    return TierError("a cache is not written to disk: it was removed meanwhile", cause="removed")

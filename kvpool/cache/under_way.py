@@ -6,7 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from kvpool.cache.key import CacheKey
 
@@ -28,6 +28,13 @@ class Work:
         """Cancelled when the work becomes void; for what may wait long."""
 
 
+class _Watch(NamedTuple):
+    """Whose removal somebody wants to know of, and what has been removed of that."""
+
+    keys: frozenset[CacheKey]
+    removed: set[CacheKey]
+
+
 class UnderWay:
     """Work by key. A removal refuses new work on its keys, makes what is under way void, and waits for its end."""
 
@@ -36,6 +43,7 @@ class UnderWay:
         self._ends: dict[CacheKey, asyncio.Future[None]] = {}  # of keys that somebody waits for
         self._removed_keys: Counter[CacheKey] = Counter()
         self._removed_spaces: Counter[tuple[str, str]] = Counter()
+        self._watches: list[_Watch] = []
         self._open = True
 
     def refuses(self, key: CacheKey) -> bool:
@@ -64,6 +72,8 @@ class UnderWay:
     def removal(self, keys: Collection[CacheKey]) -> Iterator[None]:
         """Refuse work on these keys within the block, and make void what is under way."""
         self._removed_keys.update(keys)
+        for watch in self._watches:
+            watch.removed.update(watch.keys.intersection(keys))
         self.cancel(keys)
         try:
             yield
@@ -78,6 +88,8 @@ class UnderWay:
         """Do as :meth:`removal` for all keys of a tenant and fingerprint."""
         space = (tenant, fingerprint)
         self._removed_spaces[space] += 1
+        for watch in self._watches:
+            watch.removed.update(key for key in watch.keys if key[:2] == space)
         self.cancel(self.keys_of(tenant, fingerprint))
         try:
             yield
@@ -85,6 +97,21 @@ class UnderWay:
             self._removed_spaces[space] -= 1
             if not self._removed_spaces[space]:
                 del self._removed_spaces[space]
+
+    @contextmanager
+    def watching(self, keys: Iterable[CacheKey]) -> Iterator[Collection[CacheKey]]:
+        """Yield what of these keys is removed, from now on and within the block.
+
+        For who does several works on a key, one after the other: a removal that comes and goes between two of them
+        meets neither, and what the second would store is what was removed.
+        """
+        watch = _Watch(frozenset(keys), set())
+        watch.removed.update(key for key in watch.keys if self.refuses(key))
+        self._watches.append(watch)
+        try:
+            yield watch.removed
+        finally:
+            self._watches = [each for each in self._watches if each is not watch]
 
     async def close(self) -> None:
         """Refuse all work from now on, make void what is under way, and return when it has ended."""

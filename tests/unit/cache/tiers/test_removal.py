@@ -4,7 +4,7 @@ import asyncio
 import threading
 
 import pytest
-from disk_stores import DEADLINE_S, FaultyFileSystem, arrived, content_of, key_of
+from disk_stores import DEADLINE_S, Faults, FaultyFileSystem, FaultyFolder, arrived, content_of, key_of
 
 from kvpool.cache.disk.leftovers import Leftovers
 from kvpool.cache.disk.names import space_name
@@ -51,6 +51,40 @@ async def test_one_that_waits_for_a_buffer_is_not_written_after_it_was_removed(o
     assert (await demotion)[8] is False
     assert device.found(8) == [None]
     assert await device.fill(8) == [False]
+
+
+@pytest.mark.parametrize("of", ["keys", "space"])
+@pytest.mark.parametrize("pages", [0, 8], ids=["from the device", "from the host tier"])
+async def test_a_durable_write_that_is_tried_again_leaves_out_what_was_removed_since(open_device, tmp_path, of, pages):
+    """What a full disk refuses together is tried again in parts: between two tries nothing is under way on the rest."""
+    faults = Faults()
+    device = await open_device(pages, FaultyFolder(str(tmp_path), faults), watermark=1.0)
+    full = faults.gates["write"] = threading.Event()
+    if pages:
+        await device.demote(*range(4))
+    sources = [device.written(number) for number in range(4)]
+    writing = asyncio.ensure_future(device.tiers.save(None) if pages else device.tiers.write_through(sources))
+    await arrived(faults)
+    faults.errors["write"] = OSError(28, "No space left on device")
+    first_half = faults.gates["write"] = threading.Event()
+    full.set()
+    await arrived(faults)
+    faults.errors.clear()
+    removal = device.tiers.remove([key_of(2), key_of(3)]) if of == "keys" else device.tiers.remove_space("default", "f")
+    removing = asyncio.ensure_future(removal)
+    if of == "keys":
+        await removing
+    else:  # it waits for the first half, once it has begun
+        await asyncio.sleep(0)
+    first_half.set()
+    await removing
+    errors = await writing
+    assert device.found(2, 3) == [None, None]
+    assert len(device.disk.entries()) == (2 if of == "keys" else 0)
+    if pages:
+        assert errors == {}, "what was removed is not to be kept"
+    else:
+        assert [error and error.details["cause"] for error in errors[2:]] == ["removed"] * 2
 
 
 async def test_a_space_goes_whole_and_others_stay(open_device, faults):
