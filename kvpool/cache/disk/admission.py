@@ -27,7 +27,8 @@ class Admission:
 
     def __init__(self, locks: KeyLocks, most: int) -> None:
         self._locks = locks
-        self._room = asyncio.Semaphore(most)
+        self._room = most
+        self._waiting: dict[Request[Any], Callable[[], None]] = {}  # for room, in the order in which they came
         self._steps: set[asyncio.Task[None]] = set()
         self.admitted = 0
         """And not done."""
@@ -35,15 +36,16 @@ class Admission:
     @property
     def full(self) -> bool:
         """Whether a request would wait for room."""
-        return self._room.locked()
+        return self._room <= 0
 
-    async def admit(self, request: _Request, key: CacheKey, go_on: Callable[[_Request], None]) -> None:
-        """Go on with a request once it has its key, which it holds until it is done. Returns at once."""
-        if self.full:
-            self.begin(request, self._admit_in_turn(request, key, go_on))
-        else:
-            await self._room.acquire()
+    def admit(self, request: _Request, key: CacheKey, go_on: Callable[[_Request], None]) -> None:
+        """Go on with a request once it has room and its key, which it holds until it is done."""
+        if self._room > 0:
+            self._room -= 1
             self._lock(request, key, go_on)
+        else:
+            self._waiting[request] = partial(self._lock, request, key, go_on)
+            request.done.add_done_callback(partial(self._withdraw, request))
 
     def begin(self, request: Request[Any], steps: Coroutine[Any, Any, None]) -> None:
         """Take steps that may wait; they end when the request is given up, and if they fail, that is its answer."""
@@ -60,22 +62,17 @@ class Admission:
         task.add_done_callback(ended)
         request.done.add_done_callback(lambda done: task.cancel() if done.cancelled() else None)
 
-    async def _admit_in_turn(self, request: _Request, key: CacheKey, go_on: Callable[[_Request], None]) -> None:
-        await self._room.acquire()
-        if request.done.done():  # given up at this moment
-            self._room.release()
-        else:
-            self._lock(request, key, go_on)
+    def _withdraw(self, request: Request[Any], _done: asyncio.Future[Any]) -> None:
+        self._waiting.pop(request, None)
 
     def _lock(self, request: _Request, key: CacheKey, go_on: Callable[[_Request], None]) -> None:
         self.admitted += 1
-        if self._locks.is_held(key):
-            request.done.add_done_callback(self._leave)
-            self.begin(request, self._lock_in_turn(request, key, go_on))
-        else:
-            self._locks.take(key)
+        if self._locks.try_to_take(key):
             request.done.add_done_callback(partial(self._unlock_and_leave, key))
             go_on(request)
+        else:
+            request.done.add_done_callback(self._leave)
+            self.begin(request, self._lock_in_turn(request, key, go_on))
 
     async def _lock_in_turn(self, request: _Request, key: CacheKey, go_on: Callable[[_Request], None]) -> None:
         await self._locks.acquire(key)
@@ -91,4 +88,10 @@ class Admission:
 
     def _leave(self, _done: asyncio.Future[Any]) -> None:
         self.admitted -= 1
-        self._room.release()
+        while self._waiting:
+            request = next(iter(self._waiting))
+            go_on = self._waiting.pop(request)
+            if not request.done.done():  # else it was given up at this moment
+                go_on()
+                return
+        self._room += 1

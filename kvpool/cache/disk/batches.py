@@ -6,7 +6,6 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from functools import partial
 from typing import Any, Generic, TypeVar
 
 from kvpool.cache.disk.threads import Threads
@@ -21,6 +20,8 @@ class Request(Generic[Result]):
     def __init__(self) -> None:
         self.done: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         """The answer; with it, and when this is cancelled, no thread uses the memory any more."""
+        self.line: deque[Any] | None = None
+        """Where it waits for a thread, or has waited: who gives it up takes it out, and its memory with it."""
         self.holder: object | None = None
         """Stands for the thread that uses the memory now, one for all that it does together; None: none does."""
         self._given_up = False
@@ -39,8 +40,8 @@ class Request(Generic[Result]):
         """Give it up: now, or, if a thread uses the memory, as soon as none does."""
         if self.holder is not None:
             self._given_up = True
-        else:
-            self.done.cancel()
+        elif self.done.cancel() and self.line is not None and self in self.line:
+            self.line.remove(self)
 
     def succeed(self, result: Result) -> None:
         """Answer it, unless it was given up."""
@@ -96,12 +97,8 @@ class Batches(ABC, Generic[_Request, Result]):
     def add(self, request: _Request) -> None:
         """Do it in its turn, with what waits then, unless it has been given up by then."""
         self._waiting.append(request)
-        request.done.add_done_callback(partial(self._withdraw, request))
+        request.line = self._waiting
         self._call_thread()
-
-    def _withdraw(self, request: _Request, done: asyncio.Future[Any]) -> None:
-        if done.cancelled() and request in self._waiting:
-            self._waiting.remove(request)
 
     def _call_thread(self) -> None:
         if self._waiting and self._coming is None:

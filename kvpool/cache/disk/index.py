@@ -139,9 +139,20 @@ class DiskIndex:
 
     def claim(self, entry: DiskEntry) -> None:
         """Take room for a file that is not to be found: one being written, or one that could not be removed."""
+        self._claim(entry, entry.file_bytes)
+
+    def try_to_claim(self, entry: DiskEntry) -> bool:
+        """:meth:`claim` room for a file if it fits though nothing goes."""
+        file_bytes = entry.file_bytes
+        if not self.has_room(file_bytes):
+            return False
+        self._claim(entry, file_bytes)
+        return True
+
+    def _claim(self, entry: DiskEntry, file_bytes: int) -> None:
         ensure(entry.key not in self._claims, "room is claimed twice for a key")
         self._claims[entry.key] = entry
-        self._used_bytes += entry.file_bytes
+        self._used_bytes += file_bytes
         self._hang(entry)
 
     def unclaim(self, key: CacheKey) -> None:
@@ -149,6 +160,16 @@ class DiskIndex:
         entry = self._claims.pop(key)
         self._used_bytes -= entry.file_bytes
         self._take_off(entry)
+
+    def settle(self, entry: DiskEntry) -> None:
+        """Enter a cache for which room was claimed, under this name or another, as the most recently used."""
+        key = entry.key
+        ensure(key not in self._entries, "a key is entered twice in the disk index")
+        claimed = self._claims.pop(key)
+        ensure(claimed.size_bytes == entry.size_bytes and claimed.parent == entry.parent, "another cache than claimed")
+        self._entries[key] = entry
+        self._stamp(key, self._next_stamp)
+        self._next_stamp += 1
 
     def has_room(self, file_bytes: int) -> bool:
         """Whether a file fits though nothing goes."""

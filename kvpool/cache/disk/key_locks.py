@@ -21,10 +21,16 @@ class KeyLocks:
         """Whether somebody holds a key."""
         return key in self._waiting
 
+    def try_to_take(self, key: CacheKey) -> bool:
+        """Hold a key if nobody holds it."""
+        if key in self._waiting:
+            return False
+        self._waiting[key] = deque()
+        return True
+
     def take(self, key: CacheKey) -> None:
         """Hold a key that nobody holds."""
-        ensure(key not in self._waiting, "a key is taken that somebody holds")
-        self._waiting[key] = deque()
+        ensure(self.try_to_take(key), "a key is taken that somebody holds")
 
     async def acquire(self, key: CacheKey) -> None:
         """Hold a key once all who came before have released it."""

@@ -105,7 +105,8 @@ class Packing(Batches[Write, None]):
             if (refusal := self._refused(entry.key)) is not None:
                 write.fail(refusal)
                 continue
-            if batch and _kind(entry) != kind:
+            its_kind = _kind(entry)
+            if batch and its_kind != kind:
                 others.append(write)
                 continue
             file_bytes = entry.file_bytes
@@ -117,7 +118,7 @@ class Packing(Batches[Write, None]):
                 write.victims = victims
                 batch.append(write)
                 size_bytes += file_bytes
-                kind = _kind(entry)
+                kind = its_kind
             elif batch:  # there may be room when these are there, and can go for it
                 others.append(write)
                 break

@@ -305,7 +305,7 @@ class DiskTier:
             if self._writes.full and not write.durable:
                 write.fail(refusal(self._counters, "queue_full"))
             else:
-                await self._writes.admit(write, write.entry.key, self._store)
+                self._writes.admit(write, write.entry.key, self._store)
         await answered(writes)
 
     def _store(self, write: Write) -> None:
@@ -369,7 +369,7 @@ class DiskTier:
                 read.succeed(False)
             else:
                 read.done.add_done_callback(partial(self._count_read, read))
-                await self._reads.admit(read, read.key, self._reading.add)
+                self._reads.admit(read, read.key, self._reading.add)
         await answered(reads)
 
     def _count_read(self, read: Read, done: asyncio.Future[bool]) -> None:

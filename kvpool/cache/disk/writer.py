@@ -121,12 +121,12 @@ class Writer:
 
     def claim(self, entry: DiskEntry) -> list[DiskEntry] | None:
         """Take room for a cache; returns what must go for it, which can be found no more, or None if it has no room."""
-        victims: list[DiskEntry] | None = []
-        if not self._index.has_room(entry.file_bytes):
-            victims = self._index.victims(entry.file_bytes, partial(self._stays, (entry,)))
-            if victims is None:
-                return None
-            self._take(victims)
+        if self._index.try_to_claim(entry):
+            return []
+        victims = self._index.victims(entry.file_bytes, partial(self._stays, (entry,)))
+        if victims is None:
+            return None
+        self._take(victims)
         self._index.claim(entry)
         return victims
 
@@ -148,23 +148,21 @@ class Writer:
             If they are not there.
         """
         try:
+            await self._evict(victims)
             try:
-                await self._evict(victims)
-                try:
-                    await self._write(entries, payloads)
-                except Exception:
-                    for entry in entries:  # a store may have taken it and failed to say so
-                        await self._removals.undo(entry)
-                    raise
-            finally:
-                for entry in entries:
-                    self._index.unclaim(entry.key)
-        except KvpoolError:
-            raise
-        except Exception as error:
+                await self._write(entries, payloads)
+            except Exception:
+                for entry in entries:  # a store may have taken it and failed to say so
+                    await self._removals.undo(entry)
+                raise
+        except BaseException as error:
+            for entry in entries:
+                self._index.unclaim(entry.key)
+            if isinstance(error, KvpoolError) or not isinstance(error, Exception):
+                raise
             raise self._failure(entries[0], error, len(entries)) from error
         for entry in entries:
-            self._index.add(entry)
+            self._index.settle(entry)
             self._counters.count_written(entry.size_bytes)
 
     async def _write(self, entries: Sequence[DiskEntry], payloads: Sequence[memoryview]) -> None:
