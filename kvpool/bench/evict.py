@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
 from itertools import count, islice
 from random import Random
 from typing import Any
 
 from kvpool.bench.rows import median, quantile, row
+from kvpool.cache.eviction import CacheEvictionPolicy
 from kvpool.cache.index import CacheIndex
 from kvpool.cache.key import BlockHash
 from kvpool.cache.store import FREED, RELEASED
@@ -46,7 +48,7 @@ _AT_ONCE = 64
 _POOL_BLOCKS = 50_000
 _ROUNDS = 40
 _PARTS = 40
-STEPS = len(POLICIES) * 2 * (_PARTS + _ROUNDS)
+STEPS = len(POLICIES) * 2 * (_PARTS + _ROUNDS) + _PARTS
 _CLIENT = "bench"
 
 
@@ -71,11 +73,16 @@ def run(on_progress: Callable[[int], None] = lambda _done: None) -> dict[str, An
         baseline.setdefault(what, value)
 
     try:
+        index = CacheIndex()
+        index.policy = _FirstInFirstOut()
+        books_us, _ = _requests(index, 1, step)
         for policy in POLICIES:
             for length in (1, CHAIN):
                 kind = f"requests of {length}"
-                mean_us, longest_ms = _requests(policy, length, step)
+                mean_us, longest_ms = _requests(CacheIndex(policy), length, step)
                 add(policy, f"{kind}: a block, {RESIDENT:,} resident", mean_us, "us")
+                if length == 1:
+                    add(policy, f"{kind}: the policy's own part of that", mean_us - books_us, "us")
                 add(policy, f"{kind}: the longest request", longest_ms, "ms")
                 evictions_ms = _evictions(policy, length, step)
                 evicted = f"{kind}: {EVICTED_BYTES // BLOCK_BYTES:,} blocks evicted at once"
@@ -86,13 +93,46 @@ def run(on_progress: Callable[[int], None] = lambda _done: None) -> dict[str, An
     return {"bench": "evict", "rows": rows}
 
 
-def _requests(policy: str, length: int, on_step: Callable[[], None]) -> tuple[float, float]:
-    """Return the mean microseconds a block, and the milliseconds of the longest request.
+class _FirstInFirstOut(CacheEvictionPolicy):
+    """Next to no policy, for requests of one block each: what is left is what the books take with any."""
+
+    def __init__(self) -> None:
+        self._rows: deque[int] = deque()
+
+    def grown(self, rows: int) -> None:
+        pass
+
+    def evictable(self, rows: Sequence[int], now: float) -> None:
+        pass
+
+    def taken(self, rows: Sequence[int], now: float) -> None:
+        pass
+
+    def sheltered(self, row: int) -> None:
+        pass
+
+    def stored(self, space: int, hashes: Sequence[BlockHash], rows: Sequence[int], now: float) -> None:
+        self._rows.append(rows[0])
+
+    def removed(self, rows: Sequence[int]) -> None:
+        self._rows.popleft()
+
+    def victim(self) -> int:
+        return self._rows[0]
+
+    def victims(self, partition: int) -> Iterator[int]:
+        return iter(self._rows)
+
+    def worth(self, row: int) -> float:
+        return 0.0
+
+
+def _requests(index: CacheIndex, length: int, on_step: Callable[[], None]) -> tuple[float, float]:
+    """Return the mean microseconds a block, and the milliseconds of the longest request, of an empty index.
 
     Half of the requests are for what was stored lately or is popular, half are new; a full index evicts for these. By
     turns, some are timed together, for the mean, and each of as many alone, for the longest.
     """
-    index = CacheIndex(policy)
     index.add_device(0)
     _freeze()
     space = index.space("bench", "bench")
