@@ -20,7 +20,7 @@ from kvpool.actors.executor import Executor
 from kvpool.actors.fleet import Fleet
 from kvpool.actors.pool_telemetry import PoolTelemetry
 from kvpool.actors.protocol import errors_of
-from kvpool.errors import InvalidRequestError, from_wire
+from kvpool.errors import DeviceLostError, InvalidRequestError, from_wire
 from kvpool.pool.instructions import (
     Batch,
     EvictRequested,
@@ -192,9 +192,20 @@ class Administration:
     async def defragment(self) -> dict[str, int]:
         """Compact the memory of all devices; returns ``{"moved_bytes", "freed_pages"}``.
 
-        It goes in steps, between which the devices serve requests. What somebody has leased stays where it is.
+        It goes in steps, between which the devices serve requests. What somebody has leased stays where it is. A device
+        that is lost meanwhile counts with what it did.
+
+        Raises
+        ------
+        KvpoolError
+            If a device could not go on; the others have been compacted.
         """
-        done = await asyncio.gather(*map(self._compact, self._alive()))
+        outcomes = await asyncio.gather(*map(self._compact, self._alive()), return_exceptions=True)
+        done = []
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+            done.append(outcome)
         return {"moved_bytes": sum(moved for moved, _ in done), "freed_pages": sum(pages for _, pages in done)}
 
     async def _compact(self, number: int) -> tuple[int, int]:
@@ -202,8 +213,11 @@ class Administration:
         more = True
         while more:
             answer = await self._fleet.operate(number, ("compact", _COMPACT_BYTES))
-            if answer[0] == "error":  # it is lost, and what was fragmented there with it
-                break
+            if answer[0] == "error":
+                error = from_wire(answer[1:])
+                if isinstance(error, DeviceLostError):  # and what was fragmented there with it
+                    break
+                raise error
             moved, pages, more = answer
             moved_bytes, freed_pages = moved_bytes + moved, freed_pages + pages
         return moved_bytes, freed_pages
