@@ -23,6 +23,8 @@ from kvpool.memory.backend import Access
 from kvpool.memory.host import HostBackend
 
 SIZE = 65536
+PAGE = 4 * SIZE
+ADDRESSES = mman.ADDRESSES
 
 
 @pytest.fixture
@@ -331,3 +333,84 @@ def test_limits_of_control_groups(
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
     assert list(limits._control_group_limits(process)) == expected
+
+
+class _Reads:
+    """All addresses, as :data:`mman.ADDRESSES`, and which bytes are read by themselves."""
+
+    def __init__(self) -> None:
+        self.addresses: list[int] = []
+
+    def __getitem__(self, where: int | slice) -> int | memoryview:
+        if isinstance(where, int):
+            self.addresses.append(where)
+        return ADDRESSES[where]
+
+    def __setitem__(self, where: slice, content: memoryview) -> None:
+        ADDRESSES[where] = content
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> _Reads:
+    reads = _Reads()
+    monkeypatch.setattr(mman, "ADDRESSES", reads)
+    return reads
+
+
+@pytest.fixture
+def places() -> Iterator[tuple[HostBackend, int, int]]:
+    """A backend, and where two pages of 256 KiB are that another process could have written."""
+    backend = HostBackend()
+    address = backend.reserve(2 * PAGE, PAGE)
+    _map_written(backend, address)
+    _map_written(backend, address + PAGE)
+    yield backend, address, address + PAGE
+    backend.close()
+
+
+def _map_written(backend: HostBackend, address: int) -> None:
+    """Map a page that is written through its descriptor, so that nothing of it is in page tables."""
+    handle = backend.create(PAGE)
+    descriptor = backend.export(handle)
+    os.pwrite(descriptor, os.urandom(PAGE), 0)
+    os.close(descriptor)
+    backend.map(address, handle)
+    backend.set_access(address, PAGE, Access.READ_WRITE)
+    backend.release(handle)
+
+
+def _faults(backend: HostBackend, copy: tuple[int, int, int]) -> int:
+    before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+    backend.copy([copy])
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
+
+
+@pytest.mark.parametrize("size_bytes", [PAGE, PAGE - SIZE])  # a long copy and a short one
+def test_memory_that_another_process_wrote_does_not_fault_for_each_page_of_the_system(
+    places: tuple[HostBackend, int, int], size_bytes: int
+) -> None:
+    backend, source, destination = places
+    ctypes.string_at(source, PAGE)  # so that the source's faults are over
+    assert _faults(backend, (destination, source, size_bytes)) <= size_bytes // mmap.PAGESIZE // 2
+    assert ctypes.string_at(destination, size_bytes) == ctypes.string_at(source, size_bytes)
+
+
+def test_what_is_copied_to_is_read_once_first_and_nothing_else_is(
+    places: tuple[HostBackend, int, int], reads: _Reads
+) -> None:
+    backend, source, destination = places
+    copies = [(destination + 100, source, 50), (destination + 150, source, 50), (destination + 300, source, SIZE)]
+    backend.copy(copies)
+    assert reads.addresses == [destination + 100, destination + SIZE]
+    backend.copy([*copies, (destination, source, PAGE)])
+    assert reads.addresses == [destination + 100, destination + SIZE, destination + 2 * SIZE, destination + 3 * SIZE]
+
+
+def test_what_is_mapped_anew_is_read_again(places: tuple[HostBackend, int, int], reads: _Reads) -> None:
+    backend, source, destination = places
+    backend.copy([(destination, source, 50), (source + SIZE, source, 50)])
+    backend.unmap(destination, PAGE)
+    _map_written(backend, destination)
+    reads.addresses.clear()
+    backend.copy([(destination, source, 50), (source + SIZE, source, 50)])
+    assert reads.addresses == [destination]
