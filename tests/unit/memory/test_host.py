@@ -18,7 +18,7 @@ import pytest
 
 import kvpool
 from kvpool.errors import BackendError, ForkedHandleError, InvalidRequestError, InvalidSizeError, SystemLimitError
-from kvpool.memory import limits, mman
+from kvpool.memory import host, limits, mman
 from kvpool.memory.backend import Access
 from kvpool.memory.host import HostBackend
 
@@ -414,3 +414,16 @@ def test_what_is_mapped_anew_is_read_again(places: tuple[HostBackend, int, int],
     reads.addresses.clear()
     backend.copy([(destination, source, 50), (source + SIZE, source, 50)])
     assert reads.addresses == [destination]
+
+
+def test_of_few_windows_it_is_known_that_they_were_read(
+    places: tuple[HostBackend, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend, source, destination = places
+    monkeypatch.setattr(host, "_MOST_WINDOWS", 3)
+    for _ in range(3):
+        backend.copy([(destination, source, PAGE)])
+        assert len(backend._touched) == PAGE // SIZE
+    backend.copy([(destination, source, 50)])
+    assert len(backend._touched) == 1
+    assert ctypes.string_at(destination, PAGE) == ctypes.string_at(source, PAGE)
