@@ -20,13 +20,10 @@ from kvpool.pool.fanout import nothing_more
 from kvpool.pool.instructions import Answer, Batch, Failed, distinct
 from kvpool.pool.ledger import Ledger
 from kvpool.pool.model import Model
-from kvpool.pool.requests import BlocksRequest, CacheRequest
+from kvpool.pool.requests import MOST_BLOCK_SHORTAGES, BlocksRequest, CacheRequest
 from kvpool.pool.room import Room
 from kvpool.pool.stepwise import send_stepwise, wants_memory
 from kvpool.sizes import format_size
-
-_MOST_SHORTAGES = 3
-"""How often more is evicted on a device that had less room than the books say. Blocks never wait for memory."""
 
 
 class BlockAllocations:
@@ -176,7 +173,7 @@ class BlockAllocations:
                 request.places[position] = place
             missing = positions[len(places) :]
             short = shortage is not None and missing and wants_memory(shortage)
-            if short and attempts < _MOST_SHORTAGES and not self._ledger.has_left(request.client):
+            if short and attempts < MOST_BLOCK_SHORTAGES and not self._ledger.has_left(request.client):
                 device = self._ledger.devices[number]
                 block_bytes = request.model.block_bytes or 0
                 need_bytes = len(missing) * device.footprint_bytes(block_bytes, block_bytes)

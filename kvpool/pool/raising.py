@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -19,12 +20,13 @@ from kvpool.pool.below import Below
 from kvpool.pool.client import Client
 from kvpool.pool.directory import Directory
 from kvpool.pool.fanout import Fanout, nothing_more
-from kvpool.pool.instructions import Answer, Batch, Grant, Move
+from kvpool.pool.instructions import Answer, Batch, Failed, Grant, Move
 from kvpool.pool.leases import RAISER, Leases
 from kvpool.pool.ledger import Ledger
 from kvpool.pool.model import Model
+from kvpool.pool.requests import MOST_BLOCK_SHORTAGES
 from kvpool.pool.room import Room
-from kvpool.pool.stepwise import send_stepwise
+from kvpool.pool.stepwise import send_stepwise, wants_memory
 
 
 @dataclass(slots=True, eq=False)
@@ -49,6 +51,8 @@ class _Raise:
 
     model: Model
     device: int
+    size_bytes: int
+    """Of each."""
     ids: list[int]
     hashes: list[BlockHash]
     root: bool
@@ -136,22 +140,35 @@ class Raising:
         ):
             end += 1
         run, device, size_bytes = list(hashes[first:end]), ledger.devices[entry.device], entry.size_bytes
+        root = parent < 0
         # Held before anything goes down to make room for them: it could push out the very content that is wanted.
         ledger.send(device.number, ("hold", model.tenant, model.fingerprint, run), nothing_more)
-        found = self._room.find_on(device, model, size_bytes, size_bytes, len(run))
-        fitting, evicted = found if found is not None else (0, [])
-        if fitting < len(run):
-            ledger.send(device.number, ("unhold", model.tenant, model.fingerprint, run[fitting:]), nothing_more)
-        if not fitting:
+        raiser, ids, evicted = self._raiser(model.tenant, device.number), list[int](), list[int]()
+        # All that has room is one operation, in which what goes for any of it has gone before the first is placed.
+        while len(ids) < len(run):
+            try:
+                found = self._room.find_on(device, model, size_bytes, size_bytes, len(run) - len(ids))
+            except Exception as error:  # a bug: what is in the books by now must reach the device all the same
+                if not ids:
+                    raise
+                ledger.out.append(Failed(("find room",), error))
+                break
+            if found is None:
+                break
+            fitting, gone = found
+            part = run[len(ids) : len(ids) + fitting]
+            new = ledger.add_chain(raiser, model.space, device, size_bytes, part, parent, hashes, now)
+            parent = new[-1]
+            ids += map(ledger.index.id_of, new)
+            evicted += gone
+        if len(ids) < len(run):
+            ledger.send(device.number, ("unhold", model.tenant, model.fingerprint, run[len(ids) :]), nothing_more)
+        if not ids:
             return None
-        raiser = self._raiser(model.tenant, device.number)
-        new = ledger.add_chain(raiser, model.space, device, size_bytes, run[:fitting], parent, hashes, now)
-        ids = [ledger.index.id_of(row) for row in new]
-        work = _Raise(model, device.number, ids, run[:fitting], parent < 0)
+        work = _Raise(model, device.number, size_bytes, ids, run[: len(ids)], root)
         for block_hash in work.hashes:
             self._under_way[model.space, block_hash] = work
-        operation = ("allocate", raiser.id, 0, model.tenant, work.ids, size_bytes, size_bytes, evicted)
-        send_stepwise(ledger, device.number, operation, lambda answer, now: self._placed(work, answer, now))
+        self._allocate(work, 0, evicted, 0)
         return work
 
     def _raiser(self, tenant: str, device: int) -> Client:
@@ -161,10 +178,26 @@ class Raising:
             self._ledger.send(device, ("connect", raiser.id, tenant, ""), nothing_more)
         return raiser
 
-    def _placed(self, work: _Raise, answer: Answer, now: float) -> None:
-        placed = 0 if answer[0] == "error" else len(answer[0])
+    def _allocate(self, work: _Raise, first: int, evict: list[int], attempts: int) -> None:
+        """Place what comes up from the ``first`` on."""
+        raiser = self._raiser(work.model.tenant, work.device)
+        ids, size_bytes = work.ids[first:], work.size_bytes
+        operation = ("allocate", raiser.id, 0, work.model.tenant, ids, size_bytes, size_bytes, evict)
+        then = partial(self._placed, work, first, attempts)
+        send_stepwise(self._ledger, work.device, operation, then)
+
+    def _placed(self, work: _Raise, first: int, attempts: int, answer: Answer, now: float) -> None:
+        placed, shortage = (first, None) if answer[0] == "error" else (first + len(answer[0]), answer[2])
         if placed < len(work.ids):
-            # The device has less room than the books say. What lies below stays there.
+            if shortage is not None and wants_memory(shortage) and attempts < MOST_BLOCK_SHORTAGES:
+                # The device has less room than the books say: where the last free bytes are holes, more has to go.
+                device = self._ledger.devices[work.device]
+                need_bytes = (len(work.ids) - placed) * device.footprint_bytes(work.size_bytes, work.size_bytes)
+                evict = self._room.evict_for(work.model, device, need_bytes, need_bytes << attempts)
+                if evict:
+                    self._allocate(work, placed, evict, attempts + 1)
+                    return
+            # What lies below stays there.
             for cache_id, block_hash in zip(work.ids[placed:][::-1], work.hashes[placed:][::-1], strict=True):
                 del self._under_way[work.model.space, block_hash]
                 self._ledger.forget(cache_id)

@@ -16,6 +16,9 @@ from kvpool.pool.quota import Owner
 MOST_SHORTAGES = 5
 """After so many answers that a device is short, a request stops evicting there until it is tried anew."""
 
+MOST_BLOCK_SHORTAGES = 3
+"""How often more is evicted for blocks, new or from below, on a device that is short: they never wait for memory."""
+
 MOST_IN_VAIN = 3
 """It stops sooner, and begins no more while it waits, once so much went for nothing: what is leased is in the way.
 

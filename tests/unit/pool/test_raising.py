@@ -427,3 +427,33 @@ def test_whatever_the_order_every_block_has_its_bytes(seed):
         assert not any(name.startswith("raise:") for name in store.leases())
     pool.check()
     pool.close()
+
+
+@pytest.mark.parametrize("block_bytes", [12 << 10, 20 << 10, 28 << 10, 36 << 10])
+def test_blocks_that_leave_holes_in_pages_come_up_into_a_full_device(block_bytes):
+    """The last free bytes are holes smaller than a block, which the books take for room."""
+    local = LocalPool(pages=8, lower=True)
+    local.connect()
+    model = local.model(block_bytes=block_bytes)
+    count = 5 * PAGE // block_bytes
+    chains = [list(range(first, first + count)) for first in (0, 1000, 2000, 3000)]
+    for ids in chains:
+        assert local.store(ids, model=model, block_bytes=block_bytes) == count
+    for ids in chains * 2:
+        assert local.read(ids, model=model) == [block % 256 for block in ids]
+    local.check()
+    local.close()
+
+
+@pytest.mark.parametrize("size_bytes", [PAGE + 4096, 3 * PAGE // 2, 2 * PAGE + 1])
+def test_caches_of_a_size_that_is_no_whole_number_of_pages_come_up(size_bytes):
+    local = LocalPool(pages=8, lower=True)
+    local.connect()
+    model = local.model(block_bytes=size_bytes)
+    chains = [[number] for number in range(0, 3000, 100)]
+    for ids in chains:
+        assert local.store(ids, model=model, block_bytes=size_bytes) == 1
+    for ids in chains * 2:
+        assert local.read(ids, model=model) == [ids[0] % 256]
+    local.check()
+    local.close()
