@@ -139,7 +139,7 @@ class InterleavedPool(LocalPool):
         return bool(sent)
 
     def _zombies(self, device: int) -> tuple[int, int]:
-        return self._stamp(), self.stores[device].allocator.usage().zombie_bytes
+        return self.stamp(), self.stores[device].allocator.usage().zombie_bytes
 
     def _tell_if_freed(self, device: int, zombie_bytes_before: int) -> None:
         if self.stores[device].allocator.usage().zombie_bytes < zombie_bytes_before:

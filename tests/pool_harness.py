@@ -160,7 +160,7 @@ class LocalPool:
             return False
         self.outboxes[device].clear()
         answers = [self._carry_out(device, send.operation) for send in sent]
-        zombies = (self._stamp(), self.stores[device].allocator.usage().zombie_bytes)
+        zombies = (self.stamp(), self.stores[device].allocator.usage().zombie_bytes)
         self.take(self.state.handle(DeviceAnswered(device, sent, answers, zombies), self.now))
         return True
 
@@ -186,7 +186,7 @@ class LocalPool:
             self.move()
             self.settle()
 
-    def _stamp(self) -> int:
+    def stamp(self) -> int:
         self._last_stamp = getattr(self, "_last_stamp", 0) + 1
         return self._last_stamp
 
@@ -312,7 +312,7 @@ class LocalPool:
             ended, freed = store.disconnect(client)
             store.allocator.holder_gone(client)
             self.handle(ClientGone(client, number, ended, freed))
-            self.handle(DeviceFreed(number, (self._stamp(), store.allocator.usage().zombie_bytes)))
+            self.handle(DeviceFreed(number, (self.stamp(), store.allocator.usage().zombie_bytes)))
         self.settle()
 
     def check(self) -> None:

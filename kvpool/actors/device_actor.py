@@ -281,7 +281,7 @@ class DeviceActor:
         """Return what happened after event number ``seen``, waiting for it up to ``wait_s``.
 
         Events are ``("gone", client, ended ids, freed ids)``, ``("freed", (stamp, zombie bytes))`` and ``("lower_gone",
-        [(tenant, fingerprint, hash), …])``. Those up to ``seen`` are forgotten: the pool has them.
+        [(tenant, fingerprint, hash), …], stamp)``. Those up to ``seen`` are forgotten: the pool has them.
         """
         return await self._events.poll(seen, wait_s)
 
@@ -382,7 +382,8 @@ class DeviceActor:
         return self._stamp, self._allocator.usage().zombie_bytes
 
     def _tell_gone(self, keys: Sequence[CacheKey]) -> None:
-        self._tell(("lower_gone", [tuple(key) for key in keys]))
+        self._stamp += 1
+        self._tell(("lower_gone", [tuple(key) for key in keys], self._stamp))
 
     def _tell(self, event: tuple[Any, ...]) -> None:
         self._events.put(event)

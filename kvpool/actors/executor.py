@@ -92,8 +92,8 @@ class Executor:
                 self.decide(ClientGone(client, number, ended, freed))
             case ("freed", zombies):
                 self.decide(DeviceFreed(number, zombies))
-            case ("lower_gone", keys):
-                self.decide(LowerGone(number, keys))
+            case ("lower_gone", keys, stamp):
+                self.decide(LowerGone(number, keys, stamp))
 
     def _moved(self, move: Move, answer: Any) -> None:
         self.decide(Moved(move, answer))

@@ -25,6 +25,8 @@ class LowerEntry(NamedTuple):
     device: int
     size_bytes: int
     parent: BlockHash | None
+    stamp: int | None = 0
+    """The device's when it answered that this is there; None while it has not."""
 
 
 class Below:
@@ -61,6 +63,7 @@ class Below:
         if not any(device.has_lower for device in devices):
             return
         going: dict[tuple[int, int], list[tuple[int, BlockHash, BlockHash | None]]] = {}
+        entered: dict[tuple[int, int], list[tuple[BlockHash, LowerEntry]]] = {}
         for row in rows:
             device = index.device[row]
             if not devices[device].has_lower or not index.flags[row] & KEYED or index.is_void(row):
@@ -70,18 +73,25 @@ class Below:
                 continue
             space = index.space_of(row)
             going.setdefault((device, space), []).append((index.id_of(row), key, parent))
-            self._entries.setdefault(space, {})[key] = LowerEntry(device, index.asked_bytes[row], parent)
+            entry = LowerEntry(device, index.asked_bytes[row], parent, None)
+            entered.setdefault((device, space), []).append((key, entry))
+            self._entries.setdefault(space, {})[key] = entry
         for (device, space), entries in going.items():
             model = ledger.model_in(space)
             operation = ("lower", model.tenant, model.fingerprint, entries)
             ledger.counters.blocks_lowered += len(entries)
-            ledger.send(device, operation, partial(self._lowered, device, space, [key for _, key, _ in entries]))
+            ledger.send(device, operation, partial(self._lowered, space, entered[device, space]))
 
-    def _lowered(self, device: int, space: int, keys: list[BlockHash], answer: Answer, now: float) -> None:
+    def _lowered(self, space: int, entered: list[tuple[BlockHash, LowerEntry]], answer: Answer, now: float) -> None:
         lost = isinstance(answer, tuple)
-        for position, key in enumerate(keys):
+        entries, stamp = self._entries.get(space, {}), self._ledger.devices[entered[0][1].device].zombie_stamp
+        for position, (key, entry) in enumerate(entered):
+            if entries.get(key) is not entry:  # forgotten, or it came up meanwhile and went down again
+                continue
             if lost or not answer[position]:
-                self.discard(device, space, key)
+                del entries[key]
+            else:
+                entries[key] = LowerEntry(entry.device, entry.size_bytes, entry.parent, stamp)
 
     def discard(self, device: int, space: int, block_hash: BlockHash) -> None:
         """Forget content that is not below that device (any more)."""
@@ -90,10 +100,17 @@ class Below:
         if known is not None and known.device == device:
             del entries[block_hash]
 
-    def gone(self, device: int, keys: Iterable[tuple[str, str, BlockHash]]) -> None:
-        """Enter that a device lost these keys: ``(tenant, fingerprint, hash)``."""
+    def gone(self, device: int, keys: Iterable[tuple[str, str, BlockHash]], stamp: int) -> None:
+        """Enter that a device lost these keys, ``(tenant, fingerprint, hash)``, when its stamp was that.
+
+        Answers overtake this. What was sent down since the key went is there, or is not known to be there yet: it
+        stays, as nothing else would ever tell of it. (If it went after it was answered for, a look-up finds less.)
+        """
         for tenant, fingerprint, block_hash in keys:
-            self.discard(device, self._ledger.index.space(tenant, fingerprint), block_hash)
+            entries = self._entries.get(self._ledger.index.space(tenant, fingerprint), {})
+            known = entries.get(block_hash)
+            if known is not None and known.device == device and known.stamp is not None and known.stamp < stamp:
+                del entries[block_hash]
 
     def device_lost(self, number: int) -> None:
         """Forget all that was below a device."""

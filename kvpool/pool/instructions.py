@@ -200,10 +200,14 @@ class Moved(NamedTuple):
 
 
 class LowerGone(NamedTuple):
-    """A device lost content from its lower tiers: ``(tenant, fingerprint, hash)`` of each."""
+    """A device lost content from its lower tiers: ``(tenant, fingerprint, hash)`` of each.
+
+    ``stamp``: the device's at that time, as in :class:`DeviceAnswered`.
+    """
 
     device: int
     keys: Sequence[tuple[str, str, bytes]]
+    stamp: int
 
 
 class DeviceLost(NamedTuple):

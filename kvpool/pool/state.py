@@ -339,7 +339,7 @@ class PoolState:
             case Moved():
                 self._go_on(event.move, event.answer, now)
             case LowerGone():
-                self.below.gone(event.device, event.keys)
+                self.below.gone(event.device, event.keys, event.stamp)
             case ClientGone():
                 self.allocations.cancel_client(event.client)
                 self.raising.cancel_client(event.client)

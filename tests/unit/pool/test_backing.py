@@ -159,7 +159,7 @@ def test_a_device_that_has_less_than_the_books_say(pool):
     assert kind == "queued"
     for client, serials in store.allocator.take_drops().items():
         store.allocator.dropped(client, serials)
-    pool.handle(DeviceFreed(0, (pool._stamp(), 0)))
+    pool.handle(DeviceFreed(0, (pool.stamp(), 0)))
     pool.settle()
     ((told, answer),) = pool.grants["c"]
     assert (told, answer[2]) == (ticket, 7 * PAGE)
@@ -198,7 +198,7 @@ def test_changes_of_one_cache_on_a_device_that_is_short_come_to_an_end(pool, pag
         assert [answer[0] for answer in answers] == ["queued"] * len(pages)
     for client, serials in store.allocator.take_drops().items():
         store.allocator.dropped(client, serials)
-    pool.handle(DeviceFreed(0, (pool._stamp(), 0)))
+    pool.handle(DeviceFreed(0, (pool.stamp(), 0)))
     pool.settle()
     if timeout_s:
         told = dict(pool.grants["c"])

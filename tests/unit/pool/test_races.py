@@ -67,7 +67,7 @@ def test_a_request_of_a_dead_client_does_not_stand_in_line(pool):
     pool.outboxes[0].clear()
     answers = pool.stores[0].apply([send.operation for send in sent])  # the device has not seen the death yet
     pool.kill("mortal")
-    pool.handle(DeviceAnswered(0, sent, answers, (pool._stamp(), 0)))
+    pool.handle(DeviceAnswered(0, sent, answers, (pool.stamp(), 0)))
     pool.settle()
     assert pool.done[batch][0][0] == "error"
     assert isinstance(from_wire(pool.done[batch][0][1:]), ProtocolError)
@@ -91,7 +91,7 @@ def test_nothing_is_evicted_for_a_request_of_a_dead_client(pool, event_type):
     answers = pool.stores[0].apply([send.operation for send in sent])  # the device has not seen the death yet
     assert answers[0][-1] is not None
     pool.kill("mortal")
-    pool.handle(DeviceAnswered(0, sent, answers, (pool._stamp(), 0)))
+    pool.handle(DeviceAnswered(0, sent, answers, (pool.stamp(), 0)))
     pool.settle()
     ((kind, *rest),) = pool.done[batch]
     assert isinstance(from_wire(rest), ProtocolError) if kind == "error" else rest == [0, [], [], []]

@@ -8,6 +8,7 @@ from pool_harness import PAGE, LocalPool, hashes, keys_of
 from kvpool.errors import DeviceLostError
 from kvpool.pool.instructions import (
     Batch,
+    BlocksRequested,
     DeviceLost,
     EvictRequested,
     InvalidateRequested,
@@ -108,7 +109,7 @@ def test_a_device_tells_what_its_tiers_lost(pool):
     first = full(pool)
     full(pool, 100)
     model = pool.state.ledger.models[0]
-    pool.handle(LowerGone(0, [(model.tenant, model.fingerprint, keys_of(first)[0])]))
+    pool.handle(LowerGone(0, [(model.tenant, model.fingerprint, keys_of(first)[0])], pool.stamp()))
     assert pool.look_up(first)[5] == 0
 
 
@@ -305,7 +306,7 @@ def test_an_invalidation_reaches_what_hung_on_content_that_is_gone(pool):
     first = full(pool)
     full(pool, 100)
     model = pool.state.ledger.models[0]
-    pool.handle(LowerGone(0, [(model.tenant, model.fingerprint, key) for key in keys_of(first[1:2])]))
+    pool.handle(LowerGone(0, [(model.tenant, model.fingerprint, key) for key in keys_of(first[1:2])], pool.stamp()))
     batch = Batch(1)
     pool.handle(InvalidateRequested(batch, None, "m", keys_of(first[:1])))
     pool.settle_all()
@@ -457,3 +458,28 @@ def test_caches_of_a_size_that_is_no_whole_number_of_pages_come_up(size_bytes):
         assert local.read(ids, model=model) == [ids[0] % 256]
     local.check()
     local.close()
+
+
+def test_what_went_down_again_since_a_device_lost_it_is_there(pool):
+    """Answers overtake what a device tells by itself: it had dropped its copy of what was in use above."""
+    first = full(pool)
+    full(pool, 100)
+    assert pool.read(first) == first
+    lost_at = pool.stamp()
+    full(pool, 200)
+    model = pool.state.ledger.models[0]
+    late = LowerGone(0, [(model.tenant, model.fingerprint, key) for key in keys_of(first)], lost_at)
+    pool.handle(late)
+    assert pool.read(first) == first
+
+
+def test_what_is_on_its_way_down_is_not_taken_for_lost(pool):
+    first = full(pool)
+    others = b"".join(keys_of(range(300, 300 + BLOCKS)))
+    pool.handle(BlocksRequested(Batch(1), "c", [(1, 0, others, None, None, None)]))
+    model = pool.state.ledger.models[0]
+    pool.handle(LowerGone(0, [(model.tenant, model.fingerprint, key) for key in keys_of(first)], pool.stamp()))
+    pool.settle_all()
+    assert all(pool.state.below.find(model.space, key) for key in keys_of(first))
+    pool.handle(LowerGone(0, [(model.tenant, model.fingerprint, key) for key in keys_of(first)], pool.stamp()))
+    assert not any(pool.state.below.find(model.space, key) for key in keys_of(first))
