@@ -5,6 +5,8 @@ import threading
 from disk_stores import arrived, key_of
 from loop_clock import LONG_S, out_of_time
 
+from kvpool.cache.host_index import Kind
+
 URL = "faulty://tier"
 FULL = OSError(28, "No space left on device")
 
@@ -37,6 +39,23 @@ async def test_what_cannot_be_written_is_told_and_stays_in_the_host(open_device,
     faults.errors["put"] = FULL
     assert [error.details["cause"] for error in (await device.tiers.save(None)).values()] == ["ENOSPC"] * 2
     assert device.found(1, 2) == ["host", "host"]
+    device.host.check()
+
+
+async def test_what_went_again_while_others_were_written_lies_in_the_host_alone(open_device, faults, monkeypatch):
+    """Taken for saved it would go before all others, and would not be written again."""
+    device = await open_device(8, URL, watermark=1.0)
+    await device.demote(1, 2)
+    write_each = device.tiers._calls.write_each
+
+    async def write_and_lose_one(sources):
+        errors = await write_each(sources)
+        await device.disk.evict([key_of(1)])  # as for what another call writes
+        return errors
+
+    monkeypatch.setattr(device.tiers._calls, "write_each", write_and_lose_one)
+    assert await device.tiers.save(None) == {}
+    assert [device.host.index.get(key_of(number)).kind for number in (1, 2)] == [Kind.SOLE, Kind.SAVED]
     device.host.check()
 
 
