@@ -1,5 +1,6 @@
 """Writing to disk what lies in the host tier, by word."""
 
+import asyncio
 import threading
 
 from disk_stores import arrived, key_of
@@ -57,6 +58,19 @@ async def test_what_went_again_while_others_were_written_lies_in_the_host_alone(
     assert await device.tiers.save(None) == {}
     assert [device.host.index.get(key_of(number)).kind for number in (1, 2)] == [Kind.SOLE, Kind.SAVED]
     device.host.check()
+
+
+async def test_what_is_given_up_because_the_tiers_close_is_told(open_device, faults):
+    device = await open_device(8, URL, watermark=1.0)
+    await device.demote(1, 2)
+    gate = faults.gates["put"] = threading.Event()
+    saving = asyncio.ensure_future(device.tiers.save(None))
+    await arrived(faults, 2)
+    closing = asyncio.ensure_future(device.tiers.close())
+    await asyncio.sleep(0)
+    gate.set()
+    await closing
+    assert [error.details["cause"] for error in (await saving).values()] == ["closed"] * 2
 
 
 async def test_a_store_that_hangs_keeps_its_entries_and_nobody_waiting(open_device, faults):
