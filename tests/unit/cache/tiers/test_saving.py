@@ -73,6 +73,18 @@ async def test_what_is_given_up_because_the_tiers_close_is_told(open_device, fau
     assert [error.details["cause"] for error in (await saving).values()] == ["closed"] * 2
 
 
+async def test_what_is_stored_anew_before_its_files_could_be_removed_is_told(open_device, faults):
+    device = await open_device(8, URL, watermark=1.0)
+    await device.tiers.write_through([device.written(1)])
+    faults.errors["delete"] = PermissionError(13, "Permission denied")
+    assert await device.tiers.remove([key_of(1)]) == 1, "the next start removes it"
+    await device.demote(1)
+    assert list(await device.tiers.save(None)) == [key_of(1)]
+    faults.errors.clear()
+    assert await device.tiers.save(None) == {}
+    assert len((await device.tiers.on_disk(None))[0]) == 1
+
+
 async def test_a_store_that_hangs_keeps_its_entries_and_nobody_waiting(open_device, faults):
     device = await open_device(8, URL, watermark=1.0, deadline_s=LONG_S)
     await device.demote(1, 2)
