@@ -104,13 +104,15 @@ class Demotion:
         """Write caches to the disk; None for each that is safe there."""
         if calls is None:
             return [self.no_disk()] * len(sources)
-        errors = await calls.write_through(sources)
         contents = self._contents
-        for source, error in zip(sources, errors, strict=True):
-            entry = contents.host_entry(source.key)
-            if error is None and entry is not None and entry.kind is Kind.SOLE and contents.host is not None:
+        # Each once: who takes a key twice, to let it go for others, finds that somebody holds it.
+        unique = {source.key: source for source in sources}
+        errors = dict(zip(unique, await calls.write_through(list(unique.values())), strict=True))
+        for key, source in unique.items():
+            entry = contents.host_entry(key)
+            if errors[key] is None and entry is not None and entry.kind is Kind.SOLE and contents.host is not None:
                 contents.host.index.use(entry, contents.kind_alone(source))
-        return errors
+        return [errors[source.key] for source in sources]
 
     def no_disk(self) -> TierError:
         """Return the error of what cannot be written for want of a disk."""

@@ -162,7 +162,7 @@ class DiskCalls:
             return errors
         fronts = Fronts(sources, NO_ROOM)
         most = len(sources)
-        while refused := fronts.refused(_without(removed, sources, errors)):
+        while refused := fronts.refused(self._without(removed, sources, errors)):
             cause = cause_of(errors[refused[0]])
             behind = fronts.behind(errors)
             tried = fronts.worth_filling(refused, behind)[:most]
@@ -188,13 +188,28 @@ class DiskCalls:
                 most = max(len(tried) // 2, 1)
         return errors
 
+    def _without(
+        self, removed: Collection[CacheKey], sources: Sequence[Source], errors: list[TierError | None]
+    ) -> list[TierError | None]:
+        """Return the errors, in which it is entered of what was removed."""
+        for place, source in enumerate(sources):
+            if source.key in removed:
+                errors[place] = self._void()
+        return errors
+
+    def _void(self) -> TierError:
+        """Return why a cache is not written on which work is refused, or became void."""
+        if self._under_way.closed:
+            return TierError("a cache is not written to disk: the tiers are closed", cause="closed")
+        return TierError("a cache is not written to disk: it was removed meanwhile", cause="removed")
+
     async def _write(self, sources: Sequence[Source]) -> list[TierError | None]:
         def made(source: Source) -> Write:
             return Write(source.key, source.parent, source.view(), durable=True)
 
         def outcome(call: _Call | None, error: Exception | None) -> TierError | None:
             if call is None:
-                return _removed_meanwhile()
+                return self._void()
             if error is not None and not isinstance(error, TierError):
                 raise error
             return error
@@ -299,17 +314,3 @@ class DiskCalls:
         lanes.silent = False
         del lanes.late[done]
         del self._late[address]
-
-
-def _without(
-    removed: Collection[CacheKey], sources: Sequence[Source], errors: list[TierError | None]
-) -> list[TierError | None]:
-    """Return the errors, in which it is entered of what was removed."""
-    for place, source in enumerate(sources):
-        if source.key in removed:
-            errors[place] = _removed_meanwhile()
-    return errors
-
-
-def _removed_meanwhile() -> TierError:
-    return TierError("a cache is not written to disk: it was removed meanwhile", cause="removed")

@@ -230,7 +230,7 @@ class LowerTiers:
         """Bring caches up into memory of the device; for each, whether all its bytes are there.
 
         False is a miss, and what the memory holds then is worth nothing. What lies in the host tier stays there as a
-        copy. One that is removed meanwhile is a miss.
+        copy. One that is removed before its bytes are there is a miss; whoever lets others find it looks once more.
 
         Raises
         ------

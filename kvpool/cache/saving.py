@@ -55,12 +55,11 @@ class Saving:
 
     async def _save(self, host: HostTier, calls: DiskCalls, entries: Sequence[HostEntry]) -> list[TierError | None]:
         index = host.index
+        sources = [Source(entry.key, entry.parent, entry.address, entry.size_bytes) for entry in entries]
         for entry in entries:
             index.hold(entry)
         try:
-            errors = await calls.write_each(
-                [Source(entry.key, entry.parent, entry.address, entry.size_bytes) for entry in entries]
-            )
+            errors = await calls.write_each(sources)
         finally:
             for entry in entries:
                 late = calls.late(entry.address)
@@ -68,9 +67,10 @@ class Saving:
                     index.release(entry)
                 else:
                     late.add_done_callback(partial(_release, host, entry))
-        for entry, error in zip(entries, errors, strict=True):
+        for entry, source, error in zip(entries, sources, errors, strict=True):
             if error is None and index.get(entry.key) is entry and entry.kind is Kind.SOLE:
-                index.use(entry, Kind.SAVED)
+                # What was written first may have gone again by now, for what came behind it.
+                index.use(entry, self._contents.kind_alone(source))
         return errors
 
 

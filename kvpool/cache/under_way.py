@@ -46,6 +46,11 @@ class UnderWay:
         self._watches: list[_Watch] = []
         self._open = True
 
+    @property
+    def closed(self) -> bool:
+        """Whether all work is refused."""
+        return not self._open
+
     def refuses(self, key: CacheKey) -> bool:
         """Whether a key is being removed, or everything was closed."""
         return not self._open or key in self._removed_keys or (key.tenant, key.fingerprint) in self._removed_spaces

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, TypeVar
@@ -28,7 +29,8 @@ class Admission:
     def __init__(self, locks: KeyLocks, most: int) -> None:
         self._locks = locks
         self._room = most
-        self._waiting: dict[Request[Any], Callable[[], None]] = {}  # for room, in the order in which they came
+        # For room, in the order in which they came. (To take the first of a dict is to pass all that went before.)
+        self._waiting: OrderedDict[Request[Any], Callable[[], None]] = OrderedDict()
         self._steps: set[asyncio.Task[None]] = set()
         self.admitted = 0
         """And not done."""
@@ -89,8 +91,7 @@ class Admission:
     def _leave(self, _done: asyncio.Future[Any]) -> None:
         self.admitted -= 1
         while self._waiting:
-            request = next(iter(self._waiting))
-            go_on = self._waiting.pop(request)
+            request, go_on = self._waiting.popitem(last=False)
             if not request.done.done():  # else it was given up at this moment
                 go_on()
                 return

@@ -97,7 +97,7 @@ class Writer:
             index.touch(key)
             return
         if not await self._removals.complete(key):
-            raise TierError(f"{entry.path} is to be removed first, and cannot be", cause="removed")
+            raise TierError(f"{entry.path} is to be removed first, and cannot be", cause="removal")
         try:
             if known is not None:
                 await self._threads.run(self._folder.remove, known.path)

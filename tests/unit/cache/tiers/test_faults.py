@@ -392,3 +392,15 @@ async def test_a_disk_that_takes_nothing_more_is_not_asked_forever(open_device, 
     errors = await device.tiers.write_through(chain(device, range(12)))
     assert [error is None for error in errors] == [True] * 2 + [False] * 10
     assert device.found(*range(12)) == ["disk"] * 2 + [None] * 10
+
+
+async def test_a_chain_that_names_a_cache_twice_leaves_nothing_held(open_device, tmp_path):
+    """What is behind a gap goes: each once."""
+    folder = DiskOfFiles(str(tmp_path), 12 * ON_DISK)
+    device = await open_device(0, folder)
+    folder.crowded[bytes(content_of(2, 4096))] = 1 << 30
+    errors = await device.tiers.write_through(chain(device, (0, 1, 2)) + 2 * chain(device, range(5))[3:])
+    assert [error is None for error in errors] == [True] * 2 + [False] * 5
+    assert device.found(*range(5)) == ["disk"] * 2 + [None] * 3
+    folder.crowded.clear()
+    assert await device.tiers.write_through(chain(device, range(5))) == [None] * 5

@@ -8,12 +8,13 @@ import asyncio
 import random
 
 import pytest
-from disk_stores import Faults, FaultyFolder, key_of
+from disk_stores import Faults, FaultyFolder, FullDisk, key_of
 
 from kvpool.errors import TierError
 
 PAGE = 64 << 10
 KEYS = 24
+CHAIN = 6
 WORKERS = 6
 STEPS = 60
 FULL = OSError(28, "No space left on device")
@@ -45,17 +46,23 @@ class Model:
 
     def sources(self, worker, numbers):
         """Each worker has ten places of the device, two for each cache of a batch."""
-        return [
-            self.device.source(number, size_of(number), place=worker * 10 + 2 * place)
-            for place, number in enumerate(numbers)
-        ]
+        sources = []
+        for place, number in enumerate(numbers):
+            source = self.device.source(number, size_of(number), place=worker * 10 + 2 * place)
+            parent = key_of(number - 1).block_hash if number % CHAIN else None
+            sources.append(source._replace(parent=parent))
+        return sources
 
     async def step(self, worker):
-        numbers = self.rng.sample(range(KEYS), self.rng.randint(1, 5))
+        count = self.rng.randint(1, 5)
+        first = self.rng.randrange(KEYS)
+        numbers = self.rng.choice([self.rng.sample(range(KEYS), count), range(first, min(first + count, KEYS))])
         sources = self.sources(worker, numbers)
-        action = self.rng.choices([self.down, self.up, self.remove, self.remove_all, self.through], [40, 40, 6, 1, 6])[
-            0
-        ]
+        weights = {
+            self.down: 40, self.up: 30, self.held: 10, self.through: 12, self.save: 2,
+            self.remove: 6, self.remove_chained: 2, self.remove_all: 1,
+        }  # fmt: skip
+        (action,) = self.rng.choices(list(weights), list(weights.values()))
         await action(numbers, sources)
 
     def write(self, numbers, sources):
@@ -103,8 +110,22 @@ class Model:
                 assert floor < version <= self.versions[number], number
                 self.filled += 1
 
+    async def held(self, numbers, sources):
+        keys = [key_of(number) for number in numbers]
+        self.tiers.hold(keys)
+        await self.up(numbers, sources)
+        self.tiers.unhold(keys)
+
+    async def save(self, numbers, sources):
+        await self.tiers.save(None)
+
     async def remove(self, numbers, sources):
         await self.removal(numbers, self.tiers.remove([key_of(number) for number in numbers]))
+
+    async def remove_chained(self, numbers, sources):
+        keys = self.tiers.with_descendants([key_of(numbers[0])])
+        numbers = [number for number in range(KEYS) if key_of(number) in keys]
+        await self.removal(numbers, self.tiers.remove(keys))
 
     async def remove_all(self, numbers, sources):
         await self.removal(range(KEYS), self.tiers.remove_space("default", "f"))
@@ -148,6 +169,13 @@ async def test_fills_are_right_or_misses(open_device, tmp_path, seed, pages, dis
     await Model(device, seed).run()
     if disk is not None:
         assert device.disk.statistics().bad_files == {}
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("pages", [0, 12])
+async def test_with_a_disk_that_is_full(open_device, tmp_path, seed, pages):
+    device = await open_device(pages, FullDisk(str(tmp_path), 10 * PAGE), watermark=0.3)
+    await Model(device, seed).run()
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -1,9 +1,12 @@
 """Writing to disk what lies in the host tier, by word."""
 
+import asyncio
 import threading
 
 from disk_stores import arrived, key_of
 from loop_clock import LONG_S, out_of_time
+
+from kvpool.cache.host_index import Kind
 
 URL = "faulty://tier"
 FULL = OSError(28, "No space left on device")
@@ -38,6 +41,48 @@ async def test_what_cannot_be_written_is_told_and_stays_in_the_host(open_device,
     assert [error.details["cause"] for error in (await device.tiers.save(None)).values()] == ["ENOSPC"] * 2
     assert device.found(1, 2) == ["host", "host"]
     device.host.check()
+
+
+async def test_what_went_again_while_others_were_written_lies_in_the_host_alone(open_device, faults, monkeypatch):
+    """Taken for saved it would go before all others, and would not be written again."""
+    device = await open_device(8, URL, watermark=1.0)
+    await device.demote(1, 2)
+    write_each = device.tiers._calls.write_each
+
+    async def write_and_lose_one(sources):
+        errors = await write_each(sources)
+        await device.disk.evict([key_of(1)])  # as for what another call writes
+        return errors
+
+    monkeypatch.setattr(device.tiers._calls, "write_each", write_and_lose_one)
+    assert await device.tiers.save(None) == {}
+    assert [device.host.index.get(key_of(number)).kind for number in (1, 2)] == [Kind.SOLE, Kind.SAVED]
+    device.host.check()
+
+
+async def test_what_is_given_up_because_the_tiers_close_is_told(open_device, faults):
+    device = await open_device(8, URL, watermark=1.0)
+    await device.demote(1, 2)
+    gate = faults.gates["put"] = threading.Event()
+    saving = asyncio.ensure_future(device.tiers.save(None))
+    await arrived(faults, 2)
+    closing = asyncio.ensure_future(device.tiers.close())
+    await asyncio.sleep(0)
+    gate.set()
+    await closing
+    assert [error.details["cause"] for error in (await saving).values()] == ["closed"] * 2
+
+
+async def test_what_is_stored_anew_before_its_files_could_be_removed_is_told(open_device, faults):
+    device = await open_device(8, URL, watermark=1.0)
+    await device.tiers.write_through([device.written(1)])
+    faults.errors["delete"] = PermissionError(13, "Permission denied")
+    assert await device.tiers.remove([key_of(1)]) == 1, "the next start removes it"
+    await device.demote(1)
+    assert list(await device.tiers.save(None)) == [key_of(1)]
+    faults.errors.clear()
+    assert await device.tiers.save(None) == {}
+    assert len((await device.tiers.on_disk(None))[0]) == 1
 
 
 async def test_a_store_that_hangs_keeps_its_entries_and_nobody_waiting(open_device, faults):
