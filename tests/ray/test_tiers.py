@@ -22,32 +22,33 @@ def chain(number):
     return [encode_block_id(1000 * number + place + 1) for place in range(CHAIN)]
 
 
-def content(number):
-    return np.stack([np.full(BLOCK_BYTES, (number * CHAIN + place) % 251, np.uint8) for place in range(CHAIN)])
+def content(number, block_bytes=BLOCK_BYTES):
+    return np.stack([np.full(block_bytes, (number * CHAIN + place) % 251, np.uint8) for place in range(CHAIN)])
 
 
 async def read(model, number):
     """Look a chain up, wait for what comes up, and verify all of it; returns how many blocks there were."""
     async with await model.match_prefix(chain(number)) as hit:
         await hit.fetch()
-        for block, expected in zip(hit.numpy(), content(number), strict=False):
+        for block, expected in zip(hit.numpy(), content(number, model.spec.block_bytes), strict=False):
             assert (block == expected).all()
         return hit.num_blocks
 
 
 async def put(model, number, **how):
-    return await model.put_blocks(chain(number), content(number), **how)
+    return await model.put_blocks(chain(number), content(number, model.spec.block_bytes), **how)
 
 
 async def tiers(pool):
     return (await pool.stats()).devices[0].lower
 
 
-async def test_three_times_the_devices_memory_runs_through_device_host_and_disk(make_pool, tmp_path):
+@pytest.mark.parametrize("block_bytes", [BLOCK_BYTES, 36_000])  # the last leaves holes in pages
+async def test_three_times_the_devices_memory_runs_through_device_host_and_disk(make_pool, tmp_path, block_bytes):
     pool = await make_pool("host:1x2MiB", host_memory="2MiB", disk_url=str(tmp_path / "disk"))
     await make_patient(pool)
-    model = await pool.model(SPEC)
-    chains = 3 * (2 << 20) // (CHAIN * BLOCK_BYTES)
+    model = await pool.model(ModelSpec("m", block_bytes=block_bytes))
+    chains = 3 * (2 << 20) // (CHAIN * block_bytes)
     for number in range(chains):
         assert await put(model, number) == CHAIN
 
