@@ -16,7 +16,7 @@ from typing import Any
 from kvpool.cache.key import BlockHash, split_hashes
 from kvpool.cache.store import FREED, RELEASED
 from kvpool.errors import InvalidRequestError, KvpoolError
-from kvpool.pool.below import Below
+from kvpool.pool.below import Below, LowerEntry
 from kvpool.pool.client import Client
 from kvpool.pool.directory import Directory
 from kvpool.pool.fanout import Fanout, nothing_more
@@ -127,49 +127,69 @@ class Raising:
         self, client: Client, model: Model, hashes: Sequence[BlockHash], first: int, parent: int, now: float
     ) -> _Raise | None:
         """Begin on the run of blocks from ``first`` on that lies below one device; None if nothing can come."""
-        ledger, below = self._ledger, self._below
-        entry = below.find(model.space, hashes[first])
+        ledger = self._ledger
+        entry = self._below.find(model.space, hashes[first])
         if entry is None or entry.device not in client.devices or ledger.devices[entry.device].lost is not None:
             return None
+        run, device = self._run(model.space, hashes, first, entry), entry.device
+        # Held before anything goes down to make room for them: it could push out the very content that is wanted.
+        ledger.send(device, ("hold", model.tenant, model.fingerprint, run), nothing_more)
+        rows, evicted = self._find_room(model, entry, run, parent, hashes, now)
+        if len(rows) < len(run):
+            ledger.send(device, ("unhold", model.tenant, model.fingerprint, run[len(rows) :]), nothing_more)
+        if not rows:
+            return None
+        ids = list(map(ledger.index.id_of, rows))
+        work = _Raise(model, device, entry.size_bytes, ids, run[: len(ids)], parent < 0)
+        for block_hash in work.hashes:
+            self._under_way[model.space, block_hash] = work
+        self._allocate(work, 0, evicted, 0)
+        return work
+
+    def _run(self, space: int, hashes: Sequence[BlockHash], first: int, entry: LowerEntry) -> list[BlockHash]:
+        """Return the blocks from ``first`` on that lie below one device, in one size, and are not under way."""
         end = first + 1
         while (
             end < len(hashes)
-            and (model.space, hashes[end]) not in self._under_way
-            and (other := below.find(model.space, hashes[end])) is not None
+            and (space, hashes[end]) not in self._under_way
+            and (other := self._below.find(space, hashes[end])) is not None
             and other[:2] == entry[:2]
         ):
             end += 1
-        run, device, size_bytes = list(hashes[first:end]), ledger.devices[entry.device], entry.size_bytes
-        root = parent < 0
-        # Held before anything goes down to make room for them: it could push out the very content that is wanted.
-        ledger.send(device.number, ("hold", model.tenant, model.fingerprint, run), nothing_more)
-        raiser, ids, evicted = self._raiser(model.tenant, device.number), list[int](), list[int]()
-        # All that has room is one operation, in which what goes for any of it has gone before the first is placed.
-        while len(ids) < len(run):
+        return list(hashes[first:end])
+
+    def _find_room(
+        self,
+        model: Model,
+        entry: LowerEntry,
+        run: Sequence[BlockHash],
+        parent: int,
+        chain: Sequence[BlockHash],
+        now: float,
+    ) -> tuple[list[int], list[int]]:
+        """Enter as much of a run as there is room for; returns the rows, and the ids of what goes for them.
+
+        All of it is one operation then, in which that has gone before the first is placed.
+        """
+        ledger, size_bytes = self._ledger, entry.size_bytes
+        device, raiser = ledger.devices[entry.device], self._raiser(model.tenant, entry.device)
+        rows: list[int] = []
+        evicted: list[int] = []
+        while len(rows) < len(run):
             try:
-                found = self._room.find_on(device, model, size_bytes, size_bytes, len(run) - len(ids))
+                found = self._room.find_on(device, model, size_bytes, size_bytes, len(run) - len(rows))
             except Exception as error:  # a bug: what is in the books by now must reach the device all the same
-                if not ids:
+                if not rows:
                     raise
                 ledger.out.append(Failed(("find room",), error))
                 break
             if found is None:
                 break
-            fitting, gone = found
-            part = run[len(ids) : len(ids) + fitting]
-            new = ledger.add_chain(raiser, model.space, device, size_bytes, part, parent, hashes, now)
-            parent = new[-1]
-            ids += map(ledger.index.id_of, new)
-            evicted += gone
-        if len(ids) < len(run):
-            ledger.send(device.number, ("unhold", model.tenant, model.fingerprint, run[len(ids) :]), nothing_more)
-        if not ids:
-            return None
-        work = _Raise(model, device.number, size_bytes, ids, run[: len(ids)], root)
-        for block_hash in work.hashes:
-            self._under_way[model.space, block_hash] = work
-        self._allocate(work, 0, evicted, 0)
-        return work
+            part = run[len(rows) : len(rows) + found[0]]
+            above = rows[-1] if rows else parent
+            rows += ledger.add_chain(raiser, model.space, device, size_bytes, part, above, chain, now)
+            evicted += found[1]
+        return rows, evicted
 
     def _raiser(self, tenant: str, device: int) -> Client:
         raiser = Client(RAISER + tenant, tenant, self._ledger.devices[device].host, [])
