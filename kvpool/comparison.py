@@ -151,7 +151,7 @@ def printable(table: Sequence[ComparisonRow], capacities: Sequence[float]) -> li
     for row in table:
         line = {"policy": row.policy}
         for capacity, percent, deviation in zip(capacities, row.percents, row.deviations, strict=True):
-            line[_name(capacity)] = f"{percent:.2f}" + (f" ± {deviation:.2f}" if deviation >= 0.005 else "")
+            line[name_of(capacity)] = f"{percent:.2f}" + (f" ± {deviation:.2f}" if deviation >= 0.005 else "")
         lines.append(line)
     return lines
 
@@ -224,7 +224,7 @@ def write(title: str, payload: dict[str, Any], table: Sequence[ComparisonRow], f
             style = {"linestyle": _LINES[number % len(_LINES)], "marker": _MARKERS[number % len(_MARKERS)]}
             style |= {"markersize": 9, "fillstyle": "none"}
         axes.errorbar(places, row.percents, yerr=row.deviations, label=row.policy, capsize=3, **style)
-    axes.set_xticks(list(places), [_name(capacity) for capacity in capacities])
+    axes.set_xticks(list(places), [name_of(capacity) for capacity in capacities])
     axes.set_xlabel("capacity")
     axes.set_ylabel("prefix hits (% of blocks)")
     highest = max(max(map(sum, zip(row.percents, row.deviations, strict=True))) for row in table)
@@ -238,5 +238,6 @@ def write(title: str, payload: dict[str, Any], table: Sequence[ComparisonRow], f
     return written
 
 
-def _name(capacity: float) -> str:
+def name_of(capacity: float) -> str:
+    """Return a capacity for people: a share (float) or a number of blocks (int)."""
     return format_count(capacity, "block") if isinstance(capacity, int) else f"{100 * capacity:g} %"

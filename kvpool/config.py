@@ -279,8 +279,13 @@ class PoolConfig(BaseSettings):
 
     def socket_path(self, number: int, epoch: int) -> Path:
         """Return where a device listens. ``epoch`` tells the private folders of one name's pools apart."""
-        folder = self.socket_dir or Path(tempfile.gettempdir()) / f"kvpool-{self.name}-{epoch:x}"
+        folder = self.socket_dir or Path(tempfile.gettempdir()) / private_folder(self.name, epoch)
         return folder / f"{number}.sock"
+
+
+def private_folder(pool: str, epoch: int) -> str:
+    """Return the name of the folder of a pool's sockets where none is configured."""
+    return f"kvpool-{pool}-{epoch:x}"
 
 
 def load_config(**arguments: Any) -> PoolConfig:

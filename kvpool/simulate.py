@@ -261,6 +261,8 @@ def _key(block_hash: BlockHash) -> CacheKey:
 
 def _unique_blocks(requests: Sequence[TraceRequest]) -> int:
     unique = unique_blocks(requests)
+    if not requests:
+        raise InvalidRequestError("there is no request to simulate")
     if not unique:
         raise InvalidRequestError(
             f"of {format_count(len(requests), 'request')} none names a block, so nothing can be hit: use a "

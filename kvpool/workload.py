@@ -64,7 +64,8 @@ def read_trace(path: str | Path) -> Iterator[TraceRequest]:
     Raises
     ------
     InvalidRequestError
-        At once, if there is no such file, it cannot be read, or its suffix is none of these.
+        At once, if there is no such file, it cannot be read, or its suffix is none of these; at the end, if there was
+        no request in it.
     TraceFormatError
         While reading, at the first line that cannot be used; ``details`` has ``file``, ``line`` and ``reason``.
     """
@@ -101,9 +102,13 @@ def _read(path: Path, parse: _Parser) -> Iterator[TraceRequest]:
             previous_ms = -math.inf
             for request in parse(lines(file)):
                 if request.timestamp_ms < previous_ms:
-                    raise _Unusable(f"its time, {request.timestamp_ms} ms, is before that of the line above")
+                    raise _Unusable(
+                        f"its time, {request.timestamp_ms} ms, is before that of the line above: sort the trace by time"
+                    )
                 previous_ms = request.timestamp_ms
                 yield request
+            if previous_ms == -math.inf:
+                raise InvalidRequestError(f"{path} is empty: no request is in it", asked=str(path))
     except _Unusable as error:
         raise _format_error(path, line, str(error)) from None
     except (UnicodeDecodeError, csv.Error) as error:

@@ -223,6 +223,12 @@ def node_addresses() -> dict[str, str]:
     return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
 
 
+def log_folder() -> str:
+    """Return where Ray's processes on this node keep their logs."""
+    runtime = ray.get_runtime_context()
+    return os.path.join(runtime.get_temp_dir(), runtime.get_session_name(), "logs")
+
+
 async def run_on(node: str, function: Callable[..., Any], *arguments: Any, timeout_s: float) -> Any:
     """Run a function once in a process of a node, and return its result; raises what it, or Ray, raised."""
     options = {
@@ -308,7 +314,8 @@ async def call(method: Any, *arguments: Any, timeout_s: float | None = None) -> 
     Raises
     ------
     PoolUnavailableError
-        If the actor is gone, or did not answer within ``timeout_s``.
+        If the actor is gone, or did not answer within ``timeout_s``. What Ray says of that is told by its first line;
+        ``details["ray"]`` has the others, too.
     """
     try:
         async with asyncio.timeout(timeout_s):
@@ -316,17 +323,24 @@ async def call(method: Any, *arguments: Any, timeout_s: float | None = None) -> 
     except TimeoutError:
         raise PoolUnavailableError(f"the pool did not answer within {timeout_s:g} s: is its node overloaded?") from None
     except ActorUnavailableError as error:
-        raise PoolUnavailableError(f"the pool's actor is out of reach: try again. Ray says: {error}") from error
+        raise PoolUnavailableError(
+            f"the pool's actor is out of reach: try again. Ray says: {_first_line(error)}", ray=str(error)
+        ) from error
     except RayActorError as error:
         raise PoolUnavailableError(
             f"the pool's actor is gone, and the pool with it: create it again ('kvpool start' or CachePool.create()). "
-            f"Ray says: {error}"
+            f"Ray says: {_first_line(error)}",
+            ray=str(error),
         ) from error
     except RayError as error:
         cause = getattr(error, "cause", None)
         if cause is not None:
             raise cause from None
         raise
+
+
+def _first_line(error: RayActorError) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def is_dead(error: PoolUnavailableError) -> bool:

@@ -27,13 +27,14 @@ from kvpool.actors.upkeep import keep_up
 from kvpool.cache.key import CacheKey
 from kvpool.cache.lower_tiers import LowerTiers
 from kvpool.cache.store import DeviceStore, Operation
-from kvpool.config import TierPlan
+from kvpool.config import TierPlan, private_folder
 from kvpool.errors import ConfigError, ProtocolError, TierError
 from kvpool.memory.allocator import GPUMemoryAllocator
 from kvpool.memory.host import HostBackend
 from kvpool.memory.limits import require_memory
 from kvpool.memory.pacer import IDLE_S, CompactionPacer
 from kvpool.memory.page_server import PageServer
+from kvpool.memory.socket_path import clear_abandoned
 from kvpool.sizes import MIB
 from kvpool.telemetry.calls import SCOPE
 from kvpool.telemetry.context import Carrier
@@ -163,6 +164,8 @@ class DeviceActor:
         if opened is not None:
             self._tiers, self._found = opened
             self._lower = LowerOperations(self._store, self._tiers)
+        if self._socket_path.parent.name == private_folder(self._pool, self._epoch):
+            await asyncio.to_thread(clear_abandoned, self._socket_path.parent)
         await self._server.start()
         me = f"of device {self._name} of pool {self._pool}"
         self._compacting = asyncio.create_task(keep_up(f"compaction {me}", self._compact, IDLE_S))

@@ -135,6 +135,14 @@ BUILT_IN = (
 
 _POLICIES: dict[str, PolicyFactory] = {}
 
+_FAILED: dict[str, PolicyFactory] = {}
+"""By name, what made, or should have made, a policy that failed: not suggested for a name that is mistyped."""
+
+_WHERE_MODULES_LIE = (
+    "'kvpool simulate' looks on its Python path and in its working directory; for a pool it must be installed or on "
+    "the PYTHONPATH of Ray's processes (the caller's does not count, nor its directory)"
+)
+
 
 def register_policy(name: str) -> Callable[[_Factory], _Factory]:
     """Class decorator: make a policy known under ``name`` (compared without case).
@@ -229,7 +237,7 @@ def find_policy(name: str) -> PolicyFactory:
             possible=names,
         )
     if factory is None:
-        bare = {known.rpartition(":")[2]: known for known in names}
+        bare = {known.rpartition(":")[2]: known for known in names if _may_be_meant(known)}
         near = get_close_matches(name_there.lower(), bare, 1)
         raise UnknownPolicyError(
             f"no eviction policy is named {name!r}{f' (did you mean {bare[near[0]]!r}?)' if near else ''}: there is "
@@ -240,8 +248,28 @@ def find_policy(name: str) -> PolicyFactory:
     return factory
 
 
+def note_failure(name: str) -> None:
+    """Note that the policy of that name failed, or could not be made."""
+    known = name.rpartition(":")[2].lower()
+    if known in _POLICIES:
+        _FAILED[known] = _POLICIES[known]
+
+
+def _may_be_meant(name: str) -> bool:
+    """Whether a policy is worth suggesting: it did not fail, and what its module's file says now was imported."""
+    module, _, name_there = name.rpartition(":")
+    return _FAILED.get(name_there) is not _POLICIES[name_there] and not (module and has_changed(module))
+
+
 def _import(name: str, module: str) -> ModuleType:
     """Import the module of a policy; if that fails, what it registered before is all that is left of it."""
+    if "/" in module or module.endswith(".py"):
+        stem = module.rpartition("/")[2].removesuffix(".py")
+        raise UnknownPolicyError(
+            f"policy {name!r} names a file: write module:name, as in '{stem}:{name.rpartition(':')[2]}', and call it "
+            f"where the module lies: {_WHERE_MODULES_LIE}",
+            asked=name,
+        )
     before = _registered_by(module)
     for known in before:
         del _POLICIES[known]
@@ -255,11 +283,7 @@ def _import(name: str, module: str) -> ModuleType:
         if not isinstance(error, ImportError):
             why = f"which fails as it is imported: {why}"
         else:
-            why = (
-                f"which the process that decides by it cannot import ({why}). For a pool that is its actor: the module "
-                "must be installed where that runs, or on the PYTHONPATH of Ray's processes; PYTHONPATH and working "
-                "directory of the command that asks do not count there"
-            )
+            why = f"which the process that decides by it cannot import ({why}): {_WHERE_MODULES_LIE}"
         raise UnknownPolicyError(f"policy {name!r} needs module {module!r}, {why}", asked=name) from error
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
-from kvpool.cache.eviction import BUILT_IN, CacheEvictionPolicy, find_policy, plain_name
+from kvpool.cache.eviction import BUILT_IN, CacheEvictionPolicy, find_policy, note_failure, plain_name
 from kvpool.cache.key import BlockHash
 from kvpool.cache.policy_module import innermost_line
 from kvpool.cache.table import KEYED
@@ -42,6 +42,7 @@ def make_policy(name: str, index: CacheIndex) -> CacheEvictionPolicy:
     try:
         policy = factory(index)
     except Exception as error:
+        note_failure(name)
         raise PolicyError(
             f"policy {name!r} could not be made: {_text(error, factory.__module__)} (it is made by calling it with the "
             "index)",
@@ -49,6 +50,7 @@ def make_policy(name: str, index: CacheIndex) -> CacheEvictionPolicy:
         ) from error
     missing = [hook for hook in _HOOKS if not callable(getattr(policy, hook, None))]
     if missing:
+        note_failure(name)
         raise PolicyError(
             f"policy {name!r} could not be made: {policy!r} is no eviction policy, it has no {', '.join(missing)}; "
             "return a LeafFirst, or an instance of a class that inherits CacheEvictionPolicy",
@@ -224,6 +226,7 @@ class GuardedPolicy(CacheEvictionPolicy):
         PolicyError
             Where it was not put in charge yet, or nothing takes its place.
         """
+        note_failure(self._name)
         text = wrong if isinstance(wrong, str) else _text(wrong, self._module)
         error = PolicyError(f"policy {self._name!r} failed in {hook}(): {text}", asked=self._name, hook=hook)
         error.__cause__ = wrong if isinstance(wrong, Exception) else None

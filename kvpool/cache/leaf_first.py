@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from kvpool.cache.eviction import CacheEvictionPolicy
 from kvpool.cache.leaf_heap import Entry, LeafHeap
+from kvpool.cache.policy_module import defined_at
 from kvpool.errors import PolicyError, ensure
 
 if TYPE_CHECKING:
@@ -53,9 +54,13 @@ class LeafFirst(CacheEvictionPolicy):
         for row in rows:
             self._clock += 1
             stamp[row] = self._clock
-            value = rank[row] = worth(row, now)
+            value = worth(row, now)
+            try:
+                rank[row] = value
+            except (TypeError, OverflowError) as error:
+                raise PolicyError(f"the worth of row {row} is {value!r}: {error}{defined_at(worth)}") from error
             if value != value:
-                raise PolicyError(f"the worth of row {row} is NaN, which has no place in any order")
+                raise PolicyError(f"the worth of row {row} is NaN, which has no place in any order{defined_at(worth)}")
             if not children[row]:
                 self._push(row)
 

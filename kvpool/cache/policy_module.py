@@ -70,6 +70,12 @@ def innermost_line(error: BaseException, module: str) -> str:
     return line or others
 
 
+def defined_at(function: object) -> str:
+    """Return `` (FILE:LINE)``, where a function was defined; empty if it does not tell."""
+    code = getattr(function, "__code__", None)
+    return f" ({code.co_filename}:{code.co_firstlineno})" if code is not None else ""
+
+
 def _version(file: str | None) -> _Version:
     try:
         status = Path(file or "").stat()

@@ -263,7 +263,8 @@ def _show_invalidated(gone: Mapping[str, Any]) -> None:
         f"{gone['unsealed']:,} that were being written cannot be sealed any more"
     )
     if gone["lower_keys"]:
-        click.echo(f"{format_count(gone['lower_keys'], 'key')} removed from the tiers below the devices")
+        same = ": the same content, where it lay in both places" if gone["caches"] else ""
+        click.echo(f"{format_count(gone['lower_keys'], 'key')} removed from the tiers below the devices{same}")
     for client, (caches, size_bytes) in gone["held"].items():
         click.echo(f"{client} still holds {caches:,} of them, {format_size(size_bytes)}: zeroed when it lets go")
 

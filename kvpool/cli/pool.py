@@ -139,6 +139,9 @@ def _show(stats: Any, json_path: str | None) -> None:
         for device in lower:
             if device.lower["disk"] is not None and device.lower["disk_problem"]:
                 click.echo(f"{device.name}: {device.lower['disk_problem']}")
+    for device in stats.devices:
+        if device.lost:
+            click.echo(_of_lost(stats.name, device))
     if stats.policy_failure is not None:
         click.echo(f"{stats.policy} decides since the policy failed: {stats.policy_failure}")
     if stats.quotas:
@@ -151,6 +154,18 @@ def _show(stats: Any, json_path: str | None) -> None:
         f"{format_count(stats.waiting, 'request')} waiting; "
         f"{stats.blocks_hit:,} of {format_count(stats.blocks_looked_up, 'block')} hit ({stats.hit_ratio:.2%}), "
         f"{format_count(stats.evictions, 'eviction')}, {format_count(stats.refusals, 'refusal')}"
+    )
+
+
+def _of_lost(pool: str, device: Any) -> str:
+    """Say what is gone with a device, what is not, and how to get both back."""
+    again = f"'kvpool stop --name {pool}', then 'kvpool start'"
+    reason = device.lost.strip().partition("\n")[0]  # Ray says more in the lines below
+    if device.disk_url is None:
+        return f"{device.name} is lost with all it held ({reason}); start the pool again for a new one: {again}"
+    return (
+        f"{device.name} is lost with what only its memory held ({reason}); what is on its disk, {device.disk_url}, is "
+        f"kept, and found again when the pool is started again: {again}"
     )
 
 

@@ -78,6 +78,13 @@ def show_quotas(name: str, quotas: Sequence[Mapping[str, Any]]) -> None:
         for each in quotas
     ]
     print_rows(f"quotas of pool {name}", rows)
+    for each in quotas:
+        if each["limit"] is not None and each["held_bytes"] > each["limit_bytes"]:
+            whose = f"tenant {each['tenant']}" if each["model"] is None else f"model {each['model']}"
+            click.echo(
+                f"{whose} holds more than its limit, and drains: what nobody has leased is evicted at once, the rest "
+                "as leases end; none is revoked ('kvpool leases' shows them)"
+            )
     warning = quotas[0]["warning"]  # of all together, so the same with each
     if warning is not None:
         click.echo(f"warning: {warning}")

@@ -13,7 +13,7 @@ from kvpool.cache.guarded_policy import make_policy
 from kvpool.cache.index import CacheIndex
 from kvpool.cli.options import JSON
 from kvpool.cli.output import print_rows, progress, write_json
-from kvpool.comparison import Cell, as_json, compare, heading, make_folder, printable, run_cells, write
+from kvpool.comparison import Cell, as_json, compare, heading, make_folder, name_of, printable, run_cells, write
 from kvpool.errors import InvalidRequestError
 from kvpool.simulate import SimulationRow, capacity_in_blocks
 from kvpool.sizes import format_count
@@ -53,6 +53,7 @@ def _printable(rows: Sequence[SimulationRow]) -> list[dict[str, object]]:
     for row in rows:
         texts = {
             "seed": str(row["seed"]),
+            "capacity": name_of(row["capacity"]),
             "prefix_hit_ratio": f"{row['prefix_hit_ratio']:.2%}",
             "host_hit_ratio": f"{row['host_hit_ratio']:.2%}",
         }
@@ -76,14 +77,16 @@ def _printable(rows: Sequence[SimulationRow]) -> list[dict[str, object]]:
     type=parse_capacity,
     metavar="SHARE|BLOCKS",
     multiple=True,
-    help="Share of the trace's unique blocks (0.05; 1.0 is all) or number of blocks (5000). Repeat for several.  "
+    help="Share of the trace's unique blocks, with a point (0.05 is 5 %, 1.0 all), or number of blocks, without (5000; "
+    "1 is one block). Repeat for several.  "
     "[default: 0.05; of several policies 0.01, 0.05, 0.1, 0.25, 0.5]",
 )
 @click.option(
     "--host-capacity",
     type=parse_capacity,
     metavar="SHARE|BLOCKS",
-    help="Of a host tier below, to which what is evicted goes, and from which it comes up.  [default: none]",
+    help="Of a host tier below, to which what is evicted goes, and from which it comes up; written as --capacity.  "
+    "[default: none]",
 )
 @click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="Runs of each, averaged.")
 @click.option(

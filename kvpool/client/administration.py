@@ -238,9 +238,15 @@ class Administration:
             If neither a model nor a tenant is named, or both, or the guarantee is more than the limit.
         """
         connection = self._connection
-        if (model is None) == (tenant is None):
+        if model is None and tenant is None:
             raise InvalidRequestError(
-                f"a quota is a model's or a tenant's: give one of model={model!r}, tenant={tenant!r}"
+                "a quota is a model's or a tenant's, and neither is named: give model=, or "
+                f"tenant={connection.tenant!r} for all models of this connection's tenant"
+            )
+        if model is not None and tenant is not None:
+            raise InvalidRequestError(
+                f"a quota is a model's or a tenant's, and both are named: give model= alone for that model of tenant "
+                f"{connection.tenant!r}, or tenant= alone for all its models"
             )
         if tenant not in (None, connection.tenant):
             raise InvalidRequestError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,8 @@ def examine(config: PoolConfig, ask: Callable[[list[Path]], Survey] = survey) ->
         else:
             mend = f"install kvpool {__version__} on every node, for the Python that runs Ray there"
             findings.append(Finding("node", name, FAILED, there, "a node that runs kvpool", mend))
-    return [*findings, *(finding for pool in found.pools for finding in (check_pool(pool), *check_working(pool)))]
+    logs = sorted({there.ray_logs for there in found.nodes.values() if isinstance(there, Facts) and there.ray_logs})
+    return [*findings, *(each for pool in found.pools for each in (check_pool(pool), *check_working(pool, logs)))]
 
 
 def no_survey(_sockets: list[Path]) -> Survey:
@@ -134,8 +135,11 @@ def check_pool(pool: Pool) -> Finding:
     return Finding("pool", where, OK, found, needed)
 
 
-def check_working(pool: Pool) -> list[Finding]:
-    """Judge what a pool that answers does without: a disk tier that cannot be used, a policy that failed, memory."""
+def check_working(pool: Pool, logs: Sequence[str] = ()) -> list[Finding]:
+    """Judge what a pool that answers does without: a disk tier that cannot be used, a policy that failed, memory.
+
+    ``logs``: the folders in which the nodes keep Ray's logs.
+    """
     findings = []
     for device in pool.statistics.get("devices", ()):
         where = f"pool {pool.name}, {device['name']}"
@@ -143,7 +147,7 @@ def check_working(pool: Pool) -> list[Finding]:
         if lower is None or device["lost"]:
             continue
         if lower["disk"] is not None:
-            findings.append(_check_disk(where, lower["disk"]))
+            findings.append(_check_disk(where, lower["disk"], logs))
         elif lower["disk_problem"]:
             mend = _mend_disk(pool.name, lower["disk_problem"])
             findings.append(Finding("disk tier", where, FAILED, lower["disk_problem"], "a folder of its own", mend))
@@ -170,7 +174,7 @@ def check_working(pool: Pool) -> list[Finding]:
     return findings
 
 
-def _check_disk(where: str, disk: dict[str, Any]) -> Finding:
+def _check_disk(where: str, disk: dict[str, Any], logs: Sequence[str]) -> Finding:
     """Judge a disk tier that was started: what failed, now or before, in which folder, and what each cause means."""
     # A pool of an earlier version does not tell where, nor whether it is there.
     url, lost, errors = disk.get("url", ""), disk.get("lost", False), disk["errors"]
@@ -181,8 +185,11 @@ def _check_disk(where: str, disk: dict[str, Any]) -> Finding:
     if lost:
         found += "; the folder is not there now"
     advice = ". ".join(f"{cause}: {advice_on(cause)}" for cause in sorted(errors))
-    # Logged by the device's process, the first of each cause; here unless Ray was told of another folder.
-    log = command("grep", "-rhs", "--include=worker-*.err", f"disk tier {url}".strip(), "/tmp/ray")
+    # Logged by the device's process, the first of each cause.
+    tier = f"disk tier {url}".strip()
+    log = f"in Ray's logs, which could not be located: lines with {tier!r} in the session's worker-*.err"
+    if logs:
+        log = command("grep", "-rhs", "--include=worker-*.err", tier, *logs)
     mend = f"{advice}. The first error of each cause, with its file, on the device's node: {log}"
     return Finding("disk tier", where, FAILED if lost else WARNING, found, "no errors", mend)
 

@@ -52,7 +52,7 @@ class Facts:
     """One host. Bytes; what was tried holds the error's text, None when it worked.
 
     ``niceness`` is that of an actor started where the facts were gathered; ``huge_pages`` when shared memory is made of
-    these, None if the system does not tell.
+    these, None if the system does not tell; ``ray_logs`` where Ray's processes keep their logs, None outside a cluster.
     """
 
     host: str
@@ -69,6 +69,7 @@ class Facts:
     huge_pages: str | None
     socket_errors: list[str] = field(default_factory=list)
     left_behind: list[str] = field(default_factory=list)
+    ray_logs: str | None = None
 
 
 def gather(

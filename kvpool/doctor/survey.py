@@ -106,11 +106,17 @@ async def _survey(sockets: list[Path]) -> Survey:
     return Survey(nodes=dict(zip(names.values(), facts, strict=True)), hosts=hosts, pools=list(pools))
 
 
+def _gather_in_cluster(sockets: list[Path]) -> Facts:
+    from kvpool.actors.cluster import log_folder
+
+    return replace(gather(sockets), ray_logs=log_folder())
+
+
 async def _ask_node(node: str, sockets: list[Path]) -> Facts | str:
     from kvpool.actors.cluster import run_on
 
     try:
-        facts: Facts = await run_on(node, gather, sockets, timeout_s=_NODE_S)
+        facts: Facts = await run_on(node, _gather_in_cluster, sockets, timeout_s=_NODE_S)
     except TimeoutError:
         return f"no answer within {_NODE_S:g} s"
     except Exception as error:  # noqa: BLE001 - whatever fails there is the finding

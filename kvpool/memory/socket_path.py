@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import re
 import socket
 import stat
+import time
 from pathlib import Path
 
 from kvpool.errors import ConfigError
 
 MAX_PATH_BYTES = 107
 """Longest path of a Unix socket (``sun_path``)."""
+
+_STARTING_S = 5.0
+"""How long a server may take from making its folder, or socket, until it listens, seconds: far more than it does."""
 
 
 def check_length(path: Path) -> None:
@@ -57,6 +63,38 @@ def clear(path: Path) -> None:
         path.unlink()
     elif is_served(path):
         raise ConfigError(f"another server listens at {path}: give each device its own socket")
+
+
+def clear_abandoned(folder: Path) -> None:
+    """Remove the private folders of earlier pools of the same name whose devices were all killed.
+
+    They lie beside ``folder`` and are named like it, but for the epoch at the end. A folder in which anybody listens
+    keeps that socket; one that is not this user's, or was changed within the last seconds, is left alone.
+
+    Parameters
+    ----------
+    folder
+        The private folder of a pool: ``kvpool-NAME-EPOCH``.
+    """
+    name = folder.name.rpartition("-")[0]
+    of_this_name = re.compile(re.escape(name) + "-[0-9a-f]+")
+    with contextlib.suppress(OSError):  # others may clear, too
+        for other in folder.parent.iterdir():
+            if other != folder and of_this_name.fullmatch(other.name):
+                _clear_abandoned(other)
+
+
+def _clear_abandoned(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # it went meanwhile, or something else is in it
+        found = folder.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+            return
+        if time.time() - found.st_mtime < _STARTING_S:  # another cluster's, in which somebody is about to listen
+            return
+        for path in folder.glob("*.sock"):
+            if is_left_behind(path):
+                path.unlink()
+        folder.rmdir()
 
 
 def is_left_behind(path: Path) -> bool:

@@ -42,7 +42,10 @@ class DeviceStatistics:
     reported: bool
     """Whether the device told its figures; else they are zeros."""
     lower: dict[str, Any] | None
-    """What its lower tiers hold and did (:meth:`kvpool.cache.lower_tiers.LowerTiers.statistics`); None: it has none."""
+    """What its lower tiers hold and did (:meth:`kvpool.cache.lower_tiers.LowerTiers.statistics`); None: it has none, or
+    it is lost."""
+    disk_url: str | None
+    """Where its disk tier keeps its files, also after the device is lost; None: it has none."""
 
     @property
     def utilization(self) -> float:
@@ -196,6 +199,7 @@ def collect(
                 lost=device.lost,
                 reported=number in memory,
                 lower=reported.get("lower"),
+                disk_url=device.disk_url,
             )
         )
     models: dict[str, int] = {}

@@ -337,7 +337,7 @@ async def test_a_policy_that_only_the_caller_can_import_is_refused_in_one_line(l
     module.own = LeafFirstLRU
     monkeypatch.setitem(sys.modules, module.__name__, module)
     name = f"t{os.getpid()}-callers-policy"
-    with pytest.raises(UnknownPolicyError, match="installed where that runs") as caught:
+    with pytest.raises(UnknownPolicyError, match="it must be installed or on the PYTHONPATH") as caught:
         await CachePool.create(name=name, devices="host:1x2MiB", policy="policies_of_the_caller:own")
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400

@@ -27,7 +27,7 @@ from ray.exceptions import ActorUnavailableError
 
 import kvpool.actors.fleet
 from kvpool import CachePool, ModelSpec, delete, encode_block_id
-from kvpool.actors.cluster import call, kill
+from kvpool.actors.cluster import call, end, kill
 from kvpool.actors.fleet import Fleet
 from kvpool.errors import (
     DeviceLostError,
@@ -207,6 +207,22 @@ async def test_a_pool_is_made_again_after_its_actor_was_killed(make_pool):
     second = await make_pool(name=first.name, **settings)
     assert [state(pid) for pid in pids if state(pid) not in ("gone", "Z")] == []
     async with await second.request_cache("m", size="1MiB"), await second.request_cache("m", size="1MiB"):
+        pass
+
+
+async def test_the_next_start_clears_what_a_pool_left_that_was_killed_with_its_devices(make_pool):
+    first = await make_pool(devices="host:2x16MiB", page_size="64KiB")
+    folder = os.path.dirname(first._connection.devices[0]["socket_path"])
+    devices = device_actors(first)
+    for pid in await asyncio.gather(*map(pid_of, [*devices, first.actor])):
+        os.kill(pid, signal.SIGKILL)
+    for actor in [*devices, first.actor]:
+        await end(actor)
+    assert sorted(os.listdir(folder)) == ["0.sock", "1.sock"]
+    os.utime(folder, (1, 1))  # what was made a moment ago might be about to be served
+    second = await make_pool(name=first.name, devices="host:1x16MiB", page_size="64KiB")
+    assert os.path.basename(folder) not in os.listdir(os.path.dirname(folder))
+    async with await second.request_cache("m", size="1MiB"):
         pass
 
 

@@ -21,6 +21,7 @@ from pool_actors import pid_of
 import kvpool.doctor.survey
 from kvpool import CachePool
 from kvpool.doctor.examination import check_pool
+from kvpool.doctor.facts import Facts
 from kvpool.doctor.survey import survey
 
 Rows = list[dict[str, Any]]
@@ -97,6 +98,18 @@ async def test_what_the_nodes_processes_may_not_is_found_from_elsewhere_and_refu
             print(started.returncode, "at most 1024" in started.stderr)
     """)
     assert printed.splitlines() == ["[('nofile', 'node')]", "2 True", "[]", "0 False"]
+
+
+def test_the_logs_are_looked_for_where_the_cluster_keeps_them(local_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+    found = survey([])
+    assert found.nodes
+    for facts in found.nodes.values():
+        assert isinstance(facts, Facts)
+        assert facts.ray_logs is not None
+        logs = Path(facts.ray_logs)
+        assert list(logs.glob("worker-*.err"))
+        assert ray.get_runtime_context().get_session_name() in logs.parts
 
 
 async def test_a_process_that_does_not_share_the_socket_folder(doctor: Doctor, pool: CachePool) -> None:

@@ -54,6 +54,10 @@ async def test_each_model_gets_its_guarantee_while_the_other_borrows(make_pool, 
 
     with pytest.raises(InvalidRequestError, match="operator"):
         await pool.set_quota(tenant="another", guaranteed="10%")
+    with pytest.raises(InvalidRequestError, match="neither is named: give model=, or tenant='default' for all models"):
+        await pool.set_quota(guaranteed="10%")
+    with pytest.raises(InvalidRequestError, match="both are named: give model= alone"):
+        await pool.set_quota(model=a, tenant="default", guaranteed="10%")
     with pytest.raises(InvalidSizeError):
         await pool.set_quota(model=a, limit="much")
     for model in (a, "b"):

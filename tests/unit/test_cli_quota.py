@@ -34,3 +34,15 @@ def test_that_guarantees_exceed_the_memory_is_told_once(capsys: pytest.CaptureFi
     show_quotas("p", [quota, quota | {"model": "n"}])
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if "too much" in line] == ["warning: too much is guaranteed"]
+
+
+@pytest.mark.parametrize(("held_bytes", "drains"), [(4 * MIB, True), (2 * MIB, False)])
+@pytest.mark.parametrize(("model", "whose"), [("m", "model m"), (None, "tenant t")])
+def test_a_limit_below_what_is_held_revokes_no_lease(
+    held_bytes: int, drains: bool, model: str | None, whose: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quota = {"tenant": "t", "model": model, "guaranteed": "0", "guaranteed_bytes": 0, "waiting": 0, "revision": 1}
+    figures = {"limit": "5%", "limit_bytes": 2 * MIB, "held_bytes": held_bytes, "leased_bytes": 0, "warning": None}
+    show_quotas("p", [quota | figures])
+    said = f"{whose} holds more than its limit, and drains: what nobody has leased is evicted at once, the rest as"
+    assert (said in capsys.readouterr().out) == drains

@@ -93,6 +93,9 @@ def test_a_table_is_printed_by_default_and_json_goes_to_a_file(trace: Path, tmp_
         (("--policy", "optimal"), "no eviction policy is named 'optimal': there is adaptive, lfu, lru"),
         (("--policy", "lru,adaptve"), "named 'adaptve' (did you mean 'adaptive'?): there is"),
         (("--policy", "absent_policies:x"), "cannot import (ModuleNotFoundError"),
+        (("--policy", "absent_policies:x"), "'kvpool simulate' looks on its Python path and in its working dir"),
+        (("--policy", "/d/own_rules.py:much"), "names a file: write module:name, as in 'own_rules:much', and call it"),
+        (("--policy", "own_rules.py:much"), "names a file: write module:name, as in 'own_rules:much', and call it"),
         (
             ("--policy", "some_policies:nothing"),
             "'some_policies:nothing' could not be made: None is no eviction",
@@ -100,7 +103,7 @@ def test_a_table_is_printed_by_default_and_json_goes_to_a_file(trace: Path, tmp_
         (("--policy", "some_policies:newest"), "'some_policies:newest': module 'some_policies' registers none"),
         (("--policy", "some_policies:divides"), "ZeroDivisionError: division by zero ({here}/some_policies.py:3)"),
         (("--policy", "some_policies:divides,lru", "--processes", "2"), "failed in evictable(): ZeroDivisionError"),
-        (("--policy", "some_policies:text"), "failed in evictable(): TypeError"),
+        (("--policy", "some_policies:text"), "is 'much': must be real number, not str ({here}/some_policies.py:4)"),
         (("--capacity", "0.0"), "above 0 and at most 1.0"),
         (("--capacity", "1.5"), "above 0 and at most 1.0"),
         (("--capacity", "nan"), "above 0 and at most 1.0"),
@@ -213,6 +216,19 @@ def test_a_report_that_cannot_be_written_is_one_clear_line_before_anything_is_si
     result = call("simulate", trace, "--capacity", "30", "--out", tmp_path / "out")
     assert result.exit_code == 2
     assert "cannot write there" in result.stderr
+
+
+def test_shares_and_numbers_of_blocks_are_told_apart(trace: Path) -> None:
+    arguments = ("--policy", "lru,lfu", "--capacity", "0.25", "--capacity", "1", "--processes", 1)
+    (_, told), *_ = [part.split("capacity blocks", 1) for part in [call("simulate", trace, *arguments).stdout]]
+    rows = [[cell.strip() for cell in line.split("│")[1:4]] for line in told.splitlines() if line.startswith("│")]
+    assert [row[1] for row in rows[:4]] == ["25 %", "1 block"] * 2
+
+
+def test_an_empty_trace_is_told(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    result = call("simulate", tmp_path / "empty.jsonl")
+    assert (result.exit_code, result.stderr) == (2, f"kvpool: {tmp_path}/empty.jsonl is empty: no request is in it\n")
 
 
 def test_a_capacity_that_is_no_number_is_a_usage_error(trace: Path) -> None:

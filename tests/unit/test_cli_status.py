@@ -10,6 +10,9 @@ from kvpool.cli.pool import _show
 PROBLEM = "the disk tier at file:///d/p/host-0: writing x failed: it is not the folder; mount its disk again"
 
 
+LOST = "The actor died unexpectedly.\n\tclass_name: DeviceActor\n\tpid: 7"
+
+
 def stats(disk: dict[str, Any], problem: str | None) -> Any:
     lower = {"host": None, "disk": disk, "disk_problem": problem, "leftover_folders": []}
     lower |= {"demoted": 0, "fills": 0, "not_kept": 0}
@@ -24,6 +27,7 @@ def stats(disk: dict[str, Any], problem: str | None) -> Any:
                 name="host-0",
                 kind="host",
                 lost=None,
+                disk_url="file:///d/p/host-0",
                 lower=lower,
                 **dict.fromkeys(("capacity_bytes", "live_bytes", "backed_bytes", "reserve_bytes", "zombie_bytes"), 0),
                 **dict.fromkeys(("pinned_bytes", "caches", "evictions"), 0),
@@ -53,6 +57,26 @@ def test_errors_that_are_over_are_told_by_their_causes(capsys: pytest.CaptureFix
     told = shown(capsys, {"errors": {"ESTALE": 2, "ENOSPC": 3}, "lost": False}, None)
     assert "5 (ENOSPC 3, ESTALE 2)" in told
     assert "18 MiB of 10 GiB" in told
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("file:///d/p/host-0", "what is on its disk, file:///d/p/host-0, is kept, and found again when the pool is"),
+        (None, "host-0 is lost with all it held (The actor died unexpectedly.); start the pool again"),
+    ],
+)
+def test_of_a_lost_device_it_is_told_what_is_kept(
+    url: str | None, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = stats({}, None)
+    (device,) = figures.devices
+    device.lost, device.lower, device.disk_url = LOST, None, url
+    _show(figures, None)
+    told = capsys.readouterr().out
+    assert said in told
+    assert "'kvpool stop --name p', then 'kvpool start'" in told
+    assert "class_name" not in told
 
 
 def test_a_disk_in_order_has_no_errors_and_an_older_pool_tells_less(capsys: pytest.CaptureFixture[str]) -> None:

@@ -74,7 +74,7 @@ def test_a_packed_trace_reads_as_the_plain_one(write: Write) -> None:
         ({**GOOD, "hash_ids": [0, 2, 1]}, "block 1 follows block 2 here, but block 0 earlier"),
         ({**GOOD, "hash_ids": [1]}, "block 1 follows the start here, but block 0 earlier"),
         ({**GOOD, "hash_ids": [3, 0]}, "block 0 follows block 3 here, but the start earlier"),
-        ({**GOOD, "timestamp": 4}, "before that of the line above"),
+        ({**GOOD, "timestamp": 4}, "before that of the line above: sort the trace by time"),
     ],
 )
 def test_a_line_that_cannot_be_used_is_named(write: Write, line: object, reason: str) -> None:
@@ -87,6 +87,21 @@ def test_a_line_that_cannot_be_used_is_named(write: Write, line: object, reason:
     assert caught.value.details["file"] == str(path)
     assert caught.value.details["line"] == 2
     assert len(str(caught.value)) < len(str(path)) + 250, "a long line is not repeated in full"
+
+
+def test_the_line_that_the_documentation_shows_is_one(write: Write) -> None:
+    text = Path(__file__).parents[2].joinpath("docs", "eviction.md").read_text(encoding="utf-8")
+    [line] = re.findall(r"^```json\n(.*?)\n```", text, re.MULTILINE | re.DOTALL)
+    (request,) = read_trace(write(line))
+    assert request == TraceRequest(27482.0, 1100, 52, (46, 47, 2353))
+    assert -(-request.input_length // 512) == len(request.hash_ids)
+
+
+@pytest.mark.parametrize("lines", [(), ("TIMESTAMP,ContextTokens,GeneratedTokens",)])
+def test_a_file_without_a_request_is_told(write: Write, lines: tuple[str, ...]) -> None:
+    path = write(*lines, name="empty.csv" if lines else "empty.jsonl")
+    with pytest.raises(InvalidRequestError, match=r"empty\.(csv|jsonl) is empty: no request is in it"):
+        list(read_trace(path))
 
 
 def test_bytes_that_are_no_text_are_named(write: Write) -> None:

@@ -148,5 +148,5 @@ def test_the_class_of_the_docs_admits_the_front_of_a_prompt(monkeypatch: pytest.
 
 
 def test_a_policy_whose_module_is_not_there_is_refused() -> None:
-    with pytest.raises(UnknownPolicyError, match=r"'no_such_module'.*must be installed where that runs"):
+    with pytest.raises(UnknownPolicyError, match=r"'no_such_module'.*must be installed or on the PYTHONPATH of Ray"):
         find_policy("no_such_module:mru")

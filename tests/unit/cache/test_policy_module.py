@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from kvpool.cache import eviction, policy_module
-from kvpool.cache.eviction import find_policy, policy_names, register_policy
+from kvpool.cache.eviction import find_policy, load_present_code, policy_names, register_policy
+from kvpool.cache.guarded_policy import make_policy
 from kvpool.cache.index import CacheIndex
 from kvpool.cache.lru import LeafFirstLRU
 from kvpool.errors import ConfigError, PolicyError, UnknownPolicyError
@@ -174,6 +175,26 @@ def test_names_are_told_as_they_are_to_be_given(file: Written) -> None:
         find_policy("crasch")
 
 
+def test_what_failed_or_may_be_gone_is_not_suggested(file: Written) -> None:
+    def suggested(name: str) -> bool:
+        with pytest.raises(UnknownPolicyError) as caught:
+            find_policy(name)
+        return "did you mean" in caught.value.message
+
+    file.write(HEAD + "@register_policy('nothing')\ndef nothing(index): return None\n")
+    find_policy("told_policies:nothing")
+    assert suggested("nothin")
+    with pytest.raises(PolicyError):
+        make_policy("told_policies:nothing", CacheIndex())
+    assert not suggested("nothin")
+    file.write(MENDED)
+    load_present_code("told_policies:crash")
+    find_policy("told_policies:crash")
+    assert suggested("crasch")
+    file.write(HEAD)
+    assert not suggested("crasch"), "its module says something else by now"
+
+
 def test_a_policy_that_fails_is_told_with_its_line(file: Written) -> None:
     helper = Written(file.path.parent, "told_helper")
     helper.write("def worth(row, now): return 1 / 0\n")
@@ -192,7 +213,7 @@ def test_a_module_that_cannot_be_imported_is_told_with_its_line_and_whose_path_c
     with pytest.raises(UnknownPolicyError) as caught:
         find_policy("told_policies:x")
     assert f"No module named 'no_such_module' ({file.path}:2)" in caught.value.message
-    assert "installed where that runs" in caught.value.message
+    assert "it must be installed or on the PYTHONPATH of Ray" in caught.value.message
     file.write("\n\n1 / 0\n")
     with pytest.raises(UnknownPolicyError) as caught:
         find_policy("told_policies:x")

@@ -14,7 +14,7 @@ from kvpool.actors.protocol import PROTOCOL_VERSION
 from kvpool.cli import main
 from kvpool.config import load_config
 from kvpool.doctor import checks
-from kvpool.doctor.examination import check_cluster, check_pool, check_working
+from kvpool.doctor.examination import check_cluster, check_pool, check_working, examine
 from kvpool.doctor.facts import Facts, Token
 from kvpool.doctor.finding import FAILED, OK, WARNING, Finding
 from kvpool.doctor.plan import Plan, plan_host
@@ -39,6 +39,7 @@ HEALTHY = Facts(
     niceness=0,
     huge_pages="within_size",
 )
+LOGS = {"a": "/t/s/logs", "b": "/r/s/logs", "d": "/t/s/logs"}
 TWO_OF_A_GIB = plan_host(load_config(devices="host:2x1GiB"), 4096)
 
 
@@ -211,7 +212,7 @@ def working(policy_failure: str | None = None, quotas: tuple[dict[str, Any], ...
         (working(disk={"errors": {"ENOSPC": 2}}), [("disk tier", WARNING, "ENOSPC: its file system is full")]),
         (
             working(disk={"errors": {"EACCES": 1, "ENOSPC": 2}, "url": "file:///d/p/host-0", "lost": False}),
-            [("disk tier", WARNING, "`grep -rhs '--include=worker-*.err' 'disk tier file:///d/p/host-0' /tmp/ray`")],
+            [("disk tier", WARNING, "`grep -rhs '--include=worker-*.err' 'disk tier file:///d/p/host-0' /r/s/logs`")],
         ),
         (
             working(disk={"errors": {"ESTALE": 196}, "url": "file:///d/p/host-0", "lost": True}, disk_problem="…"),
@@ -232,7 +233,7 @@ def working(policy_failure: str | None = None, quotas: tuple[dict[str, Any], ...
     ],
 )
 def test_what_a_running_pool_does_without(pool: Pool, findings: list[tuple[str, str, str]]) -> None:
-    found = check_working(pool)
+    found = check_working(pool, ["/r/s/logs"])
     assert [(finding.check, finding.result) for finding in found] == [each[:2] for each in findings]
     assert all(mend in finding.mend for finding, (_, _, mend) in zip(found, findings, strict=True))
 
@@ -243,6 +244,20 @@ def test_of_a_disk_that_failed_the_folder_is_named() -> None:
     assert finding.found == (
         "file:///d/p/host-0, since its start: ENOSPC 1 time, ESTALE 196 times; the folder is not there now"
     )
+
+
+def test_where_the_logs_are_not_known_no_command_is_told_that_finds_nothing() -> None:
+    (finding,) = check_working(working(disk={"errors": {"EACCES": 1}, "url": "file:///d/p/host-0", "lost": False}))
+    assert "could not be located: lines with 'disk tier file:///d/p/host-0'" in finding.mend
+    assert "grep" not in finding.mend
+
+
+def test_of_nodes_with_other_folders_of_logs_all_are_searched() -> None:
+    disk = {"errors": {"EACCES": 1}, "url": "file:///d/p/host-0", "lost": False}
+    nodes: dict[str, Facts | str] = {name: replace(HEALTHY, ray_logs=logs) for name, logs in LOGS.items()}
+    found = Survey(nodes=nodes | {"c": "no answer"}, pools=[working(disk=disk)])
+    (finding,) = (each for each in examine(load_config(), lambda _: found) if each.check == "disk tier")
+    assert finding.mend.endswith("'disk tier file:///d/p/host-0' /r/s/logs /t/s/logs`")
 
 
 def test_sockets_are_planned_where_devices_will_listen() -> None:
