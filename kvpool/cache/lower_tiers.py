@@ -283,6 +283,11 @@ class LowerTiers:
         """
         return await self._removal.remove_space(tenant, fingerprint)
 
+    async def complete_removals(self) -> None:
+        """Try again the removals that the disk's store has refused, if there are any; to be called now and then."""
+        if self._contents.disk is not None:
+            await self._contents.disk.complete_removals()
+
     def scrub(self, tenant: str, number: int, most_bytes: int) -> bool:
         """Zero what caches of a tenant that were dropped from the host tier have left there, one step; True: done.
 

@@ -24,6 +24,13 @@ _ADVICE["EPERM"] = (
 _OTHER = "mend what the message names, or start the pool with another disk_url"
 
 
+PENDING_REMOVALS = (
+    "each is tried again every few seconds, and goes by itself once the store works. Before the pool is deleted, "
+    "invalidate again until that is not refused: the next start might find it"
+)
+"""What to do about removals that the store has refused, as a sentence begins it."""
+
+
 def advice_on(cause: str) -> str:
     """Return what the cause of an error means and what to do, without a full stop; as a sentence begins it."""
     return _ADVICE.get(cause, _OTHER)
