@@ -270,9 +270,11 @@ class DeviceActor:
             return [("error", *error.to_wire())] * len(entries)
         return await self._lower.persist(tenant, fingerprint, entries)
 
-    async def save(self, tenant: str | None) -> dict[str, Any]:
+    async def save(
+        self, tenant: str | None, since: int = 0, again: Sequence[tuple[str, str, bytes]] = ()
+    ) -> dict[str, Any]:
         """Write what lies in host memory through to the disk; see :meth:`LowerOperations.save`."""
-        return await self._operations().save(tenant)
+        return await self._operations().save(tenant, since, again)
 
     async def forgotten(self, number: int, tenant: str, fingerprint: str) -> Any:
         """Wait for a removal from below; see :meth:`LowerOperations.forgotten`."""

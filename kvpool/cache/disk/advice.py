@@ -15,6 +15,7 @@ _ADVICE = {
     "EIO": "its disk fails, as the system's log will say: replace it, or start the pool with a disk_url on another",
     "timeout": "the store does not answer: see whether its mount or its network works (`ls` there from that node). It "
     "is used again when it answers",
+    "budget": "disk_budget is too small for all: make less durable at once, or start the pool with a larger one",
     "ENOENT": "files there were removed by somebody else: leave the folder to the pool alone",
 }
 _ADVICE["EPERM"] = (

@@ -146,6 +146,11 @@ class DiskTier:
         self._folder.close()
 
     @property
+    def url(self) -> str:
+        """Of the folder."""
+        return self._folder.url
+
+    @property
     def takes_packs(self) -> bool:
         """Whether small caches that come together lie together; else each is a call of the store by itself."""
         return self._folder.takes_packs
