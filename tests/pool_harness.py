@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 from kvpool.actors.lower_operations import KINDS
@@ -85,14 +86,16 @@ class Shelf:
     def forgotten(self, store: DeviceStore, *name: Any) -> int:
         return 0
 
-    def save(self, store: DeviceStore, tenant: str | None) -> dict[str, Any]:
+    def save(self, store: DeviceStore, tenant: str | None, since: int = 0, again: Sequence[Any] = ()) -> dict[str, Any]:
         caches = [content for key, (_, content) in self.content.items() if tenant in (None, key[0])]
         size_bytes = sum(map(len, caches))
         return {
             "caches": len(caches),
             "bytes": size_bytes,
+            "mark": 0,
             "evicted_before": 0,
             "evicted": 0,
+            "refused": [],
             "failed": [],
             "error": None,
         }

@@ -55,6 +55,9 @@ _TRIM_BYTES = 64 * MIB
 _TRIMS = 4
 """How often memory is looked for in the time after which it counts as idle."""
 
+_REMOVALS_S = 5.0
+"""How long after a removal from the disk was refused it is tried again: by then its content is hidden, no more."""
+
 _FLUSH_S = 2.0
 """How long the last spans may take to leave when the device ends, seconds."""
 
@@ -125,6 +128,7 @@ class DeviceActor:
         self._stamp = 0
         self._idle_trim_s = idle_trim_s
         self._trimmer: asyncio.Task[None] | None = None
+        self._remover: asyncio.Task[None] | None = None
 
     async def start(self) -> dict[str, Any]:
         """Reserve the arena and open the socket; return what clients and the pool must know of this device.
@@ -171,6 +175,8 @@ class DeviceActor:
         self._compacting = asyncio.create_task(keep_up(f"compaction {me}", self._compact, IDLE_S))
         if self._idle_trim_s < math.inf:
             self._trimmer = asyncio.create_task(keep_up(f"trimming {me}", self._trim_idle, self._idle_trim_s / _TRIMS))
+        if self._tiers is not None:
+            self._remover = asyncio.create_task(keep_up(f"removals {me}", self._complete_removals, _REMOVALS_S))
         gc.collect()
         gc.freeze()
         return {
@@ -267,9 +273,11 @@ class DeviceActor:
             return [("error", *error.to_wire())] * len(entries)
         return await self._lower.persist(tenant, fingerprint, entries)
 
-    async def save(self, tenant: str | None) -> dict[str, Any]:
+    async def save(
+        self, tenant: str | None, since: int = 0, again: Sequence[tuple[str, str, bytes]] = ()
+    ) -> dict[str, Any]:
         """Write what lies in host memory through to the disk; see :meth:`LowerOperations.save`."""
-        return await self._operations().save(tenant)
+        return await self._operations().save(tenant, since, again)
 
     async def forgotten(self, number: int, tenant: str, fingerprint: str) -> Any:
         """Wait for a removal from below; see :meth:`LowerOperations.forgotten`."""
@@ -322,6 +330,8 @@ class DeviceActor:
             self._compacting.cancel()
         if self._trimmer is not None:
             self._trimmer.cancel()
+        if self._remover is not None:
+            self._remover.cancel()
         await self._server.close()
         if self._tiers is not None:
             await self._tiers.close()
@@ -356,6 +366,12 @@ class DeviceActor:
             if self._allocator.usage().zombie_bytes != zombie_bytes:
                 self._tell(("freed", self._zombies()))
         return self._idle_trim_s / _TRIMS
+
+    async def _complete_removals(self) -> float:
+        """Try again the removals that the disk has refused; returns how long to wait before the next time, seconds."""
+        if self._tiers is not None:
+            await self._tiers.complete_removals()
+        return _REMOVALS_S
 
     def _client_connected(self, client: str) -> None:
         if self._store.is_revoked(client):  # before it came here for the first time

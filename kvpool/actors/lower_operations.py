@@ -220,30 +220,38 @@ class LowerOperations:
             outcomes[position] = True if failed is None else ("error", *failed.to_wire())
         return outcomes
 
-    async def save(self, tenant: str | None) -> dict[str, Any]:
+    async def save(
+        self, tenant: str | None, since: int = 0, again: Sequence[tuple[str, str, bytes]] = ()
+    ) -> dict[str, Any]:
         """Write what a tenant, or anyone, has in host memory through to the disk.
 
-        Returns ``{"caches", "bytes"}``, what lies on disk then; ``"evicted_before"`` and ``"evicted"``, how many files
-        the disk had ever dropped for want of room at the begin and the end of this; ``"failed"`` and ``"error"``, the
-        keys of what could not be written, or was and cannot be counted on, as tuples, and the first error.
+        With ``since``, the ``"mark"`` of a call before, only what has come there since that began, and what has the
+        keys ``again``.
+
+        Returns ``{"caches", "bytes"}``, what lies on disk then; ``"mark"``; ``"evicted_before"`` and ``"evicted"``, how
+        many files the disk had ever dropped for want of room at the begin and the end of this; ``"refused"``, the keys,
+        as tuples, of what the budget had no room for; ``"failed"`` and ``"error"``, the keys of what else could not be
+        written, or was and cannot be counted on, and the first error.
         """
-        before = self._evicted()
-        errors = await self._tiers.save(tenant)
+        before, mark = self._tiers.displaced, self._tiers.mark
+        errors = await self._tiers.save(tenant, since, {CacheKey(*key) for key in again})
         entries, unsure = await self._tiers.on_disk(tenant)
         if unsure is not None:
             errors |= {entry.key: unsure for entry in entries}
             entries = []
+        refused = [key for key, error in errors.items() if error.details.get("cause") == "budget"]
+        for key in refused:
+            del errors[key]
         return {
             "caches": len(entries),
             "bytes": sum(entry.size_bytes for entry in entries),
+            "mark": mark,
             "evicted_before": before,
-            "evicted": self._evicted(),
+            "evicted": self._tiers.displaced,
+            "refused": [tuple(key) for key in refused],
             "failed": [tuple(key) for key in errors],
             "error": next((("error", *error.to_wire()) for error in errors.values()), None),
         }
-
-    def _evicted(self) -> int:
-        return int((self._tiers.statistics()["disk"] or {}).get("evicted_files", 0))
 
     def _hold_while_late(self, cache_id: int, source: Source) -> None:
         """Keep a cache in its place for as long as a call that hangs in the store uses its memory."""

@@ -40,12 +40,12 @@ def _of_devices(figure: str, snapshot: PoolSnapshot) -> Iterator[Reading]:
             yield getattr(device, figure), {"device": device.name, "tier": device.kind}
 
 
-def _below(host_figure: str, disk_figure: str, snapshot: PoolSnapshot) -> Iterator[Reading]:
+def _below(host_figure: str | None, disk_figure: str, snapshot: PoolSnapshot) -> Iterator[Reading]:
     """Read a figure of each tier below each device; of one that a device does not have, or has not told, nothing."""
     for device in snapshot.statistics.devices:
         if device.lost is None and device.lower is not None:
             for tier, figure in (("host", host_figure), ("disk", disk_figure)):
-                if device.lower[tier] is not None:
+                if figure is not None and device.lower[tier] is not None:
                     yield device.lower[tier][figure], {"device": device.name, "tier": tier}
 
 
@@ -102,6 +102,12 @@ _SUMS: tuple[tuple[str, str, str, Callable[[PoolSnapshot], Iterable[Reading]]], 
     ("kvpool.lower.capacity", "By", "Most a lower tier may hold", partial(_below, "capacity_bytes", "budget_bytes")),
     ("kvpool.lower.used", "By", "What lies in a lower tier", partial(_below, "used_bytes", "used_bytes")),
     ("kvpool.lower.caches", "{cache}", "Caches in a lower tier", partial(_below, "entries", "files")),
+    (
+        "kvpool.lower.removals.pending",
+        "{cache}",
+        "Removed caches, hidden, whose files are still to go",
+        partial(_below, None, "pending_removals"),
+    ),
     ("kvpool.leases", "{lease}", "Leases that are held, pins by word included", partial(_of_devices, "leases")),
     ("kvpool.queue.length", "{request}", "Requests that wait for memory", _queue),
     ("kvpool.quota.guaranteed", "By", "What a quota guarantees now", partial(_quotas, "guaranteed_bytes")),

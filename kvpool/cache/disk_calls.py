@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
+from kvpool.cache.disk.advice import advice_on
 from kvpool.cache.disk.batches import Request
 from kvpool.cache.disk.packing import Write
 from kvpool.cache.disk.reading import Read
@@ -80,6 +81,9 @@ class DiskCalls:
         self._disk, self._under_way, self._deadline_s = disk, under_way, deadline_s
         self._reads, self._writes = _Lanes(), _Lanes()
         self._late: dict[int, asyncio.Future[Any]] = {}
+        self.gave_way = 0
+        """Caches that were stored and went for one before them in their chain: they are evicted, and an error says so,
+        or are stored again."""
 
     def late(self, address: int) -> asyncio.Future[Any] | None:
         """Return what ends with the call that was given up and still uses the memory at an address, None if none is."""
@@ -178,9 +182,12 @@ class DiskCalls:
             for place, error in zip(tried, again, strict=True):
                 errors[place] = error
             went = [place for place in behind if self._disk.find(sources[place].key) is None]
+            self.gave_way += sum(sources[place].key not in removed for place in went)
             for place in went:
                 errors[place] = TierError(
-                    "a cache is not on disk any more: it went for one before it in its chain", cause=cause
+                    "a cache is not on disk any more: it went for one before it in its chain, as the disk tier at "
+                    f"{self._disk.url} has no room for both: {advice_on(str(cause))}",
+                    cause=cause,
                 )
             if any(again):
                 if len(tried) == 1 and not went:

@@ -41,6 +41,8 @@ class HostEntry:
     address: int = 0
     holds: int = 0
     """Who reads its memory right now: while there are any, it is not dropped for room."""
+    serial: int = 0
+    """How many entries there had ever been before it."""
 
 
 class HostIndex:
@@ -60,6 +62,8 @@ class HostIndex:
         self._kind_bytes = [0] * len(Kind)
         self._idle_bytes = [0] * len(Kind)
         self._claimed_bytes = 0
+        self.next_serial = 0
+        """Of the next entry."""
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -86,6 +90,8 @@ class HostIndex:
         ensure(entry.key not in self._entries, "a key is entered twice in the host index")
         ensure(self.fits(entry.room_bytes), "an entry is added to a full host index", room_bytes=entry.room_bytes)
         self._entries[entry.key] = entry
+        entry.serial = self.next_serial
+        self.next_serial += 1
         self._kind_bytes[entry.kind] += entry.room_bytes
         self._line_up(entry)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from kvpool.cache.contents import Location, LowerContents
@@ -209,11 +209,21 @@ class LowerTiers:
         """
         return await self._demotion.write_through(self._calls, check_sources(sources))
 
-    async def save(self, tenant: str | None) -> dict[CacheKey, TierError]:
-        """Write what a tenant, or anyone, has in the host tier through to the disk; returns why not, of what is not."""
+    @property
+    def mark(self) -> int:
+        """What tells what lies in the host tier from what comes there from now on, for :meth:`save`."""
+        return 0 if self._contents.host is None else self._contents.host.index.next_serial
+
+    async def save(
+        self, tenant: str | None, since: int = 0, again: Collection[CacheKey] = ()
+    ) -> dict[CacheKey, TierError]:
+        """Write what a tenant, or anyone, has in the host tier through to the disk; returns why not, of what is not.
+
+        With ``since``, what has come there since :attr:`mark` was that, and what has the keys ``again``.
+        """
         if self._calls is None:
             return dict.fromkeys(self._saving.alone(tenant), self._demotion.no_disk())
-        return await self._saving.save(self._calls, tenant)
+        return await self._saving.save(self._calls, tenant, since, again)
 
     async def on_disk(self, tenant: str | None) -> tuple[list[DiskEntry], TierError | None]:
         """Return what of a tenant, or of anyone, lies on the disk, and why that cannot be counted on, if so. O(files).
@@ -225,6 +235,12 @@ class LowerTiers:
             return [], None
         unsure = await calls.check_there()
         return [entry for entry in disk.entries() if tenant in (None, entry.key.tenant)], unsure
+
+    @property
+    def displaced(self) -> int:
+        """How many caches the disk has dropped for want of room, without those of which a durable write told that."""
+        disk, calls = self._contents.disk, self._calls
+        return 0 if disk is None or calls is None else disk.statistics().evicted_files - calls.gave_way
 
     async def fill(self, targets: Sequence[Source]) -> list[bool]:
         """Bring caches up into memory of the device; for each, whether all its bytes are there.
@@ -282,6 +298,11 @@ class LowerTiers:
             As :meth:`remove`.
         """
         return await self._removal.remove_space(tenant, fingerprint)
+
+    async def complete_removals(self) -> None:
+        """Try again the removals that the disk's store has refused, if there are any; to be called now and then."""
+        if self._contents.disk is not None:
+            await self._contents.disk.complete_removals()
 
     def scrub(self, tenant: str, number: int, most_bytes: int) -> bool:
         """Zero what caches of a tenant that were dropped from the host tier have left there, one step; True: done.

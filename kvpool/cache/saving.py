@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 
 from kvpool.cache.contents import LowerContents
@@ -37,14 +37,20 @@ class Saving:
         entries = self._contents.host.index if self._contents.host is not None else ()
         return [entry.key for entry in entries if entry.kind is Kind.SOLE and tenant in (None, entry.key.tenant)]
 
-    async def save(self, calls: DiskCalls, tenant: str | None) -> dict[CacheKey, TierError]:
-        """Write what a tenant, or anyone, has in the host tier, the oldest first; returns why not, of what is not."""
+    async def save(
+        self, calls: DiskCalls, tenant: str | None, since: int, again: Collection[CacheKey]
+    ) -> dict[CacheKey, TierError]:
+        """Write what a tenant, or anyone, has in the host tier, the oldest first; returns why not, of what is not.
+
+        Of entries that came before the one of serial number ``since``, those of the keys ``again``.
+        """
         host = self._contents.host
         if host is None:
             return {}
         entries = [entry for kind in (Kind.SAVED, Kind.SOLE, Kind.COPY) for entry in host.index.idle(kind)]
         entries += [entry for entry in host.index if entry.holds]
-        wanted = [entry for entry in entries if tenant in (None, entry.key.tenant)]
+        new = [entry for entry in entries if entry.serial >= since or entry.key in again]
+        wanted = [entry for entry in new if tenant in (None, entry.key.tenant)]
         errors: dict[CacheKey, TierError] = {}
         for part in _parts(wanted, min(_SMALL_HELD_BYTES, host.capacity_bytes // _HELD_SHARE)):
             there = [entry for entry in part if host.index.get(entry.key) is entry]

@@ -308,7 +308,8 @@ def flush(name: str, tenant: str | None, json_path: str | None) -> None:
         return
     click.echo(f"on disk: {format_count(done['caches'], 'cache')}, {format_size(done['bytes'])}")
     if done["displaced"]:
-        click.echo(f"{format_count(done['displaced'], 'cache')} made way for them: disk_budget is too small for all")
+        what = format_count(done["displaced"], "cache")
+        click.echo(f"not there for want of room: {what}. disk_budget, or its disk, is too small for all")
 
 
 @click.command("set-policy")

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from kvpool.cache.disk.advice import PENDING_REMOVALS
 from kvpool.cli.options import JSON, NAME
 from kvpool.cli.output import print_rows, write_json
 from kvpool.cli.spinner import working
@@ -139,6 +140,10 @@ def _show(stats: Any, json_path: str | None) -> None:
         for device in lower:
             if device.lower["disk"] is not None and device.lower["disk_problem"]:
                 click.echo(f"{device.name}: {device.lower['disk_problem']}")
+            pending = (device.lower["disk"] or {}).get("pending_removals", 0)  # an earlier version does not tell
+            if pending:
+                what = f"{format_count(pending, 'removed cache')} hidden, and still on disk"
+                click.echo(f"{device.name}: {what}: {PENDING_REMOVALS}")
     for device in stats.devices:
         if device.lost:
             click.echo(_of_lost(stats.name, device))

@@ -182,8 +182,9 @@ class Administration:
         Returns
         -------
         dict
-            ``{"caches", "bytes", "displaced"}``: what lies on disk now, and how many caches the disk dropped for it. If
-            any, ``disk_budget`` is too small for all, and the least recently used are not there.
+            ``{"caches", "bytes", "displaced"}``: what lies on disk now, and how many caches the disk dropped for it, or
+            did not take. If any, ``disk_budget`` is too small for all, and the least recently used are not there, nor
+            the tail of a chain that is longer.
 
         Raises
         ------

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvpool.actors.compatibility import protocol_difference, version_of
-from kvpool.cache.disk.advice import advice_on
+from kvpool.cache.disk.advice import PENDING_REMOVALS, advice_on
 from kvpool.config import PoolConfig
 from kvpool.doctor.checks import (
     check_host,
@@ -148,6 +148,10 @@ def check_working(pool: Pool, logs: Sequence[str] = ()) -> list[Finding]:
             continue
         if lower["disk"] is not None:
             findings.append(_check_disk(where, lower["disk"], logs))
+            pending = lower["disk"].get("pending_removals", 0)
+            if pending:
+                found = f"{format_count(pending, 'removed cache')} hidden, and still on disk"
+                findings.append(Finding("disk tier", where, WARNING, found, "removals that are done", PENDING_REMOVALS))
         elif lower["disk_problem"]:
             mend = _mend_disk(pool.name, lower["disk_problem"])
             findings.append(Finding("disk tier", where, FAILED, lower["disk_problem"], "a folder of its own", mend))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -21,6 +21,9 @@ STEP_CACHES = 256
 STEP_BYTES = 64 * MIB
 """What is held for one step, so that it stays where it is while it is written."""
 
+_NO_ROOM = "budget"
+"""Cause of the error of what the disk's budget has no room for. A disk that is full below that is to be mended."""
+
 _GONE = ("DeviceLostError", InvalidatedError.__name__, UnknownCacheError.__name__)
 """Errors of what is not to be kept, or is lost, and no failure of a flush."""
 
@@ -32,21 +35,26 @@ class _Flush:
     devices: int
     caches: int = 0
     size_bytes: int = 0
-    displaced: int = 0
+    evicted: int = 0
+    refused: set[tuple[str, str, BlockHash]] = field(default_factory=set)
+    """``(tenant, fingerprint, hash)`` of what the budget had no room for, beside what it holds of the same chain."""
     failed: set[tuple[str, str, BlockHash]] = field(default_factory=set)
-    """``(tenant, fingerprint, hash)`` of what could not be written: one that is tried twice may fail twice."""
+    """Of what else could not be written: one that is tried twice may fail twice."""
     failed_calls: int = 0
     error: tuple[Any, ...] | None = None
     """The first."""
     lists: dict[int, deque[tuple[int, BlockHash]]] = field(default_factory=dict)
     """By device what is to be written, as ``(space, hash)``: it may go down and come up meanwhile."""
+    lasts: dict[int, tuple[int, Sequence[Any]]] = field(default_factory=dict)
+    """By device what tells what has gone down since, and the keys of what could not be written before."""
 
 
 class Flushes:
     """Writes through what is published when it is asked, and what lies in host memory.
 
     On each device what lies below it comes first, then what is on it, what is next to go first: that is the order in
-    which a disk that is too small drops it. At the end comes what has gone down meanwhile.
+    which a disk that is too small drops it. At the end comes what has gone down meanwhile, and no more: what the disk
+    has dropped by then would take the room of what is used more, or of what it is chained behind.
 
     Parameters
     ----------
@@ -64,7 +72,8 @@ class Flushes:
         """Write all that a tenant, or anyone, has stored to the disks, so that it survives the pool.
 
         The answer is ``{"caches", "bytes", "displaced"}``: what of it lies on the disks then, and how many caches of
-        anyone made way for it, for want of room there.
+        anyone are not there for want of room: they made way for it, or are of it and the budget has no room for them,
+        as for the tail of a chain that is longer.
 
         Raises
         ------
@@ -87,7 +96,7 @@ class Flushes:
         work = _Flush(batch, tenant, len(devices))
         for number in devices:
             work.lists[number] = deque(self._published(number, tenant))
-            self._save_below(work, number, last=False)
+            self._save_below(work, number, (work.tenant,), self._began)
 
     def _published(self, number: int, tenant: str | None) -> Iterator[tuple[int, BlockHash]]:
         index = self._ledger.index
@@ -100,8 +109,10 @@ class Flushes:
             if key is not None and not index.is_void(row):
                 yield index.space_of(row), key
 
-    def _save_below(self, work: _Flush, number: int, *, last: bool) -> None:
-        move = Move(number, "save", (work.tenant,), partial(self._saved if last else self._began, work, number))
+    def _save_below(
+        self, work: _Flush, number: int, arguments: tuple[Any, ...], then: Callable[[_Flush, int, Answer, float], None]
+    ) -> None:
+        move = Move(number, "save", arguments, partial(then, work, number))
 
         def save(_answer: Answer, now: float) -> None:
             self._ledger.out.append(move)
@@ -110,9 +121,11 @@ class Flushes:
         self._ledger.send(number, ("evict", []), save)
 
     def _began(self, work: _Flush, number: int, answer: Answer, now: float) -> None:
-        # What it could not write is told once, by the second of these calls.
+        # What it could not write is tried again, and told, by the second of these calls.
         if isinstance(answer, dict):
-            work.displaced -= answer["evicted_before"]
+            work.evicted -= answer["evicted_before"]
+            work.refused.update(map(tuple, answer["refused"]))
+            work.lasts[number] = (answer["mark"], answer["failed"])
         self._step(work, number, now)
 
     def _step(self, work: _Flush, number: int, now: float) -> None:
@@ -124,7 +137,7 @@ class Flushes:
                 keys = [(model.tenant, model.fingerprint, index.key_of(row)) for row in rows]
                 self._durability.write(number, model, rows, partial(self._written, work, number, keys), now)
                 return
-        self._save_below(work, number, last=True)
+        self._save_below(work, number, (work.tenant, *work.lasts.get(number, ())), self._saved)
 
     def _take(self, left: deque[tuple[int, BlockHash]], number: int) -> tuple[int, list[int]]:
         """Take the rows of one step, all of one space; leaves out what is not on that device any more."""
@@ -142,7 +155,13 @@ class Flushes:
         self, work: _Flush, number: int, keys: Sequence[tuple[str, str, Any]], outcomes: list[Any], now: float
     ) -> None:
         for key, outcome in zip(keys, outcomes, strict=True):
-            if outcome is not True and outcome[1] not in _GONE:
+            if outcome is True:
+                work.refused.discard(key)  # as a copy in host memory, before what it is chained behind was there
+            elif outcome[1] in _GONE:
+                pass
+            elif outcome[3].get("cause") == _NO_ROOM:
+                work.refused.add(key)
+            else:
                 work.failed.add(key)
                 work.error = work.error or outcome
         self._step(work, number, now)
@@ -155,13 +174,15 @@ class Flushes:
         elif isinstance(answer, dict):
             work.caches += answer["caches"]
             work.size_bytes += answer["bytes"]
-            work.displaced += answer["evicted"]
+            work.evicted += answer["evicted"]
+            work.refused.update(map(tuple, answer["refused"]))
             work.failed.update(map(tuple, answer["failed"]))
             work.error = work.error or answer["error"]
         work.devices -= 1
         if work.devices:
             return
-        figures = {"caches": work.caches, "bytes": work.size_bytes, "displaced": work.displaced}
+        displaced = work.evicted + len(work.refused)
+        figures = {"caches": work.caches, "bytes": work.size_bytes, "displaced": displaced}
         if work.error is None:
             self._ledger.answer(work.batch, 0, figures)
             return

@@ -268,3 +268,51 @@ async def test_what_was_flushed_is_hit_after_the_pool_was_deleted_and_made_anew(
     model = await again.model(SPEC)
     for number in range(chains):
         assert await read(model, number) == CHAIN
+
+
+async def test_a_removal_that_a_lost_folder_refused_goes_on_when_it_is_back(make_pool, tmp_path):
+    settings = {"disk_url": str(tmp_path / "disk"), "name": f"t{os.getpid()}-pending"}
+    pool = await make_pool("host:1x1MiB", **settings)
+    model = await pool.model(SPEC)
+    await put(model, 0, durable=True)
+    folder, away = tmp_path / "disk" / settings["name"] / "host-0", tmp_path / "away"
+    folder.rename(away)
+    with pytest.raises(TierError, match="mount its disk again"):
+        await pool.invalidate("m")
+    assert (await tiers(pool))["disk"]["pending_removals"] == CHAIN
+    away.rename(folder)
+    await pool.delete()  # before or after it has been tried again
+
+    assert files(folder) == []
+    again = await make_pool("host:1x1MiB", **settings)
+    assert await read(await again.model(SPEC), 0) == 0
+
+
+@pytest.mark.parametrize("below", [False, True])
+async def test_of_chains_longer_than_the_budget_a_flush_writes_the_fronts_and_tells_the_rest(
+    make_pool, tmp_path, below
+):
+    """With host memory the tail of one lies there, from where it must not go before the front."""
+    settings = {"disk_url": str(tmp_path / "disk"), "disk_budget": "1MiB", "name": f"t{os.getpid()}-long"}
+    if below:
+        settings["host_memory"] = "4MiB"
+    pool = await make_pool("host:1x2MiB", **settings)
+    await make_patient(pool)
+    model = await pool.model(SPEC)
+    chains = [[encode_block_id(1000 * chain + place) for place in range(1, 49)] for chain in range(1 + below)]
+    for keys in chains:
+        assert await model.put_blocks(keys, np.zeros((len(keys), BLOCK_BYTES), np.uint8)) == 48
+    if below:
+        assert (await tiers(pool))["demoted"] > 0
+    done = await pool.flush()
+    fit = (1 << 20) // (BLOCK_BYTES + 200)
+    assert (done["caches"], done["displaced"]) == (fit, 48 * len(chains) - fit)
+    await pool.delete()
+
+    again = await (await make_pool("host:1x2MiB", **settings)).model(SPEC)
+    hit = 0
+    for keys in chains:
+        async with await again.match_prefix(keys) as found:
+            await found.fetch()
+            hit += found.num_blocks
+    assert hit == fit, "none lies behind a gap"

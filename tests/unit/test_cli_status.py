@@ -53,6 +53,12 @@ def test_a_folder_that_is_gone_is_told_with_its_cause(capsys: pytest.CaptureFixt
     assert "of 10 GiB" not in told
 
 
+def test_removed_caches_that_are_still_on_disk_are_told_with_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    told = shown(capsys, {"errors": {"ESTALE": 3}, "pending_removals": 80}, None)
+    assert "host-0: 80 removed caches hidden, and still on disk: each is tried again every few seconds" in told
+    assert "still on disk" not in shown(capsys, {"errors": {"ESTALE": 3}, "pending_removals": 0}, None)
+
+
 def test_errors_that_are_over_are_told_by_their_causes(capsys: pytest.CaptureFixture[str]) -> None:
     told = shown(capsys, {"errors": {"ESTALE": 2, "ENOSPC": 3}, "lost": False}, None)
     assert "5 (ENOSPC 3, ESTALE 2)" in told

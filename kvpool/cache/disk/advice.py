@@ -15,6 +15,7 @@ _ADVICE = {
     "EIO": "its disk fails, as the system's log will say: replace it, or start the pool with a disk_url on another",
     "timeout": "the store does not answer: see whether its mount or its network works (`ls` there from that node). It "
     "is used again when it answers",
+    "budget": "disk_budget is too small for all: make less durable at once, or start the pool with a larger one",
     "ENOENT": "files there were removed by somebody else: leave the folder to the pool alone",
 }
 _ADVICE["EPERM"] = (
@@ -22,6 +23,13 @@ _ADVICE["EPERM"] = (
     "shows an i, `chattr -i` takes it off), or a security policy forbids it"
 )
 _OTHER = "mend what the message names, or start the pool with another disk_url"
+
+
+PENDING_REMOVALS = (
+    "each is tried again every few seconds, and goes by itself once the store works. Before the pool is deleted, "
+    "invalidate again until that is not refused: the next start might find it"
+)
+"""What to do about removals that the store has refused, as a sentence begins it."""
 
 
 def advice_on(cause: str) -> str:

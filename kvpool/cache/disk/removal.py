@@ -35,6 +35,8 @@ class Removal:
         self.entries = tuple(entries)
         self.decided = False
         """It will be completed, whatever happens."""
+        self.refused: Exception | None = None
+        """Why it could not be written down when that was last tried."""
         self.completed = False
         """Nothing of it is left."""
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Collection, Iterable, Sequence
 
+from kvpool.cache.disk.advice import advice_on
 from kvpool.cache.disk.folder import Folder
 from kvpool.cache.disk.index import DiskEntry, DiskIndex
 from kvpool.cache.disk.names import space_name
 from kvpool.cache.disk.removal import Removal
-from kvpool.cache.disk.statistics import DiskCounters
+from kvpool.cache.disk.statistics import DiskCounters, cause_of
 from kvpool.cache.disk.threads import Threads
 from kvpool.cache.key import CacheKey
 from kvpool.errors import TierError
@@ -29,6 +30,9 @@ class Removals:
         self._folder, self._index, self._counters, self._threads = folder, index, counters, threads
         self._next_number = 0
         self._stuck: dict[CacheKey, list[Removal]] = {}
+        # Those whose callers have given up, in the order in which they are tried again. (No others: two threads must
+        # not write down one removal at the same moment.)
+        self._left: dict[Removal, None] = {}
         self._doubtful: set[str] = set()  # folders that may hold files which the index does not know
         self._one_at_a_time = asyncio.Lock()  # two keys may be stuck in one removal
 
@@ -38,10 +42,30 @@ class Removals:
         for removal in removals:
             self._next_number = max(self._next_number, removal.number + 1)
             self._enter(removal)
+            self._left[removal] = None
 
     def is_stuck(self, key: CacheKey) -> bool:
         """Whether a key is to go and has not gone yet."""
         return key in self._stuck
+
+    @property
+    def pending(self) -> int:
+        """How many caches are to go, are hidden, and have not gone yet."""
+        return len(self._stuck)
+
+    async def again(self) -> None:
+        """Try again what its callers could not complete, until one fails: the others are before that next time."""
+        for removal in list(self._left):
+            if not await self._carry_out(removal):
+                del self._left[removal]
+                self._left[removal] = None
+                return
+
+    async def note_left(self) -> None:
+        """Try once more to write down what the next start would find otherwise."""
+        for removal in list(self._left):
+            if not removal.decided:
+                await self._carry_out(removal)
 
     async def complete(self, key: CacheKey) -> bool:
         """Complete what a key is stuck in, if anything; True if it may be written now."""
@@ -89,14 +113,12 @@ class Removals:
             self._enter(removal)
             await self._decide(removal)  # before it stands in line behind others, of which one may hang
         for removal in dict.fromkeys(removal for key in wanted for removal in self._stuck.get(key, ())):
-            await self._carry_out(removal)
-        unsure = sum(not all(removal.decided for removal in self._stuck.get(key, ())) for key in wanted)
+            if not await self._carry_out(removal):
+                self._left[removal] = None
+        undecided = {key: [each for each in self._stuck.get(key, ()) if not each.decided] for key in wanted}
+        unsure = [removals[0] for removals in undecided.values() if removals]
         if unsure:
-            raise TierError(
-                f"{unsure} of {format_count(len(wanted), 'cache')} could not be removed (the cause is counted and "
-                "logged): what is left is hidden, but the next start would find them; call again",
-                cause="removal",
-            )
+            raise self._not_sure(len(unsure), len(wanted), unsure[0].refused)
         there += len({entry.key for entry in entries})
         self._counters.removed_files += there
         if unsure_of_others is not None:
@@ -127,11 +149,21 @@ class Removals:
             self._counters.count_error(f"clearing {entry.path}", error)
             self._doubtful.add(space_name(entry.key.tenant, entry.key.fingerprint))
 
+    def _not_sure(self, unsure: int, wanted: int, error: Exception | None) -> TierError:
+        cause = "removal" if error is None else cause_of(error)
+        return TierError(
+            f"{unsure} of {format_count(wanted, 'cache')} could not be removed from the disk tier at "
+            f"{self._folder.url}: {error}; {advice_on(cause)}. They are hidden, and go by themselves once that is "
+            "mended; but if the pool ends before, the next start that has this folder finds them: call again, until "
+            "that is not refused",
+            cause=cause,
+        )
+
     def _may_be_there(self, error: Exception) -> TierError:
         cause = self._counters.count_error("looking for what is to be removed", error)
         return TierError(
-            f"caches to be removed may still be on disk, and be found by the next start: {error}. Call again once that "
-            "is mended",
+            f"caches to be removed may still be on disk, in {self._folder.url}, and be found by the next start: "
+            f"{error}; {advice_on(cause)}. Call again once that is mended",
             cause=cause,
         )
 
@@ -158,6 +190,7 @@ class Removals:
                 await self._threads.run(removal.decide, self._folder)
         except Exception as error:  # noqa: BLE001  nothing is lost if it can be completed without
             self._counters.count_error("noting a removal", error)
+            removal.refused = error
 
     async def _try(self, removal: Removal) -> bool:
         await self._decide(removal)
@@ -169,6 +202,8 @@ class Removals:
         except Exception as error:  # noqa: BLE001  drivers raise what they like
             self._counters.count_error("completing a removal", error)
             return False
+        self._counters.completed_removal()
+        self._left.pop(removal, None)
         for key in {entry.key for entry in removal.entries}:
             stuck = self._stuck[key]
             stuck.remove(removal)

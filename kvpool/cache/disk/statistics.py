@@ -54,12 +54,16 @@ class DiskStatistics:
     nothing has failed. One of a write stays until something is written, unless the folder was lost and is back."""
     lost: bool
     """Whether the folder was not there any more by the last answer: what is counted as files may not be there."""
+    pending_removals: int
+    """Caches that were removed and are hidden, but whose files are still to go: the store has refused that, or not
+    answered yet. It is tried again."""
 
 
 class _Problem(NamedTuple):
     cause: str
     told: str
     reading: bool
+    removing: bool
 
 
 class DiskCounters:
@@ -86,7 +90,8 @@ class DiskCounters:
         cause = cause_of(error)
         self.errors[cause] += 1
         told = f"the disk tier at {self._url}: {what} failed: {error}; {advice_on(cause)}"
-        self._problem = _Problem(cause, told, what.startswith("reading "))
+        removing = what.startswith(("noting ", "completing ", "removing"))
+        self._problem = _Problem(cause, told, what.startswith("reading "), removing)
         self._log(self.errors, cause, "%s failed: %s", what, error)
         return cause
 
@@ -100,6 +105,12 @@ class DiskCounters:
         """Count a cache that was read: the store gives, whatever it takes."""
         self.hits += 1
         self.read_bytes += size_bytes
+        self.answered()
+
+    def completed_removal(self) -> None:
+        """Note that the files of a removal are gone: the folder is there, and lets things go."""
+        if self._problem is not None and self._problem.removing:
+            self._problem = None
         self.answered()
 
     def answered(self) -> None:

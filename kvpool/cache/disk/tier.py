@@ -130,13 +130,25 @@ class DiskTier:
         return list(self._index)
 
     async def close(self) -> None:
-        """Finish what has a thread, give up what waits, and let others have the folder. Files stay."""
-        self._open = False
+        """Finish what has a thread, give up what waits, and let others have the folder. Files stay.
+
+        Removals that the store has refused are tried a last time where they are not noted: the next start would not
+        know of them.
+        """
+        was_open, self._open = self._open, False
+        if was_open:
+            async with self._removers.one():
+                await uncancelled(self._removals.note_left())
         await self._writers.close()
         await self._readers.close()
         await self._removers.close()
         await self._syncs.close()
         self._folder.close()
+
+    @property
+    def url(self) -> str:
+        """Of the folder."""
+        return self._folder.url
 
     @property
     def takes_packs(self) -> bool:
@@ -264,6 +276,7 @@ class DiskTier:
             url=self._folder.url,
             problem=counters.problem,
             lost=counters.lost,
+            pending_removals=self._removals.pending,
         )
 
     # -- writing --------------------------------------------------------------------------------------------------
@@ -400,6 +413,12 @@ class DiskTier:
         wanted = set(keys)
         self._removing.update(wanted)
         return await uncancelled(self._remove(wanted))
+
+    async def complete_removals(self) -> None:
+        """Try again the removals that the store has refused, if there are any."""
+        async with self._removers.one():
+            if self._open:
+                await uncancelled(self._removals.again())
 
     async def _remove(self, wanted: set[CacheKey]) -> int:
         # Beside the wait for the locks: who asks for these keys from now on stands behind this.

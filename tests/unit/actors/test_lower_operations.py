@@ -1,6 +1,7 @@
 """What the pool asks of a device's lower tiers, where the store hangs."""
 
 import asyncio
+import ctypes
 import threading
 
 import pytest
@@ -191,6 +192,37 @@ async def test_what_lies_in_a_folder_that_is_gone_is_not_counted_as_on_disk(tmp_
     assert (await operations.save(None))["caches"] == 4
     await tiers.close()
     store.allocator.close()
+
+
+async def test_what_the_budget_has_no_room_for_is_no_failure_of_a_save():
+    faults = FaultyFileSystem.faults = Faults()
+    store = DeviceStore(GPUMemoryAllocator(HostBackend(1 << 30), 4 * PAGE, PAGE))
+    host, disk = HostTier(HostBackend(1 << 30), 8 * PAGE, PAGE), DiskTier(folder_at("faulty://tier"), 3 * PAGE)
+    tiers = LowerTiers(host, disk, lambda keys: None, watermark=1.0)
+    await tiers.start()
+    memory = bytearray(PAGE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    parent = None
+    for number in range(5):
+        assert await tiers.demote([Source(key_of(number), parent, address, PAGE)]) == [True]
+        parent = key_of(number).block_hash
+    operations = LowerOperations(store, tiers)
+    answer = await operations.save(None)
+    assert (answer["caches"], answer["failed"], answer["error"]) == (2, [], None)
+    assert sorted(answer["refused"]) == [tuple(key_of(number)) for number in range(2, 5)]
+    assert answer["evicted"] == answer["evicted_before"]
+    assert (await operations.save(None, answer["mark"]))["refused"] == [], "nothing has come since"
+    faults.errors["put"] = OSError(28, "No space left on device")
+    answer = await operations.save(None, answer["mark"], [tuple(key_of(2))])
+    assert (answer["refused"], answer["failed"]) == ([tuple(key_of(2))], [])
+    await tiers.remove([key_of(number) for number in range(2)])
+    answer = await operations.save(None)
+    assert (len(answer["failed"]), answer["error"][3]["cause"]) == (2, "ENOSPC")
+    faults.errors.clear()
+    await tiers.close()
+    store.allocator.close()
+    FaultyFileSystem.store.clear()
+    FaultyFileSystem.pseudo_dirs[:] = [""]
 
 
 async def test_a_store_that_does_not_say_what_it_has_is_not_waited_for_for_ever(device):

@@ -113,7 +113,7 @@ def test_each_tier_below_a_device_is_told_apart(reader, pool_metrics):
     host.errors["ENOMEM"] += 1
     lower = tier_statistics(host, None, None, counters)
     disk = {"budget_bytes": 9000, "used_bytes": 70, "files": 7, "hits": 2, "misses": 1, "written_bytes": 60}
-    disk |= {"read_bytes": 20, "errors": {"timeout": 3}, "bad_files": {"checksum": 1}}
+    disk |= {"read_bytes": 20, "pending_removals": 3, "errors": {"timeout": 3}, "bad_files": {"checksum": 1}}
     pool_metrics.snapshot = snapshot(lower=[lower | {"disk": disk}, lower])
     found = points(reader)
     in_host, on_disk, other = (
@@ -130,6 +130,7 @@ def test_each_tier_below_a_device_is_told_apart(reader, pool_metrics):
     }.items():
         expected = [(where, value) for where, value in zip((in_host, on_disk, other), values, strict=True)]
         assert found[f"kvpool.lower.{name}"] == expected, name
+    assert found["kvpool.lower.removals.pending"] == [(on_disk, 3)]
     assert found["kvpool.lower.errors"] == [
         (in_host | {"error.type": "ENOMEM"}, 1),
         (on_disk | {"error.type": "timeout"}, 3),

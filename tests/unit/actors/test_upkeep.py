@@ -12,6 +12,7 @@ from disk_stores import DEADLINE_S
 
 from kvpool.actors.device_actor import DeviceActor
 from kvpool.actors.upkeep import keep_up
+from kvpool.cache.lower_tiers import LowerTiers
 from kvpool.errors import BackendError
 
 
@@ -36,6 +37,25 @@ async def test_a_step_that_fails_is_told_once_for_each_cause_and_tried_again(cap
         await task
     assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [KeyError, BackendError]
     assert "what it does failed" in caplog.text
+
+
+async def test_a_device_tries_removals_from_its_disk_again(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvpool.actors.device_actor._REMOVALS_S", 0.001)
+    tried = asyncio.Event()
+
+    async def complete_removals(self: LowerTiers) -> None:
+        tried.set()
+
+    monkeypatch.setattr(LowerTiers, "complete_removals", complete_removals)
+    page = 1 << 16
+    tiers = {"host_bytes": 0, "disk_url": str(tmp_path / "disk"), "disk_bytes": page, "write_policy": "write_back"}
+    actor = DeviceActor("p", "host-0", 4 * page, page, 4096, 16 * page, 0, str(tmp_path / "s"), 1, tiers=tiers)
+    await actor.start()
+    await asyncio.wait_for(tried.wait(), DEADLINE_S)
+    await actor.shutdown()
+    assert actor._remover is not None
+    await asyncio.wait((actor._remover,))
+    gc.unfreeze()  # the actor froze what this process had
 
 
 async def test_a_device_compacts_and_trims_on_after_a_bug(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -218,6 +218,10 @@ def working(policy_failure: str | None = None, quotas: tuple[dict[str, Any], ...
             working(disk={"errors": {"ESTALE": 196}, "url": "file:///d/p/host-0", "lost": True}, disk_problem="…"),
             [("disk tier", FAILED, "mount its disk again, or put the folder back")],
         ),
+        (
+            working(disk={"errors": {"ESTALE": 3}, "pending_removals": 80}),
+            [("disk tier", WARNING, "mount its disk again"), ("disk tier", WARNING, "invalidate again until")],
+        ),
         (working(disk_problem="file:///x: Permission denied"), [("disk tier", FAILED, "name another folder")]),
         (
             working(disk_problem="file:///d/p/host-0 is in use by another process: give …"),

@@ -74,12 +74,51 @@ def test_what_cannot_be_written_is_told(pool):
     assert "not on disk: 2 caches, on disk: " in message
 
 
+def budget_error():
+    return ("error", *TierError("it does not fit into disk_budget", cause="budget").to_wire())
+
+
+def copies_of(pool, numbers):
+    model = pool.state.ledger.models[0]
+    return [(model.tenant, model.fingerprint, key) for key in keys_of(numbers)]
+
+
+def test_what_the_budget_has_no_room_for_is_displaced_and_no_error(pool):
+    """The tail of a chain, from the device and from host memory: each is told once, as what made way is."""
+    pool.store(range(1, 9))
+    shelf = pool.shelves[0]
+    persist, save = shelf.persist, shelf.save
+    shelf.persist = lambda *arguments: [*persist(*arguments)[:-3], *[budget_error()] * 3]
+    saves = []
+
+    def refuse(store, tenant, *rest):
+        saves.append(rest)
+        figures = {"mark": 7, "refused": copies_of(pool, [5, 8, 20]), "failed": copies_of(pool, [30])}
+        if len(saves) == 1:
+            return save(store, tenant) | figures | {"evicted_before": 10, "error": budget_error()}
+        return save(store, tenant) | {"evicted": 14, "refused": copies_of(pool, [21])}
+
+    shelf.save = refuse
+    # 4 made way; of 6 to 8 none was taken, nor of 20 and 21; 5 was, once what it is chained behind was there.
+    assert pool.flush() == {"caches": 8, "bytes": 8 * 4096, "displaced": 9}
+    assert saves == [(), (7, copies_of(pool, [30]))], "what is not new below is not written again"
+
+
+def test_what_fails_beside_what_has_no_room_is_an_error_of_its_own(pool):
+    pool.store(range(1, 9))
+    error = ("error", *TierError("disk full", cause="ENOSPC").to_wire())
+    persist = pool.shelves[0].persist
+    pool.shelves[0].persist = lambda *arguments: [*persist(*arguments)[:-3], budget_error(), error, budget_error()]
+    kind, _, message, details = pool.flush()
+    assert (kind, details["failed"], details["displaced"], details["cause"]) == ("error", 1, 2, "ENOSPC")
+    assert "not on disk: 1 cache, " in message
+
+
 def test_what_fails_on_the_device_and_as_a_copy_in_host_memory_is_one_cache(pool):
     """It was counted by the write of what is on the device, and again by that of what lies below."""
     pool.store(range(1, 9))
     error = ("error", *TierError("disk full", cause="ENOSPC").to_wire())
-    model = pool.state.ledger.models[0]
-    copies = [(model.tenant, model.fingerprint, key) for key in keys_of(range(6, 10))]
+    copies = copies_of(pool, range(6, 10))
     shelf, failing = pool.shelves[0], keys_of(range(6, 9))
     persist, save = shelf.persist, shelf.save
 

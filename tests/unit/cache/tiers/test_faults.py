@@ -364,6 +364,31 @@ async def test_a_chain_longer_than_the_budget_has_no_gap_though_its_room_was_in_
     assert device.found(*range(14)) == ["disk"] * 12 + [None] * 2
 
 
+@pytest.mark.parametrize(
+    ("cause", "told"),
+    [
+        ("budget", "start the pool with a larger one"),
+        ("ENOSPC", "its file system is full, below disk_budget: free space"),
+    ],
+)
+async def test_what_went_for_one_before_it_says_why_and_what_to_do(open_device, tmp_path, monkeypatch, cause, told):
+    folder = DiskOfFiles(str(tmp_path), 12 * ON_DISK)
+    device = await open_device(0, folder)
+    if cause == "ENOSPC":
+        folder.crowded[bytes(content_of(2, 4096))] = 1 << 30
+    else:
+        real = device.disk._writer.claim
+        monkeypatch.setattr(device.disk._writer, "claim", lambda entry: None if entry.key == key_of(2) else real(entry))
+    errors = await device.tiers.write_through(chain(device, range(12)))
+    assert [error is None for error in errors] == [True] * 2 + [False] * 10
+    assert {error.details["cause"] for error in errors[2:]} == {cause}
+    went = [str(error) for error in errors[2:] if "went for one before it" in str(error)]
+    assert went
+    assert all(str(tmp_path) in each and told in each for each in went)
+    assert device.disk.statistics().evicted_files > 0
+    assert device.tiers.displaced == 0, "each of these has an error of its own"
+
+
 async def test_a_small_one_behind_a_gap_goes_for_a_larger_one(open_device, tmp_path):
     """It takes less than that, but there is room beside it."""
     folder = DiskOfFiles(str(tmp_path), 4 * ON_DISK)

@@ -98,6 +98,16 @@ async def test_a_store_that_hangs_keeps_its_entries_and_nobody_waiting(open_devi
     assert entry.holds == 0
 
 
+async def test_what_was_there_before_a_mark_is_not_written_again_but_where_it_is_named(open_device, faults):
+    device = await open_device(16, URL, watermark=1.0)
+    await device.demote(1, 2)
+    mark = device.tiers.mark
+    await device.demote(3)
+    await device.demote(4, tenant="b")
+    assert await device.tiers.save("default", mark, {key_of(2)}) == {}
+    assert [device.disk.find(key_of(number)) is not None for number in range(1, 5)] == [False, True, True, False]
+
+
 async def test_without_a_disk_it_says_so_of_what_lies_in_the_host_alone(open_device):
     device = await open_device(4)
     assert await device.tiers.save(None) == {}
