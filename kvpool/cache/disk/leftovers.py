@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from kvpool.cache.disk.folder import folder_at
 from kvpool.cache.disk.model_names import ModelName, decode_names, read_names
 from kvpool.cache.disk.names import (
-    NAMES_NAME,
     is_pack,
     names_path,
     parse_cache,
@@ -116,13 +115,10 @@ def _read_spaces(urls: Sequence[str]) -> list[tuple[str, str, list[ModelName]]]:
             space = parse_space(top.name) if top.is_folder else None
             if space is None:
                 continue
-            content, there = b"", False
-            for found in folder.list(top.name):
-                there = there or parse_cache(found.name) is not None or is_pack(found.name)
-                if found.name == NAMES_NAME:
-                    content = read_names(folder, names_path(top.name), found.size_bytes) or b""
-            if there:
-                spaces.append((*space, decode_names(content, *space) or []))
+            if any(parse_cache(found.name) is not None or is_pack(found.name) for found in folder.list(top.name)):
+                path = names_path(top.name)
+                content = read_names(folder, path, folder.size(path) or 0)
+                spaces.append((*space, decode_names(content or b"", *space) or []))
     return spaces
 
 

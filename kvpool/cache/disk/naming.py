@@ -40,11 +40,12 @@ class Naming:
         return [(*space, decode_names(content or b"", *space) or []) for space, content in self._found.items()]
 
     def name(self, tenant: str, fingerprint: str, models: Sequence[ModelName]) -> bool:
-        """Let all that is written from now on lie beside these names; whether what was found lies without them."""
+        """Let all that is written from now on lie beside these names; whether what is there may lie without them."""
         space = space_name(tenant, fingerprint)
         self._changing.setdefault(space, threading.Lock())
-        self._wanted[space] = encode_names(tenant, fingerprint, models)
-        return (tenant, fingerprint) in self._found and self._wanted[space] != self._written.get(space)
+        wanted = self._wanted[space] = encode_names(tenant, fingerprint, models)
+        there = (tenant, fingerprint) in self._found or space in self._written
+        return there and wanted != self._written.get(space)
 
     def write(self, space: str) -> None:
         """Have the names on disk, for good, before content is written to a folder. Blocks; raises as the store does."""

@@ -140,6 +140,8 @@ class DiskTier:
     async def close(self) -> None:
         """Finish what has a thread, give up what waits, and let others have the folder. Files stay."""
         self._open = False
+        while self._noting:
+            await asyncio.wait(self._noting)
         await self._writers.close()
         await self._readers.close()
         await self._removers.close()
@@ -285,7 +287,7 @@ class DiskTier:
 
         Content that is not named comes back all the same, and nobody who asks by a model's name is told of it.
         """
-        if self._naming.name(tenant, fingerprint, models):  # of what was found: not only when more of it comes
+        if self._naming.name(tenant, fingerprint, models):  # not only when more of it comes
             task = asyncio.ensure_future(self._note_names(space_name(tenant, fingerprint)))
             self._noting.add(task)
             task.add_done_callback(self._noting.discard)
@@ -293,8 +295,7 @@ class DiskTier:
     async def _note_names(self, space: str) -> None:
         async with self._writers.one():
             try:
-                if self._open:
-                    await self._writers.run(self._naming.write, space)
+                await self._writers.run(self._naming.write, space)
             except Exception as error:  # noqa: BLE001  drivers raise what they like; the next write there tries again
                 self._counters.count_error(f"noting the models of {space}", error)
 
