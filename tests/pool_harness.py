@@ -217,7 +217,9 @@ class LocalPool:
 
     def model(self, client: str = "c", name: str = "m", block_bytes: int | None = 4096, limit_bytes=None) -> int:
         spec = {"name": name, "identity": {"model": name}, "block_bytes": block_bytes, "limit_bytes": limit_bytes}
-        return self.state.register_model(client, spec).number
+        model, instructions = self.state.register_model(client, spec)
+        self.take(instructions)
+        return model.number
 
     def request(self, size, client="c", model=0, max_size=None, timeout_s=0.0, priority=0):
         return self.ask(CachesRequested, client, [(1, model, size, max_size or size, timeout_s, priority, None)])[0]

@@ -154,7 +154,7 @@ class PoolModel:
         models = {}
         for model, block_bytes in BLOCK_BYTES.items():
             spec = {"name": model, "identity": {"model": model}, "block_bytes": block_bytes, "limit_bytes": None}
-            models[model] = self.pool.state.register_model(name, spec).number
+            models[model] = self.pool.state.register_model(name, spec)[0].number
         process = self.clients[name] = Process(name, tenant, models)
         self.pins.setdefault(tenant, Counter())
         self.unpinning.setdefault(tenant, Counter())

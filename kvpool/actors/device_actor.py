@@ -133,6 +133,9 @@ class DeviceActor:
     async def start(self) -> dict[str, Any]:
         """Reserve the arena and open the socket; return what clients and the pool must know of this device.
 
+        ``spaces`` is for the pool alone: ``(tenant, fingerprint, models)`` of all of which something was found below,
+        with a model as ``(name, revision, block bytes, limit bytes)``, and none where that is not known.
+
         Raises
         ------
         SystemLimitError
@@ -189,8 +192,13 @@ class DeviceActor:
             "arena_bytes": self._arena_bytes,
             "min_block_bytes": self._min_block_bytes,
             "has_lower": self._lower is not None,
+            "spaces": self._spaces(),
             "disk_url": self._plan.disk_url if self._plan.write_policy != "none" else None,
         }
+
+    def _spaces(self) -> list[tuple[str, str, list[tuple[Any, ...]]]]:
+        spaces = self._tiers.spaces() if self._tiers is not None else []
+        return [(tenant, fingerprint, [tuple(model) for model in models]) for tenant, fingerprint, models in spaces]
 
     async def found(self) -> tuple[list[tuple[str, str, list[tuple[bytes, bytes | None, int]]]], bool]:
         """Return a part of what was found below when it started, each once, and whether there is more.

@@ -105,7 +105,7 @@ class Executor:
             self.decide(DeviceLost(number, reason))
         in_short = reason.partition("\n")[0]  # Ray says more in the lines below, for the log
         error = DeviceLostError(f"device {device.name} is gone with all that was only there: {in_short}")
-        self._carry_out(self._state.fail_operations(sent, error, time.monotonic()))
+        self.carry_out(self._state.fail_operations(sent, error, time.monotonic()))
 
     async def submit(self, event: Any, fields: dict[str, Any], client: str, items: list[Any], *more: Any) -> list[Any]:
         """Decide on a batch of items of one client; returns an answer for each.
@@ -144,14 +144,15 @@ class Executor:
         """Carry instructions out and wait until ``batch`` has all its answers."""
         future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
         self._done[batch] = future
-        self._carry_out(instructions)
+        self.carry_out(instructions)
         return await future
 
     def decide(self, event: Event) -> None:
         """Decide on an event, now, and carry out what follows."""
-        self._carry_out(self._state.handle(event, time.monotonic()))
+        self.carry_out(self._state.handle(event, time.monotonic()))
 
-    def _carry_out(self, instructions: list[Instruction]) -> None:
+    def carry_out(self, instructions: list[Instruction]) -> None:
+        """Carry out what was decided, in order."""
         now = time.monotonic()
         for instruction in instructions:
             match instruction:

@@ -10,9 +10,11 @@ operation                                                    answer
 ``("hold", tenant, fingerprint, hashes)``                    ``True``: not to be pushed out until they are filled
 ``("unhold", tenant, fingerprint, hashes)``                  ``True``
 ``("forget", number, tenant, fingerprint, hashes or None)``  ``True``: begun; :meth:`LowerOperations.forgotten` waits
+``("name", tenant, fingerprint, models)``                    ``True``: known from now on as these models'
 ============================================================ =======================================================
 
-An entry is ``(id, hash, parent's hash or None)``. What takes as long as a disk takes is a method of its own.
+An entry is ``(id, hash, parent's hash or None)``, a model ``(name, revision, block bytes, limit bytes)``. What takes as
+long as a disk takes is a method of its own.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from typing import Any
 
 from kvpool.cache.disk.folder import folder_at
 from kvpool.cache.disk.leftovers import Leftovers
+from kvpool.cache.disk.model_names import ModelName
 from kvpool.cache.disk.tier import DiskTier
 from kvpool.cache.host_tier import HostTier
 from kvpool.cache.key import CacheKey
@@ -37,7 +40,7 @@ from kvpool.sizes import MIB
 
 logger = logging.getLogger("kvpool.device")
 
-KINDS = ("lower", "copy", "hold", "unhold", "forget")
+KINDS = ("lower", "copy", "hold", "unhold", "forget", "name")
 """Operations that are not the store's."""
 
 Entry = tuple[int, bytes, bytes | None]
@@ -112,6 +115,8 @@ class LowerOperations:
             case ("forget", number, tenant, fingerprint, hashes):
                 removal = asyncio.ensure_future(self._remove(number, tenant, fingerprint, hashes))
                 self._removal(number, tenant, fingerprint).set_result(removal)
+            case ("name", tenant, fingerprint, models):
+                self._tiers.name(tenant, fingerprint, [ModelName(*model) for model in models])
         return True
 
     async def _remove(self, number: int, tenant: str, fingerprint: str, hashes: Sequence[bytes] | None) -> int:

@@ -203,9 +203,11 @@ class PoolActor(Administration):
     async def register_model(self, client: str, spec: dict[str, Any]) -> Any:
         """Return ``("model", number)`` for a model's ``name``, ``identity``, ``block_bytes`` and ``limit_bytes``."""
         try:
-            return "model", self._state.register_model(client, spec, time.monotonic()).number
+            model, instructions = self._state.register_model(client, spec, time.monotonic())
         except KvpoolError as error:
             return ("error", *error.to_wire())
+        self._executor.carry_out(instructions)
+        return "model", model.number
 
     async def find_model(self, client: str, spec: dict[str, Any]) -> Any:
         """Return ``("model", number)`` as :meth:`register_model`, number None if nobody has registered it."""
@@ -315,6 +317,7 @@ class PoolActor(Administration):
     async def _start(self) -> None:
         run_at_normal_priority()
         self._described = await self._fleet.start(self._config, self._environment)
+        found = [space for device in self._described for space in device.pop("spaces")]
         for device in self._described:
             self._state.add_device(
                 device["name"],
@@ -330,6 +333,9 @@ class PoolActor(Administration):
             await self.set_quota(quota.tenant, quota.model, quota.guaranteed, quota.limit)
         if (warning := self._state.ledger.quotas.warning) is not None:
             logger.warning("pool %s: %s", self._config.name, warning)
+        self._executor.carry_out(self._state.restore_models(found, time.monotonic()))
+        if unnamed := self._state.ledger.unnamed_below(None):
+            logger.warning("pool %s: %s", self._config.name, unnamed)
         # Before the first client: what is invalidated meanwhile could be entered by an answer that is on its way.
         for number, described in enumerate(self._described):
             if described["has_lower"]:

@@ -238,7 +238,7 @@ class _Pool:
         self._carry_out(instructions)
         _freeze()
         spec = {"name": "bench", "identity": {"model": "bench"}, "block_bytes": BLOCK_BYTES, "limit_bytes": None}
-        self._model = self.state.register_model(_CLIENT, spec).number
+        self._model = self.state.register_model(_CLIENT, spec)[0].number
 
     @property
     def free_bytes(self) -> int:

@@ -16,6 +16,7 @@ from kvpool.cache.contents import Location, LowerContents
 from kvpool.cache.demotion import Demotion
 from kvpool.cache.disk.index import DiskEntry
 from kvpool.cache.disk.leftovers import Leftovers
+from kvpool.cache.disk.model_names import ModelName
 from kvpool.cache.disk.threads import uncancelled
 from kvpool.cache.disk.tier import DiskTier
 from kvpool.cache.disk_calls import DiskCalls
@@ -152,6 +153,19 @@ class LowerTiers:
     def locate(self, key: CacheKey) -> Location | None:
         """Return where a cache can be found below, or None. No use, no hit."""
         return self._contents.locate(key)
+
+    def spaces(self) -> list[tuple[str, str, list[ModelName]]]:
+        """Return the tenants and fingerprints of which the start found content, also in folders of devices that are no
+        more, with their models as far as an earlier life has noted them.
+        """
+        contents = self._contents
+        left = contents.leftovers.spaces if contents.leftovers is not None else ()
+        return [*(contents.disk.spaces() if contents.disk is not None else ()), *left]
+
+    def name(self, tenant: str, fingerprint: str, models: Sequence[ModelName]) -> None:
+        """Say which models the content of a tenant and fingerprint is of, before any of it comes."""
+        if self._contents.disk is not None:
+            self._contents.disk.name(tenant, fingerprint, models)
 
     def with_descendants(self, keys: Iterable[CacheKey]) -> set[CacheKey]:
         """Return these keys, and those of all that lies below and is chained behind them. O(entries)."""

@@ -150,7 +150,8 @@ class Administration:
         ------
         TierError
             If a disk may still have some of it, of a device that is lost, say: the next pool of this name could find
-            that, and is to be told again. In this one it is gone.
+            that, and is to be told again. In this one it is gone. Also, of cause ``unnamed``, if a model was named by
+            name, and content lies on disk of which nobody knows the model's name.
         """
         connection, hashes = self._connection, None if keys is None else content_hashes(keys)
         return dict(

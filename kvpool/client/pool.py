@@ -91,6 +91,7 @@ class CachePool(Administration):
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._models: dict[ModelSpec, Model] = {}
+        self._found: dict[ModelSpec, Model] = {}
 
     @classmethod
     async def create(cls, config: PoolConfig | None = None, *, tenant: str = "default", **settings: Any) -> CachePool:
@@ -214,13 +215,19 @@ class CachePool(Administration):
     async def find_cache(self, model_name: str, key: bytes | str) -> VirtualKVCache | None:
         """Lease the sealed cache of a key, or return None: the short form of :meth:`Model.find_cache`.
 
-        None also when nobody has used a model of that name (without revision and blocks) yet: a look-up registers none.
+        None also when nobody has used a model of that name (without revision and blocks) yet, and no disk has content
+        of it: a look-up registers none.
         """
         spec = _spec_of(model_name)
         content_hash(key)  # what is no key is refused also where there is no model
-        if spec not in self._models and await self._number(self._connection.actor.find_model, spec) is None:
-            return None
-        return await (await self.model(spec)).find_cache(key)
+        model = self._models.get(spec) or self._found.get(spec)
+        if model is None:
+            number = await self._number(self._connection.actor.find_model, spec)
+            if number is None:
+                return None
+            # Not by registering it: with its name alone it would lose the limit that an earlier life has noted.
+            model = self._found[spec] = Model(self._connection, spec, number)
+        return await model.find_cache(key)
 
     async def stats(self) -> PoolStatistics:
         """Return what the pool holds and did."""

@@ -93,7 +93,8 @@ class Invalidations:
         InvalidRequestError
             If there is no such model, or a key is none.
         TierError
-            As the answer: if a disk may still have some of it. It is void all the same, and gone elsewhere.
+            As the answer: if a disk may still have some of it, or, where it was named by name, content of models that
+            nobody knows. It is void all the same, and gone elsewhere.
         """
         ledger = self._ledger
         index = ledger.index
@@ -129,6 +130,8 @@ class Invalidations:
         for device in ledger.devices:
             if device.lost is not None:
                 self._note_lost(work, device.number)
+        if isinstance(model, str):
+            self._note_unnamed(work, tenant, model)
         self._line.append(work)
         # Those that somebody holds, first and at once: the end of a lease that comes later must find them void.
         leased: list[int] = rows[held].tolist()
@@ -205,6 +208,17 @@ class Invalidations:
                 "is looked up; or delete that folder before the start",
                 cause="device_lost",
                 device=device.name,
+            )
+            work.answer = {"error": ("error", *error.to_wire())}
+
+    def _note_unnamed(self, work: _Invalidation, tenant: str | None, name: str) -> None:
+        """Let the answer say that not all that a name may mean is known: other revisions of the model, perhaps."""
+        unnamed = self._ledger.unnamed_below(tenant)
+        if unnamed:
+            error = TierError(
+                f"what is known as model {name!r} was invalidated, but {unnamed}. (Named by its number, a model is "
+                "invalidated alone, without this error.)",
+                cause="unnamed",
             )
             work.answer = {"error": ("error", *error.to_wire())}
 

@@ -29,6 +29,7 @@ from kvpool.pool.model import Model
 from kvpool.pool.placement import make_placement
 from kvpool.pool.quota import Quotas
 from kvpool.pool.void_marks import VoidMarks
+from kvpool.sizes import format_count
 
 
 class Ledger:
@@ -60,6 +61,9 @@ class Ledger:
         self.out: list[Instruction] = []
         self._models: dict[tuple[str, str, str], int] = {}
         self._by_space: dict[int, Model] = {}
+        self._all_in: dict[int, list[Model]] = {}
+        self.unnamed: set[tuple[str, str]] = set()
+        """Tenant and fingerprint of content that was found below the devices and whose models nobody knows."""
 
     @property
     def policy(self) -> CacheEvictionPolicy:
@@ -148,8 +152,22 @@ class Ledger:
         names = sorted({each.name for each in visible})
         raise InvalidRequestError(
             f"no model {model!r} is registered{'' if tenant is None else f' by tenant {tenant!r}'}: there is "
-            f"{', '.join(names[:20]) or 'none'}{' …' if len(names) > 20 else ''}",
+            f"{', '.join(names[:20]) or 'none'}{' …' if len(names) > 20 else ''}{self.unnamed_below(tenant, '. And ')}",
             asked=model,
+        )
+
+    def unnamed_below(self, tenant: str | None, before: str = "") -> str:
+        """Return what is to be said, after ``before``, of content below whose models nobody knows; nothing: none is.
+
+        Of a tenant, or of all.
+        """
+        count = sum(tenant in (None, each) for each, _ in self.unnamed)
+        if not count:
+            return ""
+        return (
+            f"{before}content of {format_count(count, 'model')} lies below the devices whose name is not known: it was "
+            "written by a version of kvpool that did not note it, or the note was lost. It may be what is meant: "
+            "register its model as it was (CachePool.model), and call again; or delete the pool, and its folders, too"
         )
 
     def register_model(
@@ -170,6 +188,8 @@ class Ledger:
         model = Model(number, name, tenant, space, block_bytes, limit_bytes, fingerprint=fingerprint, revision=revision)
         self.models.append(model)
         self._by_space.setdefault(space, model)
+        self._all_in.setdefault(space, []).append(model)
+        self.unnamed.discard((tenant, fingerprint))
         self._models[tenant, name, fingerprint] = number
         self.quotas.register(space, tenant, name, limit_bytes, now)
         return model
@@ -182,13 +202,13 @@ class Ledger:
         Raises
         ------
         InvalidRequestError
-            If it exists with another block size or limit.
+            If somebody has registered it with another block size or limit.
         """
         number = self._models.get((tenant, name, fingerprint))
         if number is None:
             return None
         model = self.models[number]
-        if (model.block_bytes, model.limit_bytes) != (block_bytes, limit_bytes):
+        if not model.restored and (model.block_bytes, model.limit_bytes) != (block_bytes, limit_bytes):
             raise InvalidRequestError(
                 f"model {name!r} is registered with block_bytes={model.block_bytes}, limit={model.limit_bytes}; "
                 f"asked for block_bytes={block_bytes}, limit={limit_bytes}: use the same, or another revision"
@@ -296,6 +316,10 @@ class Ledger:
         """Return the name of the model whose content a namespace has; None if that was declared void."""
         model = self._by_space.get(space)
         return None if model is None else model.name
+
+    def models_in(self, space: int) -> Sequence[Model]:
+        """Return all models whose content a namespace has: the same under different names."""
+        return self._all_in.get(space, ())
 
     def model_in(self, space: int) -> Model:
         """Return the model whose content a namespace has."""

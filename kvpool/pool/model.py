@@ -20,3 +20,5 @@ class Model:
     blocks_hit: int = 0
     fingerprint: str = ""
     revision: str = ""
+    restored: bool = False
+    """Nobody has registered it in this life: it is known by what an earlier one has noted on disk."""

@@ -123,6 +123,14 @@ class Quotas:
         elif self.active:
             self._index.set_accounts({space: self._account_named(*self._spaces[space]).number}, now=now)
 
+    def adopt(self, space: int, tenant: str, model: str, limit_bytes: int | None, now: float) -> None:
+        """Let another limit hold in place of that of a registration, or none; who has set a quota is heeded first."""
+        owner = self._owners.get((tenant, model))
+        if limit_bytes is None and owner is not None and not owner.revision:
+            self._set(tenant, model, NOTHING, None, 0, now)
+        else:
+            self.register(space, tenant, model, limit_bytes, now)
+
     def set(
         self,
         tenant: str,

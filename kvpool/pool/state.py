@@ -7,6 +7,7 @@ or a grant to a client that waited.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -70,6 +71,7 @@ from kvpool.pool.invalidation import Invalidations
 from kvpool.pool.leases import PINNER, RAISER, Leases
 from kvpool.pool.ledger import Ledger
 from kvpool.pool.model import Model
+from kvpool.pool.naming import Noted, register_model, restore_models
 from kvpool.pool.quota import Owner
 from kvpool.pool.raising import Raising
 from kvpool.pool.revocation import Revocations
@@ -196,16 +198,26 @@ class PoolState:
             ledger.send(number, ("disconnect", client), partial(ended, item))
         return batch, ledger.out
 
-    def register_model(self, client: str, spec: dict[str, Any], now: float = 0.0) -> Model:
+    def register_model(self, client: str, spec: dict[str, Any], now: float = 0.0) -> tuple[Model, list[Instruction]]:
         """Return the model that a client describes, registered once per tenant, name and content.
+
+        The devices are to know it before anything else is asked of them.
 
         ``spec``: ``name``, ``identity`` (all that makes bytes differ), ``block_bytes`` and ``limit_bytes`` or None.
         """
-        tenant = self.ledger.client(client).tenant
-        return self.ledger.register_model(
-            tenant, spec["name"], fingerprint(**spec["identity"]), spec["block_bytes"], spec["limit_bytes"],
-            spec["identity"].get("revision", ""), now,
-        )  # fmt: skip
+        ledger = self.ledger
+        ledger.out = []
+        identity = spec["identity"]
+        noted = spec["name"], identity.get("revision", ""), spec["block_bytes"], spec["limit_bytes"]
+        model = register_model(ledger, ledger.client(client).tenant, fingerprint(**identity), noted, now)
+        return model, ledger.out
+
+    def restore_models(self, spaces: Iterable[tuple[str, str, Sequence[Noted]]], now: float = 0.0) -> list[Instruction]:
+        """Enter the models of what a device found below it: ``(tenant, fingerprint, models)``. After all devices."""
+        self.ledger.out = []
+        for tenant, digest, noted in spaces:
+            restore_models(self.ledger, tenant, digest, noted, now)
+        return self.ledger.out
 
     def find_model(self, client: str, spec: dict[str, Any]) -> Model | None:
         """Return the model that a client describes as for :meth:`register_model`; None if nobody has registered it."""

@@ -11,7 +11,7 @@ import pytest
 from pool_actors import device_actors, kill_device, make_patient, pid_of
 
 from kvpool import ModelSpec, encode_block_id
-from kvpool.errors import DeviceLostError, StaleCacheError, TierError
+from kvpool.errors import DeviceLostError, InvalidRequestError, StaleCacheError, TierError
 
 BLOCK_BYTES = 32 * 1024
 SPEC = ModelSpec("m", block_bytes=BLOCK_BYTES)
@@ -216,6 +216,68 @@ async def test_invalidated_content_is_gone_from_every_tier(make_pool, tmp_path):
     assert not files(folder)
     figures = await tiers(pool)
     assert (figures["host"]["entries"], figures["disk"]["files"]) == (0, 0)
+
+
+async def test_after_a_new_start_names_mean_what_they_meant_before_anybody_registers_a_model(make_pool, cli, tmp_path):
+    folder = tmp_path / "disk"
+    settings = {"disk_url": str(folder), "name": f"t{os.getpid()}-names"}
+    pool = await make_pool("host:2x1MiB", **settings)
+    for number in range(4):
+        async with await pool.request_cache("doc", size="64KiB") as cache:
+            cache.numpy("uint8", (65536,))[:] = number + 1
+            await cache.seal(key=f"doc {number}", durable=True)
+    for revision in "12":
+        await put(await pool.model(ModelSpec("llm", revision=revision, block_bytes=BLOCK_BYTES)), 1, durable=True)
+    await pool.delete()
+
+    # By the disk alone; and with one device fewer, so that some of it lies where nobody looks it up.
+    pool = await make_pool("host:1x1MiB", **settings)
+    listed = {(each["name"], each["revision"]) for each in (await pool.ls())["models"]}
+    assert listed == {("doc", ""), ("llm", "1"), ("llm", "2")}
+    there = 0
+    for number in range(4):
+        found = await pool.find_cache("doc", f"doc {number}")
+        if found is not None:
+            there += 1
+            async with found:
+                assert (found.numpy("uint8", (65536,)) == number + 1).all()
+    assert there > 0
+    assert (await pool.contains("doc", ["doc 9"]))["blocks"] == 0
+
+    new = await pool.model(ModelSpec("llm", revision="2", block_bytes=BLOCK_BYTES, limit="512KiB"))
+    await put(new, 2)
+    await cli("invalidate", "--name", pool.name, "--model", "llm", "--all")
+    await cli("invalidate", "--name", pool.name, "--model", "doc", "--all")
+    assert not files(folder)
+    await pool.delete()
+
+    pool = await make_pool("host:2x1MiB", **settings)
+    assert (await pool.ls())["models"] == []
+    gone = await cli("invalidate", "--name", pool.name, "--model", "doc", "--all", code=2)
+    assert "below" not in gone.stderr
+
+
+async def test_content_without_a_name_is_not_passed_over_by_what_is_asked_by_name(make_pool, tmp_path):
+    folder = tmp_path / "disk"
+    settings = {"disk_url": str(folder), "name": f"t{os.getpid()}-nameless"}
+    pool = await make_pool("host:1x1MiB", **settings)
+    old = ModelSpec("m", revision="1", block_bytes=BLOCK_BYTES)
+    await put(await pool.model(old), 1, durable=True)
+    await pool.delete()
+    for names in folder.rglob("*.kvmodels"):  # as a version that noted none has left it
+        names.unlink()
+
+    pool = await make_pool("host:1x1MiB", **settings)
+    with pytest.raises(InvalidRequestError, match=r"no model 'm' .*content of 1 model lies below"):
+        await pool.invalidate("m")
+    new = await pool.model(SPEC)
+    await put(new, 2)
+    with pytest.raises(TierError, match="content of 1 model lies below"):
+        await pool.invalidate("m")
+    assert await read(new, 2) == 0
+    await pool.model(old)
+    assert (await pool.invalidate("m"))["lower_keys"] == CHAIN
+    assert not files(folder)
 
 
 async def test_a_pool_goes_on_when_its_disk_vanishes(make_pool, tmp_path):

@@ -12,7 +12,15 @@ import re
 from collections.abc import Sequence
 
 from kvpool.cache.disk.folder import folder_at
-from kvpool.cache.disk.names import is_pack, parse_cache, parse_removal, space_name
+from kvpool.cache.disk.model_names import ModelName, decode_names, read_names
+from kvpool.cache.disk.names import (
+    is_pack,
+    names_path,
+    parse_cache,
+    parse_removal,
+    parse_space,
+    space_name,
+)
 from kvpool.cache.disk.statistics import cause_of
 from kvpool.cache.disk.threads import uncancelled
 from kvpool.cache.disk.tier import DiskTier
@@ -40,6 +48,8 @@ class Leftovers:
         self._pool_url, self._devices = pool_url, devices
         self.urls: Sequence[str] = ()
         """The folders that were there when somebody last looked."""
+        self.spaces: Sequence[tuple[str, str, list[ModelName]]] = ()
+        """Of which tenants and fingerprints :meth:`look` found content there, with their models as far as noted."""
 
     async def look(self) -> None:
         """Find the folders, and log those that are there.
@@ -51,6 +61,7 @@ class Leftovers:
         """
         try:
             self.urls = await asyncio.to_thread(_list, self._pool_url, self._devices)
+            self.spaces = await asyncio.to_thread(_read_spaces, self.urls)
         except Exception as error:
             raise TierError(f"{self._pool_url} cannot be listed: {error}", cause=cause_of(error)) from error
         for url in self.urls:
@@ -94,6 +105,21 @@ def _list(pool_url: str, devices: int) -> list[str]:
         return []
     numbers = {name: match for name in names if (match := _DEVICE.fullmatch(name)) is not None}
     return [f"{pool_url}/{name}" for name, match in numbers.items() if int(match[1]) >= devices]
+
+
+def _read_spaces(urls: Sequence[str]) -> list[tuple[str, str, list[ModelName]]]:
+    spaces: list[tuple[str, str, list[ModelName]]] = []
+    for url in urls:
+        folder = folder_at(url)
+        for top in folder.list(""):
+            space = parse_space(top.name) if top.is_folder else None
+            if space is None:
+                continue
+            if any(parse_cache(found.name) is not None or is_pack(found.name) for found in folder.list(top.name)):
+                path = names_path(top.name)
+                content = read_names(folder, path, folder.size(path) or 0)
+                spaces.append((*space, decode_names(content or b"", *space) or []))
+    return spaces
 
 
 def _has(url: str, space: str) -> bool:

@@ -4,6 +4,7 @@
 
     <folder>/<fingerprint>@<tenant>.kvspace/<hash>-<parent>-<bytes>.kvcache     a cache
     <folder>/<fingerprint>@<tenant>.kvspace/<32 digits>.kvpack                  a pack: small caches in one file
+    <folder>/<fingerprint>@<tenant>.kvspace/names.kvmodels                      which models these are of
     <folder>/<number>.kvremoved                                                 a removal that is decided
     ….kvtmp                                                                     a file that is not complete
 
@@ -26,9 +27,11 @@ from kvpool.cache.key import BlockHash, CacheKey
 SPACE_SUFFIX = ".kvspace"
 CACHE_SUFFIX = ".kvcache"
 PACK_SUFFIX = ".kvpack"
+MODELS_SUFFIX = ".kvmodels"
 REMOVED_SUFFIX = ".kvremoved"
 TEMPORARY_SUFFIX = ".kvtmp"
 LOCK_NAME = "kvpool.lock"
+NAMES_NAME = f"names{MODELS_SUFFIX}"
 
 _ROOT = "root"
 _IN_PACK = ":"  # never in the name of a file: what could have one is percent-encoded
@@ -66,6 +69,11 @@ def parse_space(name: str) -> tuple[str, str] | None:
     except UnicodeDecodeError:
         return None
     return (tenant, fingerprint) if space_name(tenant, fingerprint) == name else None
+
+
+def names_path(space: str) -> str:
+    """Return where it is said which models the content of a folder is of."""
+    return f"{space}/{NAMES_NAME}"
 
 
 def cache_path(key: CacheKey, name: CacheName) -> str:
@@ -125,7 +133,7 @@ def parse_removal(name: str) -> int | None:
 
 def is_ours(name: str) -> bool:
     """Whether a file bears one of the tier's suffixes. All others are somebody else's and left alone."""
-    return name.endswith((CACHE_SUFFIX, PACK_SUFFIX, REMOVED_SUFFIX, TEMPORARY_SUFFIX))
+    return name.endswith((CACHE_SUFFIX, PACK_SUFFIX, MODELS_SUFFIX, REMOVED_SUFFIX, TEMPORARY_SUFFIX))
 
 
 def _quote(text: str) -> str:

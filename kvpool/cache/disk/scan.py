@@ -6,7 +6,17 @@ from dataclasses import dataclass, field
 
 from kvpool.cache.disk.folder import Folder, Found
 from kvpool.cache.disk.index import DiskEntry, DiskIndex
-from kvpool.cache.disk.names import PACK_SUFFIX, TEMPORARY_SUFFIX, is_ours, parse_cache, parse_removal, parse_space
+from kvpool.cache.disk.model_names import decode_names, read_names
+from kvpool.cache.disk.names import (
+    NAMES_NAME,
+    PACK_SUFFIX,
+    TEMPORARY_SUFFIX,
+    is_ours,
+    names_path,
+    parse_cache,
+    parse_removal,
+    parse_space,
+)
 from kvpool.cache.disk.removal import Removal, read_removal
 from kvpool.cache.disk.statistics import DiskCounters
 from kvpool.cache.key import CacheKey
@@ -19,21 +29,28 @@ class _Findings:
     unread: set[str] = field(default_factory=set)
     doomed: dict[CacheKey, list[DiskEntry]] = field(default_factory=dict)
     """What there is of keys whose removal was decided."""
+    used: set[str] = field(default_factory=set)
+    """Folders that have caches, and keep them."""
+    names: dict[str, bytes] = field(default_factory=dict)
+    """What folders say of the models that their caches are of."""
 
 
-def scan(folder: Folder, index: DiskIndex, counters: DiskCounters) -> tuple[list[Removal], set[str]]:
+def scan(
+    folder: Folder, index: DiskIndex, counters: DiskCounters
+) -> tuple[list[Removal], set[str], dict[tuple[str, str], bytes | None]]:
     """Enter all caches of a folder into an empty index, oldest first.
 
     Returns
     -------
-    tuple[list[Removal], set[str]]
-        Removals that cannot be completed yet, and folders that could not be read: they may have caches, which the
-        next start would find.
+    tuple[list[Removal], set[str], dict[tuple[str, str], bytes | None]]
+        Removals that cannot be completed yet; folders that could not be read: they may have caches, which the
+        next start would find; and by tenant and fingerprint of all that has, or may have, caches what its file of
+        names says, None if there is none.
 
 
-    Blocks. Opens no file but packs and those of decided removals. Incomplete files and files that bear our suffix and
-    are not ours are removed; what else lies in the folder is not touched. The order of use is not on disk: after a
-    start, the order in which files were written stands for it (by name within a tick of the store's clock).
+    Blocks. Opens no file but packs and those of decided removals and of names. Incomplete files and files that bear our
+    suffix and are not ours are removed; what else lies in the folder is not touched. The order of use is not on disk:
+    after a start, the order in which files were written stands for it (by name within a tick of the store's clock).
     """
     top = list(folder.list(""))
     removals = _read_removals(folder, top, counters)
@@ -58,8 +75,36 @@ def scan(folder: Folder, index: DiskIndex, counters: DiskCounters) -> tuple[list
     for path in findings.clear:
         if not _remove(folder, path, counters) and "/" in path:
             findings.unread.add(path.partition("/")[0])  # the next start may find it
+    findings.used.update(entry.path.partition("/")[0] for removal in left for entry in removal.entries)
+    spaces = _named(folder, findings, counters)
     _fit(folder, index, counters)
-    return left, findings.unread
+    return left, findings.unread, spaces
+
+
+def _named(folder: Folder, findings: _Findings, counters: DiskCounters) -> dict[tuple[str, str], bytes | None]:
+    """Return what is said of the models of all that is there, and remove what names nothing that is there."""
+    there = findings.used | findings.unread
+    for space in findings.names.keys() - there:
+        try:
+            folder.sync(space)  # what it named does not come back
+            folder.remove(names_path(space))
+        except Exception as error:  # noqa: BLE001  drivers raise what they like; the next start tries again
+            counters.count_error(f"removing {names_path(space)}", error)
+    return {parse_space(space) or ("", ""): findings.names.get(space) for space in sorted(there)}
+
+
+def _read_names(folder: Folder, space: str, size_bytes: int, findings: _Findings, counters: DiskCounters) -> None:
+    path = names_path(space)
+    try:
+        content = read_names(folder, path, size_bytes)
+    except Exception as error:  # noqa: BLE001  its caches are found all the same
+        counters.count_error(f"reading {path}", error)
+        return
+    if content is not None and decode_names(content, *(parse_space(space) or ("", ""))) is not None:
+        findings.names[space] = content
+    else:
+        counters.count_bad("names", path)
+        findings.clear.append(path)
 
 
 def _read_removals(folder: Folder, top: list[Found], counters: DiskCounters) -> list[Removal]:
@@ -97,6 +142,9 @@ def _read_space(folder: Folder, space: str, findings: _Findings, counters: DiskC
             path = f"{space}/{found.name}"
             if found.is_folder or not is_ours(found.name):
                 continue
+            if found.name == NAMES_NAME:
+                _read_names(folder, space, found.size_bytes, findings, counters)
+                continue
             name = parse_cache(found.name)
             if name is None:
                 _clear(path, findings, counters)
@@ -106,6 +154,7 @@ def _read_space(folder: Folder, space: str, findings: _Findings, counters: DiskC
                 others.append(entry)
             elif found.size_bytes == entry.file_bytes:
                 findings.entries.append((found.modified_s, entry.pack or found.name, entry))
+                findings.used.add(space)
             else:
                 counters.count_bad("size", path)
                 findings.clear.append(path)

@@ -25,6 +25,9 @@ from kvpool.cache.disk.folder import Folder
 from kvpool.cache.disk.folder_syncs import FolderSyncs
 from kvpool.cache.disk.index import DiskEntry, DiskIndex
 from kvpool.cache.disk.key_locks import KeyLocks
+from kvpool.cache.disk.model_names import ModelName
+from kvpool.cache.disk.names import space_name
+from kvpool.cache.disk.naming import Naming
 from kvpool.cache.disk.packing import Packing, Write
 from kvpool.cache.disk.reading import Read, Reading
 from kvpool.cache.disk.removal import Removal
@@ -95,9 +98,11 @@ class DiskTier:
         self._kept: Counter[CacheKey] = Counter()
         self._removals = Removals(folder, self._index, self._counters, self._removers)
         self._syncs = FolderSyncs(folder, threads)
+        self._naming = Naming(folder)
+        self._noting: set[asyncio.Task[None]] = set()
         self._writer = Writer(
             folder, self._index, self._locks, self._counters, self._removals, self._writers, self._syncs, self._gone,
-            self._kept,
+            self._kept, self._naming,
         )  # fmt: skip
         self._packing = Packing(self._writers, self._writer, self._refused, self._writing, budget_bytes)
         self._reading = Reading(self._readers, folder, self._index, self._counters, self.find, self._gone)
@@ -116,7 +121,9 @@ class DiskTier:
         self._started = True
         try:
             await uncancelled(self._readers.run(self._folder.open))
-            removals, unread = await uncancelled(self._readers.run(scan, self._folder, self._index, self._counters))
+            removals, unread, spaces = await uncancelled(
+                self._readers.run(scan, self._folder, self._index, self._counters)
+            )
         except BaseException as error:
             await self.close()
             if isinstance(error, KvpoolError) or not isinstance(error, Exception):
@@ -126,6 +133,7 @@ class DiskTier:
                 f"the disk tier at {self._folder.url} cannot be used: {error}; {advice_on(cause)}", cause=cause
             ) from error
         self._removals.take_over(removals, unread)
+        self._naming.take_over(spaces)
         self._open = True
         return list(self._index)
 
@@ -136,6 +144,8 @@ class DiskTier:
         know of them.
         """
         was_open, self._open = self._open, False
+        while self._noting:
+            await asyncio.wait(self._noting)
         if was_open:
             async with self._removers.one():
                 await uncancelled(self._removals.note_left())
@@ -278,6 +288,29 @@ class DiskTier:
             lost=counters.lost,
             pending_removals=self._removals.pending,
         )
+
+    # -- names of models ------------------------------------------------------------------------------------------
+
+    def spaces(self) -> list[tuple[str, str, list[ModelName]]]:
+        """Return the tenants and fingerprints of which the start found content, with their models as far as noted."""
+        return self._naming.found()
+
+    def name(self, tenant: str, fingerprint: str, models: Sequence[ModelName]) -> None:
+        """Say which models the content of a tenant and fingerprint is of: noted on disk before any of it is written.
+
+        Content that is not named comes back all the same, and nobody who asks by a model's name is told of it.
+        """
+        if self._naming.name(tenant, fingerprint, models):  # not only when more of it comes
+            task = asyncio.ensure_future(self._note_names(space_name(tenant, fingerprint)))
+            self._noting.add(task)
+            task.add_done_callback(self._noting.discard)
+
+    async def _note_names(self, space: str) -> None:
+        async with self._writers.one():
+            try:
+                await self._writers.run(self._naming.write, space)
+            except Exception as error:  # noqa: BLE001  drivers raise what they like; the next write there tries again
+                self._counters.count_error(f"noting the models of {space}", error)
 
     # -- writing --------------------------------------------------------------------------------------------------
 

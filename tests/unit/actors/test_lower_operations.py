@@ -10,6 +10,7 @@ from loop_clock import LONG_S, out_of_time
 
 from kvpool.actors.lower_operations import LowerOperations
 from kvpool.cache.disk.folder import folder_at
+from kvpool.cache.disk.model_names import ModelName, decode_names
 from kvpool.cache.disk.tier import DiskTier
 from kvpool.cache.host_tier import HostTier
 from kvpool.cache.lower_tiers import LowerTiers
@@ -124,6 +125,18 @@ async def test_a_removal_that_hangs_is_told_as_an_error(device):
     assert await operations.carry_out(("forget", *name, [KEY.block_hash])) is True
     answer = await out_of_time(operations.forgotten(*name))
     assert answer[:2] == ("error", "TierError")
+
+
+async def test_models_are_noted_beside_what_is_written_for_them(device):
+    store, operations, _ = device
+    noted = ("m", "1", PAGE, None)
+    assert await operations.carry_out(("name", KEY.tenant, KEY.fingerprint, [noted])) is True
+    sealed(store, 1)
+    assert await operations.persist(KEY.tenant, KEY.fingerprint, [(1, KEY.block_hash, None)]) == [True]
+    (names,) = [name for name in FaultyFileSystem.store if name.endswith(".kvmodels")]
+    content = FaultyFileSystem.store[names].getvalue()
+    assert decode_names(content, KEY.tenant, KEY.fingerprint) == [ModelName(*noted)]
+    store.apply([("release", "c", 0, [1]), ("evict", [1])])
 
 
 async def freed(store):

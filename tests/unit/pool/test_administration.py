@@ -318,7 +318,7 @@ def test_events_tell_what_comes_and_goes_and_why(pool):
 
 def test_revisions_of_one_model_are_told_apart_in_events_and_listings(pool):
     spec = {"name": "m", "identity": {"model": "m", "revision": "2"}, "block_bytes": BLOCK, "limit_bytes": None}
-    new = pool.state.register_model("c", spec).number
+    new = pool.state.register_model("c", spec)[0].number
     seen, _ = read(pool, None)
     pool.put([1])
     pool.put([1], model=new)

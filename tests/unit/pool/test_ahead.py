@@ -18,7 +18,7 @@ class Books:
         self.state.add_device("host-0", "here", COUNT * SIZE, 1 << 21, 4096, 8 * COUNT * SIZE, has_lower=True)
         self.state.connect("c", "default", "here", "token")
         spec = {"name": "m", "identity": {"model": "m"}, "block_bytes": SIZE, "limit_bytes": None}
-        self.space = self.state.register_model("c", spec).space
+        self.space = self.state.register_model("c", spec)[0].space
         self.state.ledger.out = []
         self.now, self.stored, self.seen, self.copied = 0.0, 0, 0, []
         victims = self.state.ledger.policy.victims

@@ -1,0 +1,60 @@
+"""Names of models, noted on disk before the first of their content is."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+
+from kvpool.cache.disk.folder import Folder
+from kvpool.cache.disk.model_names import ModelName, decode_names, encode_names
+from kvpool.cache.disk.names import names_path, space_name
+
+Spaces = Mapping[tuple[str, str], bytes | None]
+"""By tenant and fingerprint, what the file of names says of what lies there; None where there is none."""
+
+
+class Naming:
+    """Which models the content of each tenant and fingerprint is of, on disk and by word.
+
+    Parameters
+    ----------
+    folder
+        Of the tier.
+    """
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
+        self._found: Spaces = {}
+        # By folder of a tenant and fingerprint:
+        self._wanted: dict[str, bytes] = {}
+        self._written: dict[str, bytes] = {}
+        self._changing: dict[str, threading.Lock] = {}
+
+    def take_over(self, found: Spaces) -> None:
+        """Enter what an earlier life has left."""
+        self._found = found
+        self._written = {space_name(*space): content for space, content in found.items() if content is not None}
+
+    def found(self) -> list[tuple[str, str, list[ModelName]]]:
+        """Return tenant and fingerprint of all of which something was found, and which models that is of, if known."""
+        return [(*space, decode_names(content or b"", *space) or []) for space, content in self._found.items()]
+
+    def name(self, tenant: str, fingerprint: str, models: Sequence[ModelName]) -> bool:
+        """Let all that is written from now on lie beside these names; whether what is there may lie without them."""
+        space = space_name(tenant, fingerprint)
+        self._changing.setdefault(space, threading.Lock())
+        wanted = self._wanted[space] = encode_names(tenant, fingerprint, models)
+        there = (tenant, fingerprint) in self._found or space in self._written
+        return there and wanted != self._written.get(space)
+
+    def write(self, space: str) -> None:
+        """Have the names on disk, for good, before content is written to a folder. Blocks; raises as the store does."""
+        if self._wanted.get(space) in (None, self._written.get(space)):
+            return
+        with self._changing[space]:  # several threads may begin with the same model
+            wanted = self._wanted[space]
+            if wanted != self._written.get(space):
+                self._folder.write(names_path(space), (wanted,))
+                # Else a failure of power may keep the name of a cache, and not that of this.
+                self._folder.sync(space)
+                self._written[space] = wanted
