@@ -52,7 +52,7 @@ class Ledger:
         self.writers: dict[int, Writer] = {}
         """By id, caches that are not sealed yet."""
         self.revoked: dict[str, Client] = {}
-        """Clients whose leases were revoked, until they leave."""
+        """Clients whose leases were revoked, until they leave by word or too many others were."""
         self.journal = Journal()
         self.invalidations = 0
         """How many there have been."""

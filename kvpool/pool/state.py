@@ -355,7 +355,7 @@ class PoolState:
             case ClientGone():
                 self.allocations.cancel_client(event.client)
                 self.raising.cancel_client(event.client)
-                self.ledger.revoked.pop(event.client, None)
+                # One that was revoked is told so whenever it calls: its connection to the device ends before it knows.
                 if self.ledger.clients.pop(event.client, None) is not None:
                     self.ledger.counters.clients_died += 1
                 self.leases.leases_ended(event.ended, event.freed, now)

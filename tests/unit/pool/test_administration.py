@@ -81,6 +81,16 @@ def test_who_is_revoked_while_it_waits_is_told_and_the_next_is_served(pool):
     assert pool.grants["c"][0][0] == behind[1]
 
 
+def test_a_revoked_client_is_told_so_after_its_connection_to_the_device_has_ended(pool):
+    """The device ends that before the client calls again: it must not be told that it was never connected."""
+    pool.put([1])
+    pool.look_up([1])
+    pool.revoke("c")
+    pool.kill("c")  # of which the devices tell the same
+    with pytest.raises(LeaseRevokedError, match="connect again"):
+        pool.look_up([1])
+
+
 def test_what_is_on_its_way_to_a_revoked_client_is_not_leaked(pool):
     asked, revoked = Batch(2), Batch(1)
     pool.handle(CachesRequested(asked, "c", [(1, 0, 4 * PAGE, 4 * PAGE, 9.0, 0, None)] * 2))
