@@ -63,7 +63,6 @@ class Below:
         if not any(device.has_lower for device in devices):
             return
         going: dict[tuple[int, int], list[tuple[int, BlockHash, BlockHash | None]]] = {}
-        entered: dict[tuple[int, int], list[tuple[BlockHash, LowerEntry]]] = {}
         for row in rows:
             device = index.device[row]
             if not devices[device].has_lower or not index.flags[row] & KEYED or index.is_void(row):
@@ -73,25 +72,26 @@ class Below:
                 continue
             space = index.space_of(row)
             going.setdefault((device, space), []).append((index.id_of(row), key, parent))
-            entry = LowerEntry(device, index.asked_bytes[row], parent, None)
-            entered.setdefault((device, space), []).append((key, entry))
-            self._entries.setdefault(space, {})[key] = entry
+            self._entries.setdefault(space, {})[key] = LowerEntry(device, index.asked_bytes[row], parent, None)
         for (device, space), entries in going.items():
             model = ledger.model_in(space)
             operation = ("lower", model.tenant, model.fingerprint, entries)
             ledger.counters.blocks_lowered += len(entries)
-            ledger.send(device, operation, partial(self._lowered, space, entered[device, space]))
+            entered = [(key, self._entries[space][key]) for _, key, _ in entries]
+            ledger.send(device, operation, partial(self._lowered, device, space, entered))
 
-    def _lowered(self, space: int, entered: list[tuple[BlockHash, LowerEntry]], answer: Answer, now: float) -> None:
+    def _lowered(
+        self, device: int, space: int, entered: list[tuple[BlockHash, LowerEntry]], answer: Answer, now: float
+    ) -> None:
         lost = isinstance(answer, tuple)
-        entries, stamp = self._entries.get(space, {}), self._ledger.devices[entered[0][1].device].zombie_stamp
+        entries, stamp = self._entries.get(space, {}), self._ledger.devices[device].stamp
         for position, (key, entry) in enumerate(entered):
             if entries.get(key) is not entry:  # forgotten, or it came up meanwhile and went down again
                 continue
             if lost or not answer[position]:
                 del entries[key]
             else:
-                entries[key] = LowerEntry(entry.device, entry.size_bytes, entry.parent, stamp)
+                entries[key] = LowerEntry(device, entry.size_bytes, entry.parent, stamp)
 
     def discard(self, device: int, space: int, block_hash: BlockHash) -> None:
         """Forget content that is not below that device (any more)."""

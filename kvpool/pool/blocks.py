@@ -20,9 +20,9 @@ from kvpool.pool.fanout import nothing_more
 from kvpool.pool.instructions import Answer, Batch, Failed, distinct
 from kvpool.pool.ledger import Ledger
 from kvpool.pool.model import Model
-from kvpool.pool.requests import MOST_BLOCK_SHORTAGES, BlocksRequest, CacheRequest
+from kvpool.pool.requests import BlocksRequest, CacheRequest
 from kvpool.pool.room import Room
-from kvpool.pool.stepwise import send_stepwise, wants_memory
+from kvpool.pool.stepwise import send_stepwise
 from kvpool.sizes import format_size
 
 
@@ -172,12 +172,9 @@ class BlockAllocations:
             for position, place in zip(positions, places, strict=False):
                 request.places[position] = place
             missing = positions[len(places) :]
-            short = shortage is not None and missing and wants_memory(shortage)
-            if short and attempts < MOST_BLOCK_SHORTAGES and not self._ledger.has_left(request.client):
-                device = self._ledger.devices[number]
-                block_bytes = request.model.block_bytes or 0
-                need_bytes = len(missing) * device.footprint_bytes(block_bytes, block_bytes)
-                evict = self._room.evict_for(request.model, device, need_bytes, need_bytes << attempts)
+            if missing and not self._ledger.has_left(request.client):
+                device, block_bytes = self._ledger.devices[number], request.model.block_bytes or 0
+                evict = self._room.make_up_for(shortage, request.model, device, block_bytes, len(missing), attempts)
                 if evict:
                     self._ask_blocks(request, number, missing, evict, attempts + 1)
         if request.open_operations:

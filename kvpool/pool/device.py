@@ -20,7 +20,8 @@ class Device:
     min_block_bytes: int
     arena_bytes: int
     zombie_bytes: int = 0
-    zombie_stamp: int = 0
+    stamp: int = 0
+    """Its count of what it answers and tells, by what was taken in last: answers and events overtake each other."""
     lost: str | None = None
     evictions: int = 0
     has_lower: bool = False
@@ -47,5 +48,5 @@ class Device:
 
     def note_zombies(self, zombies: tuple[int, int]) -> None:
         """Take in ``(stamp, zombie bytes)`` unless a newer figure has come already."""
-        if zombies[0] > self.zombie_stamp:
-            self.zombie_stamp, self.zombie_bytes = zombies
+        if zombies[0] > self.stamp:
+            self.stamp, self.zombie_bytes = zombies

@@ -60,8 +60,7 @@ class Ledger:
         """Which of them older writers must heed."""
         self.out: list[Instruction] = []
         self._models: dict[tuple[str, str, str], int] = {}
-        self._by_space: dict[int, Model] = {}
-        self._all_in: dict[int, list[Model]] = {}
+        self._by_space: dict[int, list[Model]] = {}
         self.unnamed: set[tuple[str, str]] = set()
         """Tenant and fingerprint of content that was found below the devices and whose models nobody knows."""
 
@@ -187,8 +186,7 @@ class Ledger:
         number, space = len(self.models), self.index.space(tenant, fingerprint)
         model = Model(number, name, tenant, space, block_bytes, limit_bytes, fingerprint=fingerprint, revision=revision)
         self.models.append(model)
-        self._by_space.setdefault(space, model)
-        self._all_in.setdefault(space, []).append(model)
+        self._by_space.setdefault(space, []).append(model)
         self.unnamed.discard((tenant, fingerprint))
         self._models[tenant, name, fingerprint] = number
         self.quotas.register(space, tenant, name, limit_bytes, now)
@@ -310,20 +308,21 @@ class Ledger:
 
     def model_of(self, row: int) -> Model | None:
         """Return the model for which a cache was made; None once its content is void."""
-        return self._by_space.get(self.index.space_of(row))
+        models = self._by_space.get(self.index.space_of(row))
+        return None if models is None else models[0]
 
     def name_in(self, space: int) -> str | None:
         """Return the name of the model whose content a namespace has; None if that was declared void."""
-        model = self._by_space.get(space)
-        return None if model is None else model.name
+        models = self._by_space.get(space)
+        return None if models is None else models[0].name
 
     def models_in(self, space: int) -> Sequence[Model]:
         """Return all models whose content a namespace has: the same under different names."""
-        return self._all_in.get(space, ())
+        return self._by_space.get(space, ())
 
     def model_in(self, space: int) -> Model:
         """Return the model whose content a namespace has."""
-        return self._by_space[space]
+        return self._by_space[space][0]
 
     def check_not_void(self, row: int, cache_id: int, key: bytes | None = None) -> None:
         """Raise :class:`~kvpool.errors.InvalidatedError` if a cache's content was declared void, or may not get a key.

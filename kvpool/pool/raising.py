@@ -24,9 +24,8 @@ from kvpool.pool.instructions import Answer, Batch, Failed, Grant, Move
 from kvpool.pool.leases import RAISER, Leases
 from kvpool.pool.ledger import Ledger
 from kvpool.pool.model import Model
-from kvpool.pool.requests import MOST_BLOCK_SHORTAGES
 from kvpool.pool.room import Room
-from kvpool.pool.stepwise import send_stepwise, wants_memory
+from kvpool.pool.stepwise import send_stepwise
 
 
 @dataclass(slots=True, eq=False)
@@ -203,20 +202,16 @@ class Raising:
         raiser = self._raiser(work.model.tenant, work.device)
         ids, size_bytes = work.ids[first:], work.size_bytes
         operation = ("allocate", raiser.id, 0, work.model.tenant, ids, size_bytes, size_bytes, evict)
-        then = partial(self._placed, work, first, attempts)
-        send_stepwise(self._ledger, work.device, operation, then)
+        send_stepwise(self._ledger, work.device, operation, partial(self._placed, work, first, attempts))
 
     def _placed(self, work: _Raise, first: int, attempts: int, answer: Answer, now: float) -> None:
         placed, shortage = (first, None) if answer[0] == "error" else (first + len(answer[0]), answer[2])
         if placed < len(work.ids):
-            if shortage is not None and wants_memory(shortage) and attempts < MOST_BLOCK_SHORTAGES:
-                # The device has less room than the books say: where the last free bytes are holes, more has to go.
-                device = self._ledger.devices[work.device]
-                need_bytes = (len(work.ids) - placed) * device.footprint_bytes(work.size_bytes, work.size_bytes)
-                evict = self._room.evict_for(work.model, device, need_bytes, need_bytes << attempts)
-                if evict:
-                    self._allocate(work, placed, evict, attempts + 1)
-                    return
+            device, missing = self._ledger.devices[work.device], len(work.ids) - placed
+            evict = self._room.make_up_for(shortage, work.model, device, work.size_bytes, missing, attempts)
+            if evict:
+                self._allocate(work, placed, evict, attempts + 1)
+                return
             # What lies below stays there.
             for cache_id, block_hash in zip(work.ids[placed:][::-1], work.hashes[placed:][::-1], strict=True):
                 del self._under_way[work.model.space, block_hash]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from kvpool.pool.clearance import Clearance
 from kvpool.pool.client import Client
@@ -12,7 +13,8 @@ from kvpool.pool.ledger import Ledger
 from kvpool.pool.model import Model
 from kvpool.pool.quota import Owner
 from kvpool.pool.quota_room import QuotaRoom
-from kvpool.pool.requests import MOST_SHORTAGES
+from kvpool.pool.requests import MOST_BLOCK_SHORTAGES, MOST_SHORTAGES
+from kvpool.pool.stepwise import wants_memory
 
 
 class Room:
@@ -172,6 +174,28 @@ class Room:
         if self._ledger.quotas.active:
             return self._within_quotas.evict_for(model, device, need_bytes, short_bytes)
         return self.clearance.evict(device, short_bytes)
+
+    def make_up_for(
+        self, shortage: Mapping[str, Any] | None, model: Model, device: Device, size_bytes: int, count: int, tries: int
+    ) -> list[int]:
+        """Return the ids evicted for blocks in the books for which a device had less room than these say; none: no use.
+
+        Where its last free bytes are holes, more has to go: twice as much each time, within bounds. Blocks, new or from
+        below, never wait for memory.
+
+        Parameters
+        ----------
+        shortage
+            What it answered.
+        size_bytes, count
+            Of those that it did not place.
+        tries
+            How often this was done for them before.
+        """
+        if shortage is None or not wants_memory(shortage) or tries >= MOST_BLOCK_SHORTAGES:
+            return []
+        need_bytes = count * device.footprint_bytes(size_bytes, size_bytes)
+        return self.evict_for(model, device, need_bytes, need_bytes << tries)
 
     def drain(self) -> None:
         """Evict what is above limits that were lowered, as far as nobody holds it."""

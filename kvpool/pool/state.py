@@ -71,9 +71,9 @@ from kvpool.pool.invalidation import Invalidations
 from kvpool.pool.leases import PINNER, RAISER, Leases
 from kvpool.pool.ledger import Ledger
 from kvpool.pool.model import Model
-from kvpool.pool.naming import Noted, register_model, restore_models
 from kvpool.pool.quota import Owner
 from kvpool.pool.raising import Raising
+from kvpool.pool.registration import Noted, register_model, restore_models
 from kvpool.pool.revocation import Revocations
 from kvpool.pool.room import Room
 

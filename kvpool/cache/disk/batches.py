@@ -6,6 +6,7 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 from kvpool.cache.disk.threads import Threads
@@ -40,8 +41,9 @@ class Request(Generic[Result]):
         """Give it up: now, or, if a thread uses the memory, as soon as none does."""
         if self.holder is not None:
             self._given_up = True
-        elif self.done.cancel() and self.line is not None and self in self.line:
-            self.line.remove(self)
+        elif self.done.cancel() and self.line is not None:
+            with suppress(ValueError):  # it has left the line
+                self.line.remove(self)
 
     def succeed(self, result: Result) -> None:
         """Answer it, unless it was given up."""

@@ -168,8 +168,7 @@ class DiskIndex:
         claimed = self._claims.pop(key)
         ensure(claimed.size_bytes == entry.size_bytes and claimed.parent == entry.parent, "another cache than claimed")
         self._entries[key] = entry
-        self._stamp(key, self._next_stamp)
-        self._next_stamp += 1
+        self.touch(key)
 
     def has_room(self, file_bytes: int) -> bool:
         """Whether a file fits though nothing goes."""

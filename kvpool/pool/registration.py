@@ -1,4 +1,4 @@
-"""Names of models, which the devices note beside the content that they keep on disk, and which a start restores.
+"""Registration of models, which the devices note beside the content that they keep on disk, and a start restores.
 
 Without them content would come back that nobody can ask for by name, nor have removed, before somebody registers its
 model again: what lies below a device names its model by a digest alone.
