@@ -32,7 +32,7 @@ _FRAGMENTATION = {
     "moved_per_freed": "moved",
     "of_memcpy": "of memcpy",
 }
-"""Columns of the table, as in docs/compaction.md: all would be wider than a screen."""
+"""Columns of the table, as in docs/compaction-figures.md: all would be wider than a screen."""
 
 
 @click.group()

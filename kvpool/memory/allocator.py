@@ -389,7 +389,7 @@ class GPUMemoryAllocator:
                     if budget_bytes is None:
                         done = self._mover.step(tenant, left_bytes, WINDOW_PAGES, owner)
                     else:
-                        done = self._mover.go_on(tenant, left_bytes, owner, None)
+                        done = self._mover.go_on(tenant, left_bytes, owner, None, self._mover.within_reach(tenant))
                     moved_bytes += done.moved_bytes
                     freed_pages += done.freed_pages
                     if budget_bytes is not None:

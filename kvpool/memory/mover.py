@@ -105,6 +105,15 @@ class Mover:
         """Most pages that could come free."""
         return self._shared.free_bytes(tenant) // self._page_bytes
 
+    def within_reach(self, tenant: str) -> int:
+        """How many pages one plan may free that others can wait for: all that could come free, if caches are few.
+
+        A plan for all of them copies less than one after the other does: what moves for a page moves again for the next.
+        """
+        residents = self._shared.residents(tenant)
+        caches = sum(map(residents.count, self._shared.pages(tenant)))
+        return max(1, self.possible(tenant) * _MOST_CACHES // max(caches, _MOST_CACHES))
+
     @property
     def begun(self) -> bool:
         """Whether :meth:`go_on` has a plan to go on with."""

@@ -215,6 +215,22 @@ def test_caches_of_one_size_take_as_few_pages_as_those_that_stay_allow(size: int
     assert usage.backed_bytes // PAGE == fewest_pages(anchors, size, count)
 
 
+@pytest.mark.parametrize("size", [lambda _: BLOCKS + 2, any_size], ids=["just above a page", "any"])
+def test_in_small_steps_no_more_is_copied_than_at_once(size: Callable[[int], int]) -> None:
+    moved_bytes, pages = [], []
+    for budget_bytes in (None, PAGE):
+        leases, backend = Leases(), HostBackend()
+        with closing(GPUMemoryAllocator(backend, PAGES * PAGE, PAGE, MIN, owner=leases)) as memory:
+            churn(memory, leases, size, 1)
+            before = memory.compacted[0]
+            compact_all(memory, budget_bytes)
+            moved_bytes.append(memory.compacted[0] - before)
+            pages.append(memory.usage().backed_bytes // PAGE)
+        backend.close()
+    assert moved_bytes[1] <= 1.3 * moved_bytes[0]
+    assert abs(pages[1] - pages[0]) <= 1
+
+
 @pytest.mark.parametrize(
     ("size", "most_wasted"),
     [
