@@ -108,7 +108,7 @@ class Mover:
     def within_reach(self, tenant: str) -> int:
         """How many pages one plan may free that others can wait for: all that could come free, if caches are few.
 
-        A plan for all of them copies less than one after the other does: what moves for a page moves again for the next.
+        One plan for all copies less than one after the other: what moves for a page moves again for the next.
         """
         residents = self._shared.residents(tenant)
         caches = sum(map(residents.count, self._shared.pages(tenant)))
