@@ -12,8 +12,8 @@ from typing import Any
 from fsspec import register_implementation
 from fsspec.implementations.memory import MemoryFileSystem
 
+from kvpool.cache.disk.file_names import packed_path
 from kvpool.cache.disk.folder import Found, NewFile, PackRead, folder_at
-from kvpool.cache.disk.names import packed_path
 from kvpool.cache.disk.pack import rounded_up
 from kvpool.cache.disk.tier import DiskTier
 from kvpool.cache.key import CacheKey, encode_block_id

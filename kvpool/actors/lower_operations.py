@@ -26,7 +26,7 @@ from typing import Any
 
 from kvpool.cache.disk.folder import folder_at
 from kvpool.cache.disk.leftovers import Leftovers
-from kvpool.cache.disk.model_names import ModelName
+from kvpool.cache.disk.models_file import NotedModel
 from kvpool.cache.disk.tier import DiskTier
 from kvpool.cache.host_tier import HostTier
 from kvpool.cache.key import CacheKey
@@ -116,7 +116,7 @@ class LowerOperations:
                 removal = asyncio.ensure_future(self._remove(number, tenant, fingerprint, hashes))
                 self._removal(number, tenant, fingerprint).set_result(removal)
             case ("name", tenant, fingerprint, models):
-                self._tiers.name(tenant, fingerprint, [ModelName(*model) for model in models])
+                self._tiers.name(tenant, fingerprint, [NotedModel(*model) for model in models])
         return True
 
     async def _remove(self, number: int, tenant: str, fingerprint: str, hashes: Sequence[bytes] | None) -> int:

@@ -19,10 +19,10 @@ import numpy as np
 import xxhash
 
 from kvpool.bench.rows import median, row
+from kvpool.cache.disk.file_names import CACHE_SUFFIX, PACK_SUFFIX
 from kvpool.cache.disk.header import make_header
 from kvpool.cache.disk.index import DiskEntry, DiskIndex
 from kvpool.cache.disk.local import LocalFolder
-from kvpool.cache.disk.names import CACHE_SUFFIX, PACK_SUFFIX
 from kvpool.cache.disk.packing import Write
 from kvpool.cache.disk.reading import Read
 from kvpool.cache.disk.scan import scan

@@ -16,7 +16,7 @@ from kvpool.cache.contents import Location, LowerContents
 from kvpool.cache.demotion import Demotion
 from kvpool.cache.disk.index import DiskEntry
 from kvpool.cache.disk.leftovers import Leftovers
-from kvpool.cache.disk.model_names import ModelName
+from kvpool.cache.disk.models_file import NotedModel
 from kvpool.cache.disk.threads import uncancelled
 from kvpool.cache.disk.tier import DiskTier
 from kvpool.cache.disk_calls import DiskCalls
@@ -154,7 +154,7 @@ class LowerTiers:
         """Return where a cache can be found below, or None. No use, no hit."""
         return self._contents.locate(key)
 
-    def spaces(self) -> list[tuple[str, str, list[ModelName]]]:
+    def spaces(self) -> list[tuple[str, str, list[NotedModel]]]:
         """Return the tenants and fingerprints of which the start found content, also in folders of devices that are no
         more, with their models as far as an earlier life has noted them.
         """
@@ -162,7 +162,7 @@ class LowerTiers:
         left = contents.leftovers.spaces if contents.leftovers is not None else ()
         return [*(contents.disk.spaces() if contents.disk is not None else ()), *left]
 
-    def name(self, tenant: str, fingerprint: str, models: Sequence[ModelName]) -> None:
+    def name(self, tenant: str, fingerprint: str, models: Sequence[NotedModel]) -> None:
         """Say which models the content of a tenant and fingerprint is of, before any of it comes."""
         if self._contents.disk is not None:
             self._contents.disk.name(tenant, fingerprint, models)

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from kvpool.cache.disk.names import CacheName, packed_path, split_pack
+from kvpool.cache.disk.file_names import CacheName, packed_path, split_pack
 from kvpool.errors import ConfigError
 
 
@@ -34,7 +34,7 @@ class Folder(Protocol):
     """A folder of files, in which names have at most one ``/``. All calls block and may raise anything an I/O can.
 
     A cache in a pack (:mod:`~kvpool.cache.disk.pack`) is listed, measured and removed by a path of its own, as a file
-    is (:func:`~kvpool.cache.disk.names.split_pack`). Used by several threads at once, but never for one file, or
+    is (:func:`~kvpool.cache.disk.file_names.split_pack`). Used by several threads at once, but never for one file, or
     one cache of a pack, at the same time.
     """
 

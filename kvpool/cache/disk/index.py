@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from heapq import heappop, heappush
 from typing import NamedTuple
 
+from kvpool.cache.disk.file_names import CacheName, cache_path, parse_cache, parse_space
 from kvpool.cache.disk.header import header_bytes
-from kvpool.cache.disk.names import CacheName, cache_path, parse_cache, parse_space
 from kvpool.cache.key import BlockHash, CacheKey
 from kvpool.cache.leaf_heap import Entry, LeafHeap
 from kvpool.errors import ensure

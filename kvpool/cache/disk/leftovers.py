@@ -11,16 +11,16 @@ import logging
 import re
 from collections.abc import Sequence
 
-from kvpool.cache.disk.folder import folder_at
-from kvpool.cache.disk.model_names import ModelName, decode_names, read_names
-from kvpool.cache.disk.names import (
+from kvpool.cache.disk.file_names import (
     is_pack,
-    names_path,
+    models_path,
     parse_cache,
     parse_removal,
     parse_space,
     space_name,
 )
+from kvpool.cache.disk.folder import folder_at
+from kvpool.cache.disk.models_file import NotedModel, decode_models, read_models
 from kvpool.cache.disk.statistics import cause_of
 from kvpool.cache.disk.threads import uncancelled
 from kvpool.cache.disk.tier import DiskTier
@@ -48,7 +48,7 @@ class Leftovers:
         self._pool_url, self._devices = pool_url, devices
         self.urls: Sequence[str] = ()
         """The folders that were there when somebody last looked."""
-        self.spaces: Sequence[tuple[str, str, list[ModelName]]] = ()
+        self.spaces: Sequence[tuple[str, str, list[NotedModel]]] = ()
         """Of which tenants and fingerprints :meth:`look` found content there, with their models as far as noted."""
 
     async def look(self) -> None:
@@ -107,8 +107,8 @@ def _list(pool_url: str, devices: int) -> list[str]:
     return [f"{pool_url}/{name}" for name, match in numbers.items() if int(match[1]) >= devices]
 
 
-def _read_spaces(urls: Sequence[str]) -> list[tuple[str, str, list[ModelName]]]:
-    spaces: list[tuple[str, str, list[ModelName]]] = []
+def _read_spaces(urls: Sequence[str]) -> list[tuple[str, str, list[NotedModel]]]:
+    spaces: list[tuple[str, str, list[NotedModel]]] = []
     for url in urls:
         folder = folder_at(url)
         for top in folder.list(""):
@@ -116,9 +116,9 @@ def _read_spaces(urls: Sequence[str]) -> list[tuple[str, str, list[ModelName]]]:
             if space is None:
                 continue
             if any(parse_cache(found.name) is not None or is_pack(found.name) for found in folder.list(top.name)):
-                path = names_path(top.name)
-                content = read_names(folder, path, folder.size(path) or 0)
-                spaces.append((*space, decode_names(content or b"", *space) or []))
+                path = models_path(top.name)
+                content = read_models(folder, path, folder.size(path) or 0)
+                spaces.append((*space, decode_models(content or b"", *space) or []))
     return spaces
 
 

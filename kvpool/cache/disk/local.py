@@ -10,9 +10,9 @@ import stat
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from kvpool.cache.disk.file_names import LOCK_NAME, TEMPORARY_SUFFIX, is_pack, split_pack
 from kvpool.cache.disk.folder import Found, NewFile, PackRead
 from kvpool.cache.disk.local_packs import LocalPacks, gives_room_back
-from kvpool.cache.disk.names import LOCK_NAME, TEMPORARY_SUFFIX, is_pack, split_pack
 from kvpool.cache.disk.parts import begin_to_write_out, read_all, write_all
 from kvpool.errors import TierError
 

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from kvpool.cache.disk.file_names import cache_name, parse_cache
 from kvpool.cache.disk.folder import Found, PackRead
-from kvpool.cache.disk.names import cache_name, parse_cache
 from kvpool.cache.disk.pack import (
     MOST_TABLE_BYTES,
     PLACE_BYTES,

@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import xxhash
 
-from kvpool.cache.disk.names import CacheName
+from kvpool.cache.disk.file_names import CacheName
 
 PACK_VERSION = 1
 UNIT_BYTES = 4096

@@ -6,8 +6,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from kvpool.cache.disk.batches import Batches, Request
+from kvpool.cache.disk.file_names import new_pack_name
 from kvpool.cache.disk.index import DiskEntry
-from kvpool.cache.disk.names import new_pack_name
 from kvpool.cache.disk.pack import MOST_CACHES
 from kvpool.cache.disk.threads import Threads
 from kvpool.cache.disk.writer import Writer

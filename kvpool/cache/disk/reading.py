@@ -7,10 +7,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from kvpool.cache.disk.batches import Batches, Request
+from kvpool.cache.disk.file_names import CacheName, space_name
 from kvpool.cache.disk.folder import Folder
 from kvpool.cache.disk.header import BadFileError, check_file, header_bytes
 from kvpool.cache.disk.index import DiskEntry, DiskIndex
-from kvpool.cache.disk.names import CacheName, space_name
 from kvpool.cache.disk.statistics import DiskCounters
 from kvpool.cache.disk.threads import Threads
 from kvpool.cache.key import CacheKey

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
+from kvpool.cache.disk.file_names import TEMPORARY_SUFFIX, packed_path
 from kvpool.cache.disk.folder import Found, NewFile, PackRead
-from kvpool.cache.disk.names import TEMPORARY_SUFFIX, packed_path
 
 # Stores in which a put is seen whole or not at all: a temporary name would only cost a second copy.
 _ATOMIC_PUT = frozenset({"memory", "s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "oci", "r2"})

@@ -10,9 +10,9 @@ from collections.abc import Iterable
 
 import xxhash
 
+from kvpool.cache.disk.file_names import removal_name
 from kvpool.cache.disk.folder import Folder, remove_all
 from kvpool.cache.disk.index import DiskEntry
-from kvpool.cache.disk.names import removal_name
 
 _MAGIC = b"kvpool removal 1\n"
 _CHECKSUM_BYTES = 16

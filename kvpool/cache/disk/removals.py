@@ -6,9 +6,9 @@ import asyncio
 from collections.abc import Collection, Iterable, Sequence
 
 from kvpool.cache.disk.advice import advice_on
+from kvpool.cache.disk.file_names import space_name
 from kvpool.cache.disk.folder import Folder
 from kvpool.cache.disk.index import DiskEntry, DiskIndex
-from kvpool.cache.disk.names import space_name
 from kvpool.cache.disk.removal import Removal
 from kvpool.cache.disk.statistics import DiskCounters, cause_of
 from kvpool.cache.disk.threads import Threads

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from kvpool.cache.disk.folder import Folder, Found
-from kvpool.cache.disk.index import DiskEntry, DiskIndex
-from kvpool.cache.disk.model_names import decode_names, read_names
-from kvpool.cache.disk.names import (
-    NAMES_NAME,
+from kvpool.cache.disk.file_names import (
+    MODELS_NAME,
     PACK_SUFFIX,
     TEMPORARY_SUFFIX,
     is_ours,
-    names_path,
+    models_path,
     parse_cache,
     parse_removal,
     parse_space,
 )
+from kvpool.cache.disk.folder import Folder, Found
+from kvpool.cache.disk.index import DiskEntry, DiskIndex
+from kvpool.cache.disk.models_file import decode_models, read_models
 from kvpool.cache.disk.removal import Removal, read_removal
 from kvpool.cache.disk.statistics import DiskCounters
 from kvpool.cache.key import CacheKey
@@ -31,7 +31,7 @@ class _Findings:
     """What there is of keys whose removal was decided."""
     used: set[str] = field(default_factory=set)
     """Folders that have caches, and keep them."""
-    names: dict[str, bytes] = field(default_factory=dict)
+    models: dict[str, bytes] = field(default_factory=dict)
     """What folders say of the models that their caches are of."""
 
 
@@ -84,24 +84,24 @@ def scan(
 def _named(folder: Folder, findings: _Findings, counters: DiskCounters) -> dict[tuple[str, str], bytes | None]:
     """Return what is said of the models of all that is there, and remove what names nothing that is there."""
     there = findings.used | findings.unread
-    for space in findings.names.keys() - there:
+    for space in findings.models.keys() - there:
         try:
             folder.sync(space)  # what it named does not come back
-            folder.remove(names_path(space))
+            folder.remove(models_path(space))
         except Exception as error:  # noqa: BLE001  drivers raise what they like; the next start tries again
-            counters.count_error(f"removing {names_path(space)}", error)
-    return {parse_space(space) or ("", ""): findings.names.get(space) for space in sorted(there)}
+            counters.count_error(f"removing {models_path(space)}", error)
+    return {parse_space(space) or ("", ""): findings.models.get(space) for space in sorted(there)}
 
 
-def _read_names(folder: Folder, space: str, size_bytes: int, findings: _Findings, counters: DiskCounters) -> None:
-    path = names_path(space)
+def _read_models(folder: Folder, space: str, size_bytes: int, findings: _Findings, counters: DiskCounters) -> None:
+    path = models_path(space)
     try:
-        content = read_names(folder, path, size_bytes)
+        content = read_models(folder, path, size_bytes)
     except Exception as error:  # noqa: BLE001  its caches are found all the same
         counters.count_error(f"reading {path}", error)
         return
-    if content is not None and decode_names(content, *(parse_space(space) or ("", ""))) is not None:
-        findings.names[space] = content
+    if content is not None and decode_models(content, *(parse_space(space) or ("", ""))) is not None:
+        findings.models[space] = content
     else:
         counters.count_bad("names", path)
         findings.clear.append(path)
@@ -142,8 +142,8 @@ def _read_space(folder: Folder, space: str, findings: _Findings, counters: DiskC
             path = f"{space}/{found.name}"
             if found.is_folder or not is_ours(found.name):
                 continue
-            if found.name == NAMES_NAME:
-                _read_names(folder, space, found.size_bytes, findings, counters)
+            if found.name == MODELS_NAME:
+                _read_models(folder, space, found.size_bytes, findings, counters)
                 continue
             name = parse_cache(found.name)
             if name is None:

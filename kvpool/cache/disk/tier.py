@@ -21,13 +21,13 @@ from functools import partial
 from kvpool.cache.disk.admission import Admission
 from kvpool.cache.disk.advice import advice_on
 from kvpool.cache.disk.batches import answered
+from kvpool.cache.disk.file_names import space_name
 from kvpool.cache.disk.folder import Folder
 from kvpool.cache.disk.folder_syncs import FolderSyncs
 from kvpool.cache.disk.index import DiskEntry, DiskIndex
 from kvpool.cache.disk.key_locks import KeyLocks
-from kvpool.cache.disk.model_names import ModelName
-from kvpool.cache.disk.names import space_name
-from kvpool.cache.disk.naming import Naming
+from kvpool.cache.disk.model_notes import ModelNotes
+from kvpool.cache.disk.models_file import NotedModel
 from kvpool.cache.disk.packing import Packing, Write
 from kvpool.cache.disk.reading import Read, Reading
 from kvpool.cache.disk.removal import Removal
@@ -98,11 +98,11 @@ class DiskTier:
         self._kept: Counter[CacheKey] = Counter()
         self._removals = Removals(folder, self._index, self._counters, self._removers)
         self._syncs = FolderSyncs(folder, threads)
-        self._naming = Naming(folder)
+        self._models = ModelNotes(folder)
         self._noting: set[asyncio.Task[None]] = set()
         self._writer = Writer(
             folder, self._index, self._locks, self._counters, self._removals, self._writers, self._syncs, self._gone,
-            self._kept, self._naming,
+            self._kept, self._models,
         )  # fmt: skip
         self._packing = Packing(self._writers, self._writer, self._refused, self._writing, budget_bytes)
         self._reading = Reading(self._readers, folder, self._index, self._counters, self.find, self._gone)
@@ -133,7 +133,7 @@ class DiskTier:
                 f"the disk tier at {self._folder.url} cannot be used: {error}; {advice_on(cause)}", cause=cause
             ) from error
         self._removals.take_over(removals, unread)
-        self._naming.take_over(spaces)
+        self._models.take_over(spaces)
         self._open = True
         return list(self._index)
 
@@ -291,16 +291,16 @@ class DiskTier:
 
     # -- names of models ------------------------------------------------------------------------------------------
 
-    def spaces(self) -> list[tuple[str, str, list[ModelName]]]:
+    def spaces(self) -> list[tuple[str, str, list[NotedModel]]]:
         """Return the tenants and fingerprints of which the start found content, with their models as far as noted."""
-        return self._naming.found()
+        return self._models.found()
 
-    def name(self, tenant: str, fingerprint: str, models: Sequence[ModelName]) -> None:
+    def name(self, tenant: str, fingerprint: str, models: Sequence[NotedModel]) -> None:
         """Say which models the content of a tenant and fingerprint is of: noted on disk before any of it is written.
 
         Content that is not named comes back all the same, and nobody who asks by a model's name is told of it.
         """
-        if self._naming.name(tenant, fingerprint, models):  # not only when more of it comes
+        if self._models.name(tenant, fingerprint, models):  # not only when more of it comes
             task = asyncio.ensure_future(self._note_names(space_name(tenant, fingerprint)))
             self._noting.add(task)
             task.add_done_callback(self._noting.discard)
@@ -308,7 +308,7 @@ class DiskTier:
     async def _note_names(self, space: str) -> None:
         async with self._writers.one():
             try:
-                await self._writers.run(self._naming.write, space)
+                await self._writers.run(self._models.write, space)
             except Exception as error:  # noqa: BLE001  drivers raise what they like; the next write there tries again
                 self._counters.count_error(f"noting the models of {space}", error)
 

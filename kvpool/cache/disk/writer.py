@@ -7,13 +7,13 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 
 from kvpool.cache.disk.advice import advice_on
+from kvpool.cache.disk.file_names import CacheName, space_name
 from kvpool.cache.disk.folder import Folder, remove_all
 from kvpool.cache.disk.folder_syncs import FolderSyncs
 from kvpool.cache.disk.header import header_bytes, make_header
 from kvpool.cache.disk.index import DiskEntry, DiskIndex
 from kvpool.cache.disk.key_locks import KeyLocks
-from kvpool.cache.disk.names import CacheName, space_name
-from kvpool.cache.disk.naming import Naming
+from kvpool.cache.disk.model_notes import ModelNotes
 from kvpool.cache.disk.pack import make_table, padding
 from kvpool.cache.disk.removals import Removals
 from kvpool.cache.disk.statistics import DiskCounters, cause_of
@@ -51,7 +51,7 @@ class Writer:
         Of the tier.
     kept
         Keys whose files do not go for others.
-    naming
+    models
         Has the names of the models of what is written on disk before it.
     """
 
@@ -66,11 +66,11 @@ class Writer:
         syncs: FolderSyncs,
         on_gone: Callable[[Sequence[CacheKey]], None],
         kept: Collection[CacheKey],
-        naming: Naming,
+        models: ModelNotes,
     ) -> None:
         self._folder, self._index, self._locks, self._counters = folder, index, locks, counters
         self._removals, self._threads, self._syncs, self._on_gone = removals, threads, syncs, on_gone
-        self._kept, self._naming = kept, naming
+        self._kept, self._models = kept, models
         #: What is going for others, and may still be on disk.
         self.evicting: dict[CacheKey, DiskEntry] = {}
 
@@ -172,7 +172,7 @@ class Writer:
     async def _write(self, entries: Sequence[DiskEntry], payloads: Sequence[memoryview]) -> None:
         """Write files; where the store is full though the budget is not, once more when others have gone for them."""
         try:
-            await self._threads.run(_write_files, self._folder, self._naming, entries, payloads)
+            await self._threads.run(_write_files, self._folder, self._models, entries, payloads)
         except Exception as error:
             if cause_of(error) not in FULL:
                 raise
@@ -183,7 +183,7 @@ class Writer:
             self._counters.count_error(f"writing {entries[0].path}", error)
             self._take(victims)
             await self._evict(victims)
-            await self._threads.run(_write_files, self._folder, self._naming, entries, payloads)
+            await self._threads.run(_write_files, self._folder, self._models, entries, payloads)
 
     async def evict(self, keys: Sequence[CacheKey]) -> None:
         """Let those of the caches go that nobody uses or keeps, as for others; what cannot be removed stays."""
@@ -233,11 +233,13 @@ class Writer:
         )
 
 
-def _write_files(folder: Folder, naming: Naming, entries: Sequence[DiskEntry], payloads: Sequence[memoryview]) -> None:
+def _write_files(
+    folder: Folder, models: ModelNotes, entries: Sequence[DiskEntry], payloads: Sequence[memoryview]
+) -> None:
     """Write caches of one tenant and fingerprint, and before the first of them which models they are of."""
     first = entries[0]
     space = space_name(first.key.tenant, first.key.fingerprint)
-    naming.write(space)
+    models.write(space)
     if first.pack is not None:
         folder.write(f"{space}/{first.pack}", _pack_parts(entries, payloads))
     elif len(entries) == 1:

@@ -10,7 +10,7 @@ from loop_clock import LONG_S, out_of_time
 
 from kvpool.actors.lower_operations import LowerOperations
 from kvpool.cache.disk.folder import folder_at
-from kvpool.cache.disk.model_names import ModelName, decode_names
+from kvpool.cache.disk.models_file import NotedModel, decode_models
 from kvpool.cache.disk.tier import DiskTier
 from kvpool.cache.host_tier import HostTier
 from kvpool.cache.lower_tiers import LowerTiers
@@ -135,7 +135,7 @@ async def test_models_are_noted_beside_what_is_written_for_them(device):
     assert await operations.persist(KEY.tenant, KEY.fingerprint, [(1, KEY.block_hash, None)]) == [True]
     (names,) = [name for name in FaultyFileSystem.store if name.endswith(".kvmodels")]
     content = FaultyFileSystem.store[names].getvalue()
-    assert decode_names(content, KEY.tenant, KEY.fingerprint) == [ModelName(*noted)]
+    assert decode_models(content, KEY.tenant, KEY.fingerprint) == [NotedModel(*noted)]
     store.apply([("release", "c", 0, [1]), ("evict", [1])])
 
 

@@ -10,8 +10,8 @@ import xxhash
 from disk_stores import DEADLINE_S, FaultyFolder, content_of, key_of, read
 
 from kvpool.cache.disk import local, local_packs
+from kvpool.cache.disk.file_names import CacheName
 from kvpool.cache.disk.index import DiskEntry
-from kvpool.cache.disk.names import CacheName
 from kvpool.cache.disk.pack import MOST_CACHES, PLACE_BYTES, find_packed, has_others, make_table, parse_table
 from kvpool.cache.disk.packing import MOST_PACKED_BYTES, Write
 from kvpool.cache.disk.reading import Read

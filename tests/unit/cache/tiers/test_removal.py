@@ -6,8 +6,8 @@ import threading
 import pytest
 from disk_stores import DEADLINE_S, Faults, FaultyFileSystem, FaultyFolder, arrived, content_of, key_of
 
+from kvpool.cache.disk.file_names import space_name
 from kvpool.cache.disk.leftovers import Leftovers
-from kvpool.cache.disk.names import space_name
 from kvpool.errors import TierError
 from kvpool.memory.copying import view_at
 

@@ -21,7 +21,7 @@ _MAGIC = b"kvpool models 1\n"
 _CHECKSUM_BYTES = 16
 
 
-class ModelName(NamedTuple):
+class NotedModel(NamedTuple):
     """What is known of a model by its registration, beside its tenant and fingerprint."""
 
     name: str
@@ -30,28 +30,28 @@ class ModelName(NamedTuple):
     limit_bytes: int | None
 
 
-def encode_names(tenant: str, fingerprint: str, models: Sequence[ModelName]) -> bytes:
+def encode_models(tenant: str, fingerprint: str, models: Sequence[NotedModel]) -> bytes:
     """Return the content of the file; the same models give the same bytes."""
     described = {"tenant": tenant, "fingerprint": fingerprint, "models": [model._asdict() for model in models]}
     content = _MAGIC + json.dumps(described, sort_keys=True).encode()
     return content + xxhash.xxh3_128_digest(content)
 
 
-def decode_names(content: bytes, tenant: str, fingerprint: str) -> list[ModelName] | None:
+def decode_models(content: bytes, tenant: str, fingerprint: str) -> list[NotedModel] | None:
     """Return the models that the file of a tenant and fingerprint names, or None if it is not what it should be."""
     named, checksum = content[:-_CHECKSUM_BYTES], content[-_CHECKSUM_BYTES:]
     if not named.startswith(_MAGIC) or xxhash.xxh3_128_digest(named) != checksum:
         return None
     try:
         described = json.loads(named[len(_MAGIC) :])
-        models = [ModelName(**model) for model in described["models"]]
+        models = [NotedModel(**model) for model in described["models"]]
         ours = (described["tenant"], described["fingerprint"]) == (tenant, fingerprint)
     except (ValueError, KeyError, TypeError):
         return None
     return models if ours and models and all(map(_is_sound, models)) else None
 
 
-def read_names(folder: Folder, path: str, size_bytes: int) -> bytes | None:
+def read_models(folder: Folder, path: str, size_bytes: int) -> bytes | None:
     """Return the content of the file at a path, None if it has not the size that it was listed with, or none of ours.
 
     Raises what the store raises.
@@ -62,7 +62,7 @@ def read_names(folder: Folder, path: str, size_bytes: int) -> bytes | None:
     return bytes(content) if folder.read(path, (content,)) == size_bytes else None
 
 
-def _is_sound(model: ModelName) -> bool:
+def _is_sound(model: NotedModel) -> bool:
     sizes = (model.block_bytes, model.limit_bytes)
     return bool(model.name) and all(isinstance(text, str) for text in model[:2]) and all(map(_is_size, sizes))
 

@@ -6,17 +6,17 @@ import errno
 import pytest
 from disk_stores import Faults, FaultyFolder, content_of, key_of, read
 
+from kvpool.cache.disk.file_names import MODELS_NAME, models_path, space_name
 from kvpool.cache.disk.folder import folder_at
 from kvpool.cache.disk.leftovers import Leftovers
-from kvpool.cache.disk.model_names import ModelName, decode_names, encode_names
-from kvpool.cache.disk.names import NAMES_NAME, names_path, space_name
+from kvpool.cache.disk.models_file import NotedModel, decode_models, encode_models
 from kvpool.errors import TierError
 
-FIRST = ModelName("llm", "1", 65536, None)
-SECOND = ModelName("llm", "2", None, 1 << 30)
-ALIAS = ModelName("größer/llm", "", 65536, None)
+FIRST = NotedModel("llm", "1", 65536, None)
+SECOND = NotedModel("llm", "2", None, 1 << 30)
+ALIAS = NotedModel("größer/llm", "", 65536, None)
 SPACE = space_name("default", "f")
-NAMES = names_path(SPACE)
+NAMES = models_path(SPACE)
 
 
 class Recorder(FaultyFolder):
@@ -80,7 +80,7 @@ async def test_a_write_whose_names_the_store_refuses_fails_as_any_other(open_tie
     folder = Recorder(str(tmp_path))
     tier = await open_tier(folder)
     tier.name("default", "f", [FIRST])
-    folder.refused = NAMES_NAME
+    folder.refused = MODELS_NAME
     with pytest.raises(TierError) as caught:
         await tier.write_through(key_of(1), None, content_of(1))
     assert caught.value.details["cause"] == "EIO"
@@ -110,11 +110,11 @@ def flipped(path):
 
 
 def foreign(path):
-    path.write_bytes(encode_names("default", "g", [FIRST]))
+    path.write_bytes(encode_models("default", "g", [FIRST]))
 
 
 def nameless(path):
-    path.write_bytes(encode_names("default", "f", []))
+    path.write_bytes(encode_models("default", "f", []))
 
 
 @pytest.mark.parametrize("damage", [torn, empty, flipped, foreign, nameless])
@@ -198,9 +198,9 @@ async def test_folders_of_devices_that_are_no_more_tell_their_models_too(open_ti
     ],
 )
 def test_names_that_nobody_can_have_registered_are_none(model):
-    assert decode_names(encode_names("t", "f", [ModelName(**model)]), "t", "f") is None
+    assert decode_models(encode_models("t", "f", [NotedModel(**model)]), "t", "f") is None
 
 
 def test_names_of_any_text_come_back():
-    models = [ModelName("a\n\udcff", "\0", 1, 2)]
-    assert decode_names(encode_names("t\udcff", "f", models), "t\udcff", "f") == models
+    models = [NotedModel("a\n\udcff", "\0", 1, 2)]
+    assert decode_models(encode_models("t\udcff", "f", models), "t\udcff", "f") == models

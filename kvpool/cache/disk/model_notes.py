@@ -5,15 +5,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 
+from kvpool.cache.disk.file_names import models_path, space_name
 from kvpool.cache.disk.folder import Folder
-from kvpool.cache.disk.model_names import ModelName, decode_names, encode_names
-from kvpool.cache.disk.names import names_path, space_name
+from kvpool.cache.disk.models_file import NotedModel, decode_models, encode_models
 
 Spaces = Mapping[tuple[str, str], bytes | None]
 """By tenant and fingerprint, what the file of names says of what lies there; None where there is none."""
 
 
-class Naming:
+class ModelNotes:
     """Which models the content of each tenant and fingerprint is of, on disk and by word.
 
     Parameters
@@ -35,15 +35,15 @@ class Naming:
         self._found = found
         self._written = {space_name(*space): content for space, content in found.items() if content is not None}
 
-    def found(self) -> list[tuple[str, str, list[ModelName]]]:
+    def found(self) -> list[tuple[str, str, list[NotedModel]]]:
         """Return tenant and fingerprint of all of which something was found, and which models that is of, if known."""
-        return [(*space, decode_names(content or b"", *space) or []) for space, content in self._found.items()]
+        return [(*space, decode_models(content or b"", *space) or []) for space, content in self._found.items()]
 
-    def name(self, tenant: str, fingerprint: str, models: Sequence[ModelName]) -> bool:
+    def name(self, tenant: str, fingerprint: str, models: Sequence[NotedModel]) -> bool:
         """Let all that is written from now on lie beside these names; whether what is there may lie without them."""
         space = space_name(tenant, fingerprint)
         self._changing.setdefault(space, threading.Lock())
-        wanted = self._wanted[space] = encode_names(tenant, fingerprint, models)
+        wanted = self._wanted[space] = encode_models(tenant, fingerprint, models)
         there = (tenant, fingerprint) in self._found or space in self._written
         return there and wanted != self._written.get(space)
 
@@ -54,7 +54,7 @@ class Naming:
         with self._changing[space]:  # several threads may begin with the same model
             wanted = self._wanted[space]
             if wanted != self._written.get(space):
-                self._folder.write(names_path(space), (wanted,))
+                self._folder.write(models_path(space), (wanted,))
                 # Else a failure of power may keep the name of a cache, and not that of this.
                 self._folder.sync(space)
                 self._written[space] = wanted

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvpool.cache.disk.file_names import is_ours, parse_cache, parse_removal, parse_space, removal_name, space_name
 from kvpool.cache.disk.index import DiskEntry
-from kvpool.cache.disk.names import is_ours, parse_cache, parse_removal, parse_space, removal_name, space_name
 from kvpool.cache.key import CacheKey
 
 hashes = st.binary(min_size=16, max_size=16)

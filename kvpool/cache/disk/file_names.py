@@ -31,7 +31,7 @@ MODELS_SUFFIX = ".kvmodels"
 REMOVED_SUFFIX = ".kvremoved"
 TEMPORARY_SUFFIX = ".kvtmp"
 LOCK_NAME = "kvpool.lock"
-NAMES_NAME = f"names{MODELS_SUFFIX}"
+MODELS_NAME = f"names{MODELS_SUFFIX}"
 
 _ROOT = "root"
 _IN_PACK = ":"  # never in the name of a file: what could have one is percent-encoded
@@ -71,9 +71,9 @@ def parse_space(name: str) -> tuple[str, str] | None:
     return (tenant, fingerprint) if space_name(tenant, fingerprint) == name else None
 
 
-def names_path(space: str) -> str:
+def models_path(space: str) -> str:
     """Return where it is said which models the content of a folder is of."""
-    return f"{space}/{NAMES_NAME}"
+    return f"{space}/{MODELS_NAME}"
 
 
 def cache_path(key: CacheKey, name: CacheName) -> str:
