@@ -193,7 +193,8 @@ class GPUMemoryAllocator:
         UnknownCacheError
             If it never lived here.
         """
-        self.finish_move()
+        if self._mover.unfinished is not None:
+            self.finish_move()
         allocation = self._live.pop(cache_id)
         if allocation.shared:
             self._shared.free(allocation.tenant, allocation.offset)
@@ -363,12 +364,12 @@ class GPUMemoryAllocator:
             )
         if cache_id in self._live.by_id or cache_id in self._line:
             raise CacheStateError(f"cache {cache_id} lives or waits here: give each its own id", cache_id=cache_id)
-        return Request(cache_id, tenant, size_bytes, maximum_bytes)
+        shared = shares_pages(size_bytes, maximum_bytes, self.page_size_bytes)
+        return Request(cache_id, tenant, size_bytes, maximum_bytes, shared)
 
     def _allocate(self, request: Request) -> Allocation:
-        cache_id, tenant, size_bytes, maximum_bytes, _ = request
+        cache_id, tenant, size_bytes, maximum_bytes, shared, _ = request
         offset, pages = self._find_place(request)
-        shared = shares_pages(size_bytes, maximum_bytes, self.page_size_bytes)
         allocation = Allocation(cache_id, tenant, offset, size_bytes, maximum_bytes, ((0, size_bytes),), pages, shared)
         self._live.add(allocation)
         if self._scrubber.busy(tenant):
@@ -399,7 +400,8 @@ class GPUMemoryAllocator:
             wanted = tuple(sorted(needed - there))
             if wanted:
                 missing_bytes = len(wanted) << self._page_shift
-                pages = self._find_place(Request(each.cache_id, each.tenant, missing_bytes, missing_bytes, wanted))[1]
+                request = Request(each.cache_id, each.tenant, missing_bytes, missing_bytes, shared=False, wanted=wanted)
+                pages = self._find_place(request)[1]
                 # Entered at once: what follows may be refused, too, and these pages are the cache's by now.
                 self._live.change(each.cache_id, union(each.extents, extents), pages)
         if self._scrubber.busy(each.tenant):
@@ -415,7 +417,8 @@ class GPUMemoryAllocator:
         return self._live.change(each.cache_id, extents, pages)
 
     def _find_place(self, request: Request) -> Place:
-        self.finish_move()
+        if self._mover.unfinished is not None:
+            self.finish_move()
         place = self._places.find(request)
         if place is None:
             with self._ranges.change():

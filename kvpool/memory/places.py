@@ -5,7 +5,6 @@ from __future__ import annotations
 from kvpool.errors import CapacityError
 from kvpool.memory.allocation import Place, Request, no_addresses, no_room
 from kvpool.memory.live import LiveCaches
-from kvpool.memory.packing import shares_pages
 from kvpool.memory.ranges import RangeAllocator
 from kvpool.memory.reserve import Shape
 from kvpool.memory.shared import SharedPages
@@ -32,12 +31,12 @@ class Places:
 
     def find(self, request: Request) -> Place | None:
         """Return offset and pages, or ``None`` if there is no room."""
-        cache_id, tenant, size_bytes, maximum_bytes, wanted = request
+        cache_id, tenant, size_bytes, maximum_bytes, shared, wanted = request
         if wanted:
             each = self._live.by_id[cache_id]
             grown = self._ranges.back(each.offset >> self._page_shift, wanted)
             return None if grown is None else (each.offset, grown.refs)
-        if not shares_pages(size_bytes, maximum_bytes, self._page_bytes):
+        if not shared:
             pages = -(-size_bytes >> self._page_shift)
             taken = self._ranges.take(tenant, Shape(self._range_bytes(size_bytes, maximum_bytes), pages))
             return None if taken is None else (taken.index << self._page_shift, taken.refs)
