@@ -1,7 +1,7 @@
 """What clients of a pool know and may rely on: the model that property tests and simulations check a pool against.
 
 Clients act on what they were answered, never on what they asked for. Whoever drives the model chooses who does what
-and when each device works; the model checks every answer, and :meth:`PoolModel.check` everything in between.
+and when each device works; the model checks every answer, and :mod:`pool_checks` everything in between.
 """
 
 from __future__ import annotations
@@ -9,14 +9,13 @@ from __future__ import annotations
 import ctypes
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from functools import partial
-from hashlib import blake2b
 from typing import Any
 
 from interleaved_pool import InterleavedPool
-from pool_harness import PAGE, keys_of
+from pool_clients import BLOCK_BYTES, Key, Made, Process, content_of, is_error, whole
+from pool_harness import keys_of
 
 from kvpool.cache.table import KEYED
 from kvpool.errors import (
@@ -34,7 +33,6 @@ from kvpool.errors import (
     ProtocolError,
     StaleCacheError,
     UnknownCacheError,
-    from_wire,
 )
 from kvpool.memory.extents import Extents, changed, checked, difference, front, total_bytes
 from kvpool.pool.instructions import (
@@ -53,67 +51,7 @@ from kvpool.pool.instructions import (
     Tick,
     TicketsCancelled,
 )
-from kvpool.pool.leases import PINNER
 from kvpool.pool.quota import Owner
-
-BLOCK_BYTES = {"small": PAGE // 4, "large": PAGE + PAGE // 4}
-"""What every tenant registers, under equal names and with equal hashes: four blocks a page, and two pages a block."""
-
-Key = tuple[str, str, bytes]
-"""Tenant, model, hash."""
-
-
-@dataclass(eq=False)
-class Made:
-    """A cache, as its maker knows it."""
-
-    id: int
-    maker: str
-    tenant: str
-    model: str
-    device: int
-    offset: int
-    size_bytes: int
-    pages: tuple[tuple[int, int], ...]
-    planned: bytes | None
-    """Hash of the block it was asked for."""
-    above: int
-    """Id of the cache that it was chained behind when it was granted, -1 if there was none."""
-    written: bytes
-    asked: Key | None = None
-    """The key under which its maker has asked to seal it, from that moment on."""
-    sealed: bool = False
-    generation: int = 0
-    extents: Extents = ()
-    """What its maker may count on: what it was told is backed, without what it has asked to give back."""
-    max_size_bytes: int = 0
-    changing: bool = False
-
-    @property
-    def sealable(self) -> bool:
-        """Whether it is backed from its first byte on, and stays so."""
-        return not self.changing and self.size_bytes > 0 and self.extents == front(self.size_bytes)
-
-
-@dataclass(eq=False)
-class Process:
-    """A client: what it was answered, and what it has given up since."""
-
-    name: str
-    tenant: str
-    models: dict[str, int]
-    ready: bool = False
-    alive: bool = True
-    held: Counter[int] = field(default_factory=Counter)
-    releasing: Counter[int] = field(default_factory=Counter)
-    finishing: set[int] = field(default_factory=set)
-    guessed: Counter[int] = field(default_factory=Counter)
-    """Leases that it gave up before it was told of them: those of a look-up that may end without them."""
-    tickets: set[int] = field(default_factory=set)
-
-    def sure(self) -> list[int]:
-        """Return the caches on which it holds a lease that it has not begun to give up."""
-        return sorted(i for i, n in self.held.items() if n > self.releasing[i] and i not in self.finishing)
 
 
 class PoolModel:
@@ -160,7 +98,7 @@ class PoolModel:
         self.unpinning.setdefault(tenant, Counter())
 
         def connected(answers: list[Any]) -> None:
-            assert all(answer is True or _error(answer, DeviceLostError) for answer in answers)
+            assert all(answer is True or is_error(answer, DeviceLostError) for answer in answers)
             process.ready = True
 
         self.pool.open[batch] = connected
@@ -293,7 +231,7 @@ class PoolModel:
             for cache_id in [i for i in counts if self.made[i].device == device]:
                 del counts[cache_id]
         self.pool.lose(device)
-        self.overcommitted = self._overcommitted()
+        self.overcommitted = self.overcommitted_now()
 
     def advance(self, seconds: float) -> None:
         self.pool.now += seconds
@@ -313,7 +251,7 @@ class PoolModel:
             except InvalidRequestError:
                 del self.pool.open[event.batch]
                 return  # more is guaranteed than the limit
-            self.overcommitted = self._overcommitted()
+            self.overcommitted = self.overcommitted_now()
         self.quotas[tenant, model] = revision
         assert [(answer["applied"], answer["revision"]) for answer in answers] == [
             (True, revision), (False, revision), (False, revision)
@@ -321,7 +259,7 @@ class PoolModel:
         assert answers[1] == answers[2] | {"waiting": answers[1]["waiting"]}
         assert all(answer["guaranteed"] == answers[0]["guaranteed"] for answer in answers)
 
-    def _overcommitted(self) -> int:
+    def overcommitted_now(self) -> int:
         """Return by how much what is guaranteed or leased exceeds the memory; reckoned from the rows alone."""
         index, ledger = self.pool.state.ledger.index, self.pool.state.ledger
         guaranteed = {(q["tenant"], q["model"]): q["guaranteed_bytes"] for q in self.pool.state.quotas()}
@@ -403,8 +341,8 @@ class PoolModel:
             return
         if answer is None or answer[0] == "error":
             kinds = (CapacityError, InvalidSizeError, *((InvalidatedError,) if made.id in self.void else ()))
-            given_up = made.id not in process.sure() and _error(answer, CacheStateError)
-            assert answer is None or given_up or _error(answer, *kinds), answer
+            given_up = made.id not in process.sure() and is_error(answer, CacheStateError)
+            assert answer is None or given_up or is_error(answer, *kinds), answer
             made.extents = before  # and its bytes: nothing was done
             return
         _, cache_id, made.size_bytes, extents, place = answer
@@ -430,8 +368,8 @@ class PoolModel:
 
     def _refused(self, process: Process, answer: Any) -> None:
         kinds = (CapacityError, InvalidSizeError, DeviceLostError, LimitError)
-        gone = not process.alive and _error(answer, ProtocolError, LeaseRevokedError)
-        assert _error(answer, *kinds) or gone, answer
+        gone = not process.alive and is_error(answer, ProtocolError, LeaseRevokedError)
+        assert is_error(answer, *kinds) or gone, answer
 
     def _make(
         self,
@@ -454,7 +392,7 @@ class PoolModel:
         above = index.id_of(index.parent[row]) if row >= 0 and index.parent[row] >= 0 else -1
         self.made[cache_id] = Made(
             cache_id, process.name, process.tenant, model, device, offset, size_bytes, pages, planned, above,
-            _content(key), extents=front(size_bytes), max_size_bytes=max(max_size_bytes, size_bytes),
+            content_of(key), extents=front(size_bytes), max_size_bytes=max(max_size_bytes, size_bytes),
         )  # fmt: skip
         process.held[cache_id] = 1
         if row >= 0 and index.is_void(row):
@@ -474,9 +412,9 @@ class PoolModel:
     ) -> None:
         (answer,) = answers
         if answer[0] == "error":
-            lost = self.pool.lost and _error(answer, DeviceLostError)
-            gone = not process.alive and _error(answer, ProtocolError, LeaseRevokedError)
-            assert lost or gone or (_error(answer, ParentNotResidentError) and not is_sure), answer
+            lost = self.pool.lost and is_error(answer, DeviceLostError)
+            gone = not process.alive and is_error(answer, ProtocolError, LeaseRevokedError)
+            assert lost or gone or (is_error(answer, ParentNotResidentError) and not is_sure), answer
             return
         _, resident, cache_ids, devices, places = answer
         assert len(cache_ids) == len(devices) == len(places) <= len(ids) - resident
@@ -515,7 +453,7 @@ class PoolModel:
             made = self.made[cache_id]
             if made.maker == name and cache_id in sure and made.asked is None and made.model == model:
                 made.asked = (made.tenant, model, key)
-                made.written = _content(made.asked)
+                made.written = content_of(made.asked)
                 self._write(made)
                 self.ever_asked[made.asked] += 1
         if finish:
@@ -546,7 +484,7 @@ class PoolModel:
             mine = all(
                 i in sure and self.made[i].asked == (process.tenant, model, k) for i, k in zip(ids, keys, strict=True)
             )
-            assert _error(answer, CacheStateError, InvalidRequestError), answer
+            assert is_error(answer, CacheStateError, InvalidRequestError), answer
             of_size = all(self.made[i].size_bytes == BLOCK_BYTES[model] for i in ids if i in self.made)
             void |= {i for i, k in zip(ids, keys, strict=True) if self._was_invalidated(process.tenant, model, k)}
             assert not mine or not of_size or void or not self._is_here(process, ids), "only a block's size has a key"
@@ -565,7 +503,7 @@ class PoolModel:
                 assert self.ever_asked[process.tenant, model, key] > (1 if rightly else 0)
                 made.asked = None if rightly else made.asked
             else:
-                assert _error(outcome, CacheStateError, ProtocolError, DeviceLostError), outcome
+                assert is_error(outcome, CacheStateError, ProtocolError, DeviceLostError), outcome
                 assert not rightly or not self._is_here(process, [cache_id])
             if finish and outcome in (True, "duplicate") and self._is_here(process, [cache_id]):
                 process.held[cache_id] -= 1
@@ -598,7 +536,7 @@ class PoolModel:
                 assert place[2] > made.generation
                 made.offset, made.pages, made.generation = place
             assert (made.device, made.offset, made.pages) == (device, *place[:2])
-            assert self._read(made, made.extents) == _whole(_content(key), made.size_bytes, made.extents)
+            assert self.read(made, made.extents) == whole(content_of(key), made.size_bytes, made.extents)
             process.held[cache_id] += 1
             self.hits += 1
 
@@ -621,7 +559,7 @@ class PoolModel:
                 process.held[cache_id] -= 1
                 process.guessed[cache_id] += not may  # below 0 by it until the look-up on its way is answered
             else:
-                assert _error(outcome, DoubleReleaseError, UnknownCacheError, StaleCacheError), outcome
+                assert is_error(outcome, DoubleReleaseError, UnknownCacheError, StaleCacheError), outcome
                 assert not may or not all(rightly), "what is held can be given up"
 
     def pin(self, name: str, ids: Sequence[int], *, held: bool) -> None:
@@ -646,7 +584,7 @@ class PoolModel:
                 if held and outcome is True:
                     pins[cache_id] += 1  # decided before; it ends with the invalidation's answer
                 continue
-            assert outcome is True or (held and outcome is False) or _error(outcome, KvpoolError), outcome
+            assert outcome is True or (held and outcome is False) or is_error(outcome, KvpoolError), outcome
             if outcome is True:
                 pins[cache_id] += 1 if held else -1
             else:
@@ -660,141 +598,6 @@ class PoolModel:
             return  # they may not be there any more
         for index, serial in made.pages:
             os.close(self.pool.stores[made.device].allocator.export(name, made.tenant, index, serial))
-
-    # -- what must hold -----------------------------------------------------------------------------------------------
-
-    def check(self) -> None:
-        """At any moment: the books add up, and nothing that somebody holds is gone, moved or changed."""
-        self.scribble()
-        self.pool.state.check()
-        for quota in self.pool.state.quotas():
-            is_draining = any(
-                (o.tenant, o.model) == (quota["tenant"], quota["model"]) for o in self.pool.state.ledger.quotas.draining
-            )
-            assert quota["limit_bytes"] is None or quota["held_bytes"] <= quota["limit_bytes"] or is_draining
-        assert self._overcommitted() <= self.overcommitted, "leases never take what is guaranteed to others"
-        for device in self.pool.live:
-            self.pool.stores[device].allocator.check()
-        for process in self.clients.values():
-            for cache_id in process.sure():
-                made, store = self.made[cache_id], self.pool.stores[self.made[cache_id].device]
-                leases = store._clients[process.name].leases[cache_id]
-                assert leases >= process.held[cache_id] - process.releasing[cache_id]
-                index = self.pool.state.ledger.index
-                assert index.pins[index.row_of(cache_id)] >= leases
-                assert store.allocator.allocation(cache_id).offset == made.offset
-                there = made.extents
-                if made.changing:  # unbacked where the device has done it, and its maker was not told yet
-                    there = difference(there, difference(there, store.allocator.allocation(cache_id).extents))
-                assert self._read(made, there) == _whole(made.written, made.max_size_bytes, there)
-
-    def check_quiet(self) -> None:
-        """When all is settled: the books say what the devices hold, all is answered, and who waits has to wait."""
-        pool, index = self.pool, self.pool.state.ledger.index
-        pool.settle()
-        while (deadline := pool.state.next_deadline()) is not None and deadline <= pool.now:
-            pool.handle(Tick())  # some were put back after their time
-            pool.settle()
-        assert not pool.open
-        for process in self.clients.values():
-            for cache_id in [i for i, n in process.held.items() if n < 0]:  # it was no part of the answer in the end
-                assert -process.held[cache_id] <= process.guessed[cache_id]
-                del process.held[cache_id]
-            process.guessed.clear()
-        for device in pool.live:
-            store = pool.stores[device]
-            rows = {i: index.live_row(i) for i in store._caches}
-            assert all(row >= 0 and index.device[row] == device for row in rows.values()), "unknown to the books"
-            assert sum(index.device[row] == device for row in range(len(index.flags)) if index.flags[row]) == len(rows)
-            for cache_id, record in store._caches.items():
-                row = rows[cache_id]
-                assert index.pins[row] == record.leases
-                assert index.asked_bytes[row] == record.size_bytes
-                if not store.allocator.allocation(cache_id).shared:
-                    assert index.size_bytes[row] == len(record.pages) * PAGE
-                assert index.is_sealed(row) == record.sealed
-                assert index.key_of(row) == (None if record.void else record.key)
-                assert record.doomed == record.void
-                assert not record.void or (record.leases and cache_id in self.void)
-            for name, known in store._clients.items():
-                mine = self.clients[name].held if name in self.clients else self.pins[name.removeprefix(PINNER)]
-                assert known.leases == {i: n for i, n in mine.items() if n and self.made[i].device == device}
-        if waiting := pool.state.allocations.queue:
-            first: dict[Any, int] = {}  # of those who lack the same; others may pass while the books take it for placed
-            for (_, ticket), _ in sorted(waiting.heads()):
-                request = waiting.get(ticket)
-                assert request is not None
-                first.setdefault(request.short_of or request.place, ticket)
-            pool.handle(Tick())
-            pool.settle()
-            assert self.outcomes.keys().isdisjoint(first.values()), "the first in line waited though there was room"
-        for owner in pool.state.ledger.quotas.draining:
-            assert not list(self._could_go(owner.tenant, owner.model)), (
-                "what is above a limit goes when nobody holds it"
-            )
-        self.check()
-
-    def _could_go(self, tenant: str, model: str | None) -> Iterator[int]:
-        index = self.pool.state.ledger.index
-        for row in range(len(index.flags)):
-            made_for = self.pool.state.ledger.model_of(row) if index.flags[row] else None
-            idle = index.flags[row] & KEYED and not index.pins[row] and not index.children[row]
-            if idle and made_for is not None and made_for.tenant == tenant and model in (None, made_for.name):
-                yield row
-
-    def end(self) -> None:
-        """All clients give everything back and leave: nothing may remain."""
-        pool = self.pool
-        self.check_quiet()
-        for name in list(self.ghosts):
-            self.let_go(name)
-        self.check_quiet()
-        for name in self.ready():
-            process = self.clients[name]
-            pins = self.pins[process.tenant]
-            self.pin(name, list(pins.elements()), held=False)
-            pool.settle()
-            self.cancel(name, sorted(process.tickets))
-            pool.settle()  # a cancelled request may have stood before others of the same client
-            self.cancel(name, sorted(process.tickets))
-            while ids := process.sure():
-                self.release(name, ids)
-                pool.settle()
-            assert not process.tickets, "each ticket has an outcome"
-        for tenant in [tenant for tenant, pins in self.pins.items() if +pins]:
-            self.connect(f"last of {tenant}", tenant)
-            pool.settle()
-            self.pin(f"last of {tenant}", list(self.pins[tenant].elements()), held=False)
-        for name in self.ready():
-            self.leave(name)
-        self.check_quiet()
-        index = pool.state.ledger.index
-        assert not any(index.pins[row] for row in range(len(index.flags)) if index.flags[row])
-        assert all(not store.leases() for number, store in enumerate(pool.stores) if number in pool.live)
-        self.evict_everything()
-
-    def evict_everything(self) -> None:
-        """A newcomer asks for all memory there is, and gets it, once nothing is guaranteed to others."""
-        for tenant, model in self.quotas:
-            self.set_quota(tenant, model, 0, None)
-        pool = self.pool
-        self.connect("newcomer", "newcomers")
-        pool.settle()
-        capacity_bytes = pool.state.ledger.devices[0].capacity_bytes
-        sizes = [(capacity_bytes, capacity_bytes)] * len(pool.live)
-        self.request("newcomer", "small", sizes, 1.0)
-        pool.settle()
-        granted = self.clients["newcomer"].sure()
-        assert {self.made[i].device for i in granted} == set(pool.live)
-        self.release("newcomer", granted)
-        pool.settle()
-        assert len(pool.state.ledger.index) == 0
-        for device in pool.live:
-            allocator = pool.stores[device].allocator
-            assert pool.stores[device].caches == 0
-            assert (allocator.usage().live_bytes, allocator.usage().backed_bytes) == (0, 0)
-            allocator.trim()
-            assert allocator.usage().free_bytes == allocator.capacity_bytes
 
     def close(self) -> None:
         self.pool.close()
@@ -819,23 +622,9 @@ class PoolModel:
 
     def _write(self, made: Made, extents: Extents | None = None) -> None:
         extents = made.extents if extents is None else extents
-        whole = _whole(made.written, made.max_size_bytes, front(made.max_size_bytes))
+        filled = whole(made.written, made.max_size_bytes, front(made.max_size_bytes))
         for start, end in extents:
-            ctypes.memmove(self._address(made) + start, whole[start:end], end - start)
+            ctypes.memmove(self._address(made) + start, filled[start:end], end - start)
 
-    def _read(self, made: Made, extents: Extents) -> bytes:
+    def read(self, made: Made, extents: Extents) -> bytes:
         return b"".join(ctypes.string_at(self._address(made) + start, end - start) for start, end in extents)
-
-
-def _content(key: Key) -> bytes:
-    return blake2b(repr(key).encode(), digest_size=16).digest()
-
-
-def _whole(pattern: bytes, size_bytes: int, extents: Extents) -> bytes:
-    """Return what is in these parts of a cache that was filled with a pattern from its first byte on."""
-    whole = pattern * (size_bytes // len(pattern) + 1)
-    return b"".join(whole[start:end] for start, end in extents)
-
-
-def _error(answer: Any, *kinds: type[KvpoolError]) -> bool:
-    return isinstance(answer, tuple) and answer[0] == "error" and isinstance(from_wire(answer[1:]), kinds)

@@ -155,7 +155,7 @@ def _steps_s(most_bytes: float) -> list[float]:
     steps: list[float] = []
     with _holes(_STEPWISE_SIZE) as (memory, unused_id):
         while True:
-            memory.compaction_allowance_bytes = most_bytes
+            memory.compactor.allowance_bytes = most_bytes
             start = time.thread_time()
             try:
                 memory.allocate(unused_id, _ASKED_BYTES)

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpool.cache.chains import Rows, unique
+from kvpool.cache.chains import unique
 from kvpool.cache.eviction import CacheEvictionPolicy, register_policy
 from kvpool.cache.hazard import GAPS, KINDS, LEVELS, WIDTH, Floats, HazardTable, age_level, age_levels
 from kvpool.cache.key import BlockHash
 from kvpool.cache.request_clock import RequestClock
 from kvpool.cache.sampled_ranking import SampledRanking
-from kvpool.cache.table import NO_ROW
+from kvpool.cache.table import NO_ROW, Rows
 from kvpool.cache.turns import BODY, CONTINUED, NO_TURN, OLD, SHARED, TAIL, TurnTable
 from kvpool.errors import ensure
 

@@ -11,9 +11,8 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from kvpool.cache.table import CacheTable
+from kvpool.cache.table import KEYED, CacheTable, Rows
 
-Rows = npt.NDArray[np.int64]
 Key = TypeVar("Key", bound=Hashable)
 _Integer = TypeVar("_Integer", bound=np.integer)
 
@@ -70,6 +69,15 @@ def depths(table: CacheTable) -> Rows:
         depth += depth[above]
         above = above[above]
     return depth
+
+
+def idle_in_order(table: CacheTable) -> list[int]:
+    """Return what is evictable in order of last access, children before their parents."""
+    idle = np.frombuffer(table.pins, np.uint32) == 0
+    rows = np.flatnonzero((np.frombuffer(table.flags, np.uint8) & KEYED != 0) & idle)
+    accessed = np.frombuffer(table.last_accessed, np.float64)[rows]
+    ordered: list[int] = rows[np.lexsort((-depths(table)[rows], accessed))].tolist()
+    return ordered
 
 
 def _above(table: CacheTable) -> Rows:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, cast
 
 from kvpool.cache.key import BlockHash
 from kvpool.cache.policy_module import has_changed, import_own, innermost_line, was_imported
@@ -133,10 +133,15 @@ BUILT_IN = (
 )
 """Modules of policies, imported when policies are first asked for: they import this one."""
 
-_POLICIES: dict[str, PolicyFactory] = {}
 
-_FAILED: dict[str, PolicyFactory] = {}
-"""By name, what made, or should have made, a policy that failed: not suggested for a name that is mistyped."""
+class _Named(NamedTuple):
+    """What makes the policy of a name, and whether one that it made, or should have made, failed."""
+
+    factory: PolicyFactory
+    failed: bool = False
+
+
+_POLICIES: dict[str, _Named] = {}
 
 _WHERE_MODULES_LIE = (
     "'kvpool simulate' looks on its Python path and in its working directory; for a pool it must be installed or on "
@@ -156,14 +161,15 @@ def register_policy(name: str) -> Callable[[_Factory], _Factory]:
     """
 
     def register(factory: _Factory) -> _Factory:
-        before = _POLICIES.get(name.lower(), factory)
-        if before is not factory and _origin(before) != _origin(factory):
+        before = _POLICIES.get(name.lower())
+        if before is not None and _origin(before.factory) != _origin(factory):
             raise ConfigError(
-                f"an eviction policy named {name!r} exists already, in module {_origin(before)[0]!r}: choose another "
-                "name",
+                f"an eviction policy named {name!r} exists already, in module {_origin(before.factory)[0]!r}: choose "
+                "another name",
                 asked=name,
             )
-        _POLICIES[name.lower()] = factory
+        if before is None or before.factory is not factory:  # else it fails as before, if it did
+            _POLICIES[name.lower()] = _Named(factory)
         return factory
 
     return register
@@ -177,7 +183,7 @@ def policy_names() -> list[str]:
     """Return the names of all eviction policies as they are to be given, sorted: ``module:name`` if not built in."""
     for module in BUILT_IN:
         import_module(module)
-    origins = {name: _origin(factory)[0] for name, factory in _POLICIES.items()}
+    origins = {name: _origin(named.factory)[0] for name, named in _POLICIES.items()}
     return sorted(
         (name if origin is None or origin in BUILT_IN else f"{origin}:{name}" for name, origin in origins.items()),
         key=lambda name: (":" in name, name),
@@ -202,7 +208,7 @@ def load_present_code(name: str) -> None:
     """
     module = name.rpartition(":")[0]
     if not module and name.lower() in _POLICIES:
-        origin = _origin(_POLICIES[name.lower()])[0]
+        origin = _origin(_POLICIES[name.lower()].factory)[0]
         module = origin if origin is not None and was_imported(origin) else ""
     if has_changed(module):
         _import(name, module)
@@ -226,39 +232,39 @@ def find_policy(name: str) -> PolicyFactory:
     if module:
         attribute = getattr(sys.modules[module] if module in sys.modules else _import(name, module), name_there, None)
     names = policy_names()
-    factory = _POLICIES.get(name_there.lower())
-    if factory is None and callable(attribute):
+    named = _POLICIES.get(name_there.lower())
+    if named is not None:
+        return named.factory
+    if callable(attribute):
         return cast(PolicyFactory, attribute)
-    if factory is None and module:
+    if module:
         raise UnknownPolicyError(
             f"no eviction policy is named {name!r}: module {module!r} registers none of that name, and has no such "
             "attribute that could make one",
             asked=name,
             possible=names,
         )
-    if factory is None:
-        bare = {known.rpartition(":")[2]: known for known in names if _may_be_meant(known)}
-        near = get_close_matches(name_there.lower(), bare, 1)
-        raise UnknownPolicyError(
-            f"no eviction policy is named {name!r}{f' (did you mean {bare[near[0]]!r}?)' if near else ''}: there is "
-            f"{', '.join(names)}",
-            asked=name,
-            possible=names,
-        )
-    return factory
+    bare = {known.rpartition(":")[2]: known for known in names if _may_be_meant(known)}
+    near = get_close_matches(name_there.lower(), bare, 1)
+    raise UnknownPolicyError(
+        f"no eviction policy is named {name!r}{f' (did you mean {bare[near[0]]!r}?)' if near else ''}: there is "
+        f"{', '.join(names)}",
+        asked=name,
+        possible=names,
+    )
 
 
 def note_failure(name: str) -> None:
     """Note that the policy of that name failed, or could not be made."""
     known = name.rpartition(":")[2].lower()
     if known in _POLICIES:
-        _FAILED[known] = _POLICIES[known]
+        _POLICIES[known] = _POLICIES[known]._replace(failed=True)
 
 
 def _may_be_meant(name: str) -> bool:
     """Whether a policy is worth suggesting: it did not fail, and what its module's file says now was imported."""
     module, _, name_there = name.rpartition(":")
-    return _FAILED.get(name_there) is not _POLICIES[name_there] and not (module and has_changed(module))
+    return not _POLICIES[name_there].failed and not (module and has_changed(module))
 
 
 def _import(name: str, module: str) -> ModuleType:
@@ -287,5 +293,5 @@ def _import(name: str, module: str) -> ModuleType:
         raise UnknownPolicyError(f"policy {name!r} needs module {module!r}, {why}", asked=name) from error
 
 
-def _registered_by(module: str) -> dict[str, PolicyFactory]:
-    return {known: factory for known, factory in _POLICIES.items() if _origin(factory)[0] == module}
+def _registered_by(module: str) -> dict[str, _Named]:
+    return {known: named for known, named in _POLICIES.items() if _origin(named.factory)[0] == module}

@@ -7,7 +7,7 @@ from array import array
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpool.cache.chains import Rows
+from kvpool.cache.table import Rows
 
 _CUT_AT = 4096
 

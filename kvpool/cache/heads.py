@@ -56,3 +56,11 @@ class Heads:
     def leave(self) -> None:
         """Pass over it and all behind it in its partition."""
         heappop(self._heads)
+
+
+def victims_of(policy: CacheEvictionPolicy, partitions: Iterable[int]) -> Iterator[int]:
+    """Yield the rows of some partitions in the order in which they would go."""
+    heads = Heads(policy, partitions)
+    while heads:
+        yield heads.row
+        heads.next()

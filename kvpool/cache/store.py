@@ -111,7 +111,7 @@ class DeviceStore:
     def __init__(self, allocator: GPUMemoryAllocator, compaction_step_bytes: int = STEP_BYTES) -> None:
         self.allocator = allocator
         self._compaction_step_bytes = compaction_step_bytes
-        allocator.owner = self
+        allocator.compactor.owner = self
         self._caches: dict[int, CacheRecord] = {}
         self._clients: dict[str, _Client] = {}
         self._lease_count = 0
@@ -154,7 +154,7 @@ class DeviceStore:
             Told of each operation, with its answer, as soon as it is carried out.
         """
         self._now = now
-        self.allocator.compaction_allowance_bytes = self._compaction_step_bytes
+        self.allocator.compactor.allowance_bytes = self._compaction_step_bytes
         answers: list[Any] = []
         with self.allocator.change():
             for cache_id, void in list(self._leaving.items()):

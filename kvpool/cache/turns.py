@@ -9,10 +9,10 @@ from math import inf
 
 import numpy as np
 
-from kvpool.cache.chains import Rows
 from kvpool.cache.forgetting import ForgettingLine
 from kvpool.cache.hazard import AGES, BOUNDS, GAPS, KINDS, LEVELS, WIDTH, HazardTable
 from kvpool.cache.key import SHARDS, BlockHash, KeyShards, key_shards
+from kvpool.cache.table import Rows
 
 TAIL, BODY, SHARED, OLD = range(KINDS)
 """Kinds of a turn's blocks: the last one (often partial, then never used again); those before; those used more often

@@ -21,6 +21,8 @@ class Request(NamedTuple):
     size_bytes: int
     #: What it may grow to in place; ``size_bytes`` if it never grows.
     max_size_bytes: int
+    #: Whether it is to lie in pages that others lie in, too.
+    shared: bool
     #: If it is for more pages of a cache that lives already: where they go, as indexes of the arena.
     wanted: tuple[int, ...] = ()
 

@@ -2,43 +2,38 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 from kvpool.errors import (
     BackendError,
     CacheStateError,
     CapacityError,
     ConfigError,
-    DoubleReleaseError,
     InvalidSizeError,
-    UnknownCacheError,
     ensure,
 )
 from kvpool.memory.allocation import (
     Allocation,
-    Compaction,
     Movable,
     Place,
     Request,
     VictimSource,
-    no_addresses,
-    no_room,
 )
 from kvpool.memory.backend import Backend
-from kvpool.memory.compaction import WINDOW_PAGES, pages_under
+from kvpool.memory.compaction import pages_under
+from kvpool.memory.compactor import Compactor
 from kvpool.memory.extents import Extents, checked, difference, front, pages_touched, total_bytes, union
+from kvpool.memory.line import WaitingLine
+from kvpool.memory.live import LiveCaches
 from kvpool.memory.mover import Mover
 from kvpool.memory.packing import shares_pages
 from kvpool.memory.page import runs
 from kvpool.memory.pages import PageTable
+from kvpool.memory.places import Places
 from kvpool.memory.ranges import RangeAllocator
-from kvpool.memory.reserve import Shape
 from kvpool.memory.scrub import Scrubber
 from kvpool.memory.shared import SharedPages
-from kvpool.memory.tickets import Ticket, TicketQueue
-from kvpool.memory.usage import MemoryUsage
+from kvpool.memory.tickets import Ticket
 
 
 class GPUMemoryAllocator:
@@ -89,27 +84,28 @@ class GPUMemoryAllocator:
         arena_pages = 8 * capacity_pages if arena_bytes is None else arena_bytes // page_size_bytes
         reserve_pages = capacity_pages if reserve_bytes is None else reserve_bytes // page_size_bytes
         self._victims = victims
-        #: Asked which caches may move; ``None``: nothing moves.
-        self.owner = owner
-        self._queue: TicketQueue[Request] = TicketQueue(queue_limit)
-        self._waiting: set[int] = set()
-        self._live: dict[int, Allocation] = {}
-        self._live_bytes = 0
-        self._changes = 0  # blocks of change() under way
-        #: Bytes that allocations may still copy by compaction; whoever sets it renews it. When they are used up, what
-        #: would take more of it raises :class:`CapacityError` with ``details["compaction_left"]``.
-        self.compaction_allowance_bytes = math.inf
-        self._highest_id = -1
+        self._line = WaitingLine(queue_limit)
+        self._live = LiveCaches()
         self._page_shift = page_size_bytes.bit_length() - 1
         self._table = PageTable(backend, capacity_pages, page_size_bytes, arena_pages)
         self._ranges = RangeAllocator(self._table, reserve_pages)
-        self._scrubber = Scrubber(backend, self._ranges, self._live)
+        self._scrubber = Scrubber(backend, self._ranges, self._live.by_id)
         try:
             self._shared = SharedPages(self._ranges, min_block_bytes)
         except ConfigError:
             self._table.close()
             raise
-        self._mover = Mover(backend, self._ranges, self._shared, self._live, self._scrubber)
+        self._mover = Mover(backend, self._ranges, self._shared, self._live.by_id, self._scrubber)
+        self._places = Places(self._ranges, self._shared, self._live)
+        self.compactor = Compactor(self._mover, self._places, self._ranges, self._shared, owner)
+        # What its parts answer:
+        self.compact = self.compactor.compact
+        self.compact_a_little = self.compactor.compact_a_little
+        self.finish_move = self.compactor.finish_move
+        self.usage = self._places.usage
+        self.change = self._ranges.change
+        self.cancel = self._line.cancel
+        self.next_deadline = self._line.next_deadline
         self.export = self._table.export
         self.take_drops = self._table.take_drops
         self.held_bytes = self._table.held_bytes
@@ -162,45 +158,19 @@ class GPUMemoryAllocator:
             As :meth:`allocate`.
         """
         request = self._validated(cache_id, tenant, size_bytes, max_size_bytes)
-        if not self._queue:
+        if not self._line:
             try:
                 return self._allocate(request)
             except CapacityError:
                 if deadline <= now:
                     raise
         elif deadline <= now:
-            raise self._full(request)
-        ticket = self._queue.put(request, deadline)
-        self._waiting.add(cache_id)
-        return ticket
+            raise self._places.full(request)
+        return self._line.put(request, deadline)
 
     def poll(self, now: float) -> list[tuple[Ticket, Allocation | CapacityError | BackendError]]:
         """Answer those whose deadline has come, then, in line, those that fit. Call it after memory came free."""
-        answers: list[tuple[Ticket, Allocation | CapacityError | BackendError]] = []
-        for ticket, request in self._queue.expired(now):
-            self._waiting.remove(request.cache_id)
-            answers.append((ticket, self._full(request)))
-        while self._queue:
-            ticket, request = self._queue.head()
-            try:
-                answers.append((ticket, self._allocate(request)))
-            except CapacityError:
-                break
-            except BackendError as error:
-                answers.append((ticket, error))
-            self._queue.pop(ticket)
-            self._waiting.remove(request.cache_id)
-        return answers
-
-    def cancel(self, ticket: Ticket) -> bool:
-        """Leave the line. False if the request was answered before (a race, no error)."""
-        request = self._queue.cancel(ticket)
-        self._waiting.difference_update(() if request is None else (request.cache_id,))
-        return request is not None
-
-    def next_deadline(self) -> float | None:
-        """Return when :meth:`poll` is due at the latest, or ``None`` if nobody waits."""
-        return self._queue.next_deadline()
+        return self._line.poll(now, self._allocate, self._places.full)
 
     def allocation(self, cache_id: int) -> Allocation:
         """Return where a live cache lies.
@@ -211,10 +181,7 @@ class GPUMemoryAllocator:
             As :meth:`free`.
         """
         self.finish_move()
-        try:
-            return self._live[cache_id]
-        except KeyError:
-            raise self._not_live(cache_id) from None
+        return self._live.get(cache_id)
 
     def free(self, cache_id: int) -> None:
         """Free a cache; its pages stay warm, within the reserve's bound. Then :meth:`poll`, if anyone waits.
@@ -226,18 +193,14 @@ class GPUMemoryAllocator:
         UnknownCacheError
             If it never lived here.
         """
-        self.finish_move()
-        try:
-            allocation = self._live.pop(cache_id)
-        except KeyError:
-            raise self._not_live(cache_id) from None
-        self._live_bytes -= allocation.size_bytes
+        if self._mover.unfinished is not None:
+            self.finish_move()
+        allocation = self._live.pop(cache_id)
         if allocation.shared:
             self._shared.free(allocation.tenant, allocation.offset)
         else:
             self._ranges.put(allocation.offset >> self._page_shift)
-        if not self._changes:
-            self._ranges.bound()
+        self._ranges.bound()
 
     def resize(self, cache_id: int, size_bytes: int) -> Allocation:
         """Let exactly the first ``size_bytes`` of a live cache be backed; its addresses and its other bytes stay.
@@ -324,21 +287,6 @@ class GPUMemoryAllocator:
         for index in self._table.take_lifted():
             self._shared.readmit(index << self._page_shift)
 
-    @contextmanager
-    def change(self) -> Iterator[None]:
-        """Hold the reserve to its bound only at the end of the block: what is freed in it is warm for who comes next.
-
-        (Else evicting more than the bound for one large allocation would first give the memory back to the system,
-        and wait for all clients to unmap it.)
-        """
-        self._changes += 1
-        try:
-            yield
-        finally:
-            self._changes -= 1
-            if not self._changes:
-                self._ranges.bound()
-
     def trim(self, tenant: str | None = None) -> int:
         """Give warm pages of ``tenant``, or of all, back; returns their bytes, zombies (that clients map) included."""
         return self._ranges.trim(tenant) * self.page_size_bytes
@@ -361,86 +309,23 @@ class GPUMemoryAllocator:
         most_pages = max(1, most_bytes >> self._page_shift)
         return self._ranges.trim_idle(now, idle_s, most_pages) << self._page_shift
 
-    def compact(self, budget_bytes: int | None = None) -> Compaction:
-        """Move caches below a page together, so that pages come free; the tenant that wastes most comes first.
-
-        Parameters
-        ----------
-        budget_bytes
-            Bytes to copy at most, or one cache. What is begun goes on in the next call. Default: no bound, all is
-            compacted.
-
-        Raises
-        ------
-        BackendError
-            If the system refuses a copy or a mapping. Nothing is lost; what was done stays done.
-        """
-        moved_bytes = freed_pages = 0
-        owner = self.owner
-        if owner is None:
-            return Compaction(0, 0, False)
-        left_bytes = self.capacity_bytes if budget_bytes is None else budget_bytes
-        with self.change():
-            for tenant in self._shared.tenants:
-                done = Compaction(0, 0, True)
-                while done.more:
-                    if left_bytes <= 0 and budget_bytes is not None:
-                        return Compaction(moved_bytes, freed_pages, True)
-                    if budget_bytes is None:
-                        done = self._mover.step(tenant, left_bytes, WINDOW_PAGES, owner)
-                    else:
-                        done = self._mover.go_on(tenant, left_bytes, owner, None, self._mover.within_reach(tenant))
-                    moved_bytes += done.moved_bytes
-                    freed_pages += done.freed_pages
-                    if budget_bytes is not None:
-                        left_bytes -= done.moved_bytes
-                        if done.more and not done.moved_bytes:  # it was looked for long enough
-                            return Compaction(moved_bytes, freed_pages, True)
-        return Compaction(moved_bytes, freed_pages, False)
-
-    def compact_a_little(self, budget_bytes: int) -> Compaction:
-        """Take a small step of :meth:`compact`, as few pages looked at as possible, where it promises most."""
-        owner = self.owner
-        tenant = next(filter(self._mover.promising, self._shared.tenants), None)
-        if owner is None or tenant is None:
-            return Compaction(0, 0, False)
-        with self.change():
-            return self._mover.go_on(tenant, budget_bytes, owner, 1)
-
-    def finish_move(self) -> None:
-        """Finish the move that an error of the backend interrupted, if there is one; see :meth:`Mover.finish`.
-
-        Raises
-        ------
-        BackendError
-            If the system refuses again.
-        """
-        if self._mover.unfinished is not None:
-            with self.change():
-                self._mover.finish()
-
     @property
     def compacted(self) -> tuple[int, int]:
         """Bytes moved and pages freed by compaction so far."""
         return self._mover.moved_bytes, self._mover.freed_pages
 
-    def usage(self) -> MemoryUsage:
-        """Return the figures of this moment."""
-        return MemoryUsage.of(self._table, self._live_bytes, self._shared.withheld_bytes, self._largest_bytes(None))
-
     def check(self) -> None:
         """Prove the whole account, or raise InvariantError: addresses, pages, what lives where, and who waits."""
         self._ranges.check()
-        self._queue.check()
-        ensure(len(self._waiting) == len(self._queue), "who waits is in the queue")
-        ensure(self._live_bytes == sum(each.size_bytes for each in self._live.values()), "live bytes are counted")
+        self._line.check()
+        self._live.check()
         homes: set[int] = set()
         if self._mover.unfinished is not None:  # pages were added for it
             move = self._mover.unfinished[0]
             under = pages_under(move.destination, move.size_bytes, self.page_size_bytes)
             homes.update(page >> self._page_shift for page in under)
         parts: dict[str, int] = {}
-        for each in self._live.values():
+        for each in self._live.by_id.values():
             index = each.offset >> self._page_shift
             shape, home = self._ranges.in_use[index]
             homes.add(index)
@@ -477,19 +362,16 @@ class GPUMemoryAllocator:
                 max_size_bytes=maximum_bytes,
                 capacity_bytes=self.capacity_bytes,
             )
-        if cache_id in self._live or cache_id in self._waiting:
+        if cache_id in self._live.by_id or cache_id in self._line:
             raise CacheStateError(f"cache {cache_id} lives or waits here: give each its own id", cache_id=cache_id)
-        return Request(cache_id, tenant, size_bytes, maximum_bytes)
+        shared = shares_pages(size_bytes, maximum_bytes, self.page_size_bytes)
+        return Request(cache_id, tenant, size_bytes, maximum_bytes, shared)
 
     def _allocate(self, request: Request) -> Allocation:
-        cache_id, tenant, size_bytes, maximum_bytes, _ = request
+        cache_id, tenant, size_bytes, maximum_bytes, shared, _ = request
         offset, pages = self._find_place(request)
-        shared = shares_pages(size_bytes, maximum_bytes, self.page_size_bytes)
         allocation = Allocation(cache_id, tenant, offset, size_bytes, maximum_bytes, ((0, size_bytes),), pages, shared)
-        self._live[cache_id] = allocation
-        self._live_bytes += size_bytes
-        if cache_id > self._highest_id:
-            self._highest_id = cache_id
+        self._live.add(allocation)
         if self._scrubber.busy(tenant):
             try:
                 self.wipe(cache_id)
@@ -518,125 +400,40 @@ class GPUMemoryAllocator:
             wanted = tuple(sorted(needed - there))
             if wanted:
                 missing_bytes = len(wanted) << self._page_shift
-                pages = self._find_place(Request(each.cache_id, each.tenant, missing_bytes, missing_bytes, wanted))[1]
+                request = Request(each.cache_id, each.tenant, missing_bytes, missing_bytes, shared=False, wanted=wanted)
+                pages = self._find_place(request)[1]
                 # Entered at once: what follows may be refused, too, and these pages are the cache's by now.
-                self._enter(each.cache_id, union(each.extents, extents), pages)
+                self._live.change(each.cache_id, union(each.extents, extents), pages)
         if self._scrubber.busy(each.tenant):
             try:
                 for start, end in difference(extents, each.extents):
                     self._scrubber.zero(each.offset + start, end - start)
             except BaseException:
                 if wanted:
-                    self._enter(each.cache_id, each.extents, self._ranges.unback(first, set(wanted)).refs)
+                    self._live.change(each.cache_id, each.extents, self._ranges.unback(first, set(wanted)).refs)
                 raise
         if unwanted:
             pages = self._ranges.unback(first, unwanted).refs
-        return self._enter(each.cache_id, extents, pages)
-
-    def _enter(self, cache_id: int, extents: Extents, pages: tuple[tuple[int, int], ...]) -> Allocation:
-        """Write into the account what is backed of a cache by now."""
-        each = self._live[cache_id]
-        changed = each._replace(size_bytes=total_bytes(extents), extents=extents, pages=pages)
-        self._live[cache_id] = changed
-        self._live_bytes += changed.size_bytes - each.size_bytes
-        return changed
+        return self._live.change(each.cache_id, extents, pages)
 
     def _find_place(self, request: Request) -> Place:
-        self.finish_move()
-        place = self._place(request)
+        if self._mover.unfinished is not None:
+            self.finish_move()
+        place = self._places.find(request)
         if place is None:
-            with self.change():
-                place = self._place_by_compaction(request, self._mover.promising) or self._place_by_eviction(request)
+            with self._ranges.change():
+                make_room = self.compactor.make_room
+                place = make_room(request, self._mover.promising) or self._place_by_eviction(request)
         return place
-
-    def _place_by_compaction(self, request: Request, promising: Callable[[str], bool]) -> Place | None:
-        """Free as many pages as are missing, if so many could come free; ``None`` if that did not help."""
-        if self.owner is None:
-            return None
-        needed = -(-request.size_bytes >> self._page_shift)
-        tenants = [request.tenant, *(each for each in self._shared.tenants if each != request.tenant)]
-        possible = {tenant: self._mover.possible(tenant) for tenant in tenants if promising(tenant)}
-        if self._ranges.pages_for(request.tenant) + sum(possible.values()) < needed:
-            return None
-        for tenant in possible:
-            done = Compaction(0, 0, True)
-            while done.more:
-                if self.compaction_allowance_bytes <= 0:
-                    error = no_room(CapacityError, request, self.usage(), self._largest_bytes(request.tenant))
-                    error.details["compaction_left"] = True
-                    raise error
-                # Pages of another tenant that its clients map come free only later: what counts can be used now.
-                missing = max(1, needed - self._ranges.pages_for(request.tenant))
-                done = self._compact_for(tenant, missing, self.owner)
-                if not done.moved_bytes:  # perhaps there is more elsewhere, but it was looked for long enough
-                    break
-                place = self._place(request)
-                if place is not None:
-                    return place
-        return None
-
-    def _compact_for(self, tenant: str, pages: int, owner: Movable) -> Compaction:
-        """Compact so that so many pages come free, or as far as is allowed."""
-        while self.compaction_allowance_bytes < self.capacity_bytes:
-            begun = self._mover.begun
-            done = self._mover.go_on(tenant, int(self.compaction_allowance_bytes), owner, None, pages)
-            self.compaction_allowance_bytes -= done.moved_bytes
-            if done.moved_bytes:
-                return done
-            if not begun:  # else nothing may be possible of that plan any more: its caches went, or were leased
-                break
-        done = self._mover.step(tenant, self.capacity_bytes, pages, owner)
-        self.compaction_allowance_bytes -= done.moved_bytes
-        return done
 
     def _place_by_eviction(self, request: Request) -> Place:
         while self._victims is not None and (victim := self._victims.next_victim()) is not None:
             self.free(victim)
-            place = self._place(request)
-            place = place or self._place_by_compaction(request, self._mover.promising)
+            place = self._places.find(request)
+            place = place or self.compactor.make_room(request, self._mover.promising)
             if place is not None:
                 return place
-        place = self._place_by_compaction(request, self._mover.untried)
+        place = self.compactor.make_room(request, self._mover.untried)
         if place is None:
-            raise self._full(request)
+            raise self._places.full(request)
         return place
-
-    def _place(self, request: Request) -> Place | None:
-        """Return offset and pages, or ``None`` if there is no room."""
-        cache_id, tenant, size_bytes, maximum_bytes, wanted = request
-        if wanted:
-            each = self._live[cache_id]
-            grown = self._ranges.back(each.offset >> self._page_shift, wanted)
-            return None if grown is None else (each.offset, grown.refs)
-        if not shares_pages(size_bytes, maximum_bytes, self.page_size_bytes):
-            pages = -(-size_bytes >> self._page_shift)
-            taken = self._ranges.take(tenant, Shape(self._range_bytes(size_bytes, maximum_bytes), pages))
-            return None if taken is None else (taken.index << self._page_shift, taken.refs)
-        return self._shared.allocate(
-            cache_id, tenant, size_bytes, None if maximum_bytes == size_bytes else maximum_bytes
-        )
-
-    def _largest_bytes(self, tenant: str | None) -> int:
-        """The largest cache that ``tenant``, or any, could allocate now without an eviction."""
-        pages_bytes = self._ranges.pages_for(tenant) * self.page_size_bytes
-        return max(min(pages_bytes, self._ranges.largest_range_bytes()), self._shared.largest_hole_bytes(tenant))
-
-    def _full(self, request: Request) -> CapacityError:
-        backed = self._ranges.pages_for(request.tenant) * self.page_size_bytes >= request.size_bytes
-        range_bytes = self._range_bytes(request.size_bytes, request.max_size_bytes)
-        largest_bytes = self._ranges.largest_range_bytes()
-        if backed and not request.wanted and largest_bytes < range_bytes:
-            addresses = self._ranges.addresses
-            return no_addresses(request, self.usage(), range_bytes, *addresses, largest_bytes)
-        return no_room(CapacityError, request, self.usage(), self._largest_bytes(request.tenant))
-
-    def _range_bytes(self, size_bytes: int, maximum_bytes: int) -> int:
-        """Return the addresses that a cache with pages of its own takes."""
-        if maximum_bytes > size_bytes:
-            return 1 << (maximum_bytes - 1).bit_length()
-        return -(-size_bytes >> self._page_shift) << self._page_shift
-
-    def _not_live(self, cache_id: int) -> CacheStateError:
-        if 0 <= cache_id <= self._highest_id:
-            return DoubleReleaseError(f"cache {cache_id} was freed or evicted before; free it once", cache_id=cache_id)
-        return UnknownCacheError(f"no cache {cache_id} ever lived here", cache_id=cache_id)

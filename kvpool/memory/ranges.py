@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 
 from kvpool.errors import AddressSpaceError, ensure
@@ -31,6 +32,7 @@ class RangeAllocator:
         self._addresses = BuddyAllocator(table.arena_pages * self._page_bytes, self._page_bytes)
         self._reserve = WarmReserve()
         self._idle = IdleMarks()
+        self._changes = 0  # blocks of change() under way
         #: Ranges in which something lives, by first index.
         self.in_use: dict[int, tuple[Shape, PageRange]] = {}
 
@@ -206,8 +208,24 @@ class RangeAllocator:
         self._addresses.unite(index * self._page_bytes, count * self._page_bytes)
         self.in_use[index] = (Shape(count * self._page_bytes, count), PageRange(pages[0].tenant, index, pages))
 
+    @contextmanager
+    def change(self) -> Iterator[None]:
+        """Hold the reserve to its bound only at the end of the block: what is freed in it is warm for who comes next.
+
+        (Else evicting more than the bound for one large allocation would first give the memory back to the system,
+        and wait for all clients to unmap it.)
+        """
+        self._changes += 1
+        try:
+            yield
+        finally:
+            self._changes -= 1
+            self.bound()
+
     def bound(self) -> None:
         """Give the oldest warm ranges back to the system, as far as they are above the reserve's bound."""
+        if self._changes:
+            return
         while self._reserve.pages > self.reserve_pages:
             self._trim_oldest(None)
 

@@ -10,9 +10,9 @@ from math import inf
 
 import numpy as np
 
-from kvpool.cache.chains import Rows, deepest_first, depths
+from kvpool.cache.chains import deepest_first, depths
 from kvpool.cache.index import CacheIndex
-from kvpool.cache.table import KEYED
+from kvpool.cache.table import KEYED, Rows
 from kvpool.errors import InvalidRequestError, InvalidSizeError
 from kvpool.pool import removal
 from kvpool.pool.below import Below
@@ -160,7 +160,7 @@ class Evictions:
 
     def _in_scope(self, work: _Eviction) -> Rows:
         index = self._ledger.index
-        spaces = index.spaces_of(None) if work.scope is None else sorted(work.scope)
+        spaces = index.spaces.of(None) if work.scope is None else sorted(work.scope)
         rows: Rows = index.rows_of(*spaces) if spaces else np.array([], np.int64)
         if work.device is not None:
             rows = rows[np.frombuffer(index.device, np.int32)[rows] == work.device]
@@ -180,7 +180,7 @@ class Evictions:
     def _spaces(self, tenant: str | None, model: str | int | None) -> frozenset[int] | None:
         if model is not None:
             return frozenset(each.space for each in self._ledger.find_models(model, tenant))
-        return None if tenant is None else frozenset(self._ledger.index.spaces_of(tenant))
+        return None if tenant is None else frozenset(self._ledger.index.spaces.of(tenant))
 
     def _device(self, name: str | None) -> int | None:
         if name is None:

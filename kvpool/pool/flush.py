@@ -100,7 +100,7 @@ class Flushes:
 
     def _published(self, number: int, tenant: str | None) -> Iterator[tuple[int, BlockHash]]:
         index = self._ledger.index
-        spaces = index.spaces_of(tenant)
+        spaces = index.spaces.of(tenant)
         rows = index.rows_of(*spaces).tolist() if spaces else []
         wanted = {row for row in rows if index.device[row] == number and index.flags[row] & KEYED}
         next_to_go = [row for row in self._ledger.policy.victims(number) if row in wanted]

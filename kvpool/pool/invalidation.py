@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from kvpool.cache.chains import Rows, deepest_first, with_descendants
+from kvpool.cache.chains import deepest_first, with_descendants
 from kvpool.cache.key import MOST_HASHES, check_hash
-from kvpool.cache.table import KEYED
+from kvpool.cache.table import KEYED, Rows
 from kvpool.errors import DeviceLostError, InvalidRequestError, TierError
 from kvpool.memory.tickets import TicketQueue
 from kvpool.pool import removal

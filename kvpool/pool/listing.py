@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from kvpool.cache.chains import Rows
-from kvpool.cache.table import SEALED
+from kvpool.cache.table import SEALED, Rows
 from kvpool.errors import InvalidRequestError
 from kvpool.pool.leases import Leases
 from kvpool.pool.ledger import Ledger
@@ -29,7 +28,7 @@ def list_models(ledger: Ledger, tenant: str | None, model: str | int | None) -> 
     InvalidRequestError
         If there is no such model.
     """
-    caches, keys, size_bytes = ledger.index.totals()
+    caches, keys, size_bytes = ledger.index.totals_by_space(len(ledger.index.spaces))
     return [
         {
             "number": each.number,
@@ -88,7 +87,7 @@ def list_caches(
     if model is not None:
         spaces = sorted({each.space for each in ledger.find_models(model, tenant)})
     else:
-        spaces = index.spaces_of(tenant)
+        spaces = index.spaces.of(tenant)
     rows: Rows = index.rows_of(*spaces) if spaces else np.array([], np.int64)
     total = len(rows)
     if sort is not None:

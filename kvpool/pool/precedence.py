@@ -85,7 +85,7 @@ class Precedence:
 
     def line_of(self, request: CacheRequest) -> Hashable:
         """Return where it waits: with all who need memory of the same host, or device, and have the same account."""
-        return request.place, self._ledger.index.account_of(request.model.space)
+        return request.place, self._ledger.index.spaces.accounts[request.model.space]
 
     def rank_of(self, request: CacheRequest) -> Rank:
         """Return where it stands, or would if it began to wait now."""

@@ -194,7 +194,8 @@ class Quotas:
             owner.held_bytes = 0
             owner.held_at.clear()
         self._index.meter = self
-        for partition, (held, evictable) in enumerate(zip(*self._index.totals_by_partition(), strict=True)):
+        totals = self._index.totals_by_partition(len(self._index.partitions))
+        for partition, (held, evictable) in enumerate(zip(*totals, strict=True)):
             self.charge(partition, held, evictable)
 
     def split(self) -> None:
@@ -254,7 +255,7 @@ class Quotas:
 
     def account(self, space: int) -> Account:
         """Return the account to which a namespace's caches are charged."""
-        return self._accounts[self._index.account_of(space)]
+        return self._accounts[self._index.spaces.accounts[space]]
 
     def account_in(self, partition: int) -> Account:
         """Return the account whose caches lie in a partition."""

@@ -82,7 +82,7 @@ class Reclaim:
 
     def on(self, device: Device, short_bytes: int) -> int:
         """Gather what goes on a device until ``short_bytes`` are found there; returns how many were."""
-        number, partitions = device.number, self._index.partitions_of(device.number)
+        number, partitions = device.number, self._index.partitions.of(device.number)
         found = self._take(partitions, short_bytes, self._all_owners, straddling=False)
         if found < short_bytes:
             found += self._take(partitions, short_bytes - found, self._not_shared, straddling=False)
@@ -96,7 +96,7 @@ class Reclaim:
         quotas = self._quotas
         return [
             partition
-            for partition in self._index.partitions_of(device)
+            for partition in self._index.partitions.of(device)
             if all(self._left(owner, host) > 0 for owner in quotas.account_in(partition).owners)
         ]
 
@@ -142,7 +142,7 @@ class Reclaim:
     def _hidden(self, device: Device, short_bytes: int) -> int:
         """Gather on a device what is sheltered by children elsewhere, account by account."""
         found = 0
-        for partition in self._index.partitions_of(device.number):
+        for partition in self._index.partitions.of(device.number):
             if found >= short_bytes:
                 break
             protected = self._not_shared(self._quotas.account_in(partition))

@@ -125,7 +125,7 @@ class Refusals:
     def _models(self, request: CacheRequest) -> dict[str, int]:
         """Return by model what is held where a request could have been met; other tenants' models have no names."""
         ledger, held = self._ledger, dict[str, int]()
-        own = set(ledger.index.spaces_of(request.client.tenant))
+        own = set(ledger.index.spaces.of(request.client.tenant))
         for number in request.devices:
             if ledger.devices[number].lost is not None:
                 continue

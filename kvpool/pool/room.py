@@ -163,7 +163,7 @@ class Room:
             free = int(min(free, max(headroom, 0) // size_bytes))
         if wanted <= free or any(device.has_lower for device in devices):
             return wanted  # with tiers below, what a policy would not store has its place there
-        partitions = [partition for device in devices for partition in ledger.index.partitions_of(device.number)]
+        partitions = [partition for device in devices for partition in ledger.index.partitions.of(device.number)]
         return ledger.policy.admit(model.space, hashes, rows, partitions, size_bytes, wanted - free, now)
 
     def evict_for(self, model: Model, device: Device, need_bytes: int, short_bytes: int) -> list[int]:

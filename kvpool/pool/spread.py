@@ -62,7 +62,7 @@ def _reclaimed(ledger: Ledger, host: str, free: dict[int, int], need_bytes: int,
         (
             partition
             for number in free
-            for partition in index.partitions_of(number)
+            for partition in index.partitions.of(number)
             if all(excess[owner] > 0 for owner in quotas.account_in(partition).owners)
         ),
     )

@@ -672,7 +672,7 @@ class ElasticMachine(RuleBasedStateMachine):
         states = usage.backed_bytes + usage.reserve_bytes + usage.zombie_bytes + usage.free_bytes
         assert states == usage.capacity_bytes == self.memory.budget_bytes
         assert usage.reserve_bytes <= RESERVE
-        leaving = [self.allocator._live[cache_id] for cache_id in self.store._leaving]
+        leaving = [self.allocator._live.by_id[cache_id] for cache_id in self.store._leaving]
         assert usage.live_bytes == sum(each.size_bytes for each in [*self.caches.values(), *leaving])
         withheld_bytes = self.allocator._shared.withheld_bytes
         assert self.memory.created_bytes == usage.backed_bytes + usage.reserve_bytes + withheld_bytes
@@ -690,7 +690,7 @@ class ElasticMachine(RuleBasedStateMachine):
             self.allocator.finish_move()
         places = []
         for cache in self.caches.values():
-            where = self.allocator._live[cache.id]
+            where = self.allocator._live.by_id[cache.id]
             record = self.store.record(cache.id)
             assert record is not None
             place = (record.offset, record.pages, record.generation)

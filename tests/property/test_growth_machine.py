@@ -6,6 +6,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from pool_checks import check, check_quiet, end
 from pool_harness import PAGE, keys_of
 from pool_model import PoolModel
 
@@ -45,7 +46,7 @@ class GrowthMachine(RuleBasedStateMachine):
             case "second":
                 self.model.pool.step(1)
             case "all":
-                self.model.check_quiet()
+                check_quiet(self.model)
 
     @precondition(lambda self: self.model.ready())
     @rule(
@@ -167,11 +168,11 @@ class GrowthMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_books_add_up(self) -> None:
-        self.model.check()
+        check(self.model)
 
     def teardown(self) -> None:
         try:
-            self.model.end()
+            end(self.model)
         finally:
             self.model.close()
 

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from pool_checks import check, check_quiet, end
 from pool_harness import PAGE, keys_of
 from pool_model import PoolModel
 
@@ -68,7 +69,7 @@ class PoolMachine(RuleBasedStateMachine):
             case "second":
                 self.pool.step(1)
             case "all":
-                self.model.check_quiet()
+                check_quiet(self.model)
 
     def somebody(self, data: st.DataObject) -> str:
         return data.draw(st.sampled_from(self.model.ready()), label="who")
@@ -289,11 +290,11 @@ class PoolMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_books_add_up(self) -> None:
-        self.model.check()
+        check(self.model)
 
     def teardown(self) -> None:
         try:
-            self.model.end()
+            end(self.model)
         finally:
             self.model.close()
 

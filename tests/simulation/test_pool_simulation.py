@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 
 import pytest
+from pool_checks import check, check_quiet, end
 from pool_harness import PAGE, keys_of
 from pool_model import PoolModel
 
@@ -70,10 +71,10 @@ class Simulation:
             if event in self.losses:
                 self.model.lose(self.chance.choice(self.model.pool.live))
             if event % CHECK_EVERY == 0:
-                self.model.check()
+                check(self.model)
             if event % QUIET_EVERY == 0:
-                self.model.check_quiet()
-        self.model.end()
+                check_quiet(self.model)
+        end(self.model)
 
     def somebody(self, names: list[str]) -> str | None:
         return self.chance.choice(names) if names else None

@@ -83,12 +83,12 @@ def test_what_is_buried_is_found_by_nobody_and_its_key_is_free() -> None:
     assert (index.key_of(rows[0]), index.is_sealed(rows[0])) == (None, True)
     index.unpin(again, now=3.0)
     index.check()
-    for row in deepest_first(index, index.rows_of(*index.spaces_of("tenant"))).tolist():
+    for row in deepest_first(index, index.rows_of(*index.spaces.of("tenant"))).tolist():
         index.remove(row)
     index.check()
-    before = len(index.spaces_of(None))
+    before = len(index.spaces.of(None))
     (row,) = index.add_chain(space, 10, 0, 1, now=4.0)
     index.bury_all(space)
     with pytest.raises(InvariantError, match="publishing"):
         index.publish(row, hashes[0])
-    assert len(index.spaces_of(None)) == before, "an empty grave is used again"
+    assert len(index.spaces.of(None)) == before, "an empty grave is used again"

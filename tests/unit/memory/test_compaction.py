@@ -223,8 +223,8 @@ def test_no_page_is_given_back_that_a_later_batch_of_the_plan_goes_to(
 def test_leased_caches_stay_where_they_are_and_all_others_make_room(memory: GPUMemoryAllocator) -> None:
     live: dict[int, int] = {}
     fill(memory, lambda _: 4, live, 0)
-    memory.owner.leased.update(range(0, len(live), 40))
-    places = {cache_id: memory.allocation(cache_id) for cache_id in memory.owner.leased}
+    memory.compactor.owner.leased.update(range(0, len(live), 40))
+    places = {cache_id: memory.allocation(cache_id) for cache_id in memory.compactor.owner.leased}
     for cache_id in [each for each in live if each % 4]:
         memory.free(cache_id)
         del live[cache_id]
@@ -245,7 +245,7 @@ def test_of_many_caches_a_plan_looks_at_a_part_and_the_next_step_at_the_next(
     for cache_id in [each for each in live if each % 3 == 1]:
         memory.free(cache_id)
         del live[cache_id]
-    memory.owner.leased.update(each for each in live if each % 2)
+    memory.compactor.owner.leased.update(each for each in live if each % 2)
     seen: list[tuple[int, ...]] = []
 
     def plan_filling(snapshot: Snapshot) -> Plan:
@@ -361,7 +361,7 @@ def test_a_cache_of_which_nothing_is_backed_moves_too_also_when_a_copy_is_refuse
         assert intact(memory, live)
         memory.check()
     memory.compact()
-    assert empty & set(memory.owner.moved_ids)
+    assert empty & set(memory.compactor.owner.moved_ids)
     assert intact(memory, live)
 
 
@@ -383,7 +383,7 @@ def test_a_plan_in_which_a_cache_moves_twice_is_carried_out(memory: GPUMemoryAll
         Move(4, page + PAGE, page + size, size),
         Move(7, page + PAGE + 3 * size, page + PAGE, size),
     ]
-    memory._mover._carry_out("default", Plan(Moves.of(moves), ()), memory.owner)
+    memory._mover._carry_out("default", Plan(Moves.of(moves), ()), memory.compactor.owner)
     assert {each: memory.allocation(each).offset - page for each in live} == {
         0: 0, 4: size, 3: 2 * size, 6: 3 * size, 7: PAGE
     }  # fmt: skip
@@ -402,7 +402,7 @@ def test_a_small_step_goes_on_when_what_it_had_planned_has_gone_or_is_leased(mem
     planned = list(memory._mover._begun[1].ids)
     memory.free(planned[0])
     del live[planned[0]]
-    memory.owner.leased.add(planned[1])
+    memory.compactor.owner.leased.add(planned[1])
     place = memory.allocation(planned[1])
     assert memory.compact_a_little(step_bytes).moved_bytes == 2 * MIN, "of four two are left"
     while memory.compact_a_little(step_bytes).more:

@@ -482,7 +482,7 @@ def test_a_void_space_is_used_again(pool):
         pool.invalidate()
         put(pool, [1, 2], OLD)
         pool.invalidate(keys=keys_of([1]))
-    assert len(pool.state.ledger.index.spaces_of(None)) <= 3
+    assert len(pool.state.ledger.index.spaces.of(None)) <= 3
 
 
 def test_what_is_leased_between_two_steps_is_replaced_by_others(monkeypatch):

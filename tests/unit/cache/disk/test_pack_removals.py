@@ -7,22 +7,15 @@ import threading
 from pathlib import Path
 
 import pytest
-from disk_stores import DEADLINE_S, FaultyFolder, content_of, key_of, read
+from disk_stores import DEADLINE_S, FaultyFolder, key_of, read
+from packed_caches import CONTENTS, FILE, packs, write_together
 
 from kvpool.cache.disk import leftovers, local, local_packs
 from kvpool.cache.disk.folder import folder_at
-from kvpool.cache.disk.index import DiskEntry
 from kvpool.cache.disk.pack import PLACE_BYTES
 from kvpool.errors import TierError
 
-SIZE = 9000
-FILE = DiskEntry(key_of(0), None, SIZE).file_bytes
-CONTENTS = [content_of(number, SIZE) for number in range(20)]
 BROKEN = OSError(errno.EIO, "Input/output error")
-
-
-async def write_together(tier, numbers, write="write_back"):
-    return await asyncio.gather(*(getattr(tier, write)(key_of(n), None, CONTENTS[n]) for n in numbers))
 
 
 async def there(tier, numbers):
@@ -30,10 +23,6 @@ async def there(tier, numbers):
     contents = {number: await read(tier, key_of(number)) for number in numbers}
     assert all(content in (None, CONTENTS[number]) for number, content in contents.items())
     return [number for number, content in contents.items() if content is not None]
-
-
-def packs(folder):
-    return sorted(folder.rglob("*.kvpack"))
 
 
 class Disk:
