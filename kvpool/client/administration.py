@@ -59,6 +59,25 @@ class Administration:
         """
         return list(await self._connection.call(self._connection.actor.leases, self._connection.tenant))
 
+    async def waiting(self, *, limit: int = 100) -> dict[str, Any]:
+        """List this tenant's requests that wait for memory, in the order of the queue.
+
+        Parameters
+        ----------
+        limit
+            Most requests to return, 0 to 1000; ``total`` tells how many wait.
+
+        Returns
+        -------
+        dict
+            ``{"requests": [...], "total": int}``. Each request is ``{"client", "tenant", "model", "number", "bytes",
+            "kind", "cache", "device", "limit_of", "priority", "waited_s", "left_s", "pid", "hostname", "job",
+            "node"}``: who asked; name and number of the model; what it needs; ``new`` or ``growth``, of which cache
+            and on which device (None: a new one goes to any of its host); whose limit leaves no room (None: memory is
+            short); how long it has waited, and until it is refused, in seconds; and the process.
+        """
+        return dict(await self._connection.call(self._connection.actor.waiting, self._connection.tenant, limit))
+
     async def revoke(self, client: str) -> dict[str, Any]:
         """End all leases of a client, which cannot use the pool then before it connects again.
 
