@@ -194,7 +194,7 @@ async def test_bad_input_is_one_clear_line(cli: Cli, untouched: str, arguments: 
 
 
 @pytest.mark.parametrize(
-    "command", ["ls", "leases", "contains", "evict", "invalidate", "trim", "flush", "set-policy", "events"]
+    "command", ["ls", "leases", "contains", "evict", "invalidate", "trim", "flush", "set-policy", "events", "waiting"]
 )
 def test_each_command_explains_itself(command: str) -> None:
     result = CliRunner().invoke(main, [command, "--help"])
