@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml  # type: ignore[import-untyped]
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -17,6 +17,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from kvpool.amount import parse_amount, parse_limit
 from kvpool.errors import ConfigError, InvalidSizeError
 from kvpool.sizes import MIB, format_size, parse_size
 
@@ -28,7 +29,10 @@ _DEVICES = re.compile(r"host:([1-9][0-9]*)(?:x(.+))?")
 _WANTED = {
     "string_type": "text",
     "string_pattern_mismatch": "1 to 63 letters, digits and _ . -, of which a letter or digit is the first",
+    "string_too_short": "text that is not empty",
     "path_type": "a path",
+    "tuple_type": "a list",
+    "model_type": "keys and values",
     **dict.fromkeys(("int_type", "int_parsing", "int_parsing_size", "int_from_float"), "a whole number"),
     **dict.fromkeys(("float_type", "float_parsing"), "a number"),
     "finite_number": "a finite number",
@@ -65,6 +69,16 @@ def _absolute(url: str | None) -> str | None:
         return os.path.abspath(os.path.expanduser(url))
     local = scheme in ("file", "local") and not path.startswith("/")
     return os.path.abspath(os.path.expanduser(path)) if local else url
+
+
+def _readable_amount(amount: Any) -> Any:
+    parse_amount(amount)
+    return amount
+
+
+def _readable_limit(limit: Any) -> Any:
+    parse_limit(limit)
+    return limit
 
 
 class DevicePlan(NamedTuple):
@@ -104,8 +118,33 @@ class QuotaConfig(BaseModel):
 
     tenant: str = Field("default", min_length=1)
     model: str | None = Field(None, min_length=1)
-    guaranteed: int | str = 0
-    limit: int | str | None = None
+    guaranteed: Annotated[int | str, BeforeValidator(_readable_amount)] = 0
+    limit: Annotated[int | str | None, BeforeValidator(_readable_limit)] = None
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> QuotaConfig:
+        if self.model is None and "tenant" not in self.model_fields_set:
+            raise ValueError(
+                "a quota is a model's or a tenant's, and neither is named: add model, or tenant for all its models"
+            )
+        guaranteed, limit = parse_amount(self.guaranteed), parse_limit(self.limit)
+        if limit is not None and guaranteed.exceeds(limit):
+            raise ValueError(
+                f"guaranteed {guaranteed.text} is more than the limit {limit.text}: give a limit of at least that"
+            )
+        return self
+
+    def __str__(self) -> str:
+        return f"tenant {self.tenant!r}" if self.model is None else f"model {self.model!r} of tenant {self.tenant!r}"
+
+
+def _each_once(quotas: tuple[QuotaConfig, ...]) -> tuple[QuotaConfig, ...]:
+    seen: dict[tuple[str, str | None], int] = {}
+    for number, quota in enumerate(quotas):
+        first = seen.setdefault((quota.tenant, quota.model), number)
+        if first != number:
+            raise ValueError(f"quotas.{first} and quotas.{number} are both of {quota}: state its quota once")
+    return quotas
 
 
 class PoolConfig(BaseSettings):
@@ -163,7 +202,7 @@ class PoolConfig(BaseSettings):
     timeout_s: float = Field(
         30.0, gt=0.0, allow_inf_nan=False, description="how long a request waits for memory unless it says otherwise"
     )
-    quotas: tuple[QuotaConfig, ...] = Field(
+    quotas: Annotated[tuple[QuotaConfig, ...], AfterValidator(_each_once)] = Field(
         (), description="quotas to begin with, a list of {model or tenant, guaranteed, limit}: bytes, text or a share"
     )
     socket_dir: Path | None = Field(None, description="folder of the device sockets; by default a private one in /tmp")
@@ -248,7 +287,7 @@ class PoolConfig(BaseSettings):
         Raises
         ------
         ConfigError
-            If a device, or the host memory below it, is smaller than a page.
+            If a device, or the host memory below it, is smaller than a page, or a guarantee is above its limit.
         """
         plans = []
         for size_bytes in self.device_sizes_bytes():
@@ -268,7 +307,19 @@ class PoolConfig(BaseSettings):
                     asked_bytes=self.host_memory,
                     least_bytes=page_bytes,
                 )
+        self._check_quotas(sum(plan.capacity_bytes for plan in plans))
         return plans
+
+    def _check_quotas(self, capacity_bytes: int) -> None:
+        """Refuse guarantees above their limits where one is bytes and the other a share: it takes the memory to see."""
+        for number, quota in enumerate(self.quotas):
+            guaranteed, limit = parse_amount(quota.guaranteed), parse_limit(quota.limit)
+            if limit is not None and guaranteed.of(capacity_bytes) > limit.of(capacity_bytes):
+                raise ConfigError(
+                    f"config key 'quotas.{number}': guaranteed {guaranteed.text} is more than the limit {limit.text} "
+                    f"in a pool of {format_size(capacity_bytes)}: give a limit of at least that",
+                    asked=quota.guaranteed,
+                )
 
     def tier_plan(self, device: str) -> TierPlan:
         """Return what lies below a device; each has a folder of its own."""
@@ -331,7 +382,8 @@ def _possible() -> str:
 def _explain(item: Any) -> str:
     key = ".".join(str(part) for part in item["loc"]) or "config"
     if item["type"] == "extra_forbidden":
-        return f"unknown config key {key!r}; possible: {_possible()}"
+        possible = _possible() if len(item["loc"]) == 1 else ", ".join(sorted(QuotaConfig.model_fields))
+        return f"unknown config key {key!r}; possible: {possible}"
     limits = item.get("ctx", {})
     if "error" in limits:  # a check of our own
         return f"config key {key!r}: {limits['error']}"

@@ -7,7 +7,7 @@ Each message says what was asked, what is possible, and what to do; ``details`` 
     KvpoolError
     ├── InvalidRequestError (ValueError)   the request itself is wrong; nothing was changed
     │   ├── InvalidSizeError               zero, negative, unreadable, larger than any device
-    │   ├── LimitError                     more than the model's limit
+    │   ├── LimitError                     more than its model or tenant may ever hold
     │   ├── TensorMismatchError            shape or dtype does not fit the cache or the model
     │   ├── ConfigError                    unknown key, unreadable value
     │   │   ├── UnknownPolicyError         no eviction or placement policy of that name
@@ -80,7 +80,10 @@ class InvalidSizeError(InvalidRequestError):
 
 
 class LimitError(InvalidRequestError):
-    """A request for more than the model's limit."""
+    """A request for more than its model, or tenant, may ever hold.
+
+    No :class:`CapacityError`: whatever others release, it could not be met.
+    """
 
 
 class TensorMismatchError(InvalidRequestError):

@@ -32,6 +32,7 @@ from kvpool.pool.instructions import (
 from kvpool.pool.leases import PINNER
 from kvpool.pool.listing import list_caches, list_models
 from kvpool.pool.state import PoolState
+from kvpool.pool.waiting import list_waiting
 from kvpool.sizes import MIB
 from kvpool.telemetry.context import Carrier, is_carrier
 
@@ -111,6 +112,14 @@ class Administration:
                 }
             )
         return rows
+
+    async def waiting(self, tenant: str | None = None, limit: int = 100) -> dict[str, Any]:
+        """List who waits for memory, in the order of the queue: ``{"requests": [...], "total": int}``.
+
+        See :func:`kvpool.pool.waiting.list_waiting` for their fields, and for the limit.
+        """
+        state = self._state
+        return list_waiting(state.ledger, state.allocations.queue, tenant, limit, time.monotonic())
 
     async def contains(self, tenant: str, items: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
         """Tell how much of each chain is resident, and where. Takes no lease and counts as no use.

@@ -29,6 +29,7 @@ _COMMANDS = {
     "leases": ("kvpool.cli.administration:leases", "Show who holds what, and revoke it."),
     "ls": ("kvpool.cli.administration:ls", "List models and caches."),
     "quota": ("kvpool.cli.quota:quota", "Show what tenants and models are guaranteed and limited to, or set it."),
+    "waiting": ("kvpool.cli.waiting:waiting", "Show who waits for memory."),
     "set-policy": ("kvpool.cli.administration:set_policy", "Let another eviction policy decide."),
     "defragment": ("kvpool.cli.administration:defragment", "Compact a pool's memory."),
     "flush": ("kvpool.cli.administration:flush", "Write all that is stored to disk."),

@@ -72,7 +72,8 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _age(seconds: float | None) -> str:
+def format_age(seconds: float | None) -> str:
+    """Return seconds as text in the largest unit of which there are two (``"12.3 s"``, ``"5 min"``)."""
     if seconds is None:
         return "-"
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
@@ -127,7 +128,7 @@ def ls(
         rows = [
             each | {"id": str(each["id"]), "key": format_key(each["key"]) if each["key"] else None,
                     "number": format_model(each["number"]) if each["number"] is not None else None,
-                    "bytes": format_size(each["bytes"]), "idle_s": _age(each["idle_s"])}
+                    "bytes": format_size(each["bytes"]), "idle_s": format_age(each["idle_s"])}
             for each in listed["caches"]
         ]  # fmt: skip
         print_rows("caches", [{("idle" if key == "idle_s" else key): row[key] for key in row} for row in rows])
@@ -164,8 +165,8 @@ def leases(name: str, tenant: str | None, client: str | None, json_path: str | N
         return
     rows = [
         each | {"bytes": format_size(each["bytes"]), "pid": each["pid"] and str(each["pid"]),
-                "node": each["node"] and each["node"][:8], "age": _age(each["age_s"]),
-                "connected": _age(each["connected_s"])}
+                "node": each["node"] and each["node"][:8], "age": format_age(each["age_s"]),
+                "connected": format_age(each["connected_s"])}
         for each in held
     ]  # fmt: skip
     print_rows(f"leases of pool {name}", [_without(row, "age_s", "connected_s") for row in rows])

@@ -18,7 +18,7 @@ from kvpool.sizes import format_size, parse_size
 @NAME
 @click.option("--tenant", help="Of this tenant.  [default: all; with --model: default]")
 @MODEL
-@click.option("--guaranteed", help="Bytes, 10GiB, or 40% of the pool.  [default when setting: nothing]")
+@click.option("--guaranteed", help="Bytes, 10GiB, 40% of the pool, or 'none'.  [default when setting: none]")
 @click.option("--limit", help="The same: the most it may hold, or 'none'.  [default when setting: none]")
 @click.option("--revision", type=click.IntRange(min=1), help="Change nothing if this one, or a later one, holds.")
 @JSON
@@ -49,8 +49,7 @@ def quota(
         return
     if model is None and tenant is None:
         raise InvalidRequestError("a quota is a model's or a tenant's: give --model, or --tenant")
-    most = None if limit in (None, "none") else limit
-    asked = (tenant or "default", model, guaranteed or 0, most, revision)
+    asked = (tenant or "default", model, guaranteed or 0, limit, revision)
     holds = ask(name, "set_quota", *asked, doing="setting a quota of")
     if json_path is not None:
         write_json(json_path, holds)
@@ -67,7 +66,7 @@ def show_quotas(name: str, quotas: Sequence[Mapping[str, Any]]) -> None:
     rows = [
         {
             "tenant": each["tenant"],
-            "model": each["model"] or "(all)",
+            "model": (each["model"] or "(all)") + ("" if each.get("registered", True) else " (not registered)"),
             "guaranteed": _amount(each["guaranteed"], each["guaranteed_bytes"]),
             "limit": "none" if each["limit"] is None else _amount(each["limit"], each["limit_bytes"]),
             "holds": format_size(each["held_bytes"]),
@@ -78,15 +77,7 @@ def show_quotas(name: str, quotas: Sequence[Mapping[str, Any]]) -> None:
         for each in quotas
     ]
     print_rows(f"quotas of pool {name}", rows)
-    for each in quotas:
-        if each["limit"] is not None and each["held_bytes"] > each["limit_bytes"]:
-            whose = f"tenant {each['tenant']}" if each["model"] is None else f"model {each['model']}"
-            click.echo(
-                f"{whose} holds more than its limit, and drains: what nobody has leased is evicted at once, the rest "
-                "as leases end; none is revoked ('kvpool leases' shows them)"
-            )
-    warning = quotas[0]["warning"]  # of all together, so the same with each
-    if warning is not None:
+    for warning in dict.fromkeys(line for each in quotas for line in (each["warning"] or "").splitlines()):
         click.echo(f"warning: {warning}")
 
 

@@ -59,6 +59,25 @@ class Administration:
         """
         return list(await self._connection.call(self._connection.actor.leases, self._connection.tenant))
 
+    async def waiting(self, *, limit: int = 100) -> dict[str, Any]:
+        """List this tenant's requests that wait for memory, in the order of the queue.
+
+        Parameters
+        ----------
+        limit
+            Most requests to return, 0 to 1000; ``total`` tells how many wait.
+
+        Returns
+        -------
+        dict
+            ``{"requests": [...], "total": int}``. Each request is ``{"client", "tenant", "model", "number", "bytes",
+            "kind", "cache", "device", "limit_of", "priority", "waited_s", "left_s", "pid", "hostname", "job",
+            "node"}``: who asked; name and number of the model; what it needs; ``new`` or ``growth``, of which cache
+            and on which device (None: a new one goes to any of its host); whose limit leaves no room (None: memory is
+            short); how long it has waited, and until it is refused, in seconds; and the process.
+        """
+        return dict(await self._connection.call(self._connection.actor.waiting, self._connection.tenant, limit))
+
     async def revoke(self, client: str) -> dict[str, Any]:
         """End all leases of a client, which cannot use the pool then before it connects again.
 
@@ -223,16 +242,16 @@ class Administration:
         tenant
             In place of a model: this connection's own. (An operator sets others': ``kvpool quota``.)
         guaranteed, limit
-            Bytes, text (``"10GiB"``), or a share of the pool (``"40%"``). Caches that nobody holds are evicted down to
-            a limit at once, others as their leases end.
+            Bytes, text (``"10GiB"``), a share of the pool (``"40%"``), or ``"none"``. Caches that nobody holds are
+            evicted down to a limit at once, others as their leases end.
         revision
             Nothing is changed if that one, or a later one, holds already; by default the next one.
 
         Returns
         -------
         dict
-            What holds now, as in :meth:`quotas`, and ``applied``: whether it was changed by this. Guarantees above
-            the pool's memory are accepted, for devices may come back, and ``warning`` says so.
+            What holds now, as in :meth:`quotas`, and ``applied``: whether it was changed by this. A name that no model
+            is registered by is accepted, for it may come, and ``warning`` says so.
 
         Raises
         ------
@@ -265,9 +284,12 @@ class Administration:
         """Return the quotas of this tenant and its models.
 
         Each is ``{"tenant", "model", "guaranteed", "limit", "guaranteed_bytes", "limit_bytes", "held_bytes",
-        "leased_bytes", "waiting", "revision", "warning"}``: model None for the tenant as a whole; as it was set; what
-        that comes to now; what is held, and held by leases or pins; how many requests wait; a text with each where all
-        guarantees of the pool together exceed its memory, else None.
+        "leased_bytes", "registered", "waiting", "revision", "warning"}``: model None for the tenant as a whole; as it
+        was set; what that comes to now; what is held, and held by leases or pins; whether anybody has that name; how
+        many requests wait; and a text, else None, of a line for each of these: it has a guarantee, and all guarantees
+        of the pool together exceed its memory; more is held than its limit, and drains.
+
+        One that guarantees and limits nothing is among them while there is a model of that name, or of that tenant.
         """
         return list(await self._connection.call(self._connection.actor.quotas, self._connection.tenant))
 

@@ -28,6 +28,10 @@ class BlockingAdministration:
         """See :meth:`kvpool.CachePool.holders`."""
         return list(self._run(self._pool.holders))
 
+    def waiting(self, *, limit: int = 100) -> dict[str, Any]:
+        """See :meth:`kvpool.CachePool.waiting`."""
+        return dict(self._run(self._pool.waiting, limit=limit))
+
     def revoke(self, client: str) -> dict[str, Any]:
         """See :meth:`kvpool.CachePool.revoke`."""
         return dict(self._run(self._pool.revoke, client))

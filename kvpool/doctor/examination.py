@@ -169,12 +169,12 @@ def check_working(pool: Pool, logs: Sequence[str] = ()) -> list[Finding]:
         mend = f"mend it, and {command('kvpool', 'set-policy', '--name', pool.name, 'NAME')}"
         found = f"{pool.statistics['policy']} decides: {failure}"
         findings.append(Finding("policy", f"pool {pool.name}", WARNING, found, "the policy that was asked for", mend))
-    quotas = pool.statistics.get("quotas", ())
-    if quotas and quotas[0].get("warning") is not None:
-        mend = f"guarantee less ({command('kvpool', 'quota', '--name', pool.name)} shows what), or add devices"
-        findings.append(
-            Finding("quotas", f"pool {pool.name}", WARNING, quotas[0]["warning"], "guarantees within the memory", mend)
-        )
+    warnings = [line for each in pool.statistics.get("quotas", ()) for line in (each.get("warning") or "").splitlines()]
+    if warnings:
+        shown = command("kvpool", "quota", "--name", pool.name)
+        mend = f"guarantee less, or add devices; raise a limit, or end leases ({shown} shows what there is)"
+        found = "; ".join(dict.fromkeys(warnings))
+        findings.append(Finding("quotas", f"pool {pool.name}", WARNING, found, "quotas that can be met", mend))
     return findings
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from kvpool.cache.eviction import CacheEvictionPolicy
@@ -148,10 +148,10 @@ class Ledger:
         found = [each for each in visible if model == (each.name if isinstance(model, str) else each.number)]
         if found and not isinstance(model, bool):
             return found
-        names = sorted({each.name for each in visible})
+        names = {each.name for each in visible}
         raise InvalidRequestError(
             f"no model {model!r} is registered{'' if tenant is None else f' by tenant {tenant!r}'}: there is "
-            f"{', '.join(names[:20]) or 'none'}{' …' if len(names) > 20 else ''}{self.unnamed_below(tenant, '. And ')}",
+            f"{listed(names)}{self.unnamed_below(tenant, '. And ')}",
             asked=model,
         )
 
@@ -383,3 +383,8 @@ class Ledger:
             ensure(
                 row >= 0 and not self.index.is_sealed(row), "a writer of a cache that is sealed or gone", id=cache_id
             )
+
+
+def listed(names: Collection[str]) -> str:
+    """Return names for a message: the first twenty of them."""
+    return f"{', '.join(sorted(names)[:20]) or 'none'}{' …' if len(names) > 20 else ''}"

@@ -27,11 +27,19 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
+from kvpool.amount import NOTHING, Amount
 from kvpool.cache.index import CacheIndex
 from kvpool.errors import InvalidRequestError, ensure
-from kvpool.pool.amount import NOTHING, Amount
 from kvpool.pool.device import Device
 from kvpool.sizes import format_size
+
+_MOST_TAKEN_AWAY = 10_000
+"""Revisions that are kept of quotas that were taken away from names that nobody has registered, the latest.
+
+A word that comes late or twice must find them, for as long as it can be on its way: minutes. Names may be without end
+(a controller's tenants that come and go), so what is kept of them may not be. Older ones are forgotten: to be taken for
+new, a word would have to stay out until so many other quotas have been taken away.
+"""
 
 
 @dataclass(slots=True, eq=False)
@@ -56,6 +64,11 @@ class Owner:
     """How often something of it was given back by its last holder, or left: only then more of it can go than before."""
     drained: int = -1
     """As often when it was last drained."""
+
+    @property
+    def has_none(self) -> bool:
+        """Whether it is guaranteed nothing and has no limit."""
+        return self.guaranteed.is_nothing and self.limit is None
 
     def excess_at(self, host: str) -> int:
         """Return by how much it is over its guarantee on a host."""
@@ -103,6 +116,12 @@ class Quotas:
         self._by_name: dict[tuple[str, str | None], Account] = {}
         self._spaces: dict[int, tuple[str, str]] = {}
         """By space, the tenant and model for which it was made."""
+        self._registered: set[tuple[str, str | None]] = set()
+        """Models, and tenants that have some (model None)."""
+        self._taken_away: dict[tuple[str, str | None], int] = {}
+        """Revisions of those who have no quota any more and are in no other book, the oldest first."""
+        self._unused: list[int] = []
+        """Numbers of accounts that nothing was ever charged to."""
         self._by_tenant: dict[str, list[Account]] = {}
         self._alive = -1
         self.active = False
@@ -110,15 +129,15 @@ class Quotas:
         self.draining: set[Owner] = set()
         """Those that hold more than a limit that was lowered."""
         self.warning: str | None = None
-        """What is to be told of all guarantees together, if they cannot all be met."""
+        """What is to be told of each guarantee, if they cannot all be met."""
 
     # -- to set ---------------------------------------------------------------------------------------------------
 
     def register(self, space: int, tenant: str, model: str, limit_bytes: int | None, now: float) -> None:
         """Take in a namespace of a model. A limit that it was registered with holds until somebody sets its quota."""
         self._spaces.setdefault(space, (tenant, model))
-        owner = self._owners.get((tenant, model))
-        if limit_bytes is not None and (owner is None or not owner.revision):
+        self._registered |= {(tenant, model), (tenant, None)}
+        if limit_bytes is not None and not self._revision(tenant, model):
             self._set(tenant, model, NOTHING, Amount(limit_bytes, 0.0, str(limit_bytes)), 0, now)
         elif self.active:
             self._index.set_accounts({space: self._account_named(*self._spaces[space]).number}, now=now)
@@ -147,8 +166,7 @@ class Quotas:
         InvalidRequestError
             If the guarantee is more than the limit, or the revision is not positive. Nothing is changed.
         """
-        known = self._owners.get((tenant, model))
-        held = 0 if known is None else known.revision
+        held = self._revision(tenant, model)
         if revision is not None and (not isinstance(revision, int) or isinstance(revision, bool) or revision < 1):
             raise InvalidRequestError(f"a revision is a number from 1 on, not {revision!r}", asked=revision)
         if revision is not None and revision <= held:
@@ -160,17 +178,45 @@ class Quotas:
                 "least the guarantee"
             )
         self._set(tenant, model, guaranteed, limit, held + 1 if revision is None else revision, now)
+        self._forget_unused(tenant, model)
         return True
+
+    def _revision(self, tenant: str, model: str | None) -> int:
+        known = self._owners.get((tenant, model))
+        return self._taken_away.get((tenant, model), 0) if known is None else known.revision
+
+    def _forget_unused(self, tenant: str, model: str | None) -> None:
+        """Keep no more than the revision of who has no quota any more and no model.
+
+        (Nothing can be charged to its account then: models stay registered, and what was theirs is charged like them.)
+        """
+        owner = self._owners[tenant, model]
+        if not owner.has_none or (tenant, model) in self._registered:
+            return
+        del self._owners[tenant, model]
+        account = self._by_name.pop((tenant, model))
+        self._unused.append(account.number)
+        self._by_tenant[tenant].remove(account)
+        if not self._by_tenant[tenant]:
+            del self._by_tenant[tenant]
+        if model is None:
+            for other in self._by_tenant.get(tenant, ()):
+                other.owners = tuple(each for each in other.owners if each is not owner)
+        self._taken_away[tenant, model] = owner.revision
+        if len(self._taken_away) > _MOST_TAKEN_AWAY:
+            del self._taken_away[next(iter(self._taken_away))]
 
     def _set(
         self, tenant: str, model: str | None, guaranteed: Amount, limit: Amount | None, revision: int, now: float
     ) -> None:
         owner = self._owners.setdefault((tenant, model), Owner(tenant, model))
+        self._taken_away.pop((tenant, model), None)
         self.active = True
         owner.guaranteed, owner.limit, owner.revision = guaranteed, limit, revision
         if (tenant, model) not in self._by_name:
-            account = Account(len(self._accounts), tenant, owner if model is not None else None)
-            self._accounts.append(account)
+            number = self._unused.pop() if self._unused else len(self._accounts)
+            account = Account(number, tenant, owner if model is not None else None)
+            self._accounts[number : number + 1] = [account]
             self._by_name[tenant, model] = account
             self._by_tenant.setdefault(tenant, []).append(account)
         whole = self._owners.get((tenant, None))
@@ -277,7 +323,7 @@ class Quotas:
         return owner.held_bytes - self._leased(owner)
 
     def _leased(self, owner: Owner) -> int:
-        return sum(sum(a.leased_at.values()) for a in self._by_tenant[owner.tenant] if owner in a.owners)
+        return sum(sum(a.leased_at.values()) for a in self._by_tenant.get(owner.tenant, ()) if owner in a.owners)
 
     def entitled_bytes(self, account: Account, host: str, but_bytes: int = 0) -> int:
         """Return how much more may be leased there within guarantees alone, were ``but_bytes`` of it not leased yet."""
@@ -325,8 +371,13 @@ class Quotas:
         return [owner for owner in self._owners.values() if tenant in (None, owner.tenant)]
 
     def owner(self, tenant: str, model: str | None) -> Owner:
-        """Return a tenant or model that has a quota."""
-        return self._owners[tenant, model]
+        """Return a tenant or model whose quota was set, or taken away."""
+        known = self._owners.get((tenant, model))
+        return Owner(tenant, model, revision=self._revision(tenant, model)) if known is None else known
+
+    def is_registered(self, owner: Owner) -> bool:
+        """Whether there is a model of that name, or any of that tenant."""
+        return (owner.tenant, owner.model) in self._registered
 
     def describe(self, owner: Owner) -> dict[str, Any]:
         """Return one quota as built-in types; a tenant's has model None."""
@@ -340,8 +391,18 @@ class Quotas:
             "held_bytes": owner.held_bytes,
             "leased_bytes": self._leased(owner),
             "revision": owner.revision,
-            "warning": self.warning,
+            "warning": "\n".join(self._warnings(owner)) or None,
         }
+
+    def _warnings(self, owner: Owner) -> Iterable[str]:
+        if self.warning is not None and not owner.guaranteed.is_nothing:
+            yield self.warning
+        if owner.held_bytes > owner.limit_bytes:
+            yield (
+                f"{owner} holds more than its limit, {format_size(owner.held_bytes)} of at most "
+                f"{format_size(int(owner.limit_bytes))}, and drains: what nobody has leased is evicted at once, the "
+                "rest as leases end; none is revoked ('kvpool leases' shows them)"
+            )
 
     def why(self, owner: Owner) -> str:
         """Say that an owner is at its limit."""

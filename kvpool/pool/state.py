@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
+from kvpool.amount import parse_amount, parse_limit
 from kvpool.cache.eviction import load_present_code, plain_name
 from kvpool.cache.key import fingerprint
 from kvpool.errors import (
@@ -23,7 +24,6 @@ from kvpool.errors import (
 )
 from kvpool.pool.ahead import CopiesAhead
 from kvpool.pool.allocation import Allocations
-from kvpool.pool.amount import parse_amount
 from kvpool.pool.backing import BackingChanges
 from kvpool.pool.below import Below
 from kvpool.pool.blocks import BlockAllocations
@@ -69,7 +69,7 @@ from kvpool.pool.instructions import (
 )
 from kvpool.pool.invalidation import Invalidations
 from kvpool.pool.leases import PINNER, RAISER, Leases
-from kvpool.pool.ledger import Ledger
+from kvpool.pool.ledger import Ledger, listed
 from kvpool.pool.model import Model
 from kvpool.pool.quota import Owner
 from kvpool.pool.raising import Raising
@@ -263,6 +263,7 @@ class PoolState:
         """Set the whole quota of a tenant, or of a model by its name; see :mod:`kvpool.pool.quota`.
 
         The answer is what holds now, with ``applied``: False where the revision is not newer than the one that holds.
+        Its warning says also where nobody has that name: it may be mistaken, or its model be registered later.
 
         Raises
         ------
@@ -275,22 +276,39 @@ class PoolState:
             model = self.ledger.find_models(model, tenant)[0].name
         if model is not None and (not isinstance(model, str) or not model):
             raise InvalidRequestError(f"a model with a quota is named by text or number, not {model!r}")
-        amounts = parse_amount(guaranteed), None if limit is None else parse_amount(limit)
+        amounts = parse_amount(guaranteed), parse_limit(limit)
         quotas = self.ledger.quotas
         applied = quotas.set(tenant, model, *amounts, revision, now)
         if applied:
             self.allocations.line_up_anew()
             self._follow_quotas()
             self.allocations.retry(now)
-        answer = self._described(quotas.owner(tenant, model)) | {"applied": applied}
+        owner = quotas.owner(tenant, model)
+        answer = self._described(owner) | {"applied": applied}
+        if not answer["registered"]:
+            said = [] if answer["warning"] is None else [answer["warning"]]
+            answer["warning"] = "\n".join([*said, self._not_registered(owner)])
         self.ledger.answer(batch, 0, answer)
+
+    def _not_registered(self, owner: Owner) -> str:
+        ledger, kept = self.ledger, "" if owner.has_none else ": the quota is kept for when there is one"
+        if owner.model is None:
+            tenants = {model.tenant for model in ledger.models} | {each.tenant for each in ledger.clients.values()}
+            who = f"no client of tenant {owner.tenant!r} is connected now, and no model of it is registered"
+            return f"{who} (there is {listed(tenants)}){kept}"
+        names = {each.name for each in ledger.models if each.tenant == owner.tenant}
+        return f"no model {owner.model!r} is registered by tenant {owner.tenant!r} now (there is {listed(names)}){kept}"
 
     def quotas(self, tenant: str | None = None) -> list[dict[str, Any]]:
         """Return the quotas of a tenant or of all: what was set, what it comes to, what is held, and who waits."""
         return [self._described(owner) for owner in self.ledger.quotas.owners(tenant)]
 
     def _described(self, owner: Owner) -> dict[str, Any]:
-        return self.ledger.quotas.describe(owner) | {"waiting": self.allocations.waiting_of(owner)}
+        registered = self.ledger.quotas.is_registered(owner) or (
+            owner.model is None and any(client.tenant == owner.tenant for client in self.ledger.clients.values())
+        )
+        waiting = self.allocations.waiting_of(owner)
+        return self.ledger.quotas.describe(owner) | {"registered": registered, "waiting": waiting}
 
     def _follow_quotas(self) -> None:
         quotas = self.ledger.quotas

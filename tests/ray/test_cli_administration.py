@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from command_line import Cli, start_process
+from pool_actors import until_waiting
 from rich.console import Console
 
 from kvpool import ModelSpec, encode_block_id, sync
@@ -115,6 +117,32 @@ async def test_who_holds_what_is_shown_and_revoked(cli: Cli, filled) -> None:
         assert f"{filled.client_id} held 1 cache, 1 MiB: revoked" in revoked.stdout
 
 
+async def test_who_waits_is_shown(cli: Cli, filled) -> None:
+    on = ("waiting", "--name", filled.name)
+    assert (await cli(*on)).stdout == f"nobody waits for memory of pool {filled.name}\n"
+    whole = (await filled.stats()).total("capacity_bytes")
+    async with await filled.request_cache("work", size=whole):
+        asked = [filled.request_cache("work", size=size, timeout_s=600.0) for size in ("128KiB", "64KiB", "64KiB")]
+        tasks = [asyncio.create_task(each) for each in asked]
+        await until_waiting(filled, 3)
+        answer = json.loads((await cli(*on, "--json", "-")).stdout)
+        own = await filled.waiting()
+        for each in (*answer["requests"], *own["requests"]):
+            assert 0 < each.pop("left_s") < 600.0 - each.pop("waited_s") + 1e-3
+        assert answer == own
+        assert [each["bytes"] >> 10 for each in own["requests"]] == [128, 64, 64]
+        assert {(each["client"], each["pid"]) for each in own["requests"]} == {(filled.client_id, os.getpid())}
+        assert (await filled.waiting(limit=1))["total"] == 3
+        shown = (await cli(*on, "--limit", 2)).stdout
+        assert all(text in shown for text in (filled.client_id, "work", "128 KiB", "any device of its host"))
+        assert re.search(r"│ \d+\.\d s +│ \d+ min +│", shown)
+        assert shown.endswith("2 of 3 waiting requests shown\n")
+        assert (await cli(*on, "--tenant", "elsewhere")).stdout.startswith("nobody waits")
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
 async def test_content_is_evicted_invalidated_and_trimmed(cli: Cli, filled) -> None:
     on = ("--name", filled.name)
     evicted = json.loads((await cli("evict", *on, "--bytes", "16KiB", "--model", "model", "--json", "-")).stdout)
@@ -166,7 +194,7 @@ async def test_bad_input_is_one_clear_line(cli: Cli, untouched: str, arguments: 
 
 
 @pytest.mark.parametrize(
-    "command", ["ls", "leases", "contains", "evict", "invalidate", "trim", "flush", "set-policy", "events"]
+    "command", ["ls", "leases", "contains", "evict", "invalidate", "trim", "flush", "set-policy", "events", "waiting"]
 )
 def test_each_command_explains_itself(command: str) -> None:
     result = CliRunner().invoke(main, [command, "--help"])

@@ -11,7 +11,7 @@ from command_line import Cli
 from pool_actors import until_waiting
 
 from kvpool import ModelSpec, encode_block_id
-from kvpool.errors import CapacityError, InvalidRequestError, InvalidSizeError, QueueFullError
+from kvpool.errors import CapacityError, ConfigError, InvalidRequestError, InvalidSizeError, QueueFullError
 
 PAGE = 64 * 1024
 PAGES = 32
@@ -64,3 +64,27 @@ async def test_each_model_gets_its_guarantee_while_the_other_borrows(make_pool, 
         assert (await pool.set_quota(model=model))["guaranteed_bytes"] == 0
     for cache in mine:
         await cache.release()
+
+
+async def test_what_is_odd_about_a_quota_is_said_where_it_is_set(make_pool, cli: Cli) -> None:
+    pool = await make_pool()
+    on = ("quota", "--name", pool.name)
+    typed = (await cli(*on, "--model", "nosuch", "--guaranteed", "40%")).stdout
+    assert "nosuch (not registered)" in typed
+    assert (
+        "warning: no model 'nosuch' is registered by tenant 'default' now (there is none): the quota is kept" in typed
+    )
+    assert (await pool.set_quota(model="nosuch", limit="none"))["registered"] is False
+    assert await pool.quotas() == []
+    assert "has no quota" in (await cli(*on)).stdout
+
+    async with await pool.request_cache("m", size=4 * PAGE):
+        drains = "model 'm' of tenant 'default' holds more than its limit, 256 KiB of at most 128 KiB, and drains"
+        assert drains in (await pool.set_quota(model="m", limit=2 * PAGE))["warning"]
+        assert f"warning: {drains}" in (await cli(*on, "--model", "m", "--limit", 2 * PAGE)).stdout
+        assert (await pool.set_quota(model="m", guaranteed="none", limit="none"))["limit_bytes"] is None
+
+
+async def test_a_quota_of_the_config_that_only_the_memory_there_is_rules_out_is_named(make_pool) -> None:
+    with pytest.raises(ConfigError, match=r"config key 'quotas\.1': guaranteed 50% is more than the limit 64KiB"):
+        await make_pool(quotas=[{"model": "a"}, {"model": "b", "guaranteed": "50%", "limit": "64KiB"}])

@@ -27,6 +27,7 @@ async def test_new_blocks_are_written_finished_and_found(pool):
                 del block
                 new.finish()
                 assert blocking.leases() == []
+                assert blocking.waiting() == {"requests": [], "total": 0}
             with model.match_prefix(HASHES) as hit:
                 assert [np.unique(block).tolist() for block in hit.numpy()] == [[0], [1], [2]]
 

@@ -36,13 +36,28 @@ def test_that_guarantees_exceed_the_memory_is_told_once(capsys: pytest.CaptureFi
     assert [line for line in lines if "too much" in line] == ["warning: too much is guaranteed"]
 
 
-@pytest.mark.parametrize(("held_bytes", "drains"), [(4 * MIB, True), (2 * MIB, False)])
-@pytest.mark.parametrize(("model", "whose"), [("m", "model m"), (None, "tenant t")])
-def test_a_limit_below_what_is_held_revokes_no_lease(
-    held_bytes: int, drains: bool, model: str | None, whose: str, capsys: pytest.CaptureFixture[str]
+def test_each_warning_has_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    quota = {"tenant": "t", "model": "m", "guaranteed": "0", "guaranteed_bytes": 0, "waiting": 0, "revision": 1}
+    figures = {"limit": "5%", "limit_bytes": 2 * MIB, "held_bytes": 4 * MIB, "leased_bytes": 0}
+    show_quotas("p", [quota | figures | {"warning": each} for each in ("too much", "too much\nm drains", None)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2:] == ["warning: too much", "warning: m drains"]
+
+
+@pytest.mark.parametrize(
+    ("model", "known", "shown"),
+    [
+        ("m", {"registered": True}, "m"),
+        ("m", {"registered": False}, "m (not registered)"),
+        (None, {"registered": False}, "(all) (not registered)"),
+        ("m", {}, "m"),
+    ],
+    ids=["registered", "not", "a tenant", "a pool of an earlier version"],
+)
+def test_who_has_a_quota_and_is_not_there_is_marked(
+    model: str | None, known: dict[str, bool], shown: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    quota = {"tenant": "t", "model": model, "guaranteed": "0", "guaranteed_bytes": 0, "waiting": 0, "revision": 1}
-    figures = {"limit": "5%", "limit_bytes": 2 * MIB, "held_bytes": held_bytes, "leased_bytes": 0, "warning": None}
-    show_quotas("p", [quota | figures])
-    said = f"{whose} holds more than its limit, and drains: what nobody has leased is evicted at once, the rest as"
-    assert (said in capsys.readouterr().out) == drains
+    quota = {"tenant": "t", "model": model, "guaranteed": "0", "guaranteed_bytes": 0, "limit": None, "held_bytes": 0}
+    show_quotas("p", [quota | {"leased_bytes": 0, "waiting": 0, "revision": 1, "warning": None} | known])
+    *_, row, _ = capsys.readouterr().out.splitlines()
+    assert row.strip("│").split("│")[1].strip() == shown

@@ -256,3 +256,56 @@ def test_a_local_folder_is_named_by_its_full_path(tmp_path, monkeypatch, given, 
 def test_policies_are_compared_without_case() -> None:
     assert load_config(policy="ADAPTIVE") == load_config(policy="adaptive")
     assert load_config(policy="My_Policies:Oldest").policy == "My_Policies:Oldest", "a module has its case"
+
+
+@pytest.mark.parametrize(
+    ("quotas", "says"),
+    [
+        ([{"model": "a"}, {"guaranteed": "10%"}], "'quotas.1': .*neither is named: add model, or tenant"),
+        (
+            [{"model": "a", "guaranteed": "10%"}, {"model": "b"}, {"model": "a"}],
+            "quotas.0 and quotas.2 are both",
+        ),
+        ([{"tenant": "t"}, {"tenant": "t"}], "quotas.0 and quotas.1 are both of tenant 't'"),
+        ([{"model": "a"}, {"model": "a", "tenant": "default"}], "are both of model 'a' of tenant 'default'"),
+        ([{"model": "a", "guaranteed": -1}], "'quotas.0.guaranteed': .*asked for -1"),
+        ([{"model": "a", "guaranteed": "101%"}], "'quotas.0.guaranteed': a share is 0% to 100%"),
+        ([{"model": "a", "limit": "much"}], "'quotas.0.limit': cannot read the size 'much'"),
+        ([{"model": "a", "limit": 0.5}], "'quotas.0.limit': .*not 0.5; a share of the pool is text"),
+        (
+            [{"model": "a", "guaranteed": "50%", "limit": "40%"}],
+            "'quotas.0': guaranteed 50% is more than the limit",
+        ),
+        ([{"model": "a", "guaranteed": "2GiB", "limit": 5}], "'quotas.0': guaranteed 2GiB is more than the limit 5"),
+        ([{"model": "", "limit": 5}], "'quotas.0.model' must be text that is not empty"),
+        (
+            [{"model": "a", "limt": 5}],
+            "unknown config key 'quotas.0.limt'; possible: guaranteed, limit, model",
+        ),
+        (["a"], "'quotas.0' must be keys and values, not 'a'"),
+        ("a", "'quotas' must be a list, not 'a'"),
+    ],
+)
+def test_a_quota_that_makes_no_sense_is_refused_by_its_entry(quotas, says):
+    with pytest.raises(ConfigError, match=says):
+        load_config(quotas=quotas)
+
+
+def test_quotas_are_stated_as_in_calls():
+    stated = [
+        {"tenant": "t", "limit": "none"},
+        {"tenant": "t", "model": "a", "guaranteed": "none", "limit": 0},
+        {"model": "a", "guaranteed": "10%", "limit": "1KiB"},
+    ]
+    config = load_config(quotas=stated)
+    assert [quota.model_dump(exclude_unset=True) for quota in config.quotas] == stated
+    assert PoolConfig(**config.model_dump(mode="json")) == config, "as it travels to the pool's actor"
+
+
+def test_a_share_that_is_guaranteed_and_a_limit_in_bytes_are_compared_once_the_memory_is_known():
+    quotas = [{"model": "a"}, {"model": "b", "guaranteed": "50%", "limit": 5}]
+    config = load_config(devices="host:2x64MiB", quotas=quotas)
+    with pytest.raises(ConfigError, match=r"'quotas\.1': guaranteed 50% is more than the limit 5 in a pool of 128 MiB"):
+        config.device_plans(4096)
+    quotas = [{"model": "a", "guaranteed": "64MiB", "limit": "50%"}]
+    assert len(load_config(devices="host:2x64MiB", quotas=quotas).device_plans(4096)) == 2

@@ -233,13 +233,21 @@ def working(policy_failure: str | None = None, quotas: tuple[dict[str, Any], ...
         ),
         (working(policy_failure="policy 'own' failed"), [("policy", WARNING, "kvpool set-policy --name p NAME")]),
         (working(quotas=({"warning": None},)), []),
-        (working(quotas=({"warning": "too much"},)), [("quotas", WARNING, "`kvpool quota --name p` shows what")]),
+        (
+            working(quotas=({"warning": "too much"},)),
+            [("quotas", WARNING, "`kvpool quota --name p` shows what there is")],
+        ),
     ],
 )
 def test_what_a_running_pool_does_without(pool: Pool, findings: list[tuple[str, str, str]]) -> None:
     found = check_working(pool, ["/r/s/logs"])
     assert [(finding.check, finding.result) for finding in found] == [each[:2] for each in findings]
     assert all(mend in finding.mend for finding, (_, _, mend) in zip(found, findings, strict=True))
+
+
+def test_what_quotas_cannot_do_is_found_once() -> None:
+    (finding,) = check_working(working(quotas=tuple({"warning": each} for each in ("much", None, "much\nm drains"))))
+    assert finding.found == "much; m drains"
 
 
 def test_of_a_disk_that_failed_the_folder_is_named() -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from pool_harness import PAGE, LocalPool, keys_of
 
+from kvpool.amount import parse_amount
 from kvpool.errors import CapacityError, InvalidRequestError, InvalidSizeError, LimitError, from_wire
-from kvpool.pool.amount import parse_amount
+from kvpool.pool import quota
 from kvpool.pool.instructions import Batch, CachesRequested, DeviceLost, QuotaSet
 from kvpool.pool.reclaim import Reclaim
 from kvpool.sizes import format_size
@@ -180,9 +181,11 @@ def test_guarantees_that_exceed_the_memory_are_accepted_and_the_answer_says_so(p
     holds = set_quota(pool, "b", 12 * PAGE)
     assert holds["applied"]
     assert f"{format_size(20 * PAGE)}, and the pool has {format_size(10 * PAGE)}" in holds["warning"]
-    assert [q["warning"] for q in pool.state.quotas()] == [holds["warning"]] * 2
+    pool.model(name="c")
+    assert set_quota(pool, "c", 0, 2 * PAGE)["warning"] is None, "it is guaranteed nothing"
+    assert [q["warning"] for q in pool.state.quotas()] == [holds["warning"]] * 2 + [None]
     assert set_quota(pool, "b", 2 * PAGE)["warning"] is None
-    assert [q["warning"] for q in pool.state.quotas()] == [None, None]
+    assert [q["warning"] for q in pool.state.quotas()] == [None] * 3
 
 
 def test_a_lost_device_shrinks_shares_and_splits_bytes():
@@ -266,10 +269,16 @@ def test_a_limit_below_use_drains_and_revokes_nothing(pool):
     holds = set_quota(pool, "a", 0, 2 * PAGE)
     assert holds["applied"]
     assert held(pool, "a") == 4  # what nobody held went at once
+    assert holds["warning"] == pool.state.quotas()[0]["warning"]
+    assert (
+        "model 'a' of tenant 'default' holds more than its limit, 256 KiB of at most 128 KiB, and drains"
+        in (holds["warning"])
+    )
     for left, cache_id in zip((3, 2, 2), mine, strict=False):
         pool.release([cache_id])
         assert held(pool, "a") == left
     assert not pool.state.ledger.quotas.draining
+    assert pool.state.quotas()[0]["warning"] is None
     assert pool.request(PAGE, model=A)[0] == "granted"
 
 
@@ -345,8 +354,116 @@ def test_an_older_revision_changes_nothing_and_is_told_what_holds(pool):
     assert set_quota(pool, "a", "20%", revision=9)["limit"] is None  # the whole quota is stated
 
 
+def test_what_concerns_one_quota_is_told_line_by_line(pool):
+    set_quota(pool, "b", "80%")
+    lease(pool, A, 2)
+    said = set_quota(pool, "a", PAGE, PAGE)["warning"]
+    assert "drains" in said
+    said = set_quota(pool, "a", "10%", "10%")["warning"]
+    assert "\n" not in said
+    set_quota(pool, "b", "95%")
+    exceeding, drains = pool.state.quotas()[1]["warning"].splitlines()
+    assert ("all guarantees together" in exceeding, "drains" in drains) == (True, True)
+
+
+def test_a_quota_for_a_name_that_nobody_has_is_kept_and_the_answer_says_so(pool):
+    holds = set_quota(pool, "nosuch", "40%")
+    assert (holds["applied"], holds["registered"]) == (True, False)
+    assert holds["warning"] == (
+        "no model 'nosuch' is registered by tenant 'default' now (there is a, b): the quota is kept for when there is "
+        "one"
+    )
+    (listed,) = pool.state.quotas()
+    assert (listed["registered"], listed["warning"]) == (False, None), "told once, and shown from then on"
+    assert set_quota(pool, "a", "80%")["warning"].startswith("all guarantees together")
+    both = set_quota(pool, "nosuch", "50%")["warning"].splitlines()
+    assert [line[:14] for line in both] == ["all guarantees", "no model 'nosu"]
+    pool.model(name="nosuch")
+    assert set_quota(pool, "nosuch", "10%")["warning"] is None
+    assert [each["registered"] for each in pool.state.quotas()] == [True, True]
+
+
+def test_so_does_that_of_a_tenant_that_nobody_is(pool):
+    said = set_quota(pool, tenant="nosuch", limit="10%")["warning"]
+    assert said.startswith("no client of tenant 'nosuch' is connected now, and no model of it is registered")
+    assert "there is default)" in said
+    assert set_quota(pool, tenant="default", limit="90%")["warning"] is None
+    pool.connect("x", "newcomer")  # and has no model yet
+    assert set_quota(pool, tenant="newcomer", limit="10%")["warning"] is None
+
+
+def test_a_quota_that_is_taken_away_from_a_name_that_nobody_has_leaves_the_list_but_its_revision_counts(pool):
+    set_quota(pool, "nosuch", "40%", revision=7)
+    set_quota(pool, None, "40%", tenant="nobody")
+    lease(pool, A, 2)
+    holds = set_quota(pool, "nosuch", "none", "none", revision=8)
+    assert (holds["applied"], holds["revision"], holds["guaranteed_bytes"], holds["limit"]) == (True, 8, 0, None)
+    assert holds["warning"] == "no model 'nosuch' is registered by tenant 'default' now (there is a, b)"
+    assert [each["tenant"] for each in pool.state.quotas()] == ["nobody"]
+    for late in (7, 8):
+        holds = set_quota(pool, "nosuch", "40%", revision=late)
+        assert (holds["applied"], holds["revision"], holds["guaranteed"]) == (False, 8, "0")
+    set_quota(pool, None, tenant="nobody")
+    assert not pool.state.quotas()
+    pool.check()
+    assert set_quota(pool, "nosuch", "30%")["revision"] == 9, "it goes on from where it was"
+    set_quota(pool, "a", "10%", "10%")
+    assert [(each["model"], each["held_bytes"]) for each in pool.state.quotas()] == [("nosuch", 0), ("a", 2 * PAGE)]
+    set_quota(pool, "a")
+    assert [each["model"] for each in pool.state.quotas()] == ["nosuch", "a"], "its model is registered"
+    pool.check()
+
+
+def test_a_limit_of_a_spec_does_not_hold_where_the_quota_was_taken_away_before(pool):
+    set_quota(pool, "small", limit="none")
+    pool.model(name="small", block_bytes=PAGE, limit_bytes=PAGE)
+    assert not pool.state.quotas()
+    assert len(lease(pool, 2, 3)) == 3
+
+
+def test_models_and_tenant_take_their_quotas_away_in_any_order(pool):
+    for order in ((None, "x", "y"), ("x", None, "y"), ("y", "x", None)):
+        for model in (None, "x", "y"):
+            set_quota(pool, model, "20%", "50%", tenant="later")
+        for model in order:
+            set_quota(pool, model, tenant="later")
+            pool.check()
+        assert not pool.state.quotas()
+    for model in (None, "x"):
+        set_quota(pool, model, "20%", "30%", tenant="later")
+    set_quota(pool, None, tenant="later")
+    pool.connect("l", "later")
+    x = pool.model("l", name="x", block_bytes=PAGE)
+    answers = [pool.request(PAGE, "l", x) for _ in range(4)]
+    assert [answer[0] for answer in answers] == ["granted"] * 3 + ["error"]
+    assert [each["held_bytes"] // PAGE for each in pool.state.quotas()] == [3]
+
+
+def test_what_is_kept_of_names_that_come_and_go_is_bounded(pool, monkeypatch):
+    monkeypatch.setattr(quota, "_MOST_TAKEN_AWAY", 3)
+    quotas = pool.state.ledger.quotas
+    for number in range(9):
+        set_quota(pool, f"gone-{number}", "10%", revision=5)
+        set_quota(pool, f"gone-{number}", revision=6)
+    assert (len(quotas._taken_away), len(quotas._owners), len(quotas._accounts)) == (3, 0, 2)
+    assert not set_quota(pool, "gone-6", "10%", revision=6)["applied"]
+    assert set_quota(pool, "gone-0", "10%", revision=6)["applied"], "so many were taken away since"
+
+
+@pytest.mark.parametrize("none", ["none", "None"])
+def test_none_is_a_word_for_no_limit_and_no_guarantee(pool, none):
+    set_quota(pool, "a", "10%", "20%")
+    holds = set_quota(pool, "a", none, none)
+    assert (holds["guaranteed"], holds["guaranteed_bytes"], holds["limit"], holds["limit_bytes"]) == (
+        "0",
+        0,
+        None,
+        None,
+    )
+
+
 @pytest.mark.parametrize(
-    ("quota", "error"),
+    ("given", "error"),
     [
         ({"guaranteed": "50%", "limit": "40%"}, InvalidRequestError),
         ({"guaranteed": "101%"}, InvalidSizeError),
@@ -359,9 +476,9 @@ def test_an_older_revision_changes_nothing_and_is_told_what_holds(pool):
         ({"tenant": ""}, InvalidRequestError),
     ],
 )
-def test_what_makes_no_sense_changes_nothing(pool, quota, error):
+def test_what_makes_no_sense_changes_nothing(pool, given, error):
     with pytest.raises(error):
-        set_quota(pool, **{"model": "a"} | quota)
+        set_quota(pool, **{"model": "a"} | given)
     assert not pool.state.quotas()
     assert not pool.state.ledger.quotas.active
 
@@ -381,8 +498,8 @@ def test_quotas_set_before_or_after_content_count_the_same(pool):
     put(pool, A, 0, 3)
     mine = lease(pool, A, 2)
     set_quota(pool, "a", "10%")
-    (quota,) = pool.state.quotas()
-    assert (quota["held_bytes"], quota["leased_bytes"]) == (5 * PAGE, 2 * PAGE)
+    (shown,) = pool.state.quotas()
+    assert (shown["held_bytes"], shown["leased_bytes"]) == (5 * PAGE, 2 * PAGE)
     pool.invalidate("a")  # what is held stays, and counts on
     assert held(pool, "a") == 2
     pool.release(mine)
