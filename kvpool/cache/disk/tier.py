@@ -377,7 +377,8 @@ class DiskTier:
                 del self._writing[key]
                 write.release()
         if write.durable:
-            await uncancelled(self._writer.make_durable(entry))
+            # In this very step: who closes the tier has waited for the thread, and waits for syncs that were asked for.
+            await self._writer.make_durable(entry)
         write.succeed(None)
 
     def _refused(self, key: CacheKey) -> TierError | None:
