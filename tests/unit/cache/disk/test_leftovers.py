@@ -70,3 +70,14 @@ async def test_a_store_that_does_not_let_it_be_sure_says_so(open_tier, faults, o
     FaultyFileSystem.faults = Faults()
     await Leftovers(url, 1).remove_space("default", "f")
     assert await having(open_tier, url, "f") == []
+
+
+async def test_devices_that_remove_in_one_folder_at_once_do_not_undo_each_others_notes(open_tier, faults):
+    await filled(open_tier, "faulty://pool", ["host-1"])
+    tiers = [await open_tier("faulty://pool/host-1") for _ in range(2)]  # as such a store has no locks
+    faults.errors = {"delete": PermissionError(13, "Permission denied")}
+    for tier, fingerprint in zip(tiers, "fg", strict=True):
+        assert await tier.remove([key_of(1, fingerprint=fingerprint)]) == 1
+        await tier.close()
+    faults.errors.clear()
+    assert (await open_tier("faulty://pool/host-1")).entries() == []
