@@ -26,7 +26,7 @@ _OTHER = "mend what the message names, or start the pool with another disk_url"
 
 
 PENDING_REMOVALS = (
-    "each is tried again every few seconds, and goes by itself once the store works. Before the pool is deleted, "
+    "each is tried again, every minute at least, and goes by itself once the store works. Before the pool is deleted, "
     "invalidate again until that is not refused: the next start might find it"
 )
 """What to do about removals that the store has refused, as a sentence begins it."""

@@ -201,3 +201,16 @@ def test_each_lost_disk_is_told_and_what_a_store_refused_beside_it(pool):
     error = from_wire(invalidate(pool, model.number)[1:])
     assert "host-0, host-1 are lost, and their folders /disk/host-0, /disk/host-1 may" in error.message
     assert "everywhere else it is gone" in error.message
+
+
+def test_a_name_is_not_acknowledged_while_a_folder_of_earlier_devices_could_not_be_read(pool):
+    with pytest.raises(InvalidRequestError):
+        invalidate(pool)
+    pool.take(pool.state.restore_models([], ["/disk/host-2"]))
+    with pytest.raises(InvalidRequestError, match=r"no model 'm' .*content in /disk/host-2 is not known"):
+        invalidate(pool)
+    model = register(pool)
+    error = from_wire(invalidate(pool, tenant="default")[1:])
+    assert error.details["cause"] == "unnamed"
+    assert "/disk/host-2" in error.message
+    assert invalidate(pool, model.number)["caches"] == 0

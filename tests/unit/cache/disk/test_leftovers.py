@@ -3,9 +3,10 @@
 import asyncio
 
 import pytest
-from disk_stores import Faults, FaultyFileSystem, content_of, key_of
+from disk_stores import DEADLINE_S, Faults, FaultyFileSystem, content_of, key_of
 
 from kvpool.cache.disk.leftovers import Leftovers
+from kvpool.cache.disk.local import LocalFolder
 from kvpool.errors import TierError
 
 NAMES = ["host-0", "host-1", "host-2", "host-10", "host-01", "other"]
@@ -70,6 +71,79 @@ async def test_a_store_that_does_not_let_it_be_sure_says_so(open_tier, faults, o
     FaultyFileSystem.faults = Faults()
     await Leftovers(url, 1).remove_space("default", "f")
     assert await having(open_tier, url, "f") == []
+
+
+@pytest.mark.parametrize("refused", ["list", "put and delete", "delete"])
+async def test_what_the_store_has_refused_is_tried_again(open_tier, faults, refused):
+    await filled(open_tier, "faulty://pool", ["host-1"])
+    leftovers = Leftovers("faulty://pool", 1)
+    faults.errors = dict.fromkeys(refused.split(" and "), PermissionError(13, "Permission denied"))
+    for fingerprint in "fg":
+        if refused == "delete":  # it is noted: the next start removes it
+            await leftovers.remove_space("default", fingerprint)
+        else:
+            with pytest.raises(TierError):
+                await leftovers.remove_space("default", fingerprint)
+    await leftovers.remove_again()
+    assert leftovers.pending == 2
+    assert any(name.endswith(".kvcache") for name in FaultyFileSystem.store)
+    faults.errors.clear()
+    await leftovers.remove_again()
+    assert leftovers.pending == 0
+    assert not [name for name in FaultyFileSystem.store if name.endswith((".kvcache", ".kvremoved"))]
+    await leftovers.remove_again()
+
+
+async def test_one_that_is_refused_again_keeps_no_other_from_it(open_tier, faults):
+    await filled(open_tier, "faulty://pool", ["host-1"])
+    leftovers = Leftovers("faulty://pool", 1)
+    faults.errors["list"] = PermissionError(13, "Permission denied")
+    for fingerprint in "fg":
+        with pytest.raises(TierError):
+            await leftovers.remove_space("default", fingerprint)
+    await leftovers.remove_again()
+    assert list(leftovers._going) == [("default", "g"), ("default", "f")]
+
+
+async def test_who_waits_for_a_folder_waits_no_longer_than_until_the_end(open_tier, tmp_path):
+    await filled(open_tier, str(tmp_path), ["host-0", "host-1"])
+    await open_tier(f"{tmp_path}/host-1")  # of another pool, say
+    leftovers = Leftovers(str(tmp_path), 1)
+    removing = asyncio.ensure_future(leftovers.remove_space("default", "f"))
+    await asyncio.wait((removing,), timeout=0.3)
+    assert not removing.done()
+    await leftovers.remove_again()
+    assert leftovers.pending == 1
+    leftovers.close()
+    with pytest.raises(TierError, match="closed"):
+        await asyncio.wait_for(removing, DEADLINE_S)
+
+
+async def test_a_folder_that_cannot_be_read_is_told_and_hides_no_other(open_tier, tmp_path, monkeypatch, caplog):
+    leftovers = Leftovers(str(tmp_path), 1)
+    assert leftovers.unread == (str(tmp_path),), "nobody has looked yet"
+    await filled(open_tier, str(tmp_path), ["host-1", "host-2"])
+    (space,) = (tmp_path / "host-2").glob("f@*")
+    (space / "names.kvmodels").symlink_to("/nowhere" * 8)
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalFolder, "list", of_host_1_refused(LocalFolder.list))
+        await leftovers.look()
+    assert leftovers.unread == [f"{tmp_path}/host-1"]
+    assert leftovers.spaces == [("default", "f", []), ("default", "g", [])]
+    for told in ("host-1 is of is not known: [Errno 13]", "names.kvmodels cannot be read: [Errno 40]"):
+        assert any(told in message for message in caplog.messages)
+    await leftovers.look()
+    assert leftovers.unread == []
+    assert len(leftovers.spaces) == 4
+
+
+def of_host_1_refused(listing):
+    def listed(folder, path):
+        if "host-1" in folder.url:
+            raise PermissionError(13, "Permission denied")
+        return listing(folder, path)
+
+    return listed
 
 
 async def test_devices_that_remove_in_one_folder_at_once_do_not_undo_each_others_notes(open_tier, faults):
