@@ -13,6 +13,7 @@ _ADVICE = {
     "EROFS": "it is mounted read-only, by choice or because its disk has failed (the system's log says so): mount it "
     "for writing, or start the pool with another disk_url",
     "EIO": "its disk fails, as the system's log will say: replace it, or start the pool with a disk_url on another",
+    "ENAMETOOLONG": "the tenant's name is too long for its file system: use a shorter one",
     "timeout": "the store does not answer: see whether its mount or its network works (`ls` there from that node). It "
     "is used again when it answers",
     "budget": "disk_budget is too small for all: make less durable at once, or start the pool with a larger one",

@@ -146,6 +146,17 @@ def of_host_1_refused(listing):
     return listed
 
 
+async def test_of_a_tenant_whose_name_is_too_long_for_a_folder_nothing_is_left(open_tier, tmp_path):
+    key = key_of(1, "é" * 60)
+    tier = await open_tier(f"{tmp_path}/host-0")
+    await filled(open_tier, str(tmp_path), ["host-1"])
+    with pytest.raises(TierError, match="use a shorter one"):
+        await tier.write_through(key, None, content_of(1))
+    assert await tier.space(key.tenant, key.fingerprint) == set()
+    assert await tier.remove([key]) == 0
+    await Leftovers(str(tmp_path), 1).remove_space(key.tenant, key.fingerprint)
+
+
 async def test_devices_that_remove_in_one_folder_at_once_do_not_undo_each_others_notes(open_tier, faults):
     await filled(open_tier, "faulty://pool", ["host-1"])
     tiers = [await open_tier("faulty://pool/host-1") for _ in range(2)]  # as such a store has no locks
