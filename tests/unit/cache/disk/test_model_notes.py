@@ -5,7 +5,7 @@ import errno
 import threading
 
 import pytest
-from disk_stores import DEADLINE_S, Faults, FaultyFolder, arrived, content_of, key_of, read
+from disk_stores import DEADLINE_S, Faults, FaultyFolder, MovingFileSystem, arrived, content_of, key_of, read
 
 from kvpool.cache.disk.file_names import MODELS_NAME, models_path, space_name
 from kvpool.cache.disk.folder import folder_at
@@ -181,6 +181,26 @@ async def test_names_that_come_while_the_first_are_being_written_are_noted_thoug
     assert await writing
     await tier.close()
     assert (await open_tier("faulty://tier")).spaces() == [("default", "f", [FIRST, ALIAS])]
+
+
+async def test_a_store_that_renames_to_no_name_that_is_taken_takes_other_names_too(open_tier, monkeypatch):
+    def mv(filesystem, source, target, **_):
+        if filesystem.exists(target):
+            raise FileExistsError(errno.EEXIST, "File exists", target)
+        filesystem.cp_file(source, target)
+        filesystem.rm_file(source)
+
+    monkeypatch.setattr(MovingFileSystem, "mv", mv)
+    url = "moving://tier"
+    try:
+        await written(open_tier, url, FIRST)
+        await written(open_tier, url, SECOND, numbers=(2,))  # with another limit, say
+        tier = await open_tier(url)
+        assert tier.spaces() == [("default", "f", [SECOND])]
+        assert tier.statistics().leftover_files == 0
+    finally:
+        MovingFileSystem.store.clear()
+        MovingFileSystem.pseudo_dirs[:] = [""]
 
 
 async def test_a_removal_is_noted_at_the_end_though_a_note_of_names_hangs(open_tier, tmp_path):
