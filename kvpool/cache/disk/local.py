@@ -65,6 +65,20 @@ class LocalFolder:
         # Else what is removed from a pack would keep its room until all have gone.
         self.takes_packs = gives_room_back(lock)
 
+    def is_in_use(self) -> bool:
+        """Whether a process has the folder; none is told where locks do not reach the machine on which it runs."""
+        try:
+            lock = os.open(self._root / LOCK_NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(lock)
+        return False
+
     def close(self) -> None:
         if self._lock is not None:
             os.close(self._lock)

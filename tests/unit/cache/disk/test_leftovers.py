@@ -1,10 +1,12 @@
 """Folders of devices that a pool has no longer: told, and reached by what is removed."""
 
 import asyncio
+import shutil
 
 import pytest
 from disk_stores import DEADLINE_S, Faults, FaultyFileSystem, content_of, key_of
 
+from kvpool.cache.disk import leftovers as leftovers_module
 from kvpool.cache.disk.leftovers import Leftovers
 from kvpool.cache.disk.local import LocalFolder
 from kvpool.errors import TierError
@@ -44,7 +46,9 @@ async def test_folders_of_devices_that_are_no_more_are_told(open_tier, url, capl
 
 async def test_what_is_removed_goes_from_them_and_nothing_else_does(open_tier, url):
     await filled(open_tier, url)
+    own = await open_tier(f"{url}/host-0")
     await Leftovers(url, 1).remove_space("default", "f")
+    await own.close()
     assert await having(open_tier, url, "f") == ["host-0", "host-01", "other"]
     assert await having(open_tier, url, "g") == NAMES
     await Leftovers(url, 1).remove_space("nobody", "f")
@@ -52,12 +56,13 @@ async def test_what_is_removed_goes_from_them_and_nothing_else_does(open_tier, u
 
 async def test_a_removal_waits_for_who_is_at_the_same_folder(open_tier, tmp_path):
     await filled(open_tier, str(tmp_path), ["host-0", "host-1"])
-    other = await open_tier(f"{tmp_path}/host-1")
+    own, other = [await open_tier(f"{tmp_path}/host-{number}") for number in range(2)]
     removing = [asyncio.ensure_future(Leftovers(str(tmp_path), 1).remove_space("default", "f")) for _ in range(2)]
     await asyncio.wait(removing, timeout=0.3)
     assert not any(each.done() for each in removing)
     await other.close()
     await asyncio.gather(*removing)
+    await own.close()
     assert await having(open_tier, str(tmp_path), "f") == ["host-0"]
 
 
@@ -106,7 +111,7 @@ async def test_one_that_is_refused_again_keeps_no_other_from_it(open_tier, fault
 
 
 async def test_who_waits_for_a_folder_waits_no_longer_than_until_the_end(open_tier, tmp_path):
-    await filled(open_tier, str(tmp_path), ["host-0", "host-1"])
+    await filled(open_tier, str(tmp_path), ["host-1"])
     await open_tier(f"{tmp_path}/host-1")  # of another pool, say
     leftovers = Leftovers(str(tmp_path), 1)
     removing = asyncio.ensure_future(leftovers.remove_space("default", "f"))
@@ -155,6 +160,49 @@ async def test_of_a_tenant_whose_name_is_too_long_for_a_folder_nothing_is_left(o
     assert await tier.space(key.tenant, key.fingerprint) == set()
     assert await tier.remove([key]) == 0
     await Leftovers(str(tmp_path), 1).remove_space(key.tenant, key.fingerprint)
+
+
+async def test_what_lies_in_a_folder_of_a_device_that_is_elsewhere_is_never_passed_over(
+    open_tier, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(leftovers_module, "_PATIENCE_S", 0.0)
+    await filled(open_tier, str(tmp_path), ["host-0", "host-1", "host-2"])
+    # Of two devices number 0 runs here, and number 1 did when this machine's disk was last used.
+    own = await open_tier(f"{tmp_path}/host-0")
+    leftovers = Leftovers(str(tmp_path), 2)
+    await leftovers.look()
+    assert leftovers.urls == [f"{tmp_path}/host-2"]
+    assert len(leftovers.spaces) == 4, "also what lies where nobody is"
+    with pytest.raises(TierError, match=rf"{tmp_path}/host-1, which no device uses") as caught:
+        await leftovers.remove_space("default", "f")
+    assert caught.value.details["cause"] == "unused_folder"
+    assert not list((tmp_path / "host-2").rglob("f@*/*.kvcache"))
+    assert list((tmp_path / "host-1").rglob("f@*/*.kvcache")), "it may be a device's whose lock does not reach here"
+    await leftovers.remove_space("default", "h")
+    other = await open_tier(f"{tmp_path}/host-1")  # its device is here after all
+    await leftovers.remove_space("default", "f")
+    await other.close()
+    shutil.rmtree(tmp_path / "host-1")
+    await leftovers.remove_space("default", "f")
+    assert own.find(key_of(1)) is not None, "that is its own to remove"
+
+
+async def test_a_device_whose_lock_does_not_reach_here_is_waited_for(open_tier, tmp_path, monkeypatch):
+    await filled(open_tier, str(tmp_path), ["host-1"])
+    device = await open_tier(f"{tmp_path}/host-1")
+    looked = asyncio.Event()
+
+    def is_in_use(folder):
+        loop.call_soon_threadsafe(looked.set)
+        return False
+
+    loop = asyncio.get_running_loop()
+    monkeypatch.setattr(leftovers_module, "_PATIENCE_S", DEADLINE_S)
+    monkeypatch.setattr(LocalFolder, "is_in_use", is_in_use)
+    removing = asyncio.ensure_future(Leftovers(str(tmp_path), 2).remove_space("default", "f"))
+    await looked.wait()
+    assert await device.remove([key_of(1)]) == 1
+    await removing
 
 
 async def test_devices_that_remove_in_one_folder_at_once_do_not_undo_each_others_notes(open_tier, faults):

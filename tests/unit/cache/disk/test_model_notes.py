@@ -260,6 +260,7 @@ async def test_names_of_what_is_not_there_any_more_do_no_harm_and_go(open_tier, 
 async def test_folders_of_devices_that_are_no_more_tell_their_models_too(open_tier, url):
     for name, models in (("host-0", [FIRST]), ("host-1", [ALIAS]), ("host-2", [])):
         await written(open_tier, f"{url}/{name}", *models)
+    await open_tier(f"{url}/host-0")
     leftovers = Leftovers(url, 1)
     await leftovers.look()
     assert leftovers.spaces == [("default", "f", [ALIAS]), ("default", "f", [])]
