@@ -58,6 +58,9 @@ _TRIMS = 4
 _REMOVALS_S = 5.0
 """How long after a removal from the disk was refused it is tried again: by then its content is hidden, no more."""
 
+_LEFTOVERS_S = 60.0
+"""The same in folders of devices that are no more, each of which is opened for it, and logs anew what refuses it."""
+
 _FLUSH_S = 2.0
 """How long the last spans may take to leave when the device ends, seconds."""
 
@@ -128,13 +131,14 @@ class DeviceActor:
         self._stamp = 0
         self._idle_trim_s = idle_trim_s
         self._trimmer: asyncio.Task[None] | None = None
-        self._remover: asyncio.Task[None] | None = None
+        self._removers: list[asyncio.Task[None]] = []
 
     async def start(self) -> dict[str, Any]:
         """Reserve the arena and open the socket; return what clients and the pool must know of this device.
 
-        ``spaces`` is for the pool alone: ``(tenant, fingerprint, models)`` of all of which something was found below,
-        with a model as ``(name, revision, block bytes, limit bytes)``, and none where that is not known.
+        For the pool alone are ``spaces``, ``(tenant, fingerprint, models)`` of all of which something was found below,
+        with a model as ``(name, revision, block bytes, limit bytes)``, and none where that is not known; and
+        ``unread``, the folders of which not even that is known.
 
         Raises
         ------
@@ -179,7 +183,11 @@ class DeviceActor:
         if self._idle_trim_s < math.inf:
             self._trimmer = asyncio.create_task(keep_up(f"trimming {me}", self._trim_idle, self._idle_trim_s / _TRIMS))
         if self._tiers is not None:
-            self._remover = asyncio.create_task(keep_up(f"removals {me}", self._complete_removals, _REMOVALS_S))
+            # Apart: a folder that hangs keeps no other from it.
+            self._removers = [
+                asyncio.create_task(keep_up(f"removals {me}", self._complete_removals, _REMOVALS_S)),
+                asyncio.create_task(keep_up(f"older removals {me}", self._remove_from_leftovers, _LEFTOVERS_S)),
+            ]
         gc.collect()
         gc.freeze()
         return {
@@ -193,6 +201,7 @@ class DeviceActor:
             "min_block_bytes": self._min_block_bytes,
             "has_lower": self._lower is not None,
             "spaces": self._spaces(),
+            "unread": self._tiers.unread if self._tiers is not None else [],
             "disk_url": self._plan.disk_url if self._plan.write_policy != "none" else None,
         }
 
@@ -338,8 +347,8 @@ class DeviceActor:
             self._compacting.cancel()
         if self._trimmer is not None:
             self._trimmer.cancel()
-        if self._remover is not None:
-            self._remover.cancel()
+        for remover in self._removers:
+            remover.cancel()
         await self._server.close()
         if self._tiers is not None:
             await self._tiers.close()
@@ -380,6 +389,12 @@ class DeviceActor:
         if self._tiers is not None:
             await self._tiers.complete_removals()
         return _REMOVALS_S
+
+    async def _remove_from_leftovers(self) -> float:
+        """The same where devices that are no more had their disks."""
+        if self._tiers is not None:
+            await self._tiers.remove_from_leftovers()
+        return _LEFTOVERS_S
 
     def _client_connected(self, client: str) -> None:
         if self._store.is_revoked(client):  # before it came here for the first time

@@ -318,6 +318,7 @@ class PoolActor(Administration):
         run_at_normal_priority()
         self._described = await self._fleet.start(self._config, self._environment)
         found = [space for device in self._described for space in device.pop("spaces")]
+        unread = [url for device in self._described for url in device.pop("unread")]
         for device in self._described:
             self._state.add_device(
                 device["name"],
@@ -333,7 +334,7 @@ class PoolActor(Administration):
             await self.set_quota(quota.tenant, quota.model, quota.guaranteed, quota.limit)
         if (warning := self._state.ledger.quotas.warning) is not None:
             logger.warning("pool %s: %s", self._config.name, warning)
-        self._executor.carry_out(self._state.restore_models(found, time.monotonic()))
+        self._executor.carry_out(self._state.restore_models(found, unread, time.monotonic()))
         if unnamed := self._state.ledger.unnamed_below(None):
             logger.warning("pool %s: %s", self._config.name, unnamed)
         # Before the first client: what is invalidated meanwhile could be entered by an answer that is on its way.

@@ -134,6 +134,8 @@ class LowerTiers:
         self._closed = True
         contents = self._contents
         await contents.under_way.close()
+        if contents.leftovers is not None:
+            contents.leftovers.close()
         await self._removal.close()
         if contents.disk is not None:
             await contents.disk.close()
@@ -162,6 +164,11 @@ class LowerTiers:
         left = contents.leftovers.spaces if contents.leftovers is not None else ()
         return [*(contents.disk.spaces() if contents.disk is not None else ()), *left]
 
+    @property
+    def unread(self) -> list[str]:
+        """The folders of devices that are no more of which it is not known what they have content of."""
+        return list(self._contents.leftovers.unread) if self._contents.leftovers is not None else []
+
     def name(self, tenant: str, fingerprint: str, models: Sequence[NotedModel]) -> None:
         """Say which models the content of a tenant and fingerprint is of, before any of it comes."""
         if self._contents.disk is not None:
@@ -174,9 +181,10 @@ class LowerTiers:
     def statistics(self) -> dict[str, Any]:
         """Return the figures of now; built-in types only."""
         contents = self._contents
-        left = list(contents.leftovers.urls) if contents.leftovers is not None else []
         figures = tier_statistics(contents.host, contents.disk, contents.disk_problem, contents.counters)
-        return figures | {"leftover_folders": left}
+        left = contents.leftovers
+        urls, removals = ([], 0) if left is None else (list(left.urls), left.pending)
+        return figures | {"leftover_folders": urls, "leftover_removals": removals}
 
     # -- moving ---------------------------------------------------------------------------------------------------
 
@@ -317,6 +325,11 @@ class LowerTiers:
         """Try again the removals that the disk's store has refused, if there are any; to be called now and then."""
         if self._contents.disk is not None:
             await self._contents.disk.complete_removals()
+
+    async def remove_from_leftovers(self) -> None:
+        """Try again what could not be removed from folders of devices that are no more; to be called now and then."""
+        if self._contents.leftovers is not None:
+            await self._contents.leftovers.remove_again()
 
     def scrub(self, tenant: str, number: int, most_bytes: int) -> bool:
         """Zero what caches of a tenant that were dropped from the host tier have left there, one step; True: done.

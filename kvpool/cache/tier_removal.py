@@ -11,6 +11,7 @@ from typing import Any
 
 from kvpool.cache.contents import LowerContents
 from kvpool.cache.disk.threads import uncancelled
+from kvpool.cache.gathering import all_of
 from kvpool.cache.host_tier import HostMemory
 from kvpool.cache.key import CacheKey
 from kvpool.cache.mover import Mover
@@ -122,9 +123,9 @@ class TierRemoval:
         await removing
 
     async def _remove_files(self, keys: Collection[CacheKey]) -> None:
-        await self._remove_own(keys)
-        for tenant, fingerprint in sorted({(key.tenant, key.fingerprint) for key in keys}):
-            await self._remove_left(tenant, fingerprint)
+        spaces = sorted({(key.tenant, key.fingerprint) for key in keys})
+        # Also where one of them fails: what was tried once goes on by itself.
+        await all_of([self._remove_own(keys), *(self._remove_left(*space) for space in spaces)])
 
     async def _remove_left(self, tenant: str, fingerprint: str) -> None:
         # All of the space: nobody looks these up, and so nobody knows what is chained behind what.
@@ -141,6 +142,9 @@ class TierRemoval:
             )
 
     async def _remove_space_files(self, tenant: str, fingerprint: str, keys: Collection[CacheKey]) -> None:
+        await all_of([self._remove_own_space(tenant, fingerprint, keys), self._remove_left(tenant, fingerprint)])
+
+    async def _remove_own_space(self, tenant: str, fingerprint: str, keys: Collection[CacheKey]) -> None:
         disk = self._contents.disk
         try:
             found = await disk.space(tenant, fingerprint) if disk is not None else set()
@@ -149,7 +153,6 @@ class TierRemoval:
                 await self._remove_own(disk.known_of(tenant, fingerprint).union(keys))  # hidden, at least
             raise
         await self._remove_own(found.union(keys))
-        await self._remove_left(tenant, fingerprint)
 
 
 def _ended_late(removal: asyncio.Future[None]) -> None:

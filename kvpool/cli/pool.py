@@ -144,6 +144,9 @@ def _show(stats: Any, json_path: str | None) -> None:
             if pending:
                 what = f"{format_count(pending, 'removed cache')} hidden, and still on disk"
                 click.echo(f"{device.name}: {what}: {PENDING_REMOVALS}")
+            if left := device.lower.get("leftover_removals", 0):
+                what = f"removed content of {format_count(left, 'model')} may still be in folders that are not used"
+                click.echo(f"{device.name}: {what}: {PENDING_REMOVALS}")
     for device in stats.devices:
         if device.lost:
             click.echo(_of_lost(stats.name, device))

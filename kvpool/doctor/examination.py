@@ -155,6 +155,9 @@ def check_working(pool: Pool, logs: Sequence[str] = ()) -> list[Finding]:
         elif lower["disk_problem"]:
             mend = _mend_disk(pool.name, lower["disk_problem"])
             findings.append(Finding("disk tier", where, FAILED, lower["disk_problem"], "a folder of its own", mend))
+        if going := lower.get("leftover_removals", 0):
+            found = f"removed content of {format_count(going, 'model')} may still be in folders that are not used"
+            findings.append(Finding("disk tier", where, WARNING, found, "removals that are done", PENDING_REMOVALS))
     left = {
         url
         for device in pool.statistics.get("devices", ())

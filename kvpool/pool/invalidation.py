@@ -13,10 +13,11 @@ import numpy as np
 from kvpool.cache.chains import deepest_first, with_descendants
 from kvpool.cache.key import MOST_HASHES, check_hash
 from kvpool.cache.table import KEYED, Rows
-from kvpool.errors import DeviceLostError, InvalidRequestError, TierError
+from kvpool.errors import DeviceLostError, InvalidRequestError
 from kvpool.memory.tickets import TicketQueue
 from kvpool.pool import removal
 from kvpool.pool.below import Below
+from kvpool.pool.doubts import Doubts
 from kvpool.pool.fanout import nothing_more
 from kvpool.pool.instructions import Answer, Batch, Move
 from kvpool.pool.journal import Happened
@@ -39,7 +40,8 @@ class _Invalidation:
     """Those that nobody holds, children before their parents, the first of them at the end."""
     scrubs: dict[int, list[str]]
     """By device, the tenants whose free memory is still to be scrubbed."""
-    answer: dict[str, Any]
+    figures: dict[str, Any]
+    doubts: Doubts = field(default_factory=Doubts)
     lower: int = 0
     """Devices that have not removed it from their lower tiers yet."""
     lower_keys: int = 0
@@ -129,9 +131,9 @@ class Invalidations:
         )
         for device in ledger.devices:
             if device.lost is not None:
-                self._note_lost(work, device.number)
-        if isinstance(model, str):
-            self._note_unnamed(work, tenant, model)
+                work.doubts.note_lost(device)
+        if isinstance(model, str) and (unnamed := ledger.unnamed_below(tenant)):
+            work.doubts.note_unnamed(model, unnamed)
         self._line.append(work)
         # Those that somebody holds, first and at once: the end of a lease that comes later must find them void.
         leased: list[int] = rows[held].tolist()
@@ -193,34 +195,10 @@ class Invalidations:
         work.lower -= 1
         if isinstance(answer, tuple) and answer[0] == "error":
             if answer[1] == DeviceLostError.__name__:
-                self._note_lost(work, device)
+                work.doubts.note_lost(self._ledger.devices[device])
             else:
-                work.answer = {"error": answer}
+                work.doubts.note_refused(answer)
         self._end_if_done(work, now)
-
-    def _note_lost(self, work: _Invalidation, number: int) -> None:
-        """Let the answer say that nobody can remove the files of a device that is lost: the next start finds them."""
-        device = self._ledger.devices[number]
-        if device.disk_url is not None:
-            error = TierError(
-                f"device {device.name} is lost, and its folder {device.disk_url} may still have what was invalidated; "
-                "everywhere else it is gone. Delete the pool and start it again, then invalidate again before anything "
-                "is looked up; or delete that folder before the start",
-                cause="device_lost",
-                device=device.name,
-            )
-            work.answer = {"error": ("error", *error.to_wire())}
-
-    def _note_unnamed(self, work: _Invalidation, tenant: str | None, name: str) -> None:
-        """Let the answer say that not all that a name may mean is known: other revisions of the model, perhaps."""
-        unnamed = self._ledger.unnamed_below(tenant)
-        if unnamed:
-            error = TierError(
-                f"what is known as model {name!r} was invalidated, but {unnamed}. (Named by its number, a model is "
-                "invalidated alone, without this error.)",
-                cause="unnamed",
-            )
-            work.answer = {"error": ("error", *error.to_wire())}
 
     def _oldest(self) -> dict[int, int]:
         """Return by space how many invalidations there had been when the first who writes or waits there asked."""
@@ -286,7 +264,7 @@ class Invalidations:
             work.scrubs[device].pop()
         elif answer is not False:
             if answer[1] != DeviceLostError.__name__:
-                work.answer = {"error": answer}
+                work.doubts.note_refused(answer)
             work.scrubs[device].clear()  # nothing is left to scrub where the device is lost
         if work.scrubs[device]:
             self._scrub(work, device)
@@ -298,7 +276,7 @@ class Invalidations:
         if not work.scrubs and not work.lower and not work.ids and self._line[0] is work:
             self._line.popleft()
             held = {client: tuple(figures) for client, figures in sorted(work.held.items())}
-            answer = work.answer | {"lower_keys": work.lower_keys, "held": held}
-            self._ledger.answer(work.batch, 0, work.answer.get("error", answer))
+            figures = work.figures | {"lower_keys": work.lower_keys, "held": held}
+            self._ledger.answer(work.batch, 0, work.doubts.error() or figures)
             if self._line and self._line[0].waits:
                 self._next_void(self._line[0], now)

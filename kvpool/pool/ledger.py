@@ -63,6 +63,8 @@ class Ledger:
         self._by_space: dict[int, list[Model]] = {}
         self.unnamed: set[tuple[str, str]] = set()
         """Tenant and fingerprint of content that was found below the devices and whose models nobody knows."""
+        self.unread: set[str] = set()
+        """Folders below the devices of which it is not known what content they have."""
 
     @property
     def policy(self) -> CacheEvictionPolicy:
@@ -160,14 +162,20 @@ class Ledger:
 
         Of a tenant, or of all.
         """
-        count = sum(tenant in (None, each) for each, _ in self.unnamed)
-        if not count:
-            return ""
-        return (
-            f"{before}content of {format_count(count, 'model')} lies below the devices whose name is not known: it was "
-            "written by a version of kvpool that did not note it, or the note was lost. It may be what is meant: "
-            "register its model as it was (CachePool.model), and call again; or delete the pool, and its folders, too"
-        )
+        told = []
+        if count := sum(tenant in (None, each) for each, _ in self.unnamed):
+            told.append(
+                f"content of {format_count(count, 'model')} lies below the devices whose name is not known: it was "
+                "written by a version of kvpool that did not note it, or the note was lost. It may be what is meant: "
+                "register its model as it was (CachePool.model), and call again; or delete the pool, and its folders, "
+                "too"
+            )
+        if self.unread:
+            told.append(
+                f"of what models there is content in {', '.join(sorted(self.unread))} is not known: that could not be "
+                "read when the pool started. Once it can be, start the pool again, and call again"
+            )
+        return before + ". And ".join(told) if told else ""
 
     def register_model(
         self,

@@ -212,9 +212,15 @@ class PoolState:
         model = register_model(ledger, ledger.client(client).tenant, fingerprint(**identity), noted, now)
         return model, ledger.out
 
-    def restore_models(self, spaces: Iterable[tuple[str, str, Sequence[Noted]]], now: float = 0.0) -> list[Instruction]:
-        """Enter the models of what a device found below it: ``(tenant, fingerprint, models)``. After all devices."""
+    def restore_models(
+        self, spaces: Iterable[tuple[str, str, Sequence[Noted]]], unread: Iterable[str] = (), now: float = 0.0
+    ) -> list[Instruction]:
+        """Enter the models of what the devices found below them: ``(tenant, fingerprint, models)``. After all devices.
+
+        ``unread``: folders of which that is not known.
+        """
         self.ledger.out = []
+        self.ledger.unread.update(unread)
         for tenant, digest, noted in spaces:
             restore_models(self.ledger, tenant, digest, noted, now)
         return self.ledger.out

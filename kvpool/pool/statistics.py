@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import copy
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from kvpool.errors import ProtocolError
@@ -44,8 +44,9 @@ class DeviceStatistics:
     lower: dict[str, Any] | None
     """What its lower tiers hold and did (:meth:`kvpool.cache.lower_tiers.LowerTiers.statistics`); None: it has none, or
     it is lost."""
-    disk_url: str | None
+    disk_url: str | None = None
     """Where its disk tier keeps its files, also after the device is lost; None: it has none."""
+    # What comes later has a default, too: pools that run since before it do not tell it.
 
     @property
     def utilization(self) -> float:
@@ -136,21 +137,28 @@ class PoolStatistics:
         Raises
         ------
         ProtocolError
-            If figures are missing: they come from a pool of another version.
+            If figures are missing that have no default: they come from a pool of another version.
         """
-        missing = cls.__dataclass_fields__.keys() - figures.keys()
+        missing = _needed(cls) - figures.keys()
         for device in figures.get("devices", ()):
-            missing |= {f"devices.{name}" for name in DeviceStatistics.__dataclass_fields__.keys() - device.keys()}
+            missing |= {f"devices.{name}" for name in _needed(DeviceStatistics) - device.keys()}
         if missing:
             raise ProtocolError(
                 f"the statistics lack {', '.join(sorted(missing))}: the pool runs another version of kvpool. Drain it "
                 f"('kvpool stop --name {figures.get('name', 'NAME')} --drain 60') and start it again with this one",
                 missing=sorted(missing),
             )
-        own = {name: figures[name] for name in cls.__dataclass_fields__}
-        fields = DeviceStatistics.__dataclass_fields__
-        own["devices"] = tuple(DeviceStatistics(**{name: d[name] for name in fields}) for d in figures["devices"])
+        own = _known(cls, figures)
+        own["devices"] = tuple(DeviceStatistics(**_known(DeviceStatistics, device)) for device in figures["devices"])
         return cls(**own)
+
+
+def _needed(described: type[PoolStatistics | DeviceStatistics]) -> set[str]:
+    return {field.name for field in fields(described) if field.default is MISSING}
+
+
+def _known(described: type[PoolStatistics | DeviceStatistics], figures: dict[str, Any]) -> dict[str, Any]:
+    return {field.name: figures[field.name] for field in fields(described) if field.name in figures}
 
 
 def collect(

@@ -40,8 +40,10 @@ def stats(disk: dict[str, Any], problem: str | None) -> Any:
     )
 
 
-def shown(capsys: pytest.CaptureFixture[str], disk: dict[str, Any], problem: str | None) -> str:
-    _show(stats({"used_bytes": 18 << 20, "budget_bytes": 10 << 30} | disk, problem), None)
+def shown(capsys: pytest.CaptureFixture[str], disk: dict[str, Any], problem: str | None, **lower: Any) -> str:
+    told = stats({"used_bytes": 18 << 20, "budget_bytes": 10 << 30} | disk, problem)
+    told.devices[0].lower.update(lower)
+    _show(told, None)
     return " ".join(capsys.readouterr().out.split())
 
 
@@ -55,8 +57,10 @@ def test_a_folder_that_is_gone_is_told_with_its_cause(capsys: pytest.CaptureFixt
 
 def test_removed_caches_that_are_still_on_disk_are_told_with_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     told = shown(capsys, {"errors": {"ESTALE": 3}, "pending_removals": 80}, None)
-    assert "host-0: 80 removed caches hidden, and still on disk: each is tried again every few seconds" in told
+    assert "host-0: 80 removed caches hidden, and still on disk: each is tried again, every minute at least" in told
     assert "still on disk" not in shown(capsys, {"errors": {"ESTALE": 3}, "pending_removals": 0}, None)
+    told = shown(capsys, {"errors": {}}, None, leftover_folders=["/d/p/host-1"], leftover_removals=1)
+    assert "host-0: removed content of 1 model may still be in folders that are not used: each is tried again" in told
 
 
 def test_errors_that_are_over_are_told_by_their_causes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ _ADVICE = {
     "EROFS": "it is mounted read-only, by choice or because its disk has failed (the system's log says so): mount it "
     "for writing, or start the pool with another disk_url",
     "EIO": "its disk fails, as the system's log will say: replace it, or start the pool with a disk_url on another",
+    "ENAMETOOLONG": "the tenant's name is too long for its file system: use a shorter one",
     "timeout": "the store does not answer: see whether its mount or its network works (`ls` there from that node). It "
     "is used again when it answers",
     "budget": "disk_budget is too small for all: make less durable at once, or start the pool with a larger one",
@@ -26,7 +27,7 @@ _OTHER = "mend what the message names, or start the pool with another disk_url"
 
 
 PENDING_REMOVALS = (
-    "each is tried again every few seconds, and goes by itself once the store works. Before the pool is deleted, "
+    "each is tried again, every minute at least, and goes by itself once the store works. Before the pool is deleted, "
     "invalidate again until that is not refused: the next start might find it"
 )
 """What to do about removals that the store has refused, as a sentence begins it."""

@@ -40,7 +40,8 @@ _CACHE = re.compile(
     rf"(?:({_PACK}){_IN_PACK})?([0-9a-f]{{32}})-([0-9a-f]{{32}}|{_ROOT})-(0|[1-9][0-9]{{0,18}}){re.escape(CACHE_SUFFIX)}"
 )
 _SPACE = re.compile(rf"([A-Za-z0-9_.~%-]*)@([A-Za-z0-9_.~%-]*){re.escape(SPACE_SUFFIX)}")
-_REMOVED = re.compile(rf"([0-9]{{1,18}}){re.escape(REMOVED_SUFFIX)}")
+_REMOVED_DIGITS = 18
+_REMOVED = re.compile(rf"([0-9]{{1,{_REMOVED_DIGITS}}}){re.escape(REMOVED_SUFFIX)}")
 
 
 class CacheName(NamedTuple):
@@ -118,6 +119,14 @@ def split_pack(path: str) -> tuple[str, str] | None:
     """Return the path of a pack and the name of the cache in it, or None for the path of a file."""
     pack, separator, file = path.rpartition(_IN_PACK)
     return (pack, file) if separator and pack.endswith(PACK_SUFFIX) else None
+
+
+def new_removal_number() -> int:
+    """Return a number that no removal ever had.
+
+    Not the next one: where nothing locks a folder that an earlier pool has left, several devices may remove there.
+    """
+    return secrets.randbelow(10**_REMOVED_DIGITS)
 
 
 def removal_name(number: int) -> str:

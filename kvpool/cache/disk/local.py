@@ -65,6 +65,20 @@ class LocalFolder:
         # Else what is removed from a pack would keep its room until all have gone.
         self.takes_packs = gives_room_back(lock)
 
+    def is_in_use(self) -> bool:
+        """Whether a process has the folder; none is told where locks do not reach the machine on which it runs."""
+        try:
+            lock = os.open(self._root / LOCK_NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(lock)
+        return False
+
     def close(self) -> None:
         if self._lock is not None:
             os.close(self._lock)
@@ -72,7 +86,8 @@ class LocalFolder:
 
     def list(self, path: str) -> Iterator[Found]:
         try:
-            listing = os.scandir(self._root / path)
+            with _too_long_is_missing():
+                listing = os.scandir(self._root / path)
         except FileNotFoundError:
             self._check()
             if not path:
@@ -177,7 +192,8 @@ class LocalFolder:
             self.remove_packed(packed[0], (packed[1],))
             return
         try:
-            (self._root / path).unlink()
+            with _too_long_is_missing():
+                (self._root / path).unlink()
         except FileNotFoundError:
             self._check()
 
@@ -202,7 +218,8 @@ class LocalFolder:
     def _sync_names(self, path: str) -> bool:
         """Sync what a folder lists; False if there is none: then no name in it can come back."""
         try:
-            folder = os.open(self._root / path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            with _too_long_is_missing():
+                folder = os.open(self._root / path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except FileNotFoundError:
             self._check()
             return False
@@ -232,3 +249,14 @@ class LocalFolder:
         with contextlib.suppress(FileExistsError):
             folder.mkdir(mode=0o700)  # without parents: see the class
             self._durable.discard(folder.name)  # somebody has removed the one before
+
+
+@contextlib.contextmanager
+def _too_long_is_missing() -> Iterator[None]:
+    """A name that the file system refuses as too long names nothing there: else it could never be removed for sure."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        raise FileNotFoundError(errno.ENOENT, str(error)) from error

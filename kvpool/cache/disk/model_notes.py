@@ -25,6 +25,7 @@ class ModelNotes:
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
         self._found: Spaces = {}
+        self._used: set[str] = set()  # folders in which something lies, or is about to
         # By folder of a tenant and fingerprint:
         self._wanted: dict[str, bytes] = {}
         self._written: dict[str, bytes] = {}
@@ -33,6 +34,7 @@ class ModelNotes:
     def take_over(self, found: Spaces) -> None:
         """Enter what an earlier life has left."""
         self._found = found
+        self._used = {space_name(*space) for space in found}
         self._written = {space_name(*space): content for space, content in found.items() if content is not None}
 
     def found(self) -> list[tuple[str, str, list[NotedModel]]]:
@@ -44,11 +46,11 @@ class ModelNotes:
         space = space_name(tenant, fingerprint)
         self._changing.setdefault(space, threading.Lock())
         wanted = self._wanted[space] = encode_models(tenant, fingerprint, models)
-        there = (tenant, fingerprint) in self._found or space in self._written
-        return there and wanted != self._written.get(space)
+        return space in self._used and wanted != self._written.get(space)
 
     def write(self, space: str) -> None:
         """Have the names on disk, for good, before content is written to a folder. Blocks; raises as the store does."""
+        self._used.add(space)  # first: of who wants other names from here on, either this knows, or :meth:`name`
         if self._wanted.get(space) in (None, self._written.get(space)):
             return
         with self._changing[space]:  # several threads may begin with the same model

@@ -77,11 +77,21 @@ class RemoteFolder:
         temporary = final + TEMPORARY_SUFFIX
         try:
             self._filesystem.pipe_file(temporary, content)
-            self._filesystem.mv(temporary, final)
+            self._rename(temporary, final)
         except Exception:
             with contextlib.suppress(Exception):  # the first error is the one to tell; the next start removes the file
                 self._filesystem.rm_file(temporary)
             raise
+
+    def _rename(self, temporary: str, final: str) -> None:
+        try:
+            self._filesystem.mv(temporary, final)
+        except Exception:
+            # Some drivers rename to no name that is taken, as that of the models that content is of may be.
+            if not self._filesystem.exists(final):
+                raise
+            self._filesystem.rm_file(final)
+            self._filesystem.mv(temporary, final)
 
     def write_together(self, files: Sequence[NewFile]) -> None:
         for path, parts in files:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Collection, Iterable, Sequence
 
 from kvpool.cache.disk.advice import advice_on
-from kvpool.cache.disk.file_names import space_name
+from kvpool.cache.disk.file_names import new_removal_number, space_name
 from kvpool.cache.disk.folder import Folder
 from kvpool.cache.disk.index import DiskEntry, DiskIndex
 from kvpool.cache.disk.removal import Removal
@@ -28,7 +28,6 @@ class Removals:
 
     def __init__(self, folder: Folder, index: DiskIndex, counters: DiskCounters, threads: Threads) -> None:
         self._folder, self._index, self._counters, self._threads = folder, index, counters, threads
-        self._next_number = 0
         self._stuck: dict[CacheKey, list[Removal]] = {}
         # Those whose callers have given up, in the order in which they are tried again. (No others: two threads must
         # not write down one removal at the same moment.)
@@ -40,7 +39,6 @@ class Removals:
         """Go on with removals that the start could not complete, and in mind of folders that it could not read."""
         self._doubtful.update(unread)
         for removal in removals:
-            self._next_number = max(self._next_number, removal.number + 1)
             self._enter(removal)
             self._left[removal] = None
 
@@ -168,8 +166,7 @@ class Removals:
         )
 
     def _new(self, entries: Iterable[DiskEntry]) -> Removal:
-        self._next_number += 1
-        return Removal(self._next_number - 1, entries)
+        return Removal(new_removal_number(), entries)
 
     def _enter(self, removal: Removal) -> None:
         for entry in removal.entries:

@@ -39,7 +39,7 @@ class DiskStatistics:
     """On request."""
     bad_files: dict[str, int]
     """Files that were not what their names said, and were removed, by cause: ``size`` (torn, truncated), ``checksum``,
-    ``header``, ``foreign``, ``version``, ``key``, ``missing``, ``name``, ``pack``, ``removal``."""
+    ``header``, ``foreign``, ``version``, ``key``, ``missing``, ``name``, ``names``, ``pack``, ``removal``."""
     leftover_files: int
     """Incomplete files of an earlier life that were removed at the start."""
     errors: dict[str, int]

@@ -21,7 +21,7 @@ from functools import partial
 from kvpool.cache.disk.admission import Admission
 from kvpool.cache.disk.advice import advice_on
 from kvpool.cache.disk.batches import answered
-from kvpool.cache.disk.file_names import space_name
+from kvpool.cache.disk.file_names import models_path, space_name
 from kvpool.cache.disk.folder import Folder
 from kvpool.cache.disk.folder_syncs import FolderSyncs
 from kvpool.cache.disk.index import DiskEntry, DiskIndex
@@ -144,11 +144,11 @@ class DiskTier:
         know of them.
         """
         was_open, self._open = self._open, False
-        while self._noting:
-            await asyncio.wait(self._noting)
         if was_open:
             async with self._removers.one():
                 await uncancelled(self._removals.note_left())
+        while self._noting:  # after that: one that hangs in the store must not keep a removal from being noted
+            await asyncio.wait(self._noting)
         await self._writers.close()
         await self._readers.close()
         await self._removers.close()
@@ -300,17 +300,17 @@ class DiskTier:
 
         Content that is not named comes back all the same, and nobody who asks by a model's name is told of it.
         """
-        if self._models.name(tenant, fingerprint, models):  # not only when more of it comes
-            task = asyncio.ensure_future(self._note_names(space_name(tenant, fingerprint)))
+        if self._models.name(tenant, fingerprint, models) and self._open:  # not only when more of it comes
+            task = asyncio.ensure_future(self._note_models(space_name(tenant, fingerprint)))
             self._noting.add(task)
             task.add_done_callback(self._noting.discard)
 
-    async def _note_names(self, space: str) -> None:
+    async def _note_models(self, space: str) -> None:
         async with self._writers.one():
             try:
                 await self._writers.run(self._models.write, space)
             except Exception as error:  # noqa: BLE001  drivers raise what they like; the next write there tries again
-                self._counters.count_error(f"noting the models of {space}", error)
+                self._counters.count_error(f"writing {models_path(space)}", error)
 
     # -- writing --------------------------------------------------------------------------------------------------
 
@@ -377,7 +377,8 @@ class DiskTier:
                 del self._writing[key]
                 write.release()
         if write.durable:
-            await uncancelled(self._writer.make_durable(entry))
+            # In this very step: who closes the tier has waited for the thread, and waits for syncs that were asked for.
+            await self._writer.make_durable(entry)
         write.succeed(None)
 
     def _refused(self, key: CacheKey) -> TierError | None:

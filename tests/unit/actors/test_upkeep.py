@@ -39,22 +39,26 @@ async def test_a_step_that_fails_is_told_once_for_each_cause_and_tried_again(cap
     assert "what it does failed" in caplog.text
 
 
-async def test_a_device_tries_removals_from_its_disk_again(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvpool.actors.device_actor._REMOVALS_S", 0.001)
+@pytest.mark.parametrize(
+    ("pause", "method"), [("_REMOVALS_S", "complete_removals"), ("_LEFTOVERS_S", "remove_from_leftovers")]
+)
+async def test_a_device_tries_removals_from_disk_again(
+    tmp_path, monkeypatch: pytest.MonkeyPatch, pause: str, method: str
+) -> None:
+    monkeypatch.setattr(f"kvpool.actors.device_actor.{pause}", 0.001)
     tried = asyncio.Event()
 
-    async def complete_removals(self: LowerTiers) -> None:
+    async def remove(self: LowerTiers) -> None:
         tried.set()
 
-    monkeypatch.setattr(LowerTiers, "complete_removals", complete_removals)
+    monkeypatch.setattr(LowerTiers, method, remove)
     page = 1 << 16
     tiers = {"host_bytes": 0, "disk_url": str(tmp_path / "disk"), "disk_bytes": page, "write_policy": "write_back"}
     actor = DeviceActor("p", "host-0", 4 * page, page, 4096, 16 * page, 0, str(tmp_path / "s"), 1, tiers=tiers)
     await actor.start()
     await asyncio.wait_for(tried.wait(), DEADLINE_S)
     await actor.shutdown()
-    assert actor._remover is not None
-    await asyncio.wait((actor._remover,))
+    await asyncio.wait(actor._removers)
     gc.unfreeze()  # the actor froze what this process had
 
 

@@ -231,6 +231,10 @@ def working(policy_failure: str | None = None, quotas: tuple[dict[str, Any], ...
             working(disk={"errors": {}}, leftover_folders=["/d/p/host-1"]),
             [("disk tier", OK, ""), ("disk tier", WARNING, "delete them, or start the pool with as many devices")],
         ),
+        (
+            working(disk={"errors": {}}, leftover_removals=2),
+            [("disk tier", OK, ""), ("disk tier", WARNING, "invalidate again until")],
+        ),
         (working(policy_failure="policy 'own' failed"), [("policy", WARNING, "kvpool set-policy --name p NAME")]),
         (working(quotas=({"warning": None},)), []),
         (

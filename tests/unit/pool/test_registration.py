@@ -5,7 +5,7 @@ from pool_harness import PAGE, LocalPool, keys_of
 
 from kvpool.cache.key import fingerprint
 from kvpool.errors import InvalidRequestError, TierError, from_wire
-from kvpool.pool.instructions import Batch, InvalidateRequested, QuotaSet
+from kvpool.pool.instructions import Batch, DeviceLost, InvalidateRequested, QuotaSet
 
 BLOCK = 4096
 SIZED = fingerprint(model="m")
@@ -174,3 +174,43 @@ def test_a_name_is_not_acknowledged_while_content_of_nobody_knows_which_model_li
     assert register(pool, revision="1").fingerprint == old
     assert invalidate(pool, keys=keys)["lower_keys"] == 1
     assert not pool.shelves[0].content
+
+
+def test_a_lost_disk_is_told_before_content_that_has_no_name(pool):
+    restore(pool, ("default", fingerprint(model="m", revision="1"), []))
+    register(pool)
+    pool.settle()
+    pool.handle(DeviceLost(1, "killed"))
+    error = from_wire(invalidate(pool)[1:])
+    assert isinstance(error, TierError)
+    assert (error.details["cause"], error.details["device"]) == ("device_lost", "host-1")
+    assert error.message.index("host-1 is lost, and its folder /disk/host-1") < error.message.index("not known")
+    assert "everywhere else it is gone" not in error.message
+
+
+def test_each_lost_disk_is_told_and_what_a_store_refused_beside_it(pool):
+    model = register(pool)
+    pool.settle()
+    pool.handle(DeviceLost(0, "killed"))
+    pool.shelves[1].forgotten = lambda *_: ("error", *TierError("it is read-only", cause="EROFS").to_wire())
+    error = from_wire(invalidate(pool, model.number)[1:])
+    assert (error.details["cause"], error.details["device"]) == ("device_lost", "host-0")
+    assert error.message.startswith("host-0 is lost, and its folder /disk/host-0")
+    assert error.message.endswith(". Also: it is read-only")
+    pool.handle(DeviceLost(1, "killed"))
+    error = from_wire(invalidate(pool, model.number)[1:])
+    assert "host-0, host-1 are lost, and their folders /disk/host-0, /disk/host-1 may" in error.message
+    assert "everywhere else it is gone" in error.message
+
+
+def test_a_name_is_not_acknowledged_while_a_folder_of_earlier_devices_could_not_be_read(pool):
+    with pytest.raises(InvalidRequestError):
+        invalidate(pool)
+    pool.take(pool.state.restore_models([], ["/disk/host-2"]))
+    with pytest.raises(InvalidRequestError, match=r"no model 'm' .*content in /disk/host-2 is not known"):
+        invalidate(pool)
+    model = register(pool)
+    error = from_wire(invalidate(pool, tenant="default")[1:])
+    assert error.details["cause"] == "unnamed"
+    assert "/disk/host-2" in error.message
+    assert invalidate(pool, model.number)["caches"] == 0

@@ -425,6 +425,24 @@ async def test_closing_finishes_what_runs_and_gives_up_what_waits(open_tier, fau
     assert tier.statistics().given_up == {"closed": 3}
 
 
+@pytest.mark.parametrize("size_bytes", [5000, 5001])  # the second takes the place of another
+@pytest.mark.parametrize("local", [True, False])
+async def test_a_durable_write_that_closing_has_waited_for_is_done(open_tier, tmp_path, faults, local, size_bytes):
+    where = FaultyFolder(str(tmp_path), faults) if local else URL
+    tier = await open_tier(where, threads=1)
+    if size_bytes != 5000:
+        await tier.write_through(key_of(0), None, content_of(0))
+    gate = faults.gates["write" if local else "put"] = threading.Event()
+    writing = asyncio.ensure_future(tier.write_through(key_of(0), None, content_of(0, size_bytes)))
+    await arrival(faults)
+    closing = asyncio.ensure_future(tier.close())
+    await asyncio.sleep(0)
+    gate.set()
+    await closing
+    await writing
+    assert await read(await open_tier(where), key_of(0)) == content_of(0, size_bytes)
+
+
 # -- what is said of them ---------------------------------------------------------------------------------------------
 
 

@@ -1,11 +1,14 @@
 """Folders of devices that a pool has no longer: told, and reached by what is removed."""
 
 import asyncio
+import shutil
 
 import pytest
-from disk_stores import Faults, FaultyFileSystem, content_of, key_of
+from disk_stores import DEADLINE_S, Faults, FaultyFileSystem, content_of, key_of
 
+from kvpool.cache.disk import leftovers as leftovers_module
 from kvpool.cache.disk.leftovers import Leftovers
+from kvpool.cache.disk.local import LocalFolder
 from kvpool.errors import TierError
 
 NAMES = ["host-0", "host-1", "host-2", "host-10", "host-01", "other"]
@@ -43,7 +46,9 @@ async def test_folders_of_devices_that_are_no_more_are_told(open_tier, url, capl
 
 async def test_what_is_removed_goes_from_them_and_nothing_else_does(open_tier, url):
     await filled(open_tier, url)
+    own = await open_tier(f"{url}/host-0")
     await Leftovers(url, 1).remove_space("default", "f")
+    await own.close()
     assert await having(open_tier, url, "f") == ["host-0", "host-01", "other"]
     assert await having(open_tier, url, "g") == NAMES
     await Leftovers(url, 1).remove_space("nobody", "f")
@@ -51,12 +56,13 @@ async def test_what_is_removed_goes_from_them_and_nothing_else_does(open_tier, u
 
 async def test_a_removal_waits_for_who_is_at_the_same_folder(open_tier, tmp_path):
     await filled(open_tier, str(tmp_path), ["host-0", "host-1"])
-    other = await open_tier(f"{tmp_path}/host-1")
+    own, other = [await open_tier(f"{tmp_path}/host-{number}") for number in range(2)]
     removing = [asyncio.ensure_future(Leftovers(str(tmp_path), 1).remove_space("default", "f")) for _ in range(2)]
     await asyncio.wait(removing, timeout=0.3)
     assert not any(each.done() for each in removing)
     await other.close()
     await asyncio.gather(*removing)
+    await own.close()
     assert await having(open_tier, str(tmp_path), "f") == ["host-0"]
 
 
@@ -70,3 +76,141 @@ async def test_a_store_that_does_not_let_it_be_sure_says_so(open_tier, faults, o
     FaultyFileSystem.faults = Faults()
     await Leftovers(url, 1).remove_space("default", "f")
     assert await having(open_tier, url, "f") == []
+
+
+@pytest.mark.parametrize("refused", ["list", "put and delete", "delete"])
+async def test_what_the_store_has_refused_is_tried_again(open_tier, faults, refused):
+    await filled(open_tier, "faulty://pool", ["host-1"])
+    leftovers = Leftovers("faulty://pool", 1)
+    faults.errors = dict.fromkeys(refused.split(" and "), PermissionError(13, "Permission denied"))
+    for fingerprint in "fg":
+        if refused == "delete":  # it is noted: the next start removes it
+            await leftovers.remove_space("default", fingerprint)
+        else:
+            with pytest.raises(TierError):
+                await leftovers.remove_space("default", fingerprint)
+    await leftovers.remove_again()
+    assert leftovers.pending == 2
+    assert any(name.endswith(".kvcache") for name in FaultyFileSystem.store)
+    faults.errors.clear()
+    await leftovers.remove_again()
+    assert leftovers.pending == 0
+    assert not [name for name in FaultyFileSystem.store if name.endswith((".kvcache", ".kvremoved"))]
+    await leftovers.remove_again()
+
+
+async def test_one_that_is_refused_again_keeps_no_other_from_it(open_tier, faults):
+    await filled(open_tier, "faulty://pool", ["host-1"])
+    leftovers = Leftovers("faulty://pool", 1)
+    faults.errors["list"] = PermissionError(13, "Permission denied")
+    for fingerprint in "fg":
+        with pytest.raises(TierError):
+            await leftovers.remove_space("default", fingerprint)
+    await leftovers.remove_again()
+    assert list(leftovers._going) == [("default", "g"), ("default", "f")]
+
+
+async def test_who_waits_for_a_folder_waits_no_longer_than_until_the_end(open_tier, tmp_path):
+    await filled(open_tier, str(tmp_path), ["host-1"])
+    await open_tier(f"{tmp_path}/host-1")  # of another pool, say
+    leftovers = Leftovers(str(tmp_path), 1)
+    removing = asyncio.ensure_future(leftovers.remove_space("default", "f"))
+    await asyncio.wait((removing,), timeout=0.3)
+    assert not removing.done()
+    await leftovers.remove_again()
+    assert leftovers.pending == 1
+    leftovers.close()
+    with pytest.raises(TierError, match="closed"):
+        await asyncio.wait_for(removing, DEADLINE_S)
+
+
+async def test_a_folder_that_cannot_be_read_is_told_and_hides_no_other(open_tier, tmp_path, monkeypatch, caplog):
+    leftovers = Leftovers(str(tmp_path), 1)
+    assert leftovers.unread == (str(tmp_path),), "nobody has looked yet"
+    await filled(open_tier, str(tmp_path), ["host-1", "host-2"])
+    (space,) = (tmp_path / "host-2").glob("f@*")
+    (space / "names.kvmodels").symlink_to("/nowhere" * 8)
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalFolder, "list", of_host_1_refused(LocalFolder.list))
+        await leftovers.look()
+    assert leftovers.unread == [f"{tmp_path}/host-1"]
+    assert leftovers.spaces == [("default", "f", []), ("default", "g", [])]
+    for told in ("host-1 is of is not known: [Errno 13]", "names.kvmodels cannot be read: [Errno 40]"):
+        assert any(told in message for message in caplog.messages)
+    await leftovers.look()
+    assert leftovers.unread == []
+    assert len(leftovers.spaces) == 4
+
+
+def of_host_1_refused(listing):
+    def listed(folder, path):
+        if "host-1" in folder.url:
+            raise PermissionError(13, "Permission denied")
+        return listing(folder, path)
+
+    return listed
+
+
+async def test_of_a_tenant_whose_name_is_too_long_for_a_folder_nothing_is_left(open_tier, tmp_path):
+    key = key_of(1, "é" * 60)
+    tier = await open_tier(f"{tmp_path}/host-0")
+    await filled(open_tier, str(tmp_path), ["host-1"])
+    with pytest.raises(TierError, match="use a shorter one"):
+        await tier.write_through(key, None, content_of(1))
+    assert await tier.space(key.tenant, key.fingerprint) == set()
+    assert await tier.remove([key]) == 0
+    await Leftovers(str(tmp_path), 1).remove_space(key.tenant, key.fingerprint)
+
+
+async def test_what_lies_in_a_folder_of_a_device_that_is_elsewhere_is_never_passed_over(
+    open_tier, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(leftovers_module, "_PATIENCE_S", 0.0)
+    await filled(open_tier, str(tmp_path), ["host-0", "host-1", "host-2"])
+    # Of two devices number 0 runs here, and number 1 did when this machine's disk was last used.
+    own = await open_tier(f"{tmp_path}/host-0")
+    leftovers = Leftovers(str(tmp_path), 2)
+    await leftovers.look()
+    assert leftovers.urls == [f"{tmp_path}/host-2"]
+    assert len(leftovers.spaces) == 4, "also what lies where nobody is"
+    with pytest.raises(TierError, match=rf"{tmp_path}/host-1, which no device uses") as caught:
+        await leftovers.remove_space("default", "f")
+    assert caught.value.details["cause"] == "unused_folder"
+    assert not list((tmp_path / "host-2").rglob("f@*/*.kvcache"))
+    assert list((tmp_path / "host-1").rglob("f@*/*.kvcache")), "it may be a device's whose lock does not reach here"
+    await leftovers.remove_space("default", "h")
+    other = await open_tier(f"{tmp_path}/host-1")  # its device is here after all
+    await leftovers.remove_space("default", "f")
+    await other.close()
+    shutil.rmtree(tmp_path / "host-1")
+    await leftovers.remove_space("default", "f")
+    assert own.find(key_of(1)) is not None, "that is its own to remove"
+
+
+async def test_a_device_whose_lock_does_not_reach_here_is_waited_for(open_tier, tmp_path, monkeypatch):
+    await filled(open_tier, str(tmp_path), ["host-1"])
+    device = await open_tier(f"{tmp_path}/host-1")
+    looked = asyncio.Event()
+
+    def is_in_use(folder):
+        loop.call_soon_threadsafe(looked.set)
+        return False
+
+    loop = asyncio.get_running_loop()
+    monkeypatch.setattr(leftovers_module, "_PATIENCE_S", DEADLINE_S)
+    monkeypatch.setattr(LocalFolder, "is_in_use", is_in_use)
+    removing = asyncio.ensure_future(Leftovers(str(tmp_path), 2).remove_space("default", "f"))
+    await looked.wait()
+    assert await device.remove([key_of(1)]) == 1
+    await removing
+
+
+async def test_devices_that_remove_in_one_folder_at_once_do_not_undo_each_others_notes(open_tier, faults):
+    await filled(open_tier, "faulty://pool", ["host-1"])
+    tiers = [await open_tier("faulty://pool/host-1") for _ in range(2)]  # as such a store has no locks
+    faults.errors = {"delete": PermissionError(13, "Permission denied")}
+    for tier, fingerprint in zip(tiers, "fg", strict=True):
+        assert await tier.remove([key_of(1, fingerprint=fingerprint)]) == 1
+        await tier.close()
+    faults.errors.clear()
+    assert (await open_tier("faulty://pool/host-1")).entries() == []

@@ -2,9 +2,10 @@
 
 import asyncio
 import errno
+import threading
 
 import pytest
-from disk_stores import Faults, FaultyFolder, content_of, key_of, read
+from disk_stores import DEADLINE_S, Faults, FaultyFolder, MovingFileSystem, arrived, content_of, key_of, read
 
 from kvpool.cache.disk.file_names import MODELS_NAME, models_path, space_name
 from kvpool.cache.disk.folder import folder_at
@@ -26,11 +27,17 @@ class Recorder(FaultyFolder):
         super().__init__(url, Faults())
         self.done = []
         self.refused = None
+        self.hanging = None
+        self.noted = threading.Event()
 
     def write(self, path, parts):
         if self.refused is not None and path.endswith(self.refused):
             raise OSError(errno.EIO, "Input/output error")
+        if self.hanging is not None and path.endswith(MODELS_NAME):
+            assert self.hanging.wait(DEADLINE_S)
         self._folder.write(path, parts)
+        if path.endswith(".kvremoved"):
+            self.noted.set()
         self.done.append(("write", path))
 
     def write_together(self, files):
@@ -163,6 +170,79 @@ async def test_a_name_that_comes_later_is_noted_though_nothing_is_written_any_mo
     assert (await open_tier(str(tmp_path))).spaces() == [("default", "f", [FIRST, ALIAS])]
 
 
+async def test_names_that_come_while_the_first_are_being_written_are_noted_though_nothing_follows(open_tier, faults):
+    tier = await open_tier("faulty://tier")
+    tier.name("default", "f", [FIRST])
+    gate = faults.gates["put"] = threading.Event()
+    writing = asyncio.ensure_future(tier.write_back(key_of(1), None, content_of(1)))
+    await arrived(faults)  # at the file of names
+    tier.name("default", "f", [FIRST, ALIAS])
+    gate.set()
+    assert await writing
+    await tier.close()
+    assert (await open_tier("faulty://tier")).spaces() == [("default", "f", [FIRST, ALIAS])]
+
+
+async def test_a_store_that_renames_to_no_name_that_is_taken_takes_other_names_too(open_tier, monkeypatch):
+    def mv(filesystem, source, target, **_):
+        if filesystem.exists(target):
+            raise FileExistsError(errno.EEXIST, "File exists", target)
+        filesystem.cp_file(source, target)
+        filesystem.rm_file(source)
+
+    monkeypatch.setattr(MovingFileSystem, "mv", mv)
+    url = "moving://tier"
+    try:
+        await written(open_tier, url, FIRST)
+        await written(open_tier, url, SECOND, numbers=(2,))  # with another limit, say
+        tier = await open_tier(url)
+        assert tier.spaces() == [("default", "f", [SECOND])]
+        assert tier.statistics().leftover_files == 0
+    finally:
+        MovingFileSystem.store.clear()
+        MovingFileSystem.pseudo_dirs[:] = [""]
+
+
+async def test_a_removal_is_noted_at_the_end_though_a_note_of_names_hangs(open_tier, tmp_path):
+    folder = Recorder(str(tmp_path))
+    tier = await open_tier(folder)
+    tier.name("default", "f", [FIRST])
+    await tier.write_through(key_of(1), None, content_of(1))
+    folder.refused = ".kvremoved"
+    folder._faults.errors["remove"] = OSError(errno.EIO, "Input/output error")
+    with pytest.raises(TierError):
+        await tier.remove([key_of(1)])
+    folder.refused = None
+    folder.hanging = threading.Event()
+    tier.name("default", "f", [FIRST, ALIAS])
+    closing = asyncio.ensure_future(tier.close())
+    try:
+        assert await asyncio.to_thread(folder.noted.wait, DEADLINE_S)
+        assert not closing.done()
+    finally:
+        folder.hanging.set()
+    await closing
+    assert (await open_tier(str(tmp_path))).find(key_of(1)) is None
+
+
+async def test_names_that_the_store_refuses_are_not_told_as_a_removal_that_failed(open_tier, tmp_path):
+    await written(open_tier, str(tmp_path))
+    folder = Recorder(str(tmp_path))
+    tier = await open_tier(folder)
+    folder.refused = MODELS_NAME
+    tier.name("default", "f", [FIRST])
+    await asyncio.gather(*tier._noting)
+    assert NAMES in str(tier.statistics().problem)
+    assert await tier.remove([key_of(1)]) == 1
+    await tier.complete_removals()
+    assert NAMES in str(tier.statistics().problem), "that something can be removed does not say that it can be written"
+    await tier.close()
+    before = tier.statistics().errors
+    tier.name("default", "f", [ALIAS])
+    assert not tier._noting
+    assert tier.statistics().errors == before
+
+
 async def test_names_of_what_is_not_there_any_more_do_no_harm_and_go(open_tier, url):
     await written(open_tier, url, FIRST)
     tier = await open_tier(url)
@@ -180,6 +260,7 @@ async def test_names_of_what_is_not_there_any_more_do_no_harm_and_go(open_tier, 
 async def test_folders_of_devices_that_are_no_more_tell_their_models_too(open_tier, url):
     for name, models in (("host-0", [FIRST]), ("host-1", [ALIAS]), ("host-2", [])):
         await written(open_tier, f"{url}/{name}", *models)
+    await open_tier(f"{url}/host-0")
     leftovers = Leftovers(url, 1)
     await leftovers.look()
     assert leftovers.spaces == [("default", "f", [ALIAS]), ("default", "f", [])]

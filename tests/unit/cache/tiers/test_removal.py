@@ -8,6 +8,7 @@ from disk_stores import DEADLINE_S, Faults, FaultyFileSystem, FaultyFolder, arri
 
 from kvpool.cache.disk.file_names import space_name
 from kvpool.cache.disk.leftovers import Leftovers
+from kvpool.cache.disk.local import LocalFolder
 from kvpool.errors import TierError
 from kvpool.memory.copying import view_at
 
@@ -324,6 +325,51 @@ async def test_what_is_removed_goes_from_folders_of_devices_that_are_no_more(ope
     await (device.tiers.remove_space("default", "f") if all_of_it else device.tiers.remove([key_of(1)]))
     again = await open_device(0, f"{tmp_path}/host-1")
     assert again.restored == []
+
+
+@pytest.mark.parametrize("all_of_it", [True, False])
+async def test_what_its_own_disk_refuses_goes_from_folders_of_earlier_devices_all_the_same(
+    open_device, tmp_path, all_of_it
+):
+    before = await open_device(0, f"{tmp_path}/host-1")
+    await before.tiers.write_through([before.written(1)])
+    await before.tiers.close()
+    device = await open_device(0, f"{tmp_path}/host-0", leftovers=Leftovers(str(tmp_path), 1))
+    await device.tiers.write_through([device.written(1)])
+    (tmp_path / "host-0").rename(tmp_path / "away")
+    with pytest.raises(TierError, match="host-0"):
+        await (device.tiers.remove_space("default", "f") if all_of_it else device.tiers.remove([key_of(1)]))
+    assert not list((tmp_path / "host-1").rglob("*.kvcache"))
+    assert device.tiers.statistics()["leftover_removals"] == 0
+
+
+async def test_removals_from_folders_of_earlier_devices_go_on_until_the_end(open_device, tmp_path):
+    before = await open_device(0, f"{tmp_path}/host-1")
+    await before.tiers.write_through([before.written(1)])
+    await before.tiers.close()
+    device = await open_device(0, f"{tmp_path}/host-0", leftovers=Leftovers(str(tmp_path), 1), deadline_s=0.2)
+    assert device.tiers.unread == []
+    other = LocalFolder(f"{tmp_path}/host-1")
+    other.open()  # as another pool has it, say
+    with pytest.raises(TierError, match="no answer within"):
+        await device.tiers.remove_space("default", "f")
+    assert device.tiers.statistics()["leftover_removals"] == 1
+    other.close()
+    await asyncio.wait_for(device.tiers.close(), DEADLINE_S)
+    assert not list((tmp_path / "host-1").rglob("*.kvcache"))
+
+
+async def test_nobody_waits_at_the_end_for_who_has_a_folder_of_an_earlier_device(open_device, tmp_path):
+    before = await open_device(0, f"{tmp_path}/host-1")
+    await before.tiers.write_through([before.written(1)])
+    await before.tiers.close()
+    device = await open_device(0, f"{tmp_path}/host-0", leftovers=Leftovers(str(tmp_path), 1), deadline_s=0.2)
+    other = LocalFolder(f"{tmp_path}/host-1")
+    other.open()
+    with pytest.raises(TierError, match="no answer within"):
+        await device.tiers.remove_space("default", "f")
+    await asyncio.wait_for(device.tiers.close(), DEADLINE_S)
+    other.close()
 
 
 async def test_a_model_whose_removal_is_not_sure_is_not_found_in_this_life(open_device, tmp_path):
