@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
-import signal
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,6 +11,7 @@ from typing import Any
 
 import click
 
+from kvpool.cli.interruption import Interruption
 from kvpool.cli.options import JSON
 from kvpool.cli.output import print_rows, progress, write_json
 from kvpool.cli.spinner import working
@@ -55,7 +53,10 @@ def compaction(json_path: str | None) -> None:
     """Time compaction by the size of caches, and allocations, also of a pool's client, while it runs beside them."""
     from kvpool.bench import compaction as benchmark
 
-    _report("compaction of 256 MiB in pages of 2 MiB", lambda: asyncio.run(benchmark.measure()), json_path)
+    title = "compaction of 256 MiB in pages of 2 MiB"
+    with Interruption() as interruption, working(f"measuring {title}"):
+        result = benchmark.measure(interruption.run)
+    _show(title, result, json_path)
 
 
 @bench.command()
@@ -64,7 +65,7 @@ def blocks(json_path: str | None) -> None:
     """Time blocks handed out inside a cache, and a cache resized by 1 GiB up and down, 100 times. About 2 minutes."""
     from kvpool.bench import blocks as benchmark
 
-    _report("growth in place", lambda: asyncio.run(benchmark.measure()), json_path)
+    _report("growth in place", benchmark.measure, json_path)
 
 
 @bench.command()
@@ -73,7 +74,7 @@ def concurrency(json_path: str | None) -> None:
     """Time 1, 100 and 1,000 concurrent requests, beside unmerged calls, a no-op actor, and with telemetry on."""
     from kvpool.bench import concurrency as benchmark
 
-    _report("concurrent requests of 64 KiB", lambda: asyncio.run(benchmark.measure()), json_path)
+    _report("concurrent requests of 64 KiB", benchmark.measure, json_path)
 
 
 @bench.command()
@@ -93,8 +94,11 @@ def disk(folder: Path, json_path: str | None) -> None:
     """
     from kvpool.bench import disk as benchmark
 
-    with _ended_by_sigterm(), TemporaryDirectory(prefix="kvpool-bench-", dir=folder) as inside:
-        _report("the disk tier", lambda: asyncio.run(benchmark.measure(Path(inside))), json_path)
+    title = "the disk tier"
+    made = TemporaryDirectory(prefix="kvpool-bench-", dir=folder)
+    with Interruption() as interruption, made as inside, working(f"measuring {title}"):
+        result = interruption.run(benchmark.measure(Path(inside)))
+    _show(title, result, json_path)
 
 
 @bench.command()
@@ -139,7 +143,7 @@ def put_get(json_path: str | None) -> None:
     """Time storing and reading of 512 MiB in blocks of 2 MiB, beside memcpy and ray.put / ray.get."""
     from kvpool.bench import put_get as benchmark
 
-    _report("512 MiB in blocks of 2 MiB", lambda: asyncio.run(benchmark.measure()), json_path)
+    _report("512 MiB in blocks of 2 MiB", benchmark.measure, json_path)
 
 
 @bench.command()
@@ -148,7 +152,7 @@ def quotas(json_path: str | None) -> None:
     """Time how soon a model gets its guarantee of 40 % while another idles, borrows, or asks for all it can."""
     from kvpool.bench import quotas as benchmark
 
-    _report("guarantees that were borrowed", lambda: asyncio.run(benchmark.measure()), json_path)
+    _report("guarantees that were borrowed", benchmark.measure, json_path)
 
 
 @bench.command()
@@ -157,7 +161,7 @@ def tiers(json_path: str | None) -> None:
     """Time bringing 512 MiB down to the host tier and up again, beside memcpy of the same bytes."""
     from kvpool.bench import tiers as benchmark
 
-    _report("the host tier, 512 MiB in caches of 2 MiB", lambda: asyncio.run(benchmark.measure()), json_path)
+    _report("the host tier, 512 MiB in caches of 2 MiB", benchmark.measure, json_path)
 
 
 @bench.command()
@@ -166,32 +170,17 @@ def waiting(json_path: str | None) -> None:
     """Time a release past 2,000 waiting requests, and the return of a killed client's memory."""
     from kvpool.bench import waiting as benchmark
 
-    _report("memory that is waited for", lambda: asyncio.run(benchmark.measure()), json_path)
+    _report("memory that is waited for", benchmark.measure, json_path)
 
 
 def _shortened(value: object) -> object:
     return round(value, 2) if isinstance(value, float) else value
 
 
-@contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM end the block as an exception does, so that what it made is cleaned up."""
-
-    def end(number: int, _frame: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not end the cleaning up
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _report(title: str, run: Callable[[], dict[str, Any]], json_path: str | None) -> None:
+def _report(title: str, measure: Callable[[], Coroutine[Any, Any, dict[str, Any]]], json_path: str | None) -> None:
     """Run a benchmark and print its rows."""
-    with _ended_by_sigterm(), working(f"measuring {title}"):
-        result = run()
+    with Interruption() as interruption, working(f"measuring {title}"):
+        result = interruption.run(measure())
     _show(title, result, json_path)
 
 
@@ -203,7 +192,7 @@ def _report_steps(
     columns: Mapping[str, str] | None = None,
 ) -> None:
     """Run a benchmark that tells how many of its steps are done; print its rows as :func:`_show` does."""
-    with _ended_by_sigterm(), progress(f"measuring {title}", total=steps) as done:
+    with Interruption(), progress(f"measuring {title}", total=steps) as done:
         result = run(done)
     _show(title, result, json_path, columns)
 

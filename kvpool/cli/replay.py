@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
 import click
 
 from kvpool.cli.destination import check_folder, writing
+from kvpool.cli.interruption import Interruption
 from kvpool.cli.options import JSON
 from kvpool.cli.output import print_rows, progress, write_json
 from kvpool.sizes import format_count
@@ -67,8 +67,8 @@ def replay(
     requests = list(read_trace(path)) if path else list(generate(seed))
     requests = requests[:limit]
     plan = ReplayPlan(devices, capacity, block_bytes, replicas, in_flight, speed, policy, pool)
-    with progress("replaying", total=len(requests)) as done:
-        result = asyncio.run(run_replay(requests, plan, done))
+    with Interruption() as interruption, progress("replaying", total=len(requests)) as done:
+        result = interruption.run(run_replay(requests, plan, done))
     if json_path is not None:
         write_json(json_path, result.to_dict())
     else:
