@@ -345,6 +345,14 @@ def test_an_older_revision_changes_nothing_and_is_told_what_holds(pool):
     assert set_quota(pool, "a", "20%", revision=9)["limit"] is None  # the whole quota is stated
 
 
+def test_after_the_last_revision_a_quota_can_still_be_set_without_one(pool):
+    last = 2**63 - 1
+    assert set_quota(pool, "a", "10%", revision=last)["applied"]
+    holds = set_quota(pool, "a", "20%")
+    assert (holds["applied"], holds["guaranteed"], holds["revision"]) == (True, "20%", last)
+    assert not set_quota(pool, "a", "30%", revision=last)["applied"]
+
+
 @pytest.mark.parametrize(
     ("quota", "error"),
     [
@@ -354,6 +362,9 @@ def test_an_older_revision_changes_nothing_and_is_told_what_holds(pool):
         ({"guaranteed": -1}, InvalidSizeError),
         ({"limit": "much"}, InvalidSizeError),
         ({"revision": 0}, InvalidRequestError),
+        ({"revision": -1}, InvalidRequestError),
+        ({"revision": 2**63}, InvalidRequestError),
+        ({"revision": 10**30}, InvalidRequestError),
         ({"revision": "2"}, InvalidRequestError),
         ({"model": ""}, InvalidRequestError),
         ({"tenant": ""}, InvalidRequestError),
