@@ -38,7 +38,12 @@ def bench() -> None:
     """Measure, beside something measured in the same run."""
 
 
-@bench.command()
+def _benchmark(name: str, measures: str, lasts: str) -> Callable[[Callable[..., None]], click.Command]:
+    """Make a command of a benchmark; its help says how long it lasts: on two cores with little else to do."""
+    return bench.command(name, short_help=f"{measures} ({lasts}).", epilog=f"Lasts about {lasts} on an idle machine.")
+
+
+@_benchmark("alloc", "Allocators alone", "40 s")
 @JSON
 def alloc(json_path: str | None) -> None:
     """Time the allocators alone, by size class and under churn."""
@@ -47,7 +52,7 @@ def alloc(json_path: str | None) -> None:
     _report_steps("allocators", benchmark.STEPS, benchmark.run, json_path)
 
 
-@bench.command()
+@_benchmark("compaction", "Compaction, and what others notice of it", "1.5 min")
 @JSON
 def compaction(json_path: str | None) -> None:
     """Time compaction by the size of caches, and allocations, also of a pool's client, while it runs beside them."""
@@ -59,16 +64,16 @@ def compaction(json_path: str | None) -> None:
     _show(title, result, json_path)
 
 
-@bench.command()
+@_benchmark("blocks", "Growth in place: blocks, and a cache resized by 1 GiB", "2 min")
 @JSON
 def blocks(json_path: str | None) -> None:
-    """Time blocks handed out inside a cache, and a cache resized by 1 GiB up and down, 100 times. About 2 minutes."""
+    """Time blocks handed out inside a cache, and a cache resized by 1 GiB up and down, 100 times."""
     from kvpool.bench import blocks as benchmark
 
     _report("growth in place", benchmark.measure, json_path)
 
 
-@bench.command()
+@_benchmark("concurrency", "1, 100 and 1,000 concurrent requests; telemetry", "1 min")
 @JSON
 def concurrency(json_path: str | None) -> None:
     """Time 1, 100 and 1,000 concurrent requests, beside unmerged calls, a no-op actor, and with telemetry on."""
@@ -77,7 +82,7 @@ def concurrency(json_path: str | None) -> None:
     _report("concurrent requests of 64 KiB", benchmark.measure, json_path)
 
 
-@bench.command()
+@_benchmark("disk", "The disk tier, beside dd", "1.5 min")
 @click.option(
     "--folder",
     type=click.Path(exists=True, file_okay=False, writable=True, path_type=Path),
@@ -87,7 +92,7 @@ def concurrency(json_path: str | None) -> None:
 )
 @JSON
 def disk(folder: Path, json_path: str | None) -> None:
-    """Time the disk tier: writing and reading back, beside dd of the same bytes in the same folder. Some minutes.
+    """Time the disk tier: writing and reading back, beside dd of the same bytes in the same folder.
 
     Each 'ratio' is the median of seven rounds', 'ratios' from the lowest to the highest (--json has all): each round is
     compared with what was measured just before and after it.
@@ -101,7 +106,7 @@ def disk(folder: Path, json_path: str | None) -> None:
     _show(title, result, json_path)
 
 
-@bench.command()
+@_benchmark("evict", "Eviction in the books of a pool", "1 min")
 @JSON
 def evict(json_path: str | None) -> None:
     """Time eviction in the books of a pool: for each request, at worst, and of 512 MiB at once; ADAPTIVE beside LRU."""
@@ -110,7 +115,7 @@ def evict(json_path: str | None) -> None:
     _report_steps("eviction", benchmark.STEPS, benchmark.run, json_path)
 
 
-@bench.command()
+@_benchmark("fragmentation", "What churn wastes, and what compaction wins back", "10 s")
 @click.option(
     "--trace",
     type=click.Path(path_type=Path),
@@ -137,7 +142,7 @@ def fragmentation(trace: Path | None, json_path: str | None) -> None:
     _report_steps("churn on 256 MiB in pages of 2 MiB", len(patterns), run, json_path, _FRAGMENTATION)
 
 
-@bench.command("put-get")
+@_benchmark("put-get", "Storing and reading 512 MiB, beside memcpy and Ray", "20 s")
 @JSON
 def put_get(json_path: str | None) -> None:
     """Time storing and reading of 512 MiB in blocks of 2 MiB, beside memcpy and ray.put / ray.get."""
@@ -146,7 +151,7 @@ def put_get(json_path: str | None) -> None:
     _report("512 MiB in blocks of 2 MiB", benchmark.measure, json_path)
 
 
-@bench.command()
+@_benchmark("quotas", "How soon a guarantee that was borrowed is there", "20 s")
 @JSON
 def quotas(json_path: str | None) -> None:
     """Time how soon a model gets its guarantee of 40 % while another idles, borrows, or asks for all it can."""
@@ -155,7 +160,7 @@ def quotas(json_path: str | None) -> None:
     _report("guarantees that were borrowed", benchmark.measure, json_path)
 
 
-@bench.command()
+@_benchmark("tiers", "The host tier: 512 MiB down and up", "15 s")
 @JSON
 def tiers(json_path: str | None) -> None:
     """Time bringing 512 MiB down to the host tier and up again, beside memcpy of the same bytes."""
@@ -164,7 +169,7 @@ def tiers(json_path: str | None) -> None:
     _report("the host tier, 512 MiB in caches of 2 MiB", benchmark.measure, json_path)
 
 
-@bench.command()
+@_benchmark("waiting", "Requests that wait for memory", "20 s")
 @JSON
 def waiting(json_path: str | None) -> None:
     """Time a release past 2,000 waiting requests, and the return of a killed client's memory."""
