@@ -9,10 +9,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from multiprocessing.sharedctypes import SynchronizedArray
 from pathlib import Path
 from statistics import fmean, pstdev
-from tempfile import TemporaryFile
 from typing import Any, NamedTuple
 
-from kvpool.errors import ConfigError
 from kvpool.simulate import SimulationRow, offline_bound, simulate
 from kvpool.sizes import format_count
 from kvpool.workload import TraceRequest
@@ -167,34 +165,10 @@ def as_json(
     }
 
 
-def make_folder(folder: Path) -> None:
-    """Make the folder of a report; called before hours are spent on what is in it.
-
-    Raises
-    ------
-    ConfigError
-        If the folder cannot be made or written to.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise _cannot_write(folder, error) from None
-
-
-def _cannot_write(folder: Path, error: OSError) -> ConfigError:
-    return ConfigError(f"--out {folder}: cannot write there ({error.strerror})", asked=str(folder))
-
-
 def write(title: str, payload: dict[str, Any], table: Sequence[ComparisonRow], folder: Path) -> list[Path]:
     """Write ``simulate.json``, ``simulate.md`` and, where matplotlib is installed, ``simulate.png``.
 
-    Returns what was written.
-
-    Raises
-    ------
-    ConfigError
-        If the folder cannot be made or written to.
+    Makes the folder; returns what was written.
     """
     capacities = payload["capacities"]
     lines = printable(table, capacities)
@@ -203,12 +177,9 @@ def write(title: str, payload: dict[str, Any], table: Sequence[ComparisonRow], f
     text += [f"| {' | '.join(header)} |", f"|---|{'---:|' * (len(header) - 1)}"]
     text += [f"| {' | '.join(line.values())} |" for line in lines]
     written = [folder / "simulate.json", folder / "simulate.md"]
-    make_folder(folder)
-    try:
-        written[0].write_text(json.dumps(payload, indent=2) + "\n", encoding="utf-8")
-        written[1].write_text("\n".join(text) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise _cannot_write(folder, error) from None
+    folder.mkdir(parents=True, exist_ok=True)
+    written[0].write_text(json.dumps(payload, indent=2) + "\n", encoding="utf-8")
+    written[1].write_text("\n".join(text) + "\n", encoding="utf-8")
     try:
         import matplotlib as mpl
     except ImportError:

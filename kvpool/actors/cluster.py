@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 import socket
 from collections.abc import Callable
 from contextvars import Context
@@ -110,10 +111,13 @@ def _init(**options: Any) -> None:
     """
     logger = logging.getLogger("ray._private.worker")
     logger.addFilter(_tells_more_than_sigterm)
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING, **options)
     finally:
         logger.removeFilter(_tells_more_than_sigterm)
+        if handler is not signal.SIG_DFL and signal.getsignal(signal.SIGTERM) is not handler:
+            signal.signal(signal.SIGTERM, handler)  # Ray takes it for its own, which exits, whoever had it before
 
 
 def _tells_more_than_sigterm(record: logging.LogRecord) -> bool:

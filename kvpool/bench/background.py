@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from kvpool.actors.cluster import ensure_own_ray
 from kvpool.bench.rows import quantile, row
 from kvpool.cache.key import encode_block_id
 from kvpool.client import CachePool, Model, ModelSpec
+from kvpool.client.temporary import temporary_pool
 from kvpool.errors import ensure
 from kvpool.sizes import KIB, MIB, format_size
 
@@ -27,23 +27,18 @@ _BEGIN_S = 30.0
 
 async def measure() -> list[dict[str, Any]]:
     """Return the rows. Two pools of their own, asked in turn, so that whatever else goes on meets both."""
-    ensure_own_ray()
-    pools: list[CachePool] = []
-    try:
-        for name, threshold in (("beside", 0.0), ("without", 1.0)):
-            pool = await CachePool.create(
-                name=f"bench-{name}-{os.getpid()}",
-                devices=f"host:1x{_CAPACITY_BYTES}",
-                page_size=_PAGE_BYTES,
-                reserve=1.0,
-                compaction_threshold=threshold,
-            )
-            pools.append(pool)
-        return await _rows(*pools)
-    finally:
-        for pool in pools:
-            await pool.delete(drain_s=10.0)
-            await pool.close()
+    beside, without = (
+        temporary_pool(
+            name=f"bench-{name}-{os.getpid()}",
+            devices=f"host:1x{_CAPACITY_BYTES}",
+            page_size=_PAGE_BYTES,
+            reserve=1.0,
+            compaction_threshold=threshold,
+        )
+        for name, threshold in (("beside", 0.0), ("without", 1.0))
+    )
+    async with beside as compacting, without as other:
+        return await _rows(compacting, other)
 
 
 async def _rows(beside: CachePool, without: CachePool) -> list[dict[str, Any]]:

@@ -8,8 +8,8 @@ import time
 from typing import Any
 
 from kvpool.bench.rows import median, quantile, row
-from kvpool.client import CachePool
 from kvpool.client.cache import VirtualKVCache
+from kvpool.client.temporary import temporary_pool
 from kvpool.errors import ensure
 from kvpool.memory.block_space import BlockSpace
 from kvpool.sizes import GIB, KIB, MIB
@@ -26,10 +26,9 @@ _BLOCK_BYTES = 256 * KIB
 async def measure() -> dict[str, Any]:
     """Run the benchmark with a pool of its own; returns ``{"bench": "blocks", "rows": [...]}``. Takes 1.1 GiB."""
     rows = [_space_row()]
-    pool = await CachePool.create(
+    async with temporary_pool(
         name=f"bench-{os.getpid()}", devices="host:1x1152MiB", page_size="2MiB", timeout_s=120.0
-    )
-    try:
+    ) as pool:
         async with await pool.request_cache("bench", size_mb=2, max_size_mb=512) as cache:
             rows += await _allocator_rows(cache)
         async with await pool.request_cache("bench", size=_KEPT_BYTES, max_size="1028MiB") as cache:
@@ -38,8 +37,6 @@ async def measure() -> dict[str, Any]:
         stats = await pool.stats()
         leaked_bytes = stats.total("backed_bytes") + stats.total("live_bytes")
         rows.append(row("left when all is released", leaked_bytes, "bytes"))
-    finally:
-        await pool.delete()
     return {"bench": "blocks", "rows": rows}
 
 

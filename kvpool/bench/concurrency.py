@@ -12,10 +12,11 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from kvpool.actors.cluster import call, ensure_own_ray, kill, make_worker
+from kvpool.actors.cluster import call, kill, make_worker
 from kvpool.bench import telemetry
 from kvpool.bench.rows import median, quantile, row
 from kvpool.client import CachePool, Model
+from kvpool.client.temporary import temporary_pool
 
 SIZE_BYTES = 64 * 1024
 MANY = 1000
@@ -36,8 +37,7 @@ async def measure() -> dict[str, Any]:
     with_telemetry = telemetry.is_measurable()
     if not with_telemetry:
         print("telemetry is not measured: pip install 'kvpool[otlp]'", file=sys.stderr)
-    ensure_own_ray()
-    async with await CachePool.create(name=f"bench-{os.getpid()}", devices="host:1x256MiB") as pool:
+    async with temporary_pool(name=f"bench-{os.getpid()}", devices="host:1x256MiB") as pool:
         floor = make_worker(NoOp)
         try:
             model = await pool.model("bench")
@@ -45,7 +45,6 @@ async def measure() -> dict[str, Any]:
             rows = await _rows(pool, model, floor)
         finally:
             kill(floor)
-            await pool.delete(drain_s=10.0)
     return {"bench": "concurrency", "rows": rows + (await telemetry.rows() if with_telemetry else [])}
 
 

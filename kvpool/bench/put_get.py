@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from kvpool.actors.cluster import ensure_own_ray, object_get, object_put
+from kvpool.actors.cluster import object_get, object_put
 from kvpool.bench.rows import median, row
 from kvpool.cache.key import encode_block_id
-from kvpool.client import CachePool, Model, ModelSpec
+from kvpool.client import Model, ModelSpec
 from kvpool.client.putting import threads_for
+from kvpool.client.temporary import temporary_pool
 from kvpool.sizes import MIB
 
 BLOCK_BYTES = 2 * MIB
@@ -26,13 +27,8 @@ _GIB = 1 << 30
 
 async def measure() -> dict[str, Any]:
     """Run the benchmark on a pool of its own; returns ``{"bench": ..., "rows": [...]}``."""
-    ensure_own_ray()
-    async with await CachePool.create(name=f"bench-{os.getpid()}", devices="host:1x1GiB") as pool:
-        try:
-            model = await pool.model(ModelSpec("bench", block_bytes=BLOCK_BYTES))
-            rows = await _rows(model)
-        finally:
-            await pool.delete(drain_s=10.0)
+    async with temporary_pool(name=f"bench-{os.getpid()}", devices="host:1x1GiB") as pool:
+        rows = await _rows(await pool.model(ModelSpec("bench", block_bytes=BLOCK_BYTES)))
     return {"bench": "put-get", "rows": rows}
 
 

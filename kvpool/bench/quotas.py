@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from kvpool.actors.cluster import ensure_own_ray
 from kvpool.bench.rows import median, row
 from kvpool.cache.key import encode_block_id
 from kvpool.client import CachePool, Model, ModelSpec, VirtualKVCache
+from kvpool.client.temporary import temporary_pool
 from kvpool.errors import CapacityError, ensure
 
 SIZE_BYTES = 64 * 1024
@@ -25,33 +25,28 @@ _AT_ONCE = 64
 
 async def measure() -> dict[str, Any]:
     """Run the benchmark on a pool of its own; returns ``{"bench": ..., "rows": [...]}``."""
-    ensure_own_ray()
     # What this process has imported is 200,000 objects, through which each full collection goes for 60 ms and more. A
     # process that minds such a pause freezes them once it has loaded its model, and what is measured here is the pool.
     gc.collect()
     gc.freeze()
-    pool = await CachePool.create(
+    async with temporary_pool(
         name=f"bench-{os.getpid()}", devices=f"host:1x{CAPACITY_BYTES}", page_size=SIZE_BYTES, reserve=1.0
-    )
-    async with pool:
-        try:
-            owner, other = [await pool.model(ModelSpec(name, block_bytes=SIZE_BYTES)) for name in ("owner", "other")]
-            for model in (owner, other):
-                await pool.set_quota(model=model, guaranteed=f"{SHARE}%", limit="80%")
-            count = CAPACITY_BYTES * SHARE // 100 // SIZE_BYTES
-            idle_ms, borrowed_ms, burst_ms, first_ms, first_idle_ms = [], [], [], [], []
-            for number in range(_ROUNDS):
-                await pool.evict("all")
-                first_idle_ms.append(await _take(owner, 1))
-                idle_ms.append(await _take(owner, count))
-                await _borrow(other, number)
-                first_ms.append(await _take(owner, 1))
-                await _borrow(other, number)
-                borrowed_ms.append(await _take(owner, count))
-                await _borrow(other, number)
-                burst_ms.append(await _beside_a_burst(pool, owner, other, count))
-        finally:
-            await pool.delete(drain_s=10.0)
+    ) as pool:
+        owner, other = [await pool.model(ModelSpec(name, block_bytes=SIZE_BYTES)) for name in ("owner", "other")]
+        for model in (owner, other):
+            await pool.set_quota(model=model, guaranteed=f"{SHARE}%", limit="80%")
+        count = CAPACITY_BYTES * SHARE // 100 // SIZE_BYTES
+        idle_ms, borrowed_ms, burst_ms, first_ms, first_idle_ms = [], [], [], [], []
+        for number in range(_ROUNDS):
+            await pool.evict("all")
+            first_idle_ms.append(await _take(owner, 1))
+            idle_ms.append(await _take(owner, count))
+            await _borrow(other, number)
+            first_ms.append(await _take(owner, 1))
+            await _borrow(other, number)
+            borrowed_ms.append(await _take(owner, count))
+            await _borrow(other, number)
+            burst_ms.append(await _beside_a_burst(pool, owner, other, count))
     all_of_it = f"{count} caches of 64 KiB, its guarantee of {SHARE} %"
     idle, first_idle = median(idle_ms), median(first_idle_ms)
     rows = [

@@ -10,7 +10,7 @@ import time
 import timeit
 import urllib.request
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import Any
 
 from opentelemetry import trace
@@ -18,6 +18,7 @@ from opentelemetry import trace
 from kvpool.actors.cluster import call, kill, make_worker
 from kvpool.bench.rows import median, row
 from kvpool.client import CachePool, Model
+from kvpool.client.temporary import temporary_pool
 from kvpool.telemetry.calls import client_call
 from kvpool.telemetry.metric import record_metric
 from kvpool.telemetry.sdk import adopt, environment, set_up_command_line
@@ -138,9 +139,9 @@ async def _rows(without: Any, with_telemetry: Any, port: int) -> list[dict[str, 
 async def _client(variables: dict[str, str]) -> AsyncIterator[Any]:
     """Give a client of a pool of its own; both have telemetry as these variables say."""
     name = f"bench-{os.getpid()}-{'on' if variables else 'off'}"
-    with _only(variables):
-        pool = await CachePool.create(name=name, devices="host:1x128MiB")
-    async with pool:
+    async with AsyncExitStack() as stack:
+        with _only(variables):
+            pool = await stack.enter_async_context(temporary_pool(name=name, devices="host:1x128MiB"))
         client = make_worker(Client, variables)
         try:
             await call(client.connect, pool.name)
@@ -149,7 +150,6 @@ async def _client(variables: dict[str, str]) -> AsyncIterator[Any]:
             await call(client.close)
         finally:
             kill(client)
-            await pool.delete(drain_s=10.0)
 
 
 @contextmanager

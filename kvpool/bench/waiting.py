@@ -8,10 +8,11 @@ import sys
 import time
 from typing import Any
 
-from kvpool.actors.cluster import address, call, ensure_own_ray, kill, make_worker
+from kvpool.actors.cluster import address, call, kill, make_worker
 from kvpool.bench.concurrency import NoOp
 from kvpool.bench.rows import median, row
 from kvpool.client import CachePool, Model, VirtualKVCache
+from kvpool.client.temporary import temporary_pool
 from kvpool.errors import ensure
 
 SIZE_BYTES = 64 * 1024
@@ -35,11 +36,9 @@ async def hold(name: str) -> None:
 
 async def measure() -> dict[str, Any]:
     """Run the benchmark on a pool of its own; returns ``{"bench": ..., "rows": [...]}``."""
-    ensure_own_ray()
-    pool = await CachePool.create(
+    async with temporary_pool(
         name=f"bench-{os.getpid()}", devices=f"host:1x{CAPACITY_BYTES}", page_size=SIZE_BYTES, reserve=1.0
-    )
-    async with pool:
+    ) as pool:
         floor = make_worker(NoOp)
         try:
             model = await pool.model("bench")
@@ -48,7 +47,6 @@ async def measure() -> dict[str, Any]:
             killed_ms = [await _kill_round(pool, model) for _ in range(_KILLS)]
         finally:
             kill(floor)
-            await pool.delete(drain_s=10.0)
     line = f"{WAITING} waiting"
     rows = [
         row(f"{line}: release acknowledged, beside a no-op call", median(acknowledged_ms), "ms", floor_ms),

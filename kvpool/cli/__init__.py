@@ -6,6 +6,7 @@ Subcommands are imported when they are called, so that those that need no cluste
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Mapping
 from importlib import import_module
@@ -83,13 +84,22 @@ class LazyGroup(click.Group):
             fail(trace.get_current_span(), type(error).__name__, error.message)
             click.echo(f"kvpool: {_told(error)}", err=True)
             ctx.exit(EXIT_ERROR)
+        except KeyboardInterrupt as interrupt:
+            failed = interrupt.__cause__
+            told = f" (then, in cleaning up: {_line(failed)})" if failed is not None else ""
+            click.echo(f"kvpool: interrupted{told}", err=True)
+            ctx.exit(128 + getattr(interrupt, "number", signal.SIGINT))  # as a shell tells which signal it was
 
 
 def _told(error: BaseException) -> str:
     """Return an error in one line; what went wrong first comes first, if this one came up in its clean-up."""
     first = None if error.__suppress_context__ else error.__context__
-    told = " ".join(str(error).split()) or type(error).__name__
+    told = _line(error)
     return told if first is None else f"{_told(first)} (then, in cleaning up: {told})"
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 @click.group(

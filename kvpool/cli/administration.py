@@ -17,8 +17,9 @@ import click
 from opentelemetry.context import get_current
 
 from kvpool.actors.protocol import STEPS_S
+from kvpool.cli.destination import check_file
 from kvpool.cli.options import JSON, MODEL, NAME, ONE_MODEL, TENANT, format_key, format_model, parse_keys
-from kvpool.cli.output import cannot_write, print_rows, write_json
+from kvpool.cli.output import print_rows, write_json
 from kvpool.cli.spinner import working
 from kvpool.errors import InvalidRequestError, from_wire
 from kvpool.sizes import format_count, format_size, parse_size
@@ -333,28 +334,33 @@ def set_policy(name: str, policy: str, json_path: str | None) -> None:
 @NAME
 @TENANT
 @click.option("--limit", type=click.IntRange(min=1), help="End after so many events.")
-@click.option("--json", "json_path", metavar="FILE", default="-", show_default=True, help="Write JSON lines to FILE.")
+@click.option(
+    "--json",
+    "json_path",
+    metavar="FILE",
+    default="-",
+    show_default=True,
+    callback=check_file,
+    help="Write JSON lines to FILE.",
+)
 def events(name: str, tenant: str | None, limit: int | None, json_path: str) -> None:
     """Write what happens to the pool's content, as it happens: a line of JSON for each event, until Ctrl-C."""
     from kvpool.client.events import EventReader
 
-    async def run(out: Any) -> None:
+    async def run() -> None:
         reader = EventReader(partial(_call, (await _find(name)).events), tenant)
         await reader.start()
         click.echo(f"listening to pool {name}", err=True)
         left = limit
-        while left is None or left > 0:
-            for event in (await reader.poll())[:left]:
-                out.write(json.dumps(event.to_dict()) + "\n")
-                left = left if left is None else left - 1
-            out.flush()
+        with click.open_file(json_path, "w", encoding="utf-8") as out:  # not before the pool is found: it empties it
+            while left is None or left > 0:
+                for event in (await reader.poll())[:left]:
+                    out.write(json.dumps(event.to_dict()) + "\n")
+                    left = left if left is None else left - 1
+                out.flush()
 
-    try:
-        opened = click.open_file(json_path, "w", encoding="utf-8")
-    except OSError as error:
-        raise cannot_write(json_path, error) from error
-    with opened as out, suppress(KeyboardInterrupt):
-        asyncio.run(run(out))
+    with suppress(KeyboardInterrupt):
+        asyncio.run(run())
 
 
 def _size(size_bytes: int | None) -> str | None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
-import signal
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,6 +11,7 @@ from typing import Any
 
 import click
 
+from kvpool.cli.interruption import Interruption
 from kvpool.cli.options import JSON
 from kvpool.cli.output import print_rows, progress, write_json
 from kvpool.cli.spinner import working
@@ -40,7 +38,12 @@ def bench() -> None:
     """Measure, beside something measured in the same run."""
 
 
-@bench.command()
+def _benchmark(name: str, measures: str, lasts: str) -> Callable[[Callable[..., None]], click.Command]:
+    """Make a command of a benchmark; its help says how long it lasts: on two cores with little else to do."""
+    return bench.command(name, short_help=f"{measures} ({lasts}).", epilog=f"Lasts about {lasts} on an idle machine.")
+
+
+@_benchmark("alloc", "Allocators alone", "40 s")
 @JSON
 def alloc(json_path: str | None) -> None:
     """Time the allocators alone, by size class and under churn."""
@@ -49,34 +52,37 @@ def alloc(json_path: str | None) -> None:
     _report_steps("allocators", benchmark.STEPS, benchmark.run, json_path)
 
 
-@bench.command()
+@_benchmark("compaction", "Compaction, and what others notice of it", "1.5 min")
 @JSON
 def compaction(json_path: str | None) -> None:
     """Time compaction by the size of caches, and allocations, also of a pool's client, while it runs beside them."""
     from kvpool.bench import compaction as benchmark
 
-    _report("compaction of 256 MiB in pages of 2 MiB", lambda: asyncio.run(benchmark.measure()), json_path)
+    title = "compaction of 256 MiB in pages of 2 MiB"
+    with Interruption() as interruption, working(f"measuring {title}"):
+        result = benchmark.measure(interruption.run)
+    _show(title, result, json_path)
 
 
-@bench.command()
+@_benchmark("blocks", "Growth in place: blocks, and a cache resized by 1 GiB", "2 min")
 @JSON
 def blocks(json_path: str | None) -> None:
-    """Time blocks handed out inside a cache, and a cache resized by 1 GiB up and down, 100 times. About 2 minutes."""
+    """Time blocks handed out inside a cache, and a cache resized by 1 GiB up and down, 100 times."""
     from kvpool.bench import blocks as benchmark
 
-    _report("growth in place", lambda: asyncio.run(benchmark.measure()), json_path)
+    _report("growth in place", benchmark.measure, json_path)
 
 
-@bench.command()
+@_benchmark("concurrency", "1, 100 and 1,000 concurrent requests; telemetry", "1 min")
 @JSON
 def concurrency(json_path: str | None) -> None:
     """Time 1, 100 and 1,000 concurrent requests, beside unmerged calls, a no-op actor, and with telemetry on."""
     from kvpool.bench import concurrency as benchmark
 
-    _report("concurrent requests of 64 KiB", lambda: asyncio.run(benchmark.measure()), json_path)
+    _report("concurrent requests of 64 KiB", benchmark.measure, json_path)
 
 
-@bench.command()
+@_benchmark("disk", "The disk tier, beside dd", "1.5 min")
 @click.option(
     "--folder",
     type=click.Path(exists=True, file_okay=False, writable=True, path_type=Path),
@@ -86,18 +92,21 @@ def concurrency(json_path: str | None) -> None:
 )
 @JSON
 def disk(folder: Path, json_path: str | None) -> None:
-    """Time the disk tier: writing and reading back, beside dd of the same bytes in the same folder. Some minutes.
+    """Time the disk tier: writing and reading back, beside dd of the same bytes in the same folder.
 
     Each 'ratio' is the median of seven rounds', 'ratios' from the lowest to the highest (--json has all): each round is
     compared with what was measured just before and after it.
     """
     from kvpool.bench import disk as benchmark
 
-    with _ended_by_sigterm(), TemporaryDirectory(prefix="kvpool-bench-", dir=folder) as inside:
-        _report("the disk tier", lambda: asyncio.run(benchmark.measure(Path(inside))), json_path)
+    title = "the disk tier"
+    made = TemporaryDirectory(prefix="kvpool-bench-", dir=folder)
+    with Interruption() as interruption, made as inside, working(f"measuring {title}"):
+        result = interruption.run(benchmark.measure(Path(inside)))
+    _show(title, result, json_path)
 
 
-@bench.command()
+@_benchmark("evict", "Eviction in the books of a pool", "1 min")
 @JSON
 def evict(json_path: str | None) -> None:
     """Time eviction in the books of a pool: for each request, at worst, and of 512 MiB at once; ADAPTIVE beside LRU."""
@@ -106,7 +115,7 @@ def evict(json_path: str | None) -> None:
     _report_steps("eviction", benchmark.STEPS, benchmark.run, json_path)
 
 
-@bench.command()
+@_benchmark("fragmentation", "What churn wastes, and what compaction wins back", "10 s")
 @click.option(
     "--trace",
     type=click.Path(path_type=Path),
@@ -133,65 +142,50 @@ def fragmentation(trace: Path | None, json_path: str | None) -> None:
     _report_steps("churn on 256 MiB in pages of 2 MiB", len(patterns), run, json_path, _FRAGMENTATION)
 
 
-@bench.command("put-get")
+@_benchmark("put-get", "Storing and reading 512 MiB, beside memcpy and Ray", "20 s")
 @JSON
 def put_get(json_path: str | None) -> None:
     """Time storing and reading of 512 MiB in blocks of 2 MiB, beside memcpy and ray.put / ray.get."""
     from kvpool.bench import put_get as benchmark
 
-    _report("512 MiB in blocks of 2 MiB", lambda: asyncio.run(benchmark.measure()), json_path)
+    _report("512 MiB in blocks of 2 MiB", benchmark.measure, json_path)
 
 
-@bench.command()
+@_benchmark("quotas", "How soon a guarantee that was borrowed is there", "20 s")
 @JSON
 def quotas(json_path: str | None) -> None:
     """Time how soon a model gets its guarantee of 40 % while another idles, borrows, or asks for all it can."""
     from kvpool.bench import quotas as benchmark
 
-    _report("guarantees that were borrowed", lambda: asyncio.run(benchmark.measure()), json_path)
+    _report("guarantees that were borrowed", benchmark.measure, json_path)
 
 
-@bench.command()
+@_benchmark("tiers", "The host tier: 512 MiB down and up", "15 s")
 @JSON
 def tiers(json_path: str | None) -> None:
     """Time bringing 512 MiB down to the host tier and up again, beside memcpy of the same bytes."""
     from kvpool.bench import tiers as benchmark
 
-    _report("the host tier, 512 MiB in caches of 2 MiB", lambda: asyncio.run(benchmark.measure()), json_path)
+    _report("the host tier, 512 MiB in caches of 2 MiB", benchmark.measure, json_path)
 
 
-@bench.command()
+@_benchmark("waiting", "Requests that wait for memory", "20 s")
 @JSON
 def waiting(json_path: str | None) -> None:
     """Time a release past 2,000 waiting requests, and the return of a killed client's memory."""
     from kvpool.bench import waiting as benchmark
 
-    _report("memory that is waited for", lambda: asyncio.run(benchmark.measure()), json_path)
+    _report("memory that is waited for", benchmark.measure, json_path)
 
 
 def _shortened(value: object) -> object:
     return round(value, 2) if isinstance(value, float) else value
 
 
-@contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM end the block as an exception does, so that what it made is cleaned up."""
-
-    def end(number: int, _frame: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not end the cleaning up
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _report(title: str, run: Callable[[], dict[str, Any]], json_path: str | None) -> None:
+def _report(title: str, measure: Callable[[], Coroutine[Any, Any, dict[str, Any]]], json_path: str | None) -> None:
     """Run a benchmark and print its rows."""
-    with _ended_by_sigterm(), working(f"measuring {title}"):
-        result = run()
+    with Interruption() as interruption, working(f"measuring {title}"):
+        result = interruption.run(measure())
     _show(title, result, json_path)
 
 
@@ -203,7 +197,7 @@ def _report_steps(
     columns: Mapping[str, str] | None = None,
 ) -> None:
     """Run a benchmark that tells how many of its steps are done; print its rows as :func:`_show` does."""
-    with _ended_by_sigterm(), progress(f"measuring {title}", total=steps) as done:
+    with Interruption(), progress(f"measuring {title}", total=steps) as done:
         result = run(done)
     _show(title, result, json_path, columns)
 

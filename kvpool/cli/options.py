@@ -6,6 +6,7 @@ import re
 
 import click
 
+from kvpool.cli.destination import check_file
 from kvpool.errors import InvalidRequestError
 
 _NUMBER = re.compile(r"#([0-9]{1,18})")
@@ -61,7 +62,13 @@ def _configured_name() -> str:
     return load_config().name
 
 
-JSON = click.option("--json", "json_path", metavar="FILE", help="Write JSON to FILE ('-': standard output) instead.")
+JSON = click.option(
+    "--json",
+    "json_path",
+    metavar="FILE",
+    callback=check_file,
+    help="Write JSON to FILE ('-': standard output) instead.",
+)
 NAME = click.option(
     "--name", default=_configured_name, help="Name of the pool.  [default: that of KVPOOL_NAME or kvpool.yaml, kvpool]"
 )

@@ -17,39 +17,21 @@ from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from kvpool.cli.destination import STANDARD_OUTPUT, writing
 from kvpool.cli.spinner import called_after
-from kvpool.errors import InvalidRequestError
 
-STANDARD_OUTPUT = "-"
 _PROGRESS_AFTER_S = 1.0
 _PROGRESS_AGAIN_S = 10.0
 
 
 def write_json(destination: str | Path, payload: Mapping[str, Any]) -> None:
-    """Write ``payload`` as JSON to a file, or to standard output for ``-``.
-
-    Raises
-    ------
-    InvalidRequestError
-        If the file cannot be written.
-    """
+    """Write ``payload`` as JSON to a file, or to standard output for ``-``."""
     text = json.dumps(payload, indent=2, allow_nan=False) + "\n"
     if str(destination) == STANDARD_OUTPUT:
         sys.stdout.write(text)
         return
-    try:
+    with writing(destination):
         Path(destination).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise cannot_write(destination, error) from error
-
-
-def cannot_write(destination: str | Path, error: OSError) -> InvalidRequestError:
-    """Return the error for JSON that was to go where no file can be written."""
-    return InvalidRequestError(
-        f"cannot write JSON to {destination}: {error.strerror}; name a file in a folder that exists, or - for standard "
-        "output",
-        asked=str(destination),
-    )
 
 
 def print_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -115,25 +115,12 @@ def _show(stats: Any, json_path: str | None) -> None:
     policy = stats.policy
     if stats.policy_requested != policy:
         policy = f"{policy}, started with {stats.policy_requested}"
-    print_rows(
-        f"pool {stats.name} ({policy}; placement {stats.placement})",
-        [
-            {
-                "device": device.name,
-                "kind": device.kind,
-                "capacity": format_size(device.capacity_bytes),
-                "live": format_size(device.live_bytes),
-                "backed": format_size(device.backed_bytes),
-                "reserve": format_size(device.reserve_bytes),
-                "zombie": format_size(device.zombie_bytes),
-                "held": format_size(device.pinned_bytes),  # by leases too: "pinned", in 'ls', is by word alone
-                "caches": device.caches,
-                "evictions": device.evictions,
-                "state": "lost" if device.lost else "ok",
-            }
-            for device in stats.devices
-        ],
-    )
+    rows = [_device_row(device) for device in stats.devices]
+    if any(device.lost for device in stats.devices):  # else a column of "ok" would only make the table wider
+        rows = [
+            row | {"state": "lost" if device.lost else "ok"} for row, device in zip(rows, stats.devices, strict=True)
+        ]
+    print_rows(f"pool {stats.name} ({policy}; placement {stats.placement})", rows)
     lower = [device for device in stats.devices if device.lower is not None]
     if lower:
         print_rows("below the devices", [_lower_row(device.name, device.lower) for device in lower])
@@ -163,6 +150,23 @@ def _show(stats: Any, json_path: str | None) -> None:
         f"{stats.blocks_hit:,} of {format_count(stats.blocks_looked_up, 'block')} hit ({stats.hit_ratio:.2%}), "
         f"{format_count(stats.evictions, 'eviction')}, {format_count(stats.refusals, 'refusal')}"
     )
+
+
+def _device_row(device: Any) -> dict[str, Any]:
+    """Return the figures of a device; its kind is in its name."""
+    return {
+        "device": device.name,
+        "capacity": format_size(device.capacity_bytes),
+        "live": format_size(device.live_bytes),
+        "backed": format_size(device.backed_bytes),
+        "frag.": f"{device.fragmentation:.0%}",
+        "moved": format_size(device.compacted_bytes),
+        "reserve": format_size(device.reserve_bytes),
+        "zombie": format_size(device.zombie_bytes),
+        "held": format_size(device.pinned_bytes),  # by leases too: "pinned", in 'ls', is by word alone
+        "caches": device.caches,
+        "evictions": device.evictions,
+    }
 
 
 def _of_lost(pool: str, device: Any) -> str:

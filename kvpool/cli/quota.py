@@ -20,7 +20,7 @@ from kvpool.sizes import format_size, parse_size
 @MODEL
 @click.option("--guaranteed", help="Bytes, 10GiB, 40% of the pool, or 'none'.  [default when setting: none]")
 @click.option("--limit", help="The same: the most it may hold, or 'none'.  [default when setting: none]")
-@click.option("--revision", type=click.IntRange(min=1), help="Change nothing if this one, or a later one, holds.")
+@click.option("--revision", type=int, help="Change nothing if this one, or a later one, holds.")
 @JSON
 def quota(
     name: str,

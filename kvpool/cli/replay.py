@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
 import click
 
+from kvpool.cli.destination import check_folder, writing
+from kvpool.cli.interruption import Interruption
 from kvpool.cli.options import JSON
 from kvpool.cli.output import print_rows, progress, write_json
 from kvpool.sizes import format_count
@@ -30,7 +31,12 @@ from kvpool.sizes import format_count
 @click.option("--limit", type=click.IntRange(min=1), help="Replay only the first so many requests.")
 @click.option("--seed", default=1, show_default=True, help="Of the generated workload, when no trace is given.")
 @click.option("--pool", help="Use this running pool instead of starting one for the replay.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for replay.json and replay.png.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    callback=check_folder("replay.json", "replay.png"),
+    help="Folder for replay.json and replay.png.",
+)
 @JSON
 def replay(
     trace: Path | None,
@@ -61,17 +67,17 @@ def replay(
     requests = list(read_trace(path)) if path else list(generate(seed))
     requests = requests[:limit]
     plan = ReplayPlan(devices, capacity, block_bytes, replicas, in_flight, speed, policy, pool)
-    if out is not None:
-        report.check_folder(out)
-    with progress("replaying", total=len(requests)) as done:
-        result = asyncio.run(run_replay(requests, plan, done))
-    written = report.write(result, out) if out is not None else []
+    with Interruption() as interruption, progress("replaying", total=len(requests)) as done:
+        result = interruption.run(run_replay(requests, plan, done))
     if json_path is not None:
         write_json(json_path, result.to_dict())
     else:
         title = f"replay of {path.name if path else f'a generated workload, seed {seed}'}"
         print_rows(title, [{"figure": name, "value": value} for name, value in report.summary(result)])
-    for file in written:
-        click.echo(f"wrote {file}", err=True)
+    if out is not None:
+        with writing(out):
+            written = report.write(result, out)
+        for file in written:
+            click.echo(f"wrote {file}", err=True)
     if result.wrong_bytes:
         raise click.ClickException(f"{format_count(result.wrong_bytes, 'wrong byte')}: memory was corrupted")

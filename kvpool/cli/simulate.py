@@ -11,9 +11,10 @@ import click
 from kvpool.cache.eviction import plain_name, policy_names
 from kvpool.cache.guarded_policy import make_policy
 from kvpool.cache.index import CacheIndex
+from kvpool.cli.destination import check_folder, writing
 from kvpool.cli.options import JSON
 from kvpool.cli.output import print_rows, progress, write_json
-from kvpool.comparison import Cell, as_json, compare, heading, make_folder, name_of, printable, run_cells, write
+from kvpool.comparison import Cell, as_json, compare, heading, name_of, printable, run_cells, write
 from kvpool.errors import InvalidRequestError
 from kvpool.simulate import SimulationRow, capacity_in_blocks
 from kvpool.sizes import format_count
@@ -94,7 +95,12 @@ def _printable(rows: Sequence[SimulationRow]) -> list[dict[str, object]]:
     type=click.IntRange(min=1),
     help="Simulations at once.  [default: one a core]",
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for simulate.json, simulate.md and simulate.png.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    callback=check_folder("simulate.json", "simulate.md", "simulate.png"),
+    help="Folder for simulate.json, simulate.md and simulate.png.",
+)
 @JSON
 def simulate(
     trace: Path | None,
@@ -121,8 +127,6 @@ def simulate(
     )
     for policy in names:
         make_policy(policy, CacheIndex())
-    if out is not None:
-        make_folder(out)
     comparing = len(names) > 1 or seeds > 1 or out is not None
     if not capacities:
         capacities = _SHARES if comparing else (0.05,)
@@ -156,5 +160,8 @@ def simulate(
     else:
         print_rows(title, _printable(rows))
         print_rows(heading(rows), printable(table, capacities))
-    for file in write(title, payload, table, out) if out is not None else []:
-        click.echo(f"wrote {file}", err=True)
+    if out is not None:
+        with writing(out):
+            written = write(title, payload, table, out)
+        for file in written:
+            click.echo(f"wrote {file}", err=True)

@@ -245,7 +245,8 @@ class Administration:
             Bytes, text (``"10GiB"``), a share of the pool (``"40%"``), or ``"none"``. Caches that nobody holds are
             evicted down to a limit at once, others as their leases end.
         revision
-            Nothing is changed if that one, or a later one, holds already; by default the next one.
+            A number from 1 to 2**63 - 1. Nothing is changed if that one, or a later one, holds already; by default the
+            next one.
 
         Returns
         -------

@@ -41,6 +41,9 @@ A word that comes late or twice must find them, for as long as it can be on its 
 new, a word would have to stay out until so many other quotas have been taken away.
 """
 
+LAST_REVISION = (1 << 63) - 1
+"""A signed number of 64 bits, as databases and other languages have it."""
+
 
 @dataclass(slots=True, eq=False)
 class Owner:
@@ -164,11 +167,12 @@ class Quotas:
         Raises
         ------
         InvalidRequestError
-            If the guarantee is more than the limit, or the revision is not positive. Nothing is changed.
+            If the guarantee is more than the limit, or the revision is no number from 1 to 2**63 - 1. Nothing is
+            changed.
         """
         held = self._revision(tenant, model)
-        if revision is not None and (not isinstance(revision, int) or isinstance(revision, bool) or revision < 1):
-            raise InvalidRequestError(f"a revision is a number from 1 on, not {revision!r}", asked=revision)
+        if revision is not None:
+            _check_revision(revision)
         if revision is not None and revision <= held:
             return False
         capacity_bytes = sum(self._capacities().values())
@@ -177,7 +181,8 @@ class Quotas:
                 f"asked to guarantee {guaranteed.text} and to limit to {limit.text}, which is less: give a limit of at "
                 "least the guarantee"
             )
-        self._set(tenant, model, guaranteed, limit, held + 1 if revision is None else revision, now)
+        next_revision = min(held + 1, LAST_REVISION)  # who states none is not refused
+        self._set(tenant, model, guaranteed, limit, next_revision if revision is None else revision, now)
         self._forget_unused(tenant, model)
         return True
 
@@ -438,3 +443,8 @@ def _exceeding(together_bytes: int, capacity_bytes: int) -> str:
         f"all guarantees together are {format_size(together_bytes)}, and the pool has {format_size(capacity_bytes)} of "
         "memory: each counts for its share of that, and no more, until less is guaranteed or devices come back"
     )
+
+
+def _check_revision(revision: object) -> None:
+    if not isinstance(revision, int) or isinstance(revision, bool) or not 1 <= revision <= LAST_REVISION:
+        raise InvalidRequestError(f"a revision is a number from 1 to 2**63 - 1, not {revision!r}", asked=revision)

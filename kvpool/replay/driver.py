@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvpool.actors.cluster import call, ensure_own_ray, ensure_ray, kill, make_worker
+from kvpool.actors.cluster import call, kill, make_worker
 from kvpool.client import CachePool
+from kvpool.client.temporary import temporary_pool
 from kvpool.config import PoolConfig, load_config
 from kvpool.errors import ConfigError, InvalidRequestError
 from kvpool.pool.statistics import PoolStatistics
@@ -159,25 +160,17 @@ async def replay(
         )
     BlockContent(plan.block_bytes)
     config = pool_config(plan, unique_blocks(requests)) if plan.pool is None else None
-    if config:
-        ensure_own_ray()
-    else:
-        ensure_ray()
-    pool = await (CachePool.create(config) if config else CachePool.connect(plan.pool or ""))
-    replicas: list[Any] = []
-    try:
-        for _ in range(plan.replicas):
-            replicas.append(make_worker(Replica, pool.name, "replayed", plan.block_bytes))
-        await asyncio.gather(*(call(replica.start) for replica in replicas))
-        result = await _Run(pool, replicas, requests, plan, progress).run()
-        await asyncio.gather(*(call(replica.stop) for replica in replicas))
-    finally:
-        for replica in replicas:
-            kill(replica)
-        if config:
-            await pool.delete(drain_s=10.0)
-        else:
-            await pool.close()
+    async with temporary_pool(config) if config else await CachePool.connect(plan.pool or "") as pool:
+        replicas: list[Any] = []
+        try:
+            for _ in range(plan.replicas):
+                replicas.append(make_worker(Replica, pool.name, "replayed", plan.block_bytes))
+            await asyncio.gather(*(call(replica.start) for replica in replicas))
+            result = await _Run(pool, replicas, requests, plan, progress).run()
+            await asyncio.gather(*(call(replica.stop) for replica in replicas))
+        finally:
+            for replica in replicas:
+                kill(replica)
     return result
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from kvpool.errors import ConfigError
 from kvpool.replay.driver import ReplayResult
 from kvpool.sizes import MIB, format_count, format_size
 
@@ -27,26 +26,13 @@ def summary(result: ReplayResult) -> list[tuple[str, str]]:
     ]
 
 
-def check_folder(folder: Path) -> None:
-    """Make the folder of the report, before the replay begins.
-
-    Raises
-    ------
-    ConfigError
-        If it cannot be made or written to.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".kvpool-write-probe"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(f"--out {folder}: cannot write there ({error.strerror})", asked=str(folder)) from None
-
-
 def write(result: ReplayResult, folder: Path) -> list[Path]:
-    """Write ``replay.json`` and, where matplotlib is installed, ``replay.png``; returns what was written."""
+    """Write ``replay.json`` and, where matplotlib is installed, ``replay.png``.
+
+    Makes the folder; returns what was written.
+    """
     written = [folder / "replay.json"]
+    folder.mkdir(parents=True, exist_ok=True)
     written[0].write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
     try:
         import matplotlib as mpl

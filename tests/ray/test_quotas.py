@@ -48,6 +48,9 @@ async def test_each_model_gets_its_guarantee_while_the_other_borrows(make_pool, 
     mine.append(await waiting)
     again = json.loads((await cli("quota", *on, "--guaranteed", "90%", "--revision", 7)).stdout)
     assert (again["applied"], again["guaranteed"], again["limit"]) == (False, "10%", "50%")
+    for revision in (0, 10**30):
+        refused = await cli("quota", *on, "--guaranteed", "90%", "--revision", revision, code=2)
+        assert refused.stderr == f"kvpool: a revision is a number from 1 to 2**63 - 1, not {revision}\n"
     shown = (await cli("quota", "--name", pool.name)).stdout
     assert "10%" in shown
     assert "quotas of pool" in (await cli("status", "--name", pool.name)).stdout

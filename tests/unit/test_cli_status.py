@@ -1,4 +1,4 @@
-"""What ``kvpool status`` says of a disk below a device."""
+"""What ``kvpool status`` says of a device, and of a disk below it."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -25,12 +25,12 @@ def stats(disk: dict[str, Any], problem: str | None) -> Any:
         devices=[
             SimpleNamespace(
                 name="host-0",
-                kind="host",
+                fragmentation=0.0,
                 lost=None,
                 disk_url="file:///d/p/host-0",
                 lower=lower,
                 **dict.fromkeys(("capacity_bytes", "live_bytes", "backed_bytes", "reserve_bytes", "zombie_bytes"), 0),
-                **dict.fromkeys(("pinned_bytes", "caches", "evictions"), 0),
+                **dict.fromkeys(("pinned_bytes", "caches", "evictions", "compacted_bytes"), 0),
             )
         ],
         quotas=(),
@@ -91,3 +91,23 @@ def test_of_a_lost_device_it_is_told_what_is_kept(
 
 def test_a_disk_in_order_has_no_errors_and_an_older_pool_tells_less(capsys: pytest.CaptureFixture[str]) -> None:
     assert "18 MiB of 10 GiB" in shown(capsys, {"errors": {}}, None)
+
+
+def device_table(capsys: pytest.CaptureFixture[str], **figures: Any) -> list[dict[str, str]]:
+    told = stats({}, None)
+    told.devices[0].__dict__.update(figures, lower=None)
+    _show(told, None)
+    _, _, head, _, *rows = [line for line in capsys.readouterr().out.splitlines() if line]
+    names = [cell.strip() for cell in head.strip("┃").split("┃")]
+    cells = [[cell.strip() for cell in row.strip("│").split("│")] for row in rows if row.startswith("│")]
+    return [dict(zip(names, row, strict=True)) for row in cells]
+
+
+def test_fragmentation_and_what_compaction_did_are_told_of_each_device(capsys: pytest.CaptureFixture[str]) -> None:
+    [row] = device_table(capsys, fragmentation=0.234, compacted_bytes=3 << 30)
+    assert (row["frag."], row["moved"]) == ("23%", "3 GiB")
+
+
+def test_the_state_of_devices_is_a_column_where_one_is_lost(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "state" not in device_table(capsys)[0]
+    assert device_table(capsys, lost=LOST)[0]["state"] == "lost"

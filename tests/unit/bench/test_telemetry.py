@@ -15,10 +15,10 @@ async def test_that_telemetry_cannot_be_measured_is_told_before_anything_is_meas
     class Begun(Exception):
         pass
 
-    def begin():
+    def begin(**_settings):
         raise Begun
 
-    monkeypatch.setattr(concurrency, "ensure_own_ray", begin)
+    monkeypatch.setattr(concurrency, "temporary_pool", begin)
     with pytest.raises(Begun):
         await concurrency.measure()
     assert capsys.readouterr().err == "telemetry is not measured: pip install 'kvpool[otlp]'\n"

@@ -462,6 +462,14 @@ def test_none_is_a_word_for_no_limit_and_no_guarantee(pool, none):
     )
 
 
+def test_after_the_last_revision_a_quota_can_still_be_set_without_one(pool):
+    last = 2**63 - 1
+    assert set_quota(pool, "a", "10%", revision=last)["applied"]
+    holds = set_quota(pool, "a", "20%")
+    assert (holds["applied"], holds["guaranteed"], holds["revision"]) == (True, "20%", last)
+    assert not set_quota(pool, "a", "30%", revision=last)["applied"]
+
+
 @pytest.mark.parametrize(
     ("given", "error"),
     [
@@ -471,6 +479,9 @@ def test_none_is_a_word_for_no_limit_and_no_guarantee(pool, none):
         ({"guaranteed": -1}, InvalidSizeError),
         ({"limit": "much"}, InvalidSizeError),
         ({"revision": 0}, InvalidRequestError),
+        ({"revision": -1}, InvalidRequestError),
+        ({"revision": 2**63}, InvalidRequestError),
+        ({"revision": 10**30}, InvalidRequestError),
         ({"revision": "2"}, InvalidRequestError),
         ({"model": ""}, InvalidRequestError),
         ({"tenant": ""}, InvalidRequestError),

@@ -1,5 +1,6 @@
 """A replay under way, over replicas that stand for the actors."""
 
+from contextlib import asynccontextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -15,14 +16,8 @@ class Pool:
 
     name = "p"
 
-    def __init__(self):
-        self.ended = []
-
     async def stats(self):
         return SimpleNamespace(evictions=0, policy="lru", total=lambda _field: 0)
-
-    async def delete(self, drain_s):
-        self.ended.append("deleted")
 
 
 class Replica:
@@ -50,21 +45,24 @@ class Replica:
 
 async def test_an_error_of_a_request_ends_the_replay_as_itself_and_leaves_nothing_behind(monkeypatch):
     # The command line shows one line for it; a group of errors would be a traceback.
-    pool, replicas, killed = Pool(), [], []
+    replicas, killed, ended = [], [], []
 
     def make_worker(*_):
         replicas.append(Replica())
         return replicas[-1]
 
-    async def create(_config):
-        return pool
+    @asynccontextmanager
+    async def temporary_pool(_config):
+        try:
+            yield Pool()
+        finally:
+            ended.append(list(killed))
 
-    monkeypatch.setattr(driver, "ensure_ray", lambda **_: None)
     monkeypatch.setattr(driver, "make_worker", make_worker)
     monkeypatch.setattr(driver, "kill", killed.append)
-    monkeypatch.setattr(driver, "CachePool", SimpleNamespace(create=create))
+    monkeypatch.setattr(driver, "temporary_pool", temporary_pool)
     with pytest.raises(PoolUnavailableError, match="the pool's actor is gone"):
         await replay(generate(1, sessions=5), ReplayPlan(replicas=2))
     assert [replica.started for replica in replicas] == [True, True]
     assert killed == replicas
-    assert pool.ended == ["deleted"]
+    assert ended == [replicas], "the pool ends when nobody uses it any more"

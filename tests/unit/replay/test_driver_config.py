@@ -103,10 +103,10 @@ TRACE = [TraceRequest(0.0, 10, 1, (1, 2))]
 async def test_a_plan_that_cannot_be_used_starts_nothing(
     change: dict[str, object], requests: list[TraceRequest], named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def started(**_: object) -> None:
-        raise AssertionError("Ray was started for a plan that cannot be used")
+    def started(*_: object) -> None:
+        raise AssertionError("a pool was started for a plan that cannot be used")
 
-    monkeypatch.setattr("kvpool.replay.driver.ensure_ray", started)
+    monkeypatch.setattr("kvpool.replay.driver.temporary_pool", started)
     with pytest.raises(InvalidRequestError, match=named):
         await replay(requests, replace(ReplayPlan(), **change))
 
