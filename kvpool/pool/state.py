@@ -280,7 +280,7 @@ class PoolState:
         applied = quotas.set(tenant, model, *amounts, revision, now)
         if applied:
             self.allocations.line_up_anew()
-            self._follow_quotas()
+            self._follow_quotas(now)
             self.allocations.retry(now)
         answer = self._described(quotas.owner(tenant, model)) | {"applied": applied}
         self.ledger.answer(batch, 0, answer)
@@ -292,10 +292,13 @@ class PoolState:
     def _described(self, owner: Owner) -> dict[str, Any]:
         return self.ledger.quotas.describe(owner) | {"waiting": self.allocations.waiting_of(owner)}
 
-    def _follow_quotas(self) -> None:
+    def _follow_quotas(self, now: float) -> None:
         quotas = self.ledger.quotas
         if quotas.active:
             quotas.follow_devices()
+            if quotas.reckoned:
+                quotas.reckoned = False
+                self.allocations.refuse_above_limits(now)
             if quotas.draining:
                 self._room.drain()
 
@@ -361,12 +364,14 @@ class PoolState:
                 self.leases.leases_ended(event.ended, event.freed, now)
             case DeviceLost():
                 self.below.device_lost(event.device)
-                self.leases.device_lost(event.device, event.reason, now)
+                self.leases.device_lost(event.device, event.reason)
+                self._follow_quotas(now)  # what a share of the pool comes to is less before anybody is granted more
+                self.allocations.retry(now)
             case Tick():
                 self.raising.expire(now)
                 self.allocations.expire(now)
                 self.allocations.retry(now)
-        self._follow_quotas()
+        self._follow_quotas(now)
         self.allocations.follow_up(now)
         self.copies.follow_up(now)
         return self.ledger.out
@@ -395,7 +400,7 @@ class PoolState:
         self.ledger.out = []
         for send in sent:
             self._go_on(send, ("error", *error.to_wire()), now)
-        self._follow_quotas()
+        self._follow_quotas(now)
         self.allocations.follow_up(now)
         return self.ledger.out
 
