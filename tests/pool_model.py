@@ -55,6 +55,7 @@ from kvpool.pool.instructions import (
 )
 from kvpool.pool.leases import PINNER
 from kvpool.pool.quota import Owner
+from kvpool.pool.requests import CacheRequest
 
 BLOCK_BYTES = {"small": PAGE // 4, "large": PAGE + PAGE // 4}
 """What every tenant registers, under equal names and with equal hashes: four blocks a page, and two pages a block."""
@@ -402,7 +403,12 @@ class PoolModel:
         if not process.alive or made.device in self.pool.lost:
             return
         if answer is None or answer[0] == "error":
-            kinds = (CapacityError, InvalidSizeError, *((InvalidatedError,) if made.id in self.void else ()))
+            kinds = (
+                CapacityError,
+                InvalidSizeError,
+                LimitError,
+                *((InvalidatedError,) if made.id in self.void else ()),
+            )
             given_up = made.id not in process.sure() and _error(answer, CacheStateError)
             assert answer is None or given_up or _error(answer, *kinds), answer
             made.extents = before  # and its bytes: nothing was done
@@ -728,11 +734,22 @@ class PoolModel:
             pool.handle(Tick())
             pool.settle()
             assert self.outcomes.keys().isdisjoint(first.values()), "the first in line waited though there was room"
+            for _, request in waiting.items():
+                assert not self._is_above_a_limit(request), "who can never be served waits for nothing"
         for owner in pool.state.ledger.quotas.draining:
             assert not list(self._could_go(owner.tenant, owner.model)), (
                 "what is above a limit goes when nobody holds it"
             )
         self.check()
+
+    def _is_above_a_limit(self, request: CacheRequest) -> bool:
+        try:
+            self.pool.state.allocations._check_waiting(request)
+        except LimitError:
+            return True
+        except KvpoolError:
+            pass  # told when it is its turn
+        return False
 
     def _could_go(self, tenant: str, model: str | None) -> Iterator[int]:
         index = self.pool.state.ledger.index

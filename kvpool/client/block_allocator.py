@@ -180,7 +180,9 @@ class BlockAllocator:
         CapacityError
             If so many blocks are in use that ``count`` cannot be free, or there is no memory in time.
         InvalidSizeError
-            If there are not so many blocks at all.
+            If there are not so many blocks at all, or not so much memory.
+        LimitError
+            If so many are more than the cache's model or tenant may hold at most.
         CacheStateError
             If the allocator is closed, or is closed meanwhile.
         """

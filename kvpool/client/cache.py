@@ -138,8 +138,8 @@ class VirtualKVCache:
             Of torch, or its name.
         shape
             As numpy takes it, all of its dimensions 1 or more. Its bytes, from ``offset_bytes`` on, must lie within the
-            cache; until it is sealed, within its ``max_size``. What is not backed reads as zeros, and comes to life
-            when it is: see :meth:`back`. Writing there is a fault (SIGSEGV).
+            cache; until it is sealed, within its ``max_size``. Pages that are not backed read as zeros, and come to
+            life when they are: see :meth:`back`. Writing there is a fault (SIGSEGV).
         access
             ``Access.READ`` or ``Access.READ_WRITE``; by default writable until the cache is sealed and read-only from
             then on. Writing to a read-only tensor is a fault (SIGSEGV; ``python -X faulthandler`` shows where).
@@ -219,12 +219,15 @@ class VirtualKVCache:
         ------
         InvalidSizeError
             If it is above ``max_size``, or above what its device has.
+        LimitError
+            If it is above what its model or tenant may hold at most.
         SealedError
             If the cache is sealed: it keeps its size.
         CapacityError
             If there is no room on its device in time. Nothing has changed then.
         CacheStateError
-            If a block allocator of the cache is open: it alone decides what is backed.
+            If a block allocator of the cache is open: it alone decides what is backed. If the cache is released, also
+            while this waits.
 
         Notes
         -----
@@ -334,7 +337,7 @@ class VirtualKVCache:
         Raises
         ------
         InvalidSizeError
-            If not even one block fits.
+            If not even one block fits, or a number is none.
         SealedError
             If the cache is sealed.
         CacheStateError

@@ -301,8 +301,8 @@ class Allocations:
             return
         try:
             self._check_waiting(request)  # a limit may have been lowered while the device looked for room
-        except KvpoolError as error:
-            self.deliver_error(request, error, now)
+        except KvpoolError as never:
+            self.deliver_error(request, never, now)
             self._room.clearance.changed = True
             return
         if request.ticket is not None:  # it waited before: its place in the line is kept
@@ -344,7 +344,7 @@ class Allocations:
             self.changes.check_waiting(request, request.change)
 
     def refuse_above_limits(self, now: float) -> None:
-        """Answer those who wait for more than a limit allows that was lowered: they would hold up others for nothing."""
+        """Answer those who wait for more than a limit allows by now: they would hold up others for nothing."""
         for ticket, request in list(self.queue.items()):
             try:
                 self._check_waiting(request)

@@ -173,9 +173,7 @@ class BackingChanges:
         self._ledger.writers[cache_id] = writer._replace(backing=backing)
         return backing
 
-    def _needs(
-        self, device: Device, model: Model, backing: Backing, change: Change
-    ) -> tuple[int, int | None, Extents]:
+    def _needs(self, device: Device, model: Model, backing: Backing, change: Change) -> tuple[int, int | None, Extents]:
         """Return the bytes of the pages that a change needs beyond those there are, of all then, and what is backed.
 
         None for all: a cache in shared pages takes the same whatever is backed of it.

@@ -472,7 +472,7 @@ def test_a_limit_that_shrinks_with_a_lost_device_refuses_who_waits_for_more():
 
 
 def test_a_limit_that_is_lowered_while_a_device_looks_for_room(pool):
-    """It has less than the books say: pages that a client still maps are zombies of which the pool does not know yet."""
+    """It has less than the books say: pages that a client still maps are zombies of which these do not know yet."""
     other = growing(pool, 7 * PAGE)
     store = pool.stores[0]
     for index, serial in store.record(other).pages:
