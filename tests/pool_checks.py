@@ -10,9 +10,11 @@ from pool_harness import PAGE
 from pool_model import PoolModel
 
 from kvpool.cache.table import KEYED
+from kvpool.errors import KvpoolError, LimitError
 from kvpool.memory.extents import difference
 from kvpool.pool.instructions import Tick
 from kvpool.pool.leases import PINNER
+from kvpool.pool.requests import CacheRequest
 
 
 def check(model: PoolModel) -> None:
@@ -81,9 +83,21 @@ def check_quiet(model: PoolModel) -> None:
         pool.handle(Tick())
         pool.settle()
         assert model.outcomes.keys().isdisjoint(first.values()), "the first in line waited though there was room"
+        for _, request in waiting.items():
+            assert not _is_above_a_limit(model, request), "who can never be served waits for nothing"
     for owner in pool.state.ledger.quotas.draining:
         assert not list(_could_go(model, owner.tenant, owner.model)), "what is above a limit goes when nobody holds it"
     check(model)
+
+
+def _is_above_a_limit(model: PoolModel, request: CacheRequest) -> bool:
+    try:
+        model.pool.state.allocations._check_waiting(request)
+    except LimitError:
+        return True
+    except KvpoolError:
+        pass  # told when it is its turn
+    return False
 
 
 def _could_go(model: PoolModel, tenant: str, name: str | None) -> Iterator[int]:

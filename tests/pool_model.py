@@ -340,7 +340,8 @@ class PoolModel:
         if not process.alive or made.device in self.pool.lost:
             return
         if answer is None or answer[0] == "error":
-            kinds = (CapacityError, InvalidSizeError, *((InvalidatedError,) if made.id in self.void else ()))
+            void = (InvalidatedError,) if made.id in self.void else ()
+            kinds = (CapacityError, InvalidSizeError, LimitError, *void)
             given_up = made.id not in process.sure() and is_error(answer, CacheStateError)
             assert answer is None or given_up or is_error(answer, *kinds), answer
             made.extents = before  # and its bytes: nothing was done

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import operator
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, SupportsIndex
 
 from kvpool.errors import (
     CacheStateError,
@@ -15,6 +16,7 @@ from kvpool.errors import (
     DeviceLostError,
     InvalidSizeError,
     KvpoolError,
+    LimitError,
     StaleCacheError,
     UnknownCacheError,
 )
@@ -37,6 +39,12 @@ _LEAST_AHEAD = 64
 
 def _nothing() -> None:
     pass
+
+
+def _whole(given: object, what: str) -> int:
+    if isinstance(given, SupportsIndex) and not isinstance(given, bool):
+        return operator.index(given)
+    raise InvalidSizeError(f"{what} is a whole number, not {given!r}", asked=repr(given))
 
 
 class BlockAllocator:
@@ -62,6 +70,7 @@ class BlockAllocator:
         planes: int,
         ahead_blocks: int | None,
     ) -> None:
+        planes = _whole(planes, "planes")
         self.block_bytes = block_bytes
         """Of one block in one plane."""
         self.planes = planes
@@ -80,9 +89,8 @@ class BlockAllocator:
         groups = range(-(-num_blocks // self._group_blocks))
         backed = [group for group in groups if not difference(self._ranges([group]), cache.backed)]
         least_blocks = min(max(2 * self._group_blocks, _LEAST_AHEAD), num_blocks)
-        self._space = BlockSpace(
-            num_blocks, self._group_blocks, least_blocks if ahead_blocks is None else ahead_blocks, backed
-        )
+        ahead = least_blocks if ahead_blocks is None else _whole(ahead_blocks, "ahead_blocks")
+        self._space = BlockSpace(num_blocks, self._group_blocks, ahead, backed)
         self._lock = threading.Lock()
         #: Memory is brought in for one purpose at a time, and given back for one, from the planning to the end; each
         #: while the other waits, since one takes groups that have no memory and the other groups that have some.
@@ -94,6 +102,11 @@ class BlockAllocator:
         self._balancing = False
         self._closed = False
         self._wake()
+
+    @property
+    def ahead_blocks(self) -> int:
+        """How many blocks are kept free and backed ahead of use."""
+        return self._space.ahead_blocks
 
     @property
     def free_blocks(self) -> int:
@@ -167,15 +180,18 @@ class BlockAllocator:
         CapacityError
             If so many blocks are in use that ``count`` cannot be free, or there is no memory in time.
         InvalidSizeError
-            If there are not so many blocks at all.
+            If there are not so many blocks at all, or not so much memory.
+        LimitError
+            If so many are more than the cache's model or tenant may hold at most.
         CacheStateError
-            If the allocator is closed.
+            If the allocator is closed, or is closed meanwhile.
         """
         self._check_open()
         loop = asyncio.get_running_loop()
         deadline = None if timeout_s is None else loop.time() + timeout_s
         async with self._growing:
             while True:  # once more if others allocated meanwhile
+                self._check_open()
                 with self._lock:
                     groups = self._space.missing_for(count)
                 if not groups:
@@ -192,6 +208,8 @@ class BlockAllocator:
         try:
             while True:
                 with self._lock:
+                    if self._closed:
+                        break
                     needed = self._space.needed_of(groups, count)
                     self._tell = partial(loop.call_soon_threadsafe, freed.set)
                     self._enough = self._space.free_blocks_without(needed, count)
@@ -206,13 +224,16 @@ class BlockAllocator:
                 if change.done():
                     break
                 freed.clear()
+            if not change.done():
+                self._check_open()  # it was closed
             await change
-        except InvalidSizeError as error:
+        except (InvalidSizeError, LimitError) as error:
             used = self.used_blocks
             if not used:
-                raise InvalidSizeError(
-                    f"cannot reserve {format_count(count, 'block')}: {error.message}, so that can never be: "
-                    "ask for less, or start the pool with larger devices",
+                way_out = ", so that can never be: ask for less, or start the pool with larger devices"
+                raise type(error)(
+                    f"cannot reserve {format_count(count, 'block')}: {error.message}"
+                    f"{way_out if isinstance(error, InvalidSizeError) else ''}",
                     asked_blocks=count,
                 ) from error
             raise CapacityError(
@@ -227,7 +248,7 @@ class BlockAllocator:
         finally:
             change.cancel()
             with self._lock:
-                self._enough = None
+                self._enough, self._tell = None, _nothing
         with self._lock:
             self._space.note_backed(groups)
 
@@ -256,9 +277,12 @@ class BlockAllocator:
     def close(self) -> None:
         """Hand out no more blocks, and leave the cache's memory as it is. Idempotent.
 
-        Another allocator may then be opened; for it, all blocks are free.
+        A :meth:`reserve` that waits ends with :class:`CacheStateError`. Another allocator may then be opened; for it,
+        all blocks are free.
         """
-        self._closed = True
+        with self._lock:
+            self._closed = True
+            self._tell()
 
     def _check_open(self) -> None:
         self._cache.check_usable()
@@ -334,15 +358,15 @@ class BlockAllocator:
                     await self._unback(surplus)
                 if not missing and not surplus:
                     return
-        except (CapacityError, InvalidSizeError) as error:  # the latter: more than the device has in all
+        except (CapacityError, InvalidSizeError, LimitError) as error:  # more than the device has, or the limit, in all
             pause_s = _PAUSE_S
             logger.debug("no memory ahead for blocks of cache %d: %s", self._cache.id, error)
         except (DeviceLostError, StaleCacheError, UnknownCacheError) as error:
             self._closed = True
             logger.info("the blocks of cache %d are gone: %s", self._cache.id, error)
-        except KvpoolError:
-            pause_s = _PAUSE_S
-            if not self.closed:
+        except Exception as error:
+            pause_s = _PAUSE_S  # whatever it is: tried again at once it would fail again, without end
+            if not (self.closed and isinstance(error, KvpoolError)):
                 raise
         finally:
             # Under the lock, as use may have changed since the last look.

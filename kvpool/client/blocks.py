@@ -104,7 +104,7 @@ class LeasedBlocks:
         return [open_view(self._lease, address, shape, dtype, access) for address in self._addresses()]
 
     async def release(self) -> None:
-        """End the lease, now or when the last tensor over the blocks is gone.
+        """End the lease, now or when the last tensor over the blocks is gone; with a closed connection it has ended.
 
         Raises
         ------

@@ -75,6 +75,8 @@ class VirtualKVCache:
         self._following = asyncio.Lock()
         self._allocator: weakref.ref[BlockAllocator] | None = None
         self._follows: set[asyncio.Task[None]] = set()
+        #: Changes that may have to wait for memory, until they are answered.
+        self._growing: set[asyncio.Task[None]] = set()
         self._viewed: set[Access] = set()
         """The views of the arena in which the cache is mapped."""
         self._take(cache_id, device, place)
@@ -136,8 +138,8 @@ class VirtualKVCache:
             Of torch, or its name.
         shape
             As numpy takes it, all of its dimensions 1 or more. Its bytes, from ``offset_bytes`` on, must lie within the
-            cache; until it is sealed, within its ``max_size``. What is not backed reads as zeros, and comes to life
-            when it is: see :meth:`back`. Writing there is a fault (SIGSEGV).
+            cache; until it is sealed, within its ``max_size``. Pages that are not backed read as zeros, and come to
+            life when they are: see :meth:`back`. Writing there is a fault (SIGSEGV).
         access
             ``Access.READ`` or ``Access.READ_WRITE``; by default writable until the cache is sealed and read-only from
             then on. Writing to a read-only tensor is a fault (SIGSEGV; ``python -X faulthandler`` shows where).
@@ -217,18 +219,22 @@ class VirtualKVCache:
         ------
         InvalidSizeError
             If it is above ``max_size``, or above what its device has.
+        LimitError
+            If it is above what its model or tenant may hold at most.
         SealedError
             If the cache is sealed: it keeps its size.
         CapacityError
             If there is no room on its device in time. Nothing has changed then.
         CacheStateError
-            If a block allocator of the cache is open: it alone decides what is backed.
+            If a block allocator of the cache is open: it alone decides what is backed. If the cache is released, also
+            while this waits.
 
         Notes
         -----
         Of several changes at once the last word counts, byte by byte: one that gives memory back takes its bytes from
         growth that still waits, too, which then ends, as far as that goes, as though it had been first.
         """
+        self._check_changeable("resize")
         size_bytes = parse_size(size, least_bytes=0)
         ranges = ((0, size_bytes),) if size_bytes else ()
         if size_bytes > self.max_size_bytes:
@@ -238,7 +244,6 @@ class VirtualKVCache:
                 asked_bytes=size_bytes,
                 max_size_bytes=self.max_size_bytes,
             )
-        self._check_no_allocator("resize")
         await self.change("resize", ranges, timeout_s)
 
     async def back(self, ranges: Iterable[tuple[int, int]], *, timeout_s: float | None = None) -> None:
@@ -248,7 +253,7 @@ class VirtualKVCache:
         as they are: :func:`kvpool.byte_ranges` tells the ranges of a part of it. Backed are the pages that the ranges
         touch.
         """
-        self._check_no_allocator("back")
+        self._check_changeable("back")
         await self.change("back", ranges, timeout_s)
 
     async def unback(self, ranges: Iterable[tuple[int, int]]) -> None:
@@ -257,7 +262,7 @@ class VirtualKVCache:
         Give back only what nothing is about to write to: that would be a fault. Raises as :meth:`resize`, but never for
         lack of room.
         """
-        self._check_no_allocator("unback")
+        self._check_changeable("unback")
         await self.change("unback", ranges, None)
 
     def check_usable(self) -> None:
@@ -265,7 +270,8 @@ class VirtualKVCache:
         self._lease.check_held()
         self._connection.arenas[self._device].check_alive()
 
-    def _check_no_allocator(self, kind: str) -> None:
+    def _check_changeable(self, kind: str) -> None:
+        self._check_written_here()
         known = self._open_allocator()
         if known is not None:
             raise CacheStateError(
@@ -279,17 +285,37 @@ class VirtualKVCache:
         known = self._allocator() if self._allocator is not None else None
         return None if known is None or known.closed else known
 
-    async def change(self, kind: str, ranges: Iterable[tuple[int, int]], timeout_s: float | None) -> None:
-        """Do what :meth:`resize`, :meth:`back` and :meth:`unback` do (for the block allocator, too)."""
+    def _check_written_here(self) -> None:
         self._lease.check_held()
         if self.sealed:
             raise SealedError(
                 f"cache {self.id} is sealed and keeps its size: copy it into a new cache to change it", cache_id=self.id
             )
+
+    async def change(self, kind: str, ranges: Iterable[tuple[int, int]], timeout_s: float | None) -> None:
+        """Do what :meth:`resize`, :meth:`back` and :meth:`unback` do (for the block allocator, too)."""
+        self._check_written_here()
         asked = checked(ranges, self.max_size_bytes)
         wait_s = wait_of(timeout_s, self._connection.config["timeout_s"])
         self._connection.followers[self.id] = self
-        await self._connection.change(self, kind, asked, wait_s)
+        changing = self._connection.change(self, kind, asked, wait_s)
+        if kind == "unback":
+            await changing
+        else:
+            await self._grow(asyncio.ensure_future(changing))
+
+    async def _grow(self, growing: asyncio.Task[None]) -> None:
+        """Wait for a change that may wait for memory; a release ends it, or it would hold up others for nothing."""
+        self._growing.add(growing)
+        try:
+            await growing
+        except asyncio.CancelledError:
+            caller = asyncio.current_task()
+            if caller is not None and not caller.cancelling():
+                self._lease.check_held()
+            raise
+        finally:
+            self._growing.discard(growing)
 
     def block_allocator(
         self, block_bytes: int | str, *, planes: int = 1, ahead_blocks: int | None = None
@@ -311,7 +337,7 @@ class VirtualKVCache:
         Raises
         ------
         InvalidSizeError
-            If not even one block fits.
+            If not even one block fits, or a number is none.
         SealedError
             If the cache is sealed.
         CacheStateError
@@ -348,7 +374,7 @@ class VirtualKVCache:
                 for access in viewed:
                     self._cover(access)
                 if gone:
-                    await asyncio.to_thread(self._connection.arenas[self._device].withdraw, gone)
+                    await self._connection.in_thread(self._connection.arenas[self._device].withdraw, gone)
                 for access in viewed:  # what is there by now: a later answer may have come meanwhile
                     await self._connection.map_pages(self._device, self._pages, access)
 
@@ -463,13 +489,19 @@ class VirtualKVCache:
             raise from_wire(outcome[1:])
 
     async def release(self) -> None:
-        """End the lease, now or when the last tensor over the memory is gone.
+        """End the lease, now or when the last tensor over the memory is gone. Growth that waits ends at once.
+
+        Nothing is left to do once the connection is closed, or its pool deleted.
 
         Raises
         ------
         DoubleReleaseError
             If it was released before.
         """
+        if not self._connection.ended:
+            self._connection.check_loop()
+            for growing in self._growing:
+                growing.cancel()
         await self._lease.release()
         self.backed = ()
 

@@ -72,6 +72,7 @@ class Connection:
         self._sequence = itertools.count(1)
         self._closed = False
         self._revoked = False
+        self._exiting = False
         self._unmapped = False
         self._waiting = WaitingRequests(actor, client, self._abandoned)
         self._background: set[asyncio.Task[Any]] = set()
@@ -196,7 +197,12 @@ class Connection:
     @property
     def closed(self) -> bool:
         """Whether the connection has ended or was revoked, and every lease with it."""
-        return self._closed or self._revoked
+        return self.ended or self._revoked
+
+    @property
+    def ended(self) -> bool:
+        """Whether it was closed, or its process ends: nothing is left to be released or unmapped."""
+        return self._closed or self._exiting
 
     def next_sequence(self) -> int:
         """Return a number that tells this client's requests apart."""
@@ -305,7 +311,9 @@ class Connection:
             try:
                 await make()
             except KvpoolError as error:
-                logger.warning("%s: %s", what, error)
+                logger.log(logging.DEBUG if self._exiting else logging.WARNING, "%s: %s", what, error)
+            except Exception:  # a bug, or what the application hung into this process
+                logger.exception("%s", what)
 
         task = self.loop.create_task(logged())
         self._background.add(task)
@@ -325,6 +333,24 @@ class Connection:
                 self.loop.call_soon_threadsafe(start)
         except RuntimeError:  # the loop is closed: the process or its use of the pool ends
             logger.debug("%s: left to the end of this process", what)
+
+    async def in_thread(self, function: Callable[..., object], *arguments: Any) -> None:
+        """Run a function in a thread, off the event loop.
+
+        Raises
+        ------
+        CacheStateError
+            If the process ends, and starts no threads any more. The connection is closed from then on.
+        """
+        try:
+            running = self.loop.run_in_executor(None, partial(function, *arguments))
+        except RuntimeError as error:
+            # Nothing else tells: the main thread is alive, and the interpreter not finalizing, when this begins.
+            if "shutdown" not in str(error):
+                raise
+            self._exiting = True
+            raise CacheStateError("this process ends: nothing can be mapped any more") from error
+        await running
 
     def _abandoned(self, answer: Any) -> None:
         """Give back what came for a caller that no longer wants it."""
@@ -355,7 +381,7 @@ class Connection:
         arena = self.arenas[device]
         try:
             if not arena.is_mapped(pages, access):
-                await asyncio.to_thread(arena.ensure, pages, access)
+                await self.in_thread(arena.ensure, pages, access)
         except InvalidRequestError:  # the arenas are closed
             self.check_not_revoked()
             raise
@@ -380,7 +406,7 @@ class Connection:
         if not self._closed and not self._unmapped and not any(lease.in_use for lease in list(self.leases)):
             self._unmapped = True
             for arena in self.arenas.values():
-                self.spawn(partial(asyncio.to_thread, arena.close), "unmapping what was revoked")
+                self.spawn(partial(self.in_thread, arena.close), "unmapping what was revoked")
 
     # -- the end --------------------------------------------------------------------------------------------------
 

@@ -108,13 +108,16 @@ class Lease:
             on_end()
 
     async def release(self) -> None:
-        """End the lease, now or with the last tensor over its memory.
+        """End the lease, now or with the last tensor over its memory; it has ended already with a closed connection.
 
         Raises
         ------
         DoubleReleaseError
             If it was released before.
         """
+        if self._connection.ended:
+            self.released = True
+            return
         self._connection.check_loop()
         if self.release_by_word():
             await self._connection.release(self.ids)

@@ -42,7 +42,8 @@ class Model:
         Parameters
         ----------
         max_size
-            Reserve addresses up to this size, for :meth:`VirtualKVCache.resize`; they cost no memory.
+            Reserve addresses up to this size, for :meth:`VirtualKVCache.resize`; they cost no memory, and no quota
+            counts them.
         timeout_s
             How long to wait for memory, seconds; by default the pool's ``timeout_s``. 0 does not wait.
         priority

@@ -35,7 +35,7 @@ class ModelSpec:
     tokens_per_block
         How many tokens a block stands for.
     limit
-        Largest cache the model may ask for, bytes or text.
+        The most that its caches may hold together, bytes or text.
     """
 
     name: str

@@ -19,8 +19,10 @@ def checked(ranges: Iterable[Sequence[int]], size_bytes: int) -> Extents:
     Raises
     ------
     InvalidSizeError
-        If one is no pair of whole numbers, is empty, or does not lie within ``[0, size_bytes)``.
+        If one is no pair of whole numbers, is empty, or does not lie within ``[0, size_bytes)``; or if they are none.
     """
+    if not isinstance(ranges, Iterable):
+        raise InvalidSizeError(f"ranges are pairs of (start, end) in bytes of the cache; asked for {ranges!r}")
     found = []
     for each in ranges:
         if (

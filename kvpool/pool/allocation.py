@@ -33,7 +33,7 @@ from kvpool.pool.refusals import Refusals
 from kvpool.pool.requests import CacheRequest, Orders, Shortage
 from kvpool.pool.room import Room
 from kvpool.pool.stepwise import send_stepwise, wants_memory
-from kvpool.pool.validation import check_request
+from kvpool.pool.validation import check_limit, check_request
 from kvpool.sizes import format_count, format_size
 
 if TYPE_CHECKING:
@@ -299,6 +299,12 @@ class Allocations:
             self.deliver(request, ("error", *self._ledger.not_connected(request.client.id).to_wire()), now)
             self._room.clearance.changed = True
             return
+        try:
+            self._check_waiting(request)  # a limit may have been lowered while the device looked for room
+        except KvpoolError as never:
+            self.deliver_error(request, never, now)
+            self._room.clearance.changed = True
+            return
         if request.ticket is not None:  # it waited before: its place in the line is kept
             self.queue.put_back(
                 request.ticket, request, request.deadline, request.priority, self.precedence.line_of(request)
@@ -329,6 +335,23 @@ class Allocations:
         batch, request.batch = request.batch, None
         if batch is not None:
             self._ledger.answer(batch, request.item, ("queued", request.ticket))
+
+    def _check_waiting(self, request: CacheRequest) -> None:
+        """Raise what keeps a request from ever being met by now."""
+        if request.change is None:
+            check_limit(self._ledger, request)
+        else:
+            self.changes.check_waiting(request, request.change)
+
+    def refuse_above_limits(self, now: float) -> None:
+        """Answer those who wait for more than a limit allows by now: they would hold up others for nothing."""
+        for ticket, request in list(self.queue.items()):
+            try:
+                self._check_waiting(request)
+            except KvpoolError as error:
+                self.queue.pop(ticket)
+                self.deliver_error(request, error, now)
+                self._room.clearance.changed = True
 
     def retry_after_s(self, now: float) -> float:
         """Return when a place in the queue may be expected: as fast as the last ones came free, or by a deadline."""
@@ -404,7 +427,9 @@ class Allocations:
         """Answer the requests whose deadline has passed."""
         self._refusals.expire(now)
         for _, request in self.queue.expired(now):
-            error = capacity_error(self._ledger, request, f"there was no room within {request.timeout_s:g} s")
+            # What is left of a longer wait comes as 0.99984 s.
+            timeout_s = round(request.timeout_s, 2) or request.timeout_s
+            error = capacity_error(self._ledger, request, f"there was no room within {timeout_s:g} s")
             self._refusals.refuse(request, error, now)
 
     def next_deadline(self) -> float | None:

@@ -29,10 +29,11 @@ from kvpool.pool.client import Backing, Client
 from kvpool.pool.device import Device
 from kvpool.pool.instructions import Answer, Batch
 from kvpool.pool.ledger import Ledger
+from kvpool.pool.model import Model
 from kvpool.pool.requests import CacheRequest, Change, Orders
 from kvpool.pool.room import Room
 from kvpool.pool.stepwise import send_stepwise
-from kvpool.pool.validation import check_timeout
+from kvpool.pool.validation import check_growth, check_timeout
 from kvpool.sizes import format_size
 
 KINDS = ("resize", "back", "unback")
@@ -111,6 +112,10 @@ class BackingChanges:
         for cache_id in cache_ids:
             self._hasten(cache_id, now)
 
+    def check_waiting(self, request: CacheRequest, change: Change) -> None:
+        """Raise what keeps a change that waits from ever being carried out by now."""
+        self._measure(request, change)
+
     def ended(self, request: CacheRequest, change: Change) -> None:
         """Note that a change is answered, or not waited for any more."""
         growing = self._growing.get(change.cache_id, [])
@@ -134,8 +139,8 @@ class BackingChanges:
             raise InvalidRequestError("a cache is resized to its first bytes: use back() and unback() for other parts")
         change = Change(cache_id, ledger.index.device[row], kind, asked)
         device = ledger.devices[change.device]
-        missing_bytes, _, _ = self._needs(device, backing, change)
         model = ledger.model_in(ledger.index.space_of(row))
+        missing_bytes, _, _ = self._needs(device, model, backing, change)
         request = CacheRequest(
             client, model, sequence, missing_bytes, backing.max_size_bytes, timeout_s, now + timeout_s, batch, item,
             ledger.writers[cache_id].priority, trace, now, change=change,
@@ -168,7 +173,7 @@ class BackingChanges:
         self._ledger.writers[cache_id] = writer._replace(backing=backing)
         return backing
 
-    def _needs(self, device: Device, backing: Backing, change: Change) -> tuple[int, int | None, Extents]:
+    def _needs(self, device: Device, model: Model, backing: Backing, change: Change) -> tuple[int, int | None, Extents]:
         """Return the bytes of the pages that a change needs beyond those there are, of all then, and what is backed.
 
         None for all: a cache in shared pages takes the same whatever is backed of it.
@@ -186,6 +191,8 @@ class BackingChanges:
                 largest_bytes=device.capacity_bytes,
             )
         missing = pages - pages_touched(backing.planned, device.page_bytes)
+        if missing:  # to hold on to what a lowered limit does not allow any more is no growth
+            check_growth(self._ledger, model, change.cache_id, all_bytes)
         return len(missing) * device.page_bytes, all_bytes, extents
 
     def plan(self, request: CacheRequest, change: Change, orders: Orders, now: float) -> bool:
@@ -217,7 +224,7 @@ class BackingChanges:
         """Note what a change needs by now; its cache may have ended or been sealed while it waited."""
         row = self._writable(request.client, change.cache_id)
         device, backing = self._ledger.devices[change.device], self.backing(row, change.cache_id)
-        request.size_bytes, all_bytes, extents = self._needs(device, backing, change)
+        request.size_bytes, all_bytes, extents = self._needs(device, request.model, backing, change)
         return row, device, backing, all_bytes, extents
 
     def _enter(self, row: int, all_bytes: int | None, extents: Extents) -> None:

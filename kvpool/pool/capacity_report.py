@@ -23,11 +23,13 @@ def capacity_error(ledger: Ledger, request: CacheRequest, why: str) -> CapacityE
     largest = max(fitted.values(), default=0)
     by_quota, allowed, quota_details = _by_quota(ledger, request, sum(free.values()) + sum(evictable.values()))
     largest = int(min(largest, allowed))
+    where = f"{len(devices)} device{'' if len(devices) == 1 else 's'}"
+    if request.change is not None:
+        where = f"device {ledger.devices[request.change.device].name}, on which its cache lies and stays"
     return CapacityError(
         f"asked for {format_size(request.size_bytes)} and {why}: {by_quota}"
         f"{format_size(sum(free.values()))} free and {format_size(sum(evictable.values()))} evictable on "
-        f"{len(devices)} device{'' if len(devices) == 1 else 's'}, "
-        f"{format_size(sum(pinned.values()))} pinned by leases, {format_size(zombie_bytes)} zombie; at most "
+        f"{where}, {format_size(sum(pinned.values()))} pinned by leases, {format_size(zombie_bytes)} zombie; at most "
         f"{format_size(largest)} would have fitted: release leases, wait longer (timeout_s), or add memory",
         asked_bytes=request.size_bytes,
         free_bytes=sum(free.values()),

@@ -217,8 +217,8 @@ class Leases:
         self.settle(ended, [FREED if cache_id in gone else RELEASED for cache_id in ended], now)
         self.memory_freed(now)
 
-    def device_lost(self, number: int, reason: str, now: float) -> None:
-        """Take a lost device and all that was only there off the books."""
+    def device_lost(self, number: int, reason: str) -> None:
+        """Take a lost device and all that was only there off the books. Quotas are to follow, then those who wait."""
         device = self._ledger.devices[number]
         device.lost = reason
         index = self._ledger.index
@@ -229,4 +229,3 @@ class Leases:
         self.pinned = {cache_id: n for cache_id, n in self.pinned.items() if index.live_row(cache_id) >= 0}
         if self._ledger.journal.open:
             self._ledger.journal.add(Happened("device_lost", device=device.name, reason=reason))
-        self.memory_freed(now)

@@ -129,6 +129,8 @@ class Quotas:
         self._alive = -1
         self.active = False
         """Whether anybody has a quota."""
+        self.reckoned = False
+        """Whether limits may have become lower since somebody last looked at who waits for more."""
         self.draining: set[Owner] = set()
         """Those that hold more than a limit that was lowered."""
         self.warning: str | None = None
@@ -252,6 +254,7 @@ class Quotas:
     def split(self) -> None:
         """Reckon what quotas come to, when one was set or the pool's devices have changed."""
         self._alive = self._count_alive()
+        self.reckoned = True
         capacities = self._capacities()
         capacity_bytes = sum(capacities.values())
         asked = {key: owner.guaranteed.of(capacity_bytes) for key, owner in self._owners.items()}

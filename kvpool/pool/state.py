@@ -287,7 +287,7 @@ class PoolState:
         applied = quotas.set(tenant, model, *amounts, revision, now)
         if applied:
             self.allocations.line_up_anew()
-            self._follow_quotas()
+            self._follow_quotas(now)
             self.allocations.retry(now)
         owner = quotas.owner(tenant, model)
         answer = self._described(owner) | {"applied": applied}
@@ -316,10 +316,13 @@ class PoolState:
         waiting = self.allocations.waiting_of(owner)
         return self.ledger.quotas.describe(owner) | {"registered": registered, "waiting": waiting}
 
-    def _follow_quotas(self) -> None:
+    def _follow_quotas(self, now: float) -> None:
         quotas = self.ledger.quotas
         if quotas.active:
             quotas.follow_devices()
+            if quotas.reckoned:
+                quotas.reckoned = False
+                self.allocations.refuse_above_limits(now)
             if quotas.draining:
                 self._room.drain()
 
@@ -385,12 +388,14 @@ class PoolState:
                 self.leases.leases_ended(event.ended, event.freed, now)
             case DeviceLost():
                 self.below.device_lost(event.device)
-                self.leases.device_lost(event.device, event.reason, now)
+                self.leases.device_lost(event.device, event.reason)
+                self._follow_quotas(now)  # what a share of the pool comes to is less before anybody is granted more
+                self.allocations.retry(now)
             case Tick():
                 self.raising.expire(now)
                 self.allocations.expire(now)
                 self.allocations.retry(now)
-        self._follow_quotas()
+        self._follow_quotas(now)
         self.allocations.follow_up(now)
         self.copies.follow_up(now)
         return self.ledger.out
@@ -419,7 +424,7 @@ class PoolState:
         self.ledger.out = []
         for send in sent:
             self._go_on(send, ("error", *error.to_wire()), now)
-        self._follow_quotas()
+        self._follow_quotas(now)
         self.allocations.follow_up(now)
         return self.ledger.out
 

@@ -6,6 +6,7 @@ import math
 
 from kvpool.errors import InvalidRequestError, InvalidSizeError, LimitError
 from kvpool.pool.ledger import Ledger
+from kvpool.pool.model import Model
 from kvpool.pool.requests import CacheRequest
 from kvpool.sizes import format_size
 
@@ -43,8 +44,7 @@ def check_request(ledger: Ledger, request: CacheRequest) -> None:
             f"a cache needs 0 < size <= max_size, asked for size={size_bytes}, max_size={max_size_bytes}",
             asked_bytes=size_bytes,
         )
-    if ledger.quotas.active:
-        _check_limit(ledger, request)
+    check_limit(ledger, request)
     devices = ledger.usable(request.client)
     largest = max(device.capacity_bytes for device in devices)
     if size_bytes > largest:
@@ -62,14 +62,28 @@ def check_request(ledger: Ledger, request: CacheRequest) -> None:
         )
 
 
-def _check_limit(ledger: Ledger, request: CacheRequest) -> None:
-    limit_bytes, owner = ledger.quotas.limit_of(ledger.quotas.account(request.model.space))
+def check_limit(ledger: Ledger, request: CacheRequest) -> None:
+    """Raise :class:`~kvpool.errors.LimitError` for a new cache that takes more than its model or tenant may ever hold.
+
+    It may be asked for with a larger ``max_size``: growth is checked when it comes, by the limit that holds then.
+    """
     least_bytes = footprint_bytes(ledger, request)
-    if max(request.max_size_bytes, least_bytes) > limit_bytes:
+    _check_limit(ledger, request.model, request.size_bytes, f"({format_size(least_bytes)} of a device)", least_bytes)
+
+
+def check_growth(ledger: Ledger, model: Model, cache_id: int, backed_bytes: int) -> None:
+    """Raise :class:`~kvpool.errors.LimitError` if a cache would hold more, by itself, than its model or tenant may."""
+    _check_limit(ledger, model, backed_bytes, f"of cache {cache_id} to be backed", backed_bytes)
+
+
+def _check_limit(ledger: Ledger, model: Model, asked_bytes: int, of_what: str, least_bytes: int) -> None:
+    if not ledger.quotas.active:
+        return
+    limit_bytes, owner = ledger.quotas.limit_of(ledger.quotas.account(model.space))
+    if least_bytes > limit_bytes:
         raise LimitError(
-            f"asked for {format_size(request.max_size_bytes)} (at least {format_size(least_bytes)} of a "
-            f"device), but {owner} may hold at most {format_size(int(limit_bytes))} in all: ask for less, or raise "
-            "its limit (set_quota, 'kvpool quota')",
-            asked_bytes=request.max_size_bytes,
+            f"asked for {format_size(asked_bytes)} {of_what}, but {owner} may hold at most "
+            f"{format_size(int(limit_bytes))} in all: ask for less, or raise its limit (set_quota, 'kvpool quota')",
+            asked_bytes=asked_bytes,
             limit_bytes=int(limit_bytes),
         )

@@ -10,6 +10,7 @@ import ray
 from driver import run_driver
 
 from kvpool import ModelSpec, encode_block_id, sync
+from kvpool.errors import CacheStateError
 
 SPEC = ModelSpec("m", block_bytes=4096)
 HASHES = [encode_block_id(number) for number in range(3)]
@@ -71,6 +72,34 @@ async def test_a_sealed_cache_is_found_by_its_key(pool):
                 return found.size_bytes, found.sealed
 
     assert await asyncio.to_thread(find) == (100, True)
+
+
+async def test_a_program_that_ends_just_after_it_made_a_block_allocator_ends_without_a_word(pool):
+    program = """
+        import sys
+        from kvpool import sync
+
+        sys.stderr = sys.stdout
+        pool = sync.CachePool.connect(sys.argv[1])
+        cache = pool.request_cache("m", size="64KiB", max_size="1MiB")
+        blocks = cache.block_allocator(4096)
+    """
+    address = ray.get_runtime_context().gcs_address
+    printed = await run_driver(program, pool.name, ray_address=address)
+    assert "RuntimeError" not in printed
+    assert "after interpreter shutdown" not in printed
+
+
+async def test_what_ended_with_its_connection_needs_no_release_and_may_have_one(pool):
+    def work():
+        blocking = sync.CachePool.connect(pool.name)
+        with blocking.request_cache("m", size="64KiB", max_size="1MiB") as cache:
+            blocking.close()
+            with pytest.raises(CacheStateError, match="is closed"):
+                cache.resize("128KiB")
+        cache.release()
+
+    await asyncio.to_thread(work)
 
 
 async def test_ray_does_not_complain_that_the_blocking_client_has_a_thread_of_its_own(pool):

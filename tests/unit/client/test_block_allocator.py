@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from kvpool.client.block_allocator import BlockAllocator
-from kvpool.errors import CacheStateError, CapacityError, DeviceLostError, InvalidSizeError
+from kvpool.errors import CacheStateError, CapacityError, DeviceLostError, InvalidSizeError, LimitError
 from kvpool.memory.extents import difference, total_bytes, union
 
 BLOCK, PAGE = 16, 64
@@ -24,6 +24,8 @@ class Cache:
         self.memory_bytes = self.device_bytes = self.max_size_bytes
         self.calls: list[str] = []
         self.fails: Exception | None = None
+        self.grows_not: Exception | None = None
+        self.too_much: Exception = InvalidSizeError("more than the device has")
         self.line: list[Waiting] = []
 
     async def change(self, kind, ranges, timeout_s) -> None:
@@ -31,9 +33,11 @@ class Cache:
         if kind == "unback":
             await self._unback(ranges)
             return
+        if self.grows_not is not None:
+            raise self.grows_not
         waiting = Waiting(ranges)
         if total_bytes(union(self.backed, waiting.ranges)) > self.device_bytes:
-            raise InvalidSizeError("more than the device has")
+            raise self.too_much
         await asyncio.sleep(0)
         while not self._fits(waiting):
             if timeout_s == 0:
@@ -112,7 +116,7 @@ async def test_memory_comes_ahead_of_use_and_goes_when_it_is_too_much():
     cache = Cache()
     blocks, connection = opened(cache)
     await connection.rest()
-    assert (blocks.num_blocks, blocks.free_blocks) == (32, 16)
+    assert (blocks.num_blocks, blocks.free_blocks, blocks.ahead_blocks) == (32, 16, 8)
     assert cache.backed == ((0, 16 * BLOCK), (32 * BLOCK, 48 * BLOCK)), "of both planes"
     held = blocks.allocate(12)
     await connection.rest()
@@ -275,6 +279,54 @@ async def test_more_than_the_device_has_while_nothing_is_in_use_can_never_be():
     await blocks.reserve(8)
 
 
+@pytest.mark.parametrize("error", [RuntimeError("what nobody expects"), CacheStateError("nor this"), KeyError(1)])
+async def test_whatever_fails_in_the_background_is_not_tried_again_at_once(error):
+    cache = Cache()
+    cache.grows_not = error
+    blocks, connection = opened(cache)
+    assert await connection.rest() == [error]
+    assert (cache.calls, len(connection.later)) == (["back"], 1)
+    cache.grows_not = None
+    connection.pass_time()
+    assert await connection.rest() == []
+    assert blocks.free_blocks == 16
+
+
+async def test_above_a_limit_a_reserve_is_refused_and_nothing_is_wanted_ahead():
+    cache = Cache()
+    cache.device_bytes, cache.too_much = 2 * 16 * BLOCK, LimitError("its limit")
+    blocks, connection = opened(cache, ahead_blocks=10)
+    with pytest.raises(LimitError, match="cannot reserve 20 blocks: its limit"):
+        await blocks.reserve(20)
+    assert await connection.rest() == []
+    assert len(connection.later) == 1
+    await blocks.reserve(12)
+    blocks.allocate(12)
+    with pytest.raises(CapacityError, match="its limit; free some first"):
+        await blocks.reserve(8)
+
+
+@pytest.mark.parametrize("close", [BlockAllocator.close, lambda blocks: asyncio.to_thread(blocks.close)])
+async def test_closing_ends_all_reserves_that_wait(close):
+    cache = Cache()
+    blocks, _, _, first = await waiting_reserve(cache, 8)
+    second = asyncio.ensure_future(blocks.reserve(8))
+    await turns()
+    closing = close(blocks)
+    if closing is not None:
+        await closing
+    for task in (first, second):
+        with pytest.raises(CacheStateError, match="closed"):
+            await asyncio.wait_for(task, 60)
+    await turns()
+    cache.memory_bytes = cache.max_size_bytes
+    backed = cache.backed
+    cache.call()
+    await turns()
+    assert cache.backed == backed, "its growth waits no more"
+    blocks.close()
+
+
 async def test_trim_passes_a_reserve_that_waits():
     cache = Cache()
     blocks, _, numbers, task = await waiting_reserve(cache, 16)
@@ -303,3 +355,9 @@ async def test_what_came_for_a_cancelled_reserve_is_given_back():
 async def test_no_block_fits(block_bytes, planes):
     with pytest.raises(InvalidSizeError):
         BlockAllocator(Cache(), Connection(), PAGE, block_bytes, planes, None)
+
+
+@pytest.mark.parametrize(("planes", "ahead_blocks"), [("2", None), (1.5, None), (None, None), (True, None), (1, "8")])
+async def test_what_is_no_number_is_a_typed_error(planes, ahead_blocks):
+    with pytest.raises(InvalidSizeError, match="is a whole number, not"):
+        BlockAllocator(Cache(), Connection(), PAGE, BLOCK, planes, ahead_blocks)

@@ -18,7 +18,7 @@ HASHES = [encode_block_id(number) for number in range(4)]
 class Connection:
     """As much of a connection as a hit sees; ``answer()`` ends a fetch."""
 
-    closed = False
+    closed = ended = False
 
     def __init__(self) -> None:
         self.leases: set[Any] = set()

@@ -45,3 +45,9 @@ def test_a_front_of_nothing_is_nothing():
 def test_what_is_no_range_is_refused(bad):
     with pytest.raises(InvalidSizeError, match="0 <= start < end <= 30"):
         checked([(0, 1), bad], 30)
+
+
+@pytest.mark.parametrize("bad", [None, 7, 1.5])
+def test_what_are_no_ranges_at_all_is_refused(bad):
+    with pytest.raises(InvalidSizeError, match="pairs of"):
+        checked(bad, 30)

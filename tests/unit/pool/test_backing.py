@@ -5,9 +5,10 @@ import os
 import pytest
 from pool_harness import PAGE, LocalPool, keys_of
 
-from kvpool.errors import from_wire
+from kvpool.errors import CapacityError, LimitError, from_wire
 from kvpool.pool.instructions import (
     Batch,
+    CachesRequested,
     ChangesRequested,
     DeviceFreed,
     DeviceLost,
@@ -112,11 +113,14 @@ def test_no_room_in_time_is_an_error_with_figures_of_its_device():
     device = pool.state.ledger.index.device[pool.state.ledger.index.row_of(cache_id)]
     assert refused.details["asked_bytes"] == 4 * PAGE
     assert refused.details["free_bytes"] == free_bytes(pool, device)
-    resize(pool, cache_id, 5 * PAGE, timeout_s=2.0)
+    resize(pool, cache_id, 5 * PAGE, timeout_s=0.999842)
     pool.now = 3.0
     pool.tick()
     pool.settle()
-    assert pool.grants["c"][0][1][1] == "CapacityError"
+    told = error_of(pool.grants["c"][0][1])
+    assert isinstance(told, CapacityError)
+    assert "no room within 1 s:" in told.message
+    assert f"on device host-{device}, on which its cache lies and stays, " in told.message
     assert resize(pool, cache_id, 2 * PAGE)[0] == "changed", "it is as it was"
     pool.check()
     pool.close()
@@ -386,3 +390,98 @@ def test_nothing_is_known_of_changes_that_are_answered_or_cancelled(pool):
     pool.tick()
     change(pool, cache_id, "unback", [(0, PAGE)])
     assert not pool.state.changes._growing
+
+
+# -- limits -----------------------------------------------------------------------------------------------------------
+
+
+def limit(pool, limit, model="m", tenant="default"):
+    pool.administer(QuotaSet(Batch(1), tenant, model, 0, limit, None))
+
+
+@pytest.mark.parametrize("kind", ["resize", "back"])
+@pytest.mark.parametrize("model", ["m", None], ids=["model", "tenant"])
+def test_growth_above_a_limit_is_refused_at_once_and_holds_up_nobody(pool, kind, model):
+    limit(pool, 4 * PAGE, model)
+    cache_id = growing(pool)
+    refused = error_of(change(pool, cache_id, kind, [(0, 5 * PAGE)], timeout_s=50.0))
+    assert isinstance(refused, LimitError)
+    assert refused.details == {"asked_bytes": 5 * PAGE, "limit_bytes": 4 * PAGE}
+    assert f"of cache {cache_id} to be backed" in refused.message
+    assert pool.request(PAGE)[0] == "granted"
+    assert change(pool, cache_id, kind, [(0, 3 * PAGE)])[0] == "changed"
+
+
+def test_growth_for_which_others_of_its_model_leave_no_room_below_the_limit_waits(pool):
+    limit(pool, 4 * PAGE)
+    cache_id, other = growing(pool), growing(pool, 2 * PAGE)
+    kind, ticket = resize(pool, cache_id, 4 * PAGE, timeout_s=50.0)
+    assert kind == "queued"
+    pool.release([other])
+    assert dict(pool.grants["c"])[ticket][0] == "changed"
+
+
+def test_what_is_above_a_lowered_limit_shrinks_and_keeps_what_it_has(pool):
+    cache_id = growing(pool, 6 * PAGE)
+    limit(pool, 4 * PAGE)
+    assert resize(pool, cache_id, 6 * PAGE)[0] == "changed", "as it is"
+    assert resize(pool, cache_id, 5 * PAGE)[0] == "changed"
+    assert isinstance(error_of(resize(pool, cache_id, 6 * PAGE)), LimitError)
+    assert resize(pool, cache_id, 4 * PAGE)[0] == "changed"
+
+
+def test_a_lowered_limit_refuses_who_waits_for_more(pool):
+    cache_id, other = growing(pool), growing(pool, 5 * PAGE)
+    _, grows = resize(pool, cache_id, 6 * PAGE, timeout_s=50.0)
+    _, large = pool.request(5 * PAGE, timeout_s=50.0)
+    _, small = pool.request(3 * PAGE, timeout_s=50.0)
+    limit(pool, "50%")
+    told = dict(pool.grants.pop("c"))
+    assert sorted(told) == [grows, large]
+    assert all(isinstance(error_of(answer), LimitError) for answer in told.values())
+    pool.release([other])
+    assert dict(pool.grants["c"])[small][0] == "granted"
+
+
+def test_who_waits_for_more_than_a_limit_lets_others_pass_when_it_is_lowered(pool):
+    pool.model(name="other")
+    cache_id, _ = growing(pool), growing(pool, 5 * PAGE)
+    _, grows = resize(pool, cache_id, 6 * PAGE, timeout_s=50.0)
+    _, behind = pool.request(2 * PAGE, model=1, timeout_s=50.0)
+    limit(pool, 4 * PAGE)
+    told = dict(pool.grants.pop("c"))
+    assert isinstance(error_of(told[grows]), LimitError)
+    assert told[behind][0] == "granted"
+
+
+def test_a_limit_that_shrinks_with_a_lost_device_refuses_who_waits_for_more():
+    pool = LocalPool(devices=2, pages=8)
+    pool.connect()
+    pool.model()
+    limit(pool, "50%")
+    held = [growing(pool, 3 * PAGE), growing(pool, 3 * PAGE)]
+    lost = pool.state.ledger.index.device[pool.state.ledger.index.row_of(held[1])]
+    kind, ticket = pool.request(5 * PAGE, timeout_s=50.0)
+    assert kind == "queued"
+    pool.handle(DeviceLost(lost, "test"))
+    pool.settle()
+    told = error_of(dict(pool.grants["c"])[ticket])
+    assert isinstance(told, LimitError)
+    assert told.details["limit_bytes"] == 4 * PAGE
+    pool.close()
+
+
+def test_a_limit_that_is_lowered_while_a_device_looks_for_room(pool):
+    """It has less than the books say: pages that a client still maps are zombies of which these do not know yet."""
+    other = growing(pool, 7 * PAGE)
+    store = pool.stores[0]
+    for index, serial in store.record(other).pages:
+        os.close(store.allocator.export("c", "default", index, serial))
+    batch = Batch(1)
+    pool.handle(ChangesRequested(Batch(1), "c", [(1, other, "resize", [(0, PAGE)], 0.0, None)]))
+    pool.handle(CachesRequested(batch, "c", [(2, 0, 6 * PAGE, 6 * PAGE, 50.0, 0, None)]))
+    pool.handle(QuotaSet(Batch(1), "default", "m", 0, 4 * PAGE, None))
+    pool.settle()
+    assert isinstance(error_of(pool.done[batch][0]), LimitError)
+    for client, serials in store.allocator.take_drops().items():
+        store.allocator.dropped(client, serials)

@@ -535,9 +535,16 @@ def test_addresses_that_do_not_exist_are_refused_before_anything_goes(pool):
     assert pool.state.ledger.counters.evictions == 0
 
 
-def test_growing_beyond_the_models_limit_is_refused(pool):
-    number = pool.model(name="small", limit_bytes=1000)
-    assert isinstance(error_of(pool.request(500, max_size=1001, model=number)), LimitError)
+def test_addresses_are_not_what_a_limit_counts_unless_they_are_memory(pool):
+    number = pool.model(name="small", limit_bytes=2 * PAGE)
+    kind, cache_id, *_ = pool.request(PAGE, max_size=16 * PAGE, model=number)
+    assert kind == "granted"
+    pool.release([cache_id])
+    below = pool.model(name="below", limit_bytes=PAGE // 4)
+    error = error_of(pool.request(1, max_size=PAGE // 2, model=below))  # takes its whole range of a shared page
+    assert isinstance(error, LimitError)
+    assert "(32 KiB of a device)" in error.message
+    assert "at most 16 KiB" in error.message
 
 
 def test_out_of_addresses_evicts_nothing(pool):
