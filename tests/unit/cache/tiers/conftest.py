@@ -179,4 +179,5 @@ async def open_device(faults: Faults) -> AsyncIterator[OpenDevice]:
     MemoryFileSystem.store.clear()
     MemoryFileSystem.pseudo_dirs[:] = [""]
     devices.clear()
-    assert len(os.listdir("/proc/self/fd")) == before
+    # (Fewer: a cycle that an earlier test of this process left, an event loop's, was collected meanwhile.)
+    assert len(os.listdir("/proc/self/fd")) <= before, "descriptors stay open"
