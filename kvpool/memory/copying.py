@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 
+from kvpool.memory.page_tables import PAGE_TABLES
+
 
 def copy_blocks(destinations: Sequence[int], sources: Sequence[int], block_bytes: int) -> None:
     """Copy blocks between addresses, neighbours that lie the same way on both sides in one go."""
@@ -18,7 +20,9 @@ def copy_blocks(destinations: Sequence[int], sources: Sequence[int], block_bytes
             and sources[end] - sources[end - 1] == block_bytes
         ):
             end += 1
-        ctypes.memmove(destinations[start], sources[start], (end - start) * block_bytes)
+        destination, size_bytes = destinations[start], (end - start) * block_bytes
+        PAGE_TABLES.enter(destination, size_bytes)
+        ctypes.memmove(destination, sources[start], size_bytes)
         start = end
 
 

@@ -2,13 +2,8 @@
 
 Not one file for all pages: after a hole is punched into it, a stale client's access would silently bring memory back.
 
-Page tables fill when memory is touched. Of pages that another process wrote, the kernel enters one (4 KiB) at a write
-here, but at a read all that are there of the 64 KiB around it, and in shared memory these may be written from then on.
-So a byte of what is copied to is read first: to write 2 MiB takes 250 us then instead of 840, and if nobody had written
-it before as long as else (890: that byte is a fault that the write does not have any more). MADV_POPULATE_READ fills in
-as many at a time, but whole pages of which perhaps little is written (330 us, or 60 for nothing), MADV_POPULATE_WRITE
-one at a time. What is only read needs nothing. A page that moves takes its page tables along (12 us for 2 MiB, and 160
-for the next write of all; mapped anew it is 140, most of it for unmapping, and 800).
+A page that moves takes its page tables along (12 us for 2 MiB, and 160 for the next write of all; mapped anew it is
+140, most of it for unmapping, and 800).
 """
 
 from __future__ import annotations
@@ -27,6 +22,7 @@ from kvpool.memory import limits, mman
 from kvpool.memory.backend import Access, Copy, MemoryInfo
 from kvpool.memory.fork import fork_guard, watch_forks
 from kvpool.memory.page import runs
+from kvpool.memory.page_tables import PAGE_TABLES, WINDOW_BITS
 from kvpool.sizes import format_size
 
 # Against a client's ftruncate, which would kill the owner with SIGBUS at its next access.
@@ -34,11 +30,6 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 _SHORT_BYTES = 256 << 10
 """Copies up to this keep the interpreter lock: to let go of it and take it again costs more than a small one takes."""
-
-_WINDOW_BITS = 16
-"""Of the number of bytes that the kernel enters around a read (``fault_around_bytes``, if nobody has changed it)."""
-_MOST_WINDOWS = 1 << 16
-"""So many (4 GiB) are known to be entered, in 4 MiB; then it begins anew."""
 
 
 @dataclass(slots=True)
@@ -103,10 +94,6 @@ class HostBackend:
         self._next_handle = 1
         self._reservations: dict[int, _Reservation] = {}
         self._starts: list[int] = []
-        #: Windows of addresses in which something was copied to since they were mapped: to look here takes less than to
-        #: read a byte in vain (0.3 us). Where it is wrong (a window of two pages, or written in part) that costs time
-        #: alone.
-        self._touched: set[int] = set()
         self._pid = os.getpid()
         watch_forks(self)
 
@@ -231,9 +218,7 @@ class HostBackend:
         self._check_process()
         with fork_guard:
             reservation, addresses = self._run(address, size_bytes)
-            windows = range(address >> _WINDOW_BITS, (address + size_bytes - 1 >> _WINDOW_BITS) + 1)
-            few = windows if len(windows) < len(self._touched) else [each for each in self._touched if each in windows]
-            self._touched.difference_update(few)
+            PAGE_TABLES.forget(address, size_bytes)
             if reservation.zeros:
                 for each in addresses:
                     mman.reserve_addresses(reservation.page_size_bytes, each, reservation.unmapped_access(each))
@@ -293,19 +278,16 @@ class HostBackend:
     def copy(self, copies: Iterable[Copy]) -> None:
         self._check_process()  # a system call: once for all
         memmove, view = ctypes.memmove, mman.ADDRESSES
-        touched, bits = self._touched, _WINDOW_BITS
-        if len(touched) > _MOST_WINDOWS:
-            touched.clear()
+        entered, enter = PAGE_TABLES.entered, PAGE_TABLES.enter
+        PAGE_TABLES.limit()
         for destination, source, size_bytes in copies:
-            first, last = destination >> bits, destination + size_bytes - 1 >> bits
-            if first not in touched:
-                _ = view[destination]
-                touched.add(first)
-            if first != last:
-                for window in range(first + 1, last + 1):
-                    if window not in touched:
-                        _ = view[window << bits]
-                        touched.add(window)
+            first, last = destination >> WINDOW_BITS, destination + size_bytes - 1 >> WINDOW_BITS
+            if first == last:
+                if first not in entered:  # a call takes longer than that
+                    _ = view[destination]
+                    entered.add(first)
+            elif first not in entered or last not in entered or last - first > 1:
+                enter(destination, size_bytes)
             if size_bytes > _SHORT_BYTES:
                 memmove(destination, source, size_bytes)
             else:
@@ -313,6 +295,7 @@ class HostBackend:
 
     def zero(self, address: int, size_bytes: int) -> None:
         self._check_process()
+        PAGE_TABLES.enter(address, size_bytes)
         ctypes.memset(address, 0, size_bytes)
 
     def close(self) -> None:
@@ -333,6 +316,7 @@ class HostBackend:
         self._pages.clear()
         self._reservations.clear()
         self._starts.clear()
+        PAGE_TABLES.forget_all()
 
     def _add(self, page: _Page) -> int:
         handle = self._next_handle

@@ -18,9 +18,10 @@ import pytest
 
 import kvpool
 from kvpool.errors import BackendError, ForkedHandleError, InvalidRequestError, InvalidSizeError, SystemLimitError
-from kvpool.memory import host, limits, mman
+from kvpool.memory import limits, mman
 from kvpool.memory.backend import Access
 from kvpool.memory.host import HostBackend
+from kvpool.memory.page_tables import PAGE_TABLES
 
 SIZE = 65536
 PAGE = 4 * SIZE
@@ -276,6 +277,7 @@ import resource
 hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
 from kvpool.memory.host import HostBackend
+from kvpool.memory.page_tables import PAGE_TABLES
 HostBackend().probe(pages=300, mapped_pages=1, page_size_bytes=4096)
 assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= 300
 """
@@ -416,14 +418,18 @@ def test_what_is_mapped_anew_is_read_again(places: tuple[HostBackend, int, int],
     assert reads.addresses == [destination]
 
 
-def test_of_few_windows_it_is_known_that_they_were_read(
-    places: tuple[HostBackend, int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_zeroed_is_read_first(places: tuple[HostBackend, int, int], reads: _Reads) -> None:
+    backend, _, destination = places
+    backend.zero(destination + 100, SIZE)
+    assert reads.addresses == [destination + 100, destination + SIZE]
+    assert ctypes.string_at(destination + 100, SIZE) == bytes(SIZE)
+
+
+def test_a_forked_child_knows_of_nothing_that_was_entered(places: tuple[HostBackend, int, int]) -> None:
     backend, source, destination = places
-    monkeypatch.setattr(host, "_MOST_WINDOWS", 3)
-    for _ in range(3):
-        backend.copy([(destination, source, PAGE)])
-        assert len(backend._touched) == PAGE // SIZE
     backend.copy([(destination, source, 50)])
-    assert len(backend._touched) == 1
-    assert ctypes.string_at(destination, PAGE) == ctypes.string_at(source, PAGE)
+    child = os.fork()
+    if child == 0:
+        os._exit(len(PAGE_TABLES.entered))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert PAGE_TABLES.entered
