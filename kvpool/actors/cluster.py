@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+import threading
 from collections.abc import Callable
 from contextvars import Context
 from typing import Any
@@ -116,8 +117,10 @@ def _init(**options: Any) -> None:
         ray.init(namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING, **options)
     finally:
         logger.removeFilter(_tells_more_than_sigterm)
-        if handler is not signal.SIG_DFL and signal.getsignal(signal.SIGTERM) is not handler:
-            signal.signal(signal.SIGTERM, handler)  # Ray takes it for its own, which exits, whoever had it before
+        # Ray takes it for its own, which exits, whoever had it before; but not in another thread, where nobody can.
+        ours = handler not in (signal.SIG_DFL, None) and threading.current_thread() is threading.main_thread()
+        if ours and signal.getsignal(signal.SIGTERM) is not handler:
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _tells_more_than_sigterm(record: logging.LogRecord) -> bool:

@@ -71,7 +71,9 @@ class Compactor:
                     if budget_bytes is None:
                         done = self._mover.step(tenant, left_bytes, WINDOW_PAGES, owner)
                     else:
-                        done = self._mover.go_on(tenant, left_bytes, owner, None, self._mover.within_reach(tenant))
+                        # For a new plan alone: to count takes as long as a step where there are thousands of pages.
+                        most_pages = 1 if self._mover.begun else self._mover.within_reach(tenant)
+                        done = self._mover.go_on(tenant, left_bytes, owner, None, most_pages)
                     moved_bytes += done.moved_bytes
                     freed_pages += done.freed_pages
                     if budget_bytes is not None:

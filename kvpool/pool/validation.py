@@ -67,18 +67,19 @@ def check_limit(ledger: Ledger, request: CacheRequest) -> None:
 
     It may be asked for with a larger ``max_size``: growth is checked when it comes, by the limit that holds then.
     """
+    if not ledger.quotas.active:
+        return
     least_bytes = footprint_bytes(ledger, request)
     _check_limit(ledger, request.model, request.size_bytes, f"({format_size(least_bytes)} of a device)", least_bytes)
 
 
 def check_growth(ledger: Ledger, model: Model, cache_id: int, backed_bytes: int) -> None:
     """Raise :class:`~kvpool.errors.LimitError` if a cache would hold more, by itself, than its model or tenant may."""
-    _check_limit(ledger, model, backed_bytes, f"of cache {cache_id} to be backed", backed_bytes)
+    if ledger.quotas.active:
+        _check_limit(ledger, model, backed_bytes, f"of cache {cache_id} to be backed", backed_bytes)
 
 
 def _check_limit(ledger: Ledger, model: Model, asked_bytes: int, of_what: str, least_bytes: int) -> None:
-    if not ledger.quotas.active:
-        return
     limit_bytes, owner = ledger.quotas.limit_of(ledger.quotas.account(model.space))
     if least_bytes > limit_bytes:
         raise LimitError(

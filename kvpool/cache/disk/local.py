@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import stat
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from kvpool.cache.disk.parts import begin_to_write_out, read_all, write_all
 from kvpool.errors import TierError
 
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+
+_LOOK_S = 0.001
+"""How long to leave others who look whether a folder is in use, which takes microseconds."""
 
 
 class FolderLostError(OSError):
@@ -50,15 +54,13 @@ class LocalFolder:
         self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = os.open(self._root / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            raise TierError(
-                f"{self.url} is in use by another process: give each device a folder of its own (a pool of the same "
-                "name in another cluster has the same folder: name one of them differently)",
-                cause="locked",
-            ) from None
-        except OSError:
+            if not _take(lock):
+                raise TierError(
+                    f"{self.url} is in use by another process: give each device a folder of its own (a pool of the "
+                    "same name in another cluster has the same folder: name one of them differently)",
+                    cause="locked",
+                )
+        except BaseException:
             os.close(lock)
             raise
         self._lock = lock
@@ -249,6 +251,21 @@ class LocalFolder:
         with contextlib.suppress(FileExistsError):
             folder.mkdir(mode=0o700)  # without parents: see the class
             self._durable.discard(folder.name)  # somebody has removed the one before
+
+
+def _take(lock: int) -> bool:
+    """Lock a file for this process alone; False if another one has it."""
+    while True:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        # Others only look, as devices that start do at each other's folders: see LocalFolder.is_in_use.
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        time.sleep(_LOOK_S)
 
 
 @contextlib.contextmanager

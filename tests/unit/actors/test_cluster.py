@@ -1,6 +1,11 @@
 """Which Ray a process connects to, or starts."""
 
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError
@@ -34,6 +39,48 @@ def test_none_is_started_in_place_of_one_that_is_named(refusing: None, monkeypat
     monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:6379")
     with pytest.raises(PoolNotFoundError, match="RAY_AUTH_MODE=token"):
         cluster.ensure_ray(start=lambda: pytest.fail("a pool there would be found by nobody"))
+
+
+@pytest.fixture
+def taking() -> Iterator[Callable[[], Any]]:
+    """Take SIGTERM; returns the handler."""
+
+    def take() -> Any:
+        handler = lambda *_: None  # noqa: E731  another one each time
+        signal.signal(signal.SIGTERM, handler)
+        return handler
+
+    before = signal.getsignal(signal.SIGTERM)
+    yield take
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_handler_of_sigterm_outlasts_that_of_ray(taking: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster.ray, "init", lambda **_: taking())
+    mine = taking()
+    cluster.start_local_ray()
+    assert signal.getsignal(signal.SIGTERM) is mine
+
+
+def test_another_thread_leaves_sigterm_to_who_takes_it_meanwhile(
+    taking: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a server does in the main thread while a worker of its connects."""
+    connecting, taken = threading.Event(), threading.Event()
+
+    def connect(**_: object) -> None:
+        connecting.set()
+        taken.wait()
+
+    monkeypatch.setattr(cluster.ray, "init", connect)
+    taking()
+    with ThreadPoolExecutor() as threads:
+        started = threads.submit(cluster.start_local_ray)
+        connecting.wait()
+        mine = taking()
+        taken.set()
+        started.result()
+    assert signal.getsignal(signal.SIGTERM) is mine
 
 
 @pytest.mark.parametrize("said", [ActorDiedError(), ActorUnavailableError("It went.", None)])

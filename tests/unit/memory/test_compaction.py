@@ -472,3 +472,20 @@ def test_a_budget_is_kept_step_by_step(memory: GPUMemoryAllocator) -> None:
         steps.append(done)
     assert all(0 < step.moved_bytes <= 2 * PAGE for step in steps)
     assert memory.usage().fragmentation == 0
+
+
+def test_a_step_that_goes_on_with_a_plan_does_not_count_what_another_could_reach(
+    memory: GPUMemoryAllocator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for cache_id in range(PAGES * 8):
+        put(memory, cache_id, 4)
+    for cache_id in range(PAGES * 8):
+        if cache_id % 8:
+            memory.free(cache_id)
+    counted: list[bool] = []
+    real = Mover.within_reach
+    monkeypatch.setattr(Mover, "within_reach", lambda mover, tenant: counted.append(mover.begun) or real(mover, tenant))
+    while memory.compact(PAGE // 4).more:
+        pass
+    assert counted
+    assert not any(counted)

@@ -1,12 +1,16 @@
 """Folders of devices that a pool has no longer: told, and reached by what is removed."""
 
 import asyncio
+import fcntl
+import os
 import shutil
+import time
 
 import pytest
 from disk_stores import DEADLINE_S, Faults, FaultyFileSystem, content_of, key_of
 
 from kvpool.cache.disk import leftovers as leftovers_module
+from kvpool.cache.disk.file_names import LOCK_NAME
 from kvpool.cache.disk.leftovers import Leftovers
 from kvpool.cache.disk.local import LocalFolder
 from kvpool.errors import TierError
@@ -203,6 +207,21 @@ async def test_a_device_whose_lock_does_not_reach_here_is_waited_for(open_tier, 
     await looked.wait()
     assert await device.remove([key_of(1)]) == 1
     await removing
+
+
+def test_who_looks_whether_a_folder_is_in_use_keeps_its_device_from_nothing(tmp_path, monkeypatch):
+    folder, again = LocalFolder(tmp_path), LocalFolder(tmp_path)
+    folder.open()
+    folder.close()
+    looking = os.open(tmp_path / LOCK_NAME, os.O_RDONLY)
+    fcntl.flock(looking, fcntl.LOCK_SH)  # a sibling's is_in_use(), when both devices start at the same time
+    monkeypatch.setattr(time, "sleep", lambda _: os.close(looking))
+    folder.open()
+    assert again.is_in_use()
+    with pytest.raises(TierError, match="in use by another process"):
+        again.open()
+    folder.close()
+    assert not again.is_in_use()
 
 
 async def test_devices_that_remove_in_one_folder_at_once_do_not_undo_each_others_notes(open_tier, faults):
