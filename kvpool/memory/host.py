@@ -184,6 +184,7 @@ class HostBackend:
             reservation = self._open(address, page)
             unmapped = reservation.unmapped_access(address)
             mman.map_shared(address, page.size_bytes, page.descriptor, unmapped, unmapped)
+            PAGE_TABLES.forget(address, page.size_bytes)
             page.mappings += 1
             reservation.mappings[address] = _Mapping(page)
 
@@ -198,6 +199,7 @@ class HostBackend:
             unmapped = reservation.unmapped_access(address)
             if not mman.map_again(address, source, page.size_bytes, unmapped):
                 mman.map_shared(address, page.size_bytes, page.descriptor, mapping.access, unmapped)
+            PAGE_TABLES.forget(address, page.size_bytes)
             page.mappings += 1
             reservation.mappings[address] = _Mapping(page, mapping.access)
 
@@ -218,7 +220,6 @@ class HostBackend:
         self._check_process()
         with fork_guard:
             reservation, addresses = self._run(address, size_bytes)
-            PAGE_TABLES.forget(address, size_bytes)
             if reservation.zeros:
                 for each in addresses:
                     mman.reserve_addresses(reservation.page_size_bytes, each, reservation.unmapped_access(each))

@@ -35,6 +35,10 @@ _MOST_CACHES = 2048
 """Caches that one plan looks at where all would take longer than others can wait."""
 
 
+_NEARLY = 32
+"""The part of all pages that may be missing of what a plan promised."""
+
+
 class Mover:
     """Plans and moves. Kept from one step to the next is only where to look, so a failure leaves nothing to repair.
 
@@ -106,13 +110,13 @@ class Mover:
         return self._shared.free_bytes(tenant) // self._page_bytes
 
     def within_reach(self, tenant: str) -> int:
-        """How many pages one plan may free that others can wait for: all that could come free, if caches are few.
+        """How many pages one plan may free that others can wait for: all that there are, if caches are few.
 
         One plan for all copies less than one after the other: what moves for a page moves again for the next.
         """
         residents = self._shared.residents(tenant)
         caches = sum(map(residents.count, self._shared.pages(tenant)))
-        return max(1, self.possible(tenant) * _MOST_CACHES // max(caches, _MOST_CACHES))
+        return max(1, len(self._shared.pages(tenant)) * _MOST_CACHES // max(caches, _MOST_CACHES))
 
     @property
     def begun(self) -> bool:
@@ -263,7 +267,7 @@ class Mover:
                 plan = self._plan_join(survey, islice(survey.for_join(), 1), everything, len(survey.pages))
                 if plan.moves:
                     return plan
-        if self._is_settled(survey):
+        if self._is_settled(survey, most_pages):
             return NOTHING
         sources = survey.emptiest(budget_bytes, most_pages)
         # No more pages than could come free: the others are those that these are emptied into.
@@ -285,9 +289,15 @@ class Mover:
         ways = self._ways(survey, parcel, budget_bytes, most_pages, looks)
         return next((plan for plan in ways if plan.moves), NOTHING)
 
-    def _is_settled(self, survey: Survey) -> bool:
-        """Whether all that a filling promised came free: then no more is searched for. (Once: leases end.)"""
+    def _is_settled(self, survey: Survey, most_pages: int) -> bool:
+        """Whether all that a filling promised came free: then no more is searched for. (Once: leases end.)
+
+        Where no number of pages is needed, nearly all of it is enough: to look for the last one takes as long as to
+        find ten before it.
+        """
         held_bytes, pages, least_pages = self._filled.get(survey.tenant, (0, 0, 0))
+        if least_pages and most_pages > self.possible(survey.tenant):
+            least_pages += pages // _NEARLY
         if survey.held[0] != held_bytes or survey.held[1] > least_pages:
             return False
         self._filled[survey.tenant] = held_bytes, pages, 0

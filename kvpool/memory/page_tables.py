@@ -51,7 +51,10 @@ class PageTables:
             self.entered.clear()
 
     def forget(self, address: int, size_bytes: int) -> None:
-        """Take note that addresses are unmapped."""
+        """Take note that something is mapped at these addresses from now on.
+
+        (Not when it is unmapped: other memory of this process may lie, and be entered, there in between.)
+        """
         last = address + size_bytes - 1 >> WINDOW_BITS
         self.entered.difference_update(range(address >> WINDOW_BITS, last + 1))
 

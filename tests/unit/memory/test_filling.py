@@ -381,3 +381,17 @@ def test_what_a_filling_promised_is_not_searched_for_more_until_something_change
         assert memory.usage().backed_bytes < backed_bytes
         memory.check()
     backend.close()
+
+
+def test_the_last_page_of_what_a_filling_promised_is_searched_for_only_where_it_is_needed() -> None:
+    """To find it took as long as to find ten before it."""
+    leases, backend = Leases(), HostBackend()
+    with closing(GPUMemoryAllocator(backend, PAGES * PAGE, PAGE, MIN, owner=leases)) as memory:
+        churn(memory, leases, any_size, 1, seed=4)
+        memory.compact()
+        pages = memory.usage().backed_bytes // PAGE
+        memory.allocate(1 << 20, (PAGES - pages + 1) * PAGE)
+        memory.free(1 << 20)
+        assert memory.usage().backed_bytes // PAGE == pages - 1
+        memory.check()
+    backend.close()

@@ -16,7 +16,7 @@ from kvpool.memory import mman, page_tables
 from kvpool.memory.backend import Access
 from kvpool.memory.copying import copy_blocks
 from kvpool.memory.host import HostBackend
-from kvpool.memory.page_tables import PageTables
+from kvpool.memory.page_tables import PAGE_TABLES, PageTables
 
 WINDOW = 1 << page_tables.WINDOW_BITS
 PAGE = 4 * WINDOW
@@ -102,7 +102,7 @@ def test_windows_are_entered_once_where_they_are_written(reads: _Reads) -> None:
     assert reads.addresses == [WINDOW + 10, 2 * WINDOW, 3 * WINDOW]
 
 
-def test_what_was_unmapped_is_entered_again_and_nothing_else(reads: _Reads) -> None:
+def test_what_is_mapped_anew_is_entered_again_and_nothing_else(reads: _Reads) -> None:
     tables = PageTables()
     tables.enter(0, 6 * WINDOW)
     tables.forget(2 * WINDOW, 2 * WINDOW)
@@ -112,6 +112,17 @@ def test_what_was_unmapped_is_entered_again_and_nothing_else(reads: _Reads) -> N
     tables.forget_all()
     tables.enter(5 * WINDOW, 1)
     assert reads.addresses == [2 * WINDOW, 3 * WINDOW, 5 * WINDOW]
+
+
+def test_memory_that_lay_there_before_does_not_count(reads: _Reads) -> None:
+    backend = HostBackend()
+    address, handle = backend.reserve(PAGE, PAGE), backend.create(PAGE)
+    PAGE_TABLES.enter(address, PAGE)
+    reads.addresses.clear()
+    backend.map(address, handle)
+    PAGE_TABLES.enter(address, WINDOW)
+    assert reads.addresses == [address]
+    backend.close()
 
 
 def test_of_a_bounded_number_of_windows_it_is_known(reads: _Reads, monkeypatch: pytest.MonkeyPatch) -> None:
