@@ -36,7 +36,8 @@ _MOST_CACHES = 2048
 
 
 _NEARLY = 32
-"""The part of all pages that may be missing of what a plan promised."""
+"""The part of all pages that may be missing of what a filling promised, where no number of pages is needed: to look for
+the last one takes as long as to find ten before it."""
 
 
 class Mover:
@@ -249,6 +250,9 @@ class Mover:
 
     def _plan(self, survey: Survey, budget_bytes: int, most_pages: int, looks: int | None = None) -> Plan:
         """Plan with the first snapshots, as many as ``looks`` of each kind, or as many as it takes."""
+        any_number = most_pages > self.possible(survey.tenant) and survey.tenant not in self._loose
+        if any_number and self._is_settled(survey, len(survey.pages) // _NEARLY):
+            return NOTHING  # not that it is futile: who needs one page more searches for it
         plan = self._plan_emptying(survey, budget_bytes, most_pages, looks)
         tenant = survey.tenant
         if plan.moves:
@@ -267,7 +271,7 @@ class Mover:
                 plan = self._plan_join(survey, islice(survey.for_join(), 1), everything, len(survey.pages))
                 if plan.moves:
                     return plan
-        if self._is_settled(survey, most_pages):
+        if self._is_settled(survey, 0):
             return NOTHING
         sources = survey.emptiest(budget_bytes, most_pages)
         # No more pages than could come free: the others are those that these are emptied into.
@@ -289,16 +293,13 @@ class Mover:
         ways = self._ways(survey, parcel, budget_bytes, most_pages, looks)
         return next((plan for plan in ways if plan.moves), NOTHING)
 
-    def _is_settled(self, survey: Survey, most_pages: int) -> bool:
-        """Whether all that a filling promised came free: then no more is searched for. (Once: leases end.)
+    def _is_settled(self, survey: Survey, missing_pages: int) -> bool:
+        """Whether all that a filling promised came free, but so many pages: then no more is searched for.
 
-        Where no number of pages is needed, nearly all of it is enough: to look for the last one takes as long as to
-        find ten before it.
+        (Once: leases end.)
         """
         held_bytes, pages, least_pages = self._filled.get(survey.tenant, (0, 0, 0))
-        if least_pages and most_pages > self.possible(survey.tenant):
-            least_pages += pages // _NEARLY
-        if survey.held[0] != held_bytes or survey.held[1] > least_pages:
+        if not least_pages or survey.held[0] != held_bytes or survey.held[1] > least_pages + missing_pages:
             return False
         self._filled[survey.tenant] = held_bytes, pages, 0
         return True
