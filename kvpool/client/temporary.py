@@ -34,8 +34,14 @@ async def temporary_pool(config: PoolConfig | None = None, **settings: Any) -> A
         yield pool
     except BaseException as error:
         clear_frames(error.__traceback__)  # in which tensors of the work are still alive
-        with suppress(CacheStateError):  # if others are, they stay mapped until this process ends
-            await pool.close()  # first: releases that are on their way are told to a pool that is there
-        await delete_pool(pool.actor, pool.name, _DRAIN_S, pool.client_id)
+        await _end(pool)
         raise
-    await pool.delete(drain_s=_DRAIN_S)
+    await _end(pool)
+
+
+async def _end(pool: CachePool) -> None:
+    try:
+        with suppress(CacheStateError):  # tensors that are still alive stay mapped until this process ends
+            await pool.close()  # first: releases that are on their way are told to a pool that is there
+    finally:
+        await delete_pool(pool.actor, pool.name, _DRAIN_S, pool.client_id)
