@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import pytest
 from fsspec import register_implementation
 from fsspec.implementations.memory import MemoryFileSystem
 
@@ -201,3 +203,16 @@ class FullDisk(FaultyFolder):
     def _free(self, paths: Iterable[str]) -> None:
         with self._changing:
             self.room_bytes += sum(rounded_up(self._folder.size(path) or 0) for path in paths)
+
+
+def refuse_the_first_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the disk be full for the first write of a file's parts, and no other."""
+    real, fails = os.writev, [True]
+
+    def writev(file: int, parts: Sequence[memoryview]) -> int:
+        if fails:
+            fails.clear()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(file, parts)
+
+    monkeypatch.setattr(os, "writev", writev)

@@ -23,8 +23,7 @@ from kvpool.memory.backend import Backend
 from kvpool.memory.compaction import pages_under
 from kvpool.memory.compactor import Compactor
 from kvpool.memory.extents import Extents, checked, difference, front, pages_touched, total_bytes, union
-from kvpool.memory.line import WaitingLine
-from kvpool.memory.live import LiveCaches
+from kvpool.memory.live_caches import LiveCaches
 from kvpool.memory.mover import Mover
 from kvpool.memory.packing import shares_pages
 from kvpool.memory.page import runs
@@ -34,6 +33,7 @@ from kvpool.memory.ranges import RangeAllocator
 from kvpool.memory.scrub import Scrubber
 from kvpool.memory.shared import SharedPages
 from kvpool.memory.tickets import Ticket
+from kvpool.memory.waiting_line import WaitingLine
 
 
 class GPUMemoryAllocator:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvpool.errors import CapacityError
 from kvpool.memory.allocation import Place, Request, no_addresses, no_room
-from kvpool.memory.live import LiveCaches
+from kvpool.memory.live_caches import LiveCaches
 from kvpool.memory.ranges import RangeAllocator
 from kvpool.memory.reserve import Shape
 from kvpool.memory.shared import SharedPages

@@ -5,7 +5,7 @@ import errno
 import os
 
 import pytest
-from disk_stores import content_of, key_of, read
+from disk_stores import content_of, key_of, read, refuse_the_first_write
 
 from kvpool.cache.disk.local import LocalFolder
 from kvpool.cache.disk.packing import MOST_PACKED_BYTES
@@ -96,15 +96,7 @@ async def test_on_a_store_that_is_full_below_the_budget_old_ones_go_for_them(ope
     gone = []
     tier = await open_tier(str(tmp_path / "tier"), threads=1, on_gone=gone.extend)
     await store(tier, range(4))
-    real, fails = os.writev, [True]
-
-    def writev(file, parts):
-        if fails:
-            fails.clear()
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return real(file, parts)
-
-    monkeypatch.setattr(os, "writev", writev)
+    refuse_the_first_write(monkeypatch)
     assert await store(tier, range(10, 12)) == [None] * 2
     assert gone == [key_of(0), key_of(1)]
     assert [tier.find(key_of(number)) is not None for number in (0, 1, 2, 3, 10, 11)] == [False] * 2 + [True] * 4

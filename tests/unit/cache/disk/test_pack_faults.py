@@ -2,11 +2,10 @@
 
 import asyncio
 import errno
-import os
 import threading
 
 import pytest
-from disk_stores import DEADLINE_S, FaultyFolder, key_of, read
+from disk_stores import DEADLINE_S, FaultyFolder, key_of, read, refuse_the_first_write
 from packed_caches import CONTENTS, FILE, contents, write_together
 
 from kvpool.cache.disk import local_packs
@@ -31,15 +30,7 @@ async def test_on_a_store_that_is_full_below_the_budget_old_ones_go_for_a_pack(o
     gone = []
     tier = await open_tier(str(tmp_path), on_gone=gone.extend)
     await write_together(tier, range(8))
-    real, fails = os.writev, [True]
-
-    def writev(file, parts):
-        if fails:
-            fails.clear()
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return real(file, parts)
-
-    monkeypatch.setattr(os, "writev", writev)
+    refuse_the_first_write(monkeypatch)
     assert all(await write_together(tier, range(10, 14)))
     assert gone == [key_of(number) for number in range(4)]
     assert await contents(tier, range(14)) == [False] * 4 + [True] * 4 + [False] * 2 + [True] * 4
